@@ -1,0 +1,82 @@
+# Needs Python 3.11, make and git. Everything is installed into .venv.
+
+PYTHON ?= python3.11
+UV_VERSION := 0.13.9
+
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+MODELS := build/models.stamp
+KNOWLEDGE_BASE := build/emoji/knowledge_base.stamp
+DEMONSTRATIONS := build/emoji/demonstrations.stamp
+
+# Nothing reports its use to anybody, and models are read from local directories only.
+export DO_NOT_TRACK = 1
+export HF_HUB_OFFLINE = 1
+export RAY_USAGE_STATS_ENABLED = 0
+export VLLM_NO_USAGE_STATS = 1
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install demo test test-all check format lint types bench requirements clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' Makefile
+
+install: $(INSTALLED) ## create .venv with the pinned requirements and this project
+
+demo: $(KNOWLEDGE_BASE) $(DEMONSTRATIONS) ## link a few mentions of emoji, pictures and text, with real models
+	$(BIN)/python examples/demo.py
+
+test: $(INSTALLED) ## run the fast tests
+	$(BIN)/pytest
+
+test-all: $(INSTALLED) $(MODELS) ## run all tests, those with real models included
+	$(BIN)/pytest -m ""
+
+check: lint types test ## everything that has to pass before a commit
+
+format: $(INSTALLED) ## rewrite the code in the house format
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+lint: $(INSTALLED) ## check format, lint rules and import layers
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/lint-imports --no-logo
+
+types: $(INSTALLED) ## check types
+	$(BIN)/mypy
+
+bench: $(KNOWLEDGE_BASE) $(DEMONSTRATIONS) ## run every benchmark
+	for script in benchmarks/*.py; do $(BIN)/python "$$script" || exit; done
+
+requirements: $(INSTALLED) ## resolve requirements-cpu.txt anew
+	$(BIN)/uv pip compile --quiet --upgrade --extra cpu --extra demo --extra dev --no-annotate --no-header \
+		--no-emit-index-url --no-emit-find-links --output-file requirements-cpu.txt pyproject.toml
+
+clean: ## remove what was built; .venv stays
+	rm -rf build .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+$(INSTALLED): requirements-cpu.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	$(BIN)/uv pip install --requirement requirements-cpu.txt
+	$(BIN)/uv pip install --no-deps --editable .
+	touch $@
+
+$(MODELS): examples/demo_models.py | $(INSTALLED)
+	$(BIN)/python examples/demo_models.py build/models
+	touch $@
+
+$(KNOWLEDGE_BASE): jobs/build_knowledge_base.py examples/emoji/entities.parquet $(MODELS)
+	rm -rf $(basename $@)
+	$(BIN)/python jobs/build_knowledge_base.py examples/emoji/entities.parquet $(basename $@) \
+		--tokenizer build/models/smollm2-135m
+	touch $@
+
+$(DEMONSTRATIONS): jobs/build_demonstration_index.py examples/emoji/train.parquet examples/emoji/entities.parquet $(MODELS)
+	rm -rf $(basename $@)
+	$(BIN)/python jobs/build_demonstration_index.py examples/emoji/train.parquet examples/emoji/entities.parquet \
+		$(basename $@) --mention-encoder build/models/minilm --image-encoder build/models/efficientnet-lite2
+	touch $@

@@ -1,0 +1,236 @@
+"""Every setting of a linking run: a TOML file, then command-line overrides, checked as a whole before any work.
+
+A misspelt key fails by its full name. Settings that belong to one component stand beside it and are gathered here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import tomllib
+from collections.abc import Sequence
+from dataclasses import field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_type_hints
+
+import tyro
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from gemel_engine.errors import ConfigurationError
+from gemel_engine.image_source import ImagePolicy
+from gemel_engine.prompt import PromptSettings
+from gemel_engine.search import SearchSettings
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+Config = TypeVar("Config")
+
+settings = dataclass(frozen=True, slots=True, kw_only=True, config=ConfigDict(extra="forbid"))
+
+
+@settings
+class LanguageModelSettings:
+    """The frozen language model and the engine that runs it.
+
+    Attributes:
+        name: Local directory, or name on the model hub.
+        engine: `vllm`, or `transformers`: the slow reference.
+        dtype: Of the weights and the cache.
+        block_size: Tokens of a cache block; a follow-up rollout recomputes less than one block. None: 32 on CPU, the
+            smallest that its kernels take, and vLLM's default elsewhere.
+        kv_cache_gib: Size of the cache on CPU. On a GPU the cache takes what `gpu_memory_utilization` leaves.
+        gpu_memory_utilization: Share of a GPU's memory that vLLM may take.
+        tensor_parallel_size: GPUs over which the model is split.
+        max_num_seqs: Rollouts in one batch.
+        max_num_batched_tokens: Tokens in one engine step; None leaves it to vLLM.
+        quantization: A method that vLLM knows, or None.
+        enable_prefix_caching: Keep the keys and values of prompts that other prompts may begin with.
+    """
+
+    name: str
+    engine: Literal["vllm", "transformers"] = "vllm"
+    dtype: Dtype = "bfloat16"
+    block_size: int | None = None
+    kv_cache_gib: int = 2
+    gpu_memory_utilization: float = 0.9
+    tensor_parallel_size: int = 1
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int | None = None
+    quantization: str | None = None
+    enable_prefix_caching: bool = True
+
+
+@settings
+class RetrievalSettings:
+    """Which demonstrations precede a question.
+
+    Attributes:
+        num_demonstrations: K; GEMEL uses 16.
+        policy: `similar` takes those whose surface form is most similar, `random` draws them, seeded by the surface
+            form: a baseline.
+        exclude_mention: Leave the mention itself out of its demonstrations; for linking the demonstrations' own corpus.
+        mention_encoder: Sentence encoder of surface forms; local directory, or name on the model hub.
+        seed: Of the policy `random`.
+    """
+
+    num_demonstrations: int = 8
+    policy: Literal["similar", "random"] = "similar"
+    exclude_mention: bool = False
+    mention_encoder: str | None = None
+    seed: int = 0
+
+
+@settings
+class VisionSettings:
+    """How pictures become visual prefixes.
+
+    Attributes:
+        image_encoder: An open_clip architecture, or a local directory in open_clip's layout; None: pictures are ignored.
+        pretrained: open_clip's tag of the weights, for an architecture by name.
+        feature_mapper: Directory of a trained feature mapper; None: random weights, and the report says so.
+        prefix_length: P of the random feature mapper.
+        seed: Of the random feature mapper.
+        batch_size: Pictures encoded at once.
+        max_image_pixels: A picture that decodes to more is refused.
+        device: torch device of the image encoder.
+    """
+
+    image_encoder: str | None = None
+    pretrained: str | None = None
+    feature_mapper: str | None = None
+    prefix_length: int = 4
+    seed: int = 0
+    batch_size: int = 32
+    max_image_pixels: int = 50_000_000
+    device: str = "cpu"
+
+
+@settings
+class PoolSettings:
+    """A stage's actors and what each of them claims from the cluster.
+
+    Attributes:
+        min_actors: Started at once.
+        max_actors: Upper limit as the stage falls behind.
+        num_cpus: Logical CPUs of one actor.
+        num_gpus: GPUs of one actor; a fraction shares one.
+    """
+
+    min_actors: int = 1
+    max_actors: int = 1
+    num_cpus: float = 0.5
+    num_gpus: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_actors <= self.max_actors:
+            raise ValueError(f"min_actors {self.min_actors} must be between 1 and max_actors {self.max_actors}")
+
+
+@settings
+class ResourceSettings:
+    """The stages' actor pools."""
+
+    images: PoolSettings = PoolSettings()
+    retrieval: PoolSettings = PoolSettings(num_cpus=0.25)
+    generation: PoolSettings = PoolSettings()
+
+
+@settings
+class LinkConfig:
+    """One run of the linking job.
+
+    Attributes:
+        input: Parquet file or directory of mentions, local or `s3://`.
+        output: Directory for predictions and the report, local or `s3://`.
+        knowledge_base: Directory made by `jobs/build_knowledge_base.py`.
+        demonstrations: Directory made by `jobs/build_demonstration_index.py`; None: no demonstrations.
+        language_model: The frozen language model and its engine.
+        retrieval: Which demonstrations precede a question.
+        vision: How pictures become visual prefixes.
+        image_source: Which image addresses may be read.
+        prompt: How prompts are laid out.
+        search: How far decoding searches.
+        resources: The stages' actor pools.
+        rows_per_shard: Rows of one output file, the unit of work that a rerun skips or repeats.
+        max_failed_fraction: The job fails at its end when more rows than this end in an `error`.
+        verify_artifacts: Check the artifacts' checksums before starting.
+    """
+
+    input: str
+    output: str
+    knowledge_base: str
+    demonstrations: str | None = None
+    language_model: LanguageModelSettings
+    retrieval: RetrievalSettings = RetrievalSettings()
+    vision: VisionSettings = VisionSettings()
+    image_source: ImagePolicy = ImagePolicy()
+    prompt: PromptSettings = PromptSettings()
+    search: SearchSettings = SearchSettings()
+    resources: ResourceSettings = field(default_factory=ResourceSettings)
+    rows_per_shard: int = 1024
+    max_failed_fraction: float = 0.01
+    verify_artifacts: bool = True
+
+    def __post_init__(self) -> None:
+        if self.demonstrations is not None and self.retrieval.mention_encoder is None:
+            raise ValueError("demonstrations need retrieval.mention_encoder, the encoder that their index was built with")
+        if self.rows_per_shard < 1:
+            raise ValueError(f"rows_per_shard is {self.rows_per_shard}: it must be at least 1")
+        if not 0 <= self.max_failed_fraction <= 1:
+            raise ValueError(f"max_failed_fraction is {self.max_failed_fraction}: it must be between 0 and 1")
+
+
+def load_config(config_type: type[Config], path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a TOML file and apply overrides such as `--search.objective mean`.
+
+    Raises:
+        ConfigurationError: The file can't be read, a key is unknown, or a value is malformed.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigurationError(f"the configuration {path} can't be read: {error}") from error
+    except ValueError as error:
+        raise ConfigurationError(f"the configuration {path} is not TOML: {error}") from error
+    try:
+        config = TypeAdapter(config_type).validate_python(values)
+        if overrides:
+            # A second validation: tyro builds the settings, but the checks across them are pydantic's.
+            config = tyro.cli(config_type, default=config, args=list(overrides))
+        return config
+    except ValidationError as error:
+        raise ConfigurationError(f"the configuration {path} is wrong: {_describe(error, config_type)}") from error
+
+
+def config_json(config: object) -> str:
+    """The resolved settings as canonical JSON: what is saved with an output, and what its hash is taken of."""
+    return json.dumps(TypeAdapter(type(config)).dump_python(config, mode="json"), indent=2, sort_keys=True)
+
+
+def config_hash(config: object) -> str:
+    """SHA-256 of the resolved settings, in hexadecimal."""
+    return hashlib.sha256(config_json(config).encode()).hexdigest()
+
+
+def _describe(error: ValidationError, config_type: type[Any]) -> str:
+    """All faults, each by the full name of its key."""
+    faults = []
+    for fault in error.errors(include_url=False):
+        key = ".".join(map(str, fault["loc"]))
+        if fault["type"] == "unexpected_keyword_argument":
+            known = _field_names(config_type, fault["loc"][:-1])
+            close = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known keys are {', '.join(known)}"
+            faults.append(f"unknown key {key!r}; {hint}")
+        else:
+            faults.append(f"{key}: {fault['msg']} (got {fault['input']!r})" if key else fault["msg"])
+    return "; ".join(faults)
+
+
+def _field_names(config_type: type[Any], location: Sequence[int | str]) -> list[str]:
+    """Names of the settings in the group that `location` leads to."""
+    for name in location:
+        config_type = get_type_hints(config_type)[str(name)]
+    return [item.name for item in dataclasses.fields(config_type)]

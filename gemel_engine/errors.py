@@ -1,0 +1,84 @@
+"""Every error the project raises on purpose.
+
+    GemelError
+    ├── ConfigurationError      a setting is unknown, malformed or contradicts another   exit code 2
+    ├── InputError              a table lacks a column, repeats an id, is not readable   exit code 3
+    ├── ArtifactError           a directory on disk is missing, damaged, of another
+    │                           format version, or does not fit its neighbours           exit code 4
+    ├── TooManyFailuresError    more rows failed than `max_failed_fraction` allows       exit code 5
+    └── MentionError            one row cannot be linked: it becomes the row's `error`
+        ├── InvalidMentionError     empty surface form, offset outside the text, ...
+        ├── PromptTooLongError      the mention's own text exceeds the prompt limit
+        ├── ImageError              the image's bytes are not a decodable picture
+        └── ImageFetchError         the image's address is not allowed or not reachable
+
+A bad *row* is data: its `MentionError` is written to the row's `error` column as ``kind: message`` and counted.
+A bad *job* raises, before any work where that is possible. A message names the offending value and the remedy.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class GemelError(Exception):
+    """Base of all errors that this project raises on purpose."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class ConfigurationError(GemelError):
+    """A setting is unknown, malformed or contradicts another."""
+
+    exit_code = 2
+
+
+class InputError(GemelError):
+    """An input table is not what its schema promises."""
+
+    exit_code = 3
+
+
+class ArtifactError(GemelError):
+    """An artifact directory is missing, damaged, of another format version, or does not fit its neighbours."""
+
+    exit_code = 4
+
+
+class TooManyFailuresError(GemelError):
+    """The job finished, but a larger fraction of rows failed than the configuration allows."""
+
+    exit_code = 5
+
+
+class MentionError(GemelError):
+    """One mention cannot be linked; becomes the row's `error`."""
+
+    kind: ClassVar[str] = "mention"
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {super().__str__()}"
+
+
+class InvalidMentionError(MentionError):
+    """The row's own text, surface form, offset or candidates are unusable."""
+
+    kind = "invalid_mention"
+
+
+class PromptTooLongError(MentionError):
+    """The mention's own block does not fit into the prompt, even without demonstrations."""
+
+    kind = "prompt_too_long"
+
+
+class ImageError(MentionError):
+    """The image's bytes are not a picture of an accepted format and size."""
+
+    kind = "image"
+
+
+class ImageFetchError(MentionError):
+    """The image's address is not allowed, or could not be read."""
+
+    kind = "image_fetch"

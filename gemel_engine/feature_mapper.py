@@ -1,0 +1,165 @@
+"""The trained part of the model: image features to a visual prefix, and its directory on disk.
+
+Knows neither the vision encoder nor the language model; their fingerprints travel with the weights, so that whoever
+holds the models can refuse a mapper that was trained between others.
+
+Shapes: B batch, C vision width, P prefix length, D language-model width, N pictures.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import field
+from pathlib import Path
+from typing import Self
+
+import torch
+from pydantic import ConfigDict, PositiveInt, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from gemel_engine.errors import ArtifactError
+
+FORMAT_VERSION = 1
+_WEIGHTS = "mapper.safetensors"
+_METADATA = "mapper.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
+class MapperMetadata:
+    """What a mapper's weights mean; stored beside them as JSON.
+
+    Attributes:
+        vision_width: C, the width of the image features.
+        prefix_length: P, how many embeddings stand for one picture.
+        language_model_width: D, the width of the language model's input embeddings.
+        language_model_fingerprint: The language model it was made for; None for any model of width D.
+        image_encoder_fingerprint: The image encoder it was made for; None for any encoder of width C.
+        trained: False for a random start.
+        seed: Seed of the random start, None if there was none (a closed-form start).
+        details: Free remarks of the training run, such as its number of steps.
+    """
+
+    vision_width: PositiveInt
+    prefix_length: PositiveInt
+    language_model_width: PositiveInt
+    language_model_fingerprint: str | None = None
+    image_encoder_fingerprint: str | None = None
+    trained: bool = False
+    seed: int | None = None
+    details: dict[str, str | float | int] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+
+_METADATA_ADAPTER = TypeAdapter(MapperMetadata)
+
+
+class FeatureMapper(nn.Module):
+    """One linear layer from image features to P embeddings (GEMEL, section 3.2), on optionally z-scored features.
+
+    Attributes:
+        metadata: Replace it (`dataclasses.replace`) when the weights change their meaning, as training does.
+        feature_mean: Buffer of shape (C,), zero unless `fit_normalisation` was called.
+        feature_std: Buffer of shape (C,), one unless `fit_normalisation` was called.
+        linear: Weight of shape (P * D, C), row p * D + d; bias of shape (P * D,).
+    """
+
+    feature_mean: Tensor
+    feature_std: Tensor
+
+    def __init__(self, metadata: MapperMetadata) -> None:
+        super().__init__()
+        self.metadata = metadata
+        self.linear = nn.Linear(metadata.vision_width, metadata.prefix_length * metadata.language_model_width)
+        self.register_buffer("feature_mean", torch.zeros(metadata.vision_width))
+        self.register_buffer("feature_std", torch.ones(metadata.vision_width))
+
+    @classmethod
+    def random(
+        cls,
+        vision_width: int,
+        prefix_length: int,
+        language_model_width: int,
+        seed: int,
+        *,
+        language_model_fingerprint: str | None = None,
+        image_encoder_fingerprint: str | None = None,
+    ) -> Self:
+        """PyTorch's default initialisation from `seed`; leaves the global random state alone."""
+        metadata = MapperMetadata(
+            vision_width=vision_width,
+            prefix_length=prefix_length,
+            language_model_width=language_model_width,
+            language_model_fingerprint=language_model_fingerprint,
+            image_encoder_fingerprint=image_encoder_fingerprint,
+            seed=seed,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return cls(metadata)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map image features of shape (B, C) to visual prefixes of shape (B, P, D), in the mapper's dtype."""
+        normalised = (features.to(self.feature_mean) - self.feature_mean) / self.feature_std
+        prefixes: Tensor = self.linear(normalised)  # (B, P * D)
+        return prefixes.reshape(-1, self.metadata.prefix_length, self.metadata.language_model_width)
+
+    def fit_normalisation(self, features: Tensor) -> None:
+        """Z-score by the training pictures: features of shape (N, C). A constant feature is only centred."""
+        std, mean = torch.std_mean(features.to(self.feature_mean), dim=0, correction=0)
+        self.feature_mean.copy_(mean)
+        self.feature_std.copy_(torch.where(std > 0, std, 1.0))
+
+    def save(self, directory: str | Path) -> None:
+        """Write `mapper.safetensors`, then `mapper.json`: a directory that has the second is complete."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / _METADATA).unlink(missing_ok=True)
+        save_file({name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}, directory / _WEIGHTS)
+        (directory / _METADATA).write_bytes(_METADATA_ADAPTER.dump_json(self.metadata, indent=2) + b"\n")
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Self:
+        """Read what `save` wrote, as float32 on the CPU.
+
+        Raises:
+            ArtifactError: A file is missing or damaged, of another format version, or the weights do not have the
+                shapes that `mapper.json` gives, are not finite, or hold a deviation that is not positive.
+        """
+        directory = Path(directory)
+        metadata = _read_metadata(directory / _METADATA)
+        with torch.device("meta"):  # shapes without memory: the description is not to be trusted yet
+            mapper = cls(metadata)
+        path = directory / _WEIGHTS
+        try:
+            weights = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise ArtifactError(f"{path} cannot be read ({error}); save the feature mapper again") from error
+        expected = {name: tuple(tensor.shape) for name, tensor in mapper.state_dict().items()}
+        found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+        if found != expected:
+            raise ArtifactError(f"{path} holds {found}, but {_METADATA} asks for {expected}; save the mapper again")
+        for name, tensor in weights.items():
+            if not torch.isfinite(tensor).all():
+                raise ArtifactError(f"{path}: {name} has values that are not finite; go back to an earlier checkpoint")
+        if not (weights["feature_std"] > 0).all():
+            raise ArtifactError(f"{path}: feature_std must be positive; fit the normalisation again")
+        mapper.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
+        return mapper
+
+
+def _read_metadata(path: Path) -> MapperMetadata:
+    try:
+        data = path.read_bytes()
+        version = json.loads(data).get("format_version")
+        if version != FORMAT_VERSION:
+            raise ArtifactError(
+                f"{path} has format version {version}, this program reads {FORMAT_VERSION}; save the mapper again"
+            )
+        return _METADATA_ADAPTER.validate_json(data)
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{path} does not exist; train a feature mapper or save a random one there") from error
+    except (OSError, ValueError, AttributeError, ValidationError) as error:
+        raise ArtifactError(f"{path} is not a feature mapper's description ({error}); save it again") from error

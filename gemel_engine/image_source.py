@@ -1,0 +1,231 @@
+"""Reads images from the addresses that the configuration allows, and from no others.
+
+A row's image address comes from the data, so it is treated as hostile: it must lie under an allowed prefix after
+symbolic links, dot segments and redirects are resolved, a host name must not lead into a private network, and size,
+time and number of attempts are bounded. What a picture is, is not known here.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+import time
+from dataclasses import dataclass
+from functools import lru_cache
+from urllib.parse import unquote, urljoin
+
+from urllib3 import BaseHTTPResponse, HTTPConnectionPool, HTTPSConnectionPool, Timeout
+from urllib3.exceptions import HTTPError, NewConnectionError, ProtocolError
+from urllib3.exceptions import TimeoutError as NetworkTimeoutError
+from urllib3.util import Url, parse_url
+
+from gemel_engine import storage
+from gemel_engine.errors import ConfigurationError, ImageFetchError
+
+_MAX_REDIRECTS = 3
+_FIRST_PAUSE_SECONDS = 0.2
+_CHUNK_BYTES = 1 << 16
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+_HTTP = ("http://", "https://")
+
+
+@dataclass(frozen=True, slots=True)
+class ImagePolicy:
+    """Which images may be read, and at what cost.
+
+    Attributes:
+        allowed_prefixes: Absolute local directories, `s3://bucket/prefix`, `https://host/path` or `http://host/path`. A
+            prefix ends where a path segment ends. A host in a private network must be given here as an IP address or as
+            `localhost`; a name that leads there is refused.
+        max_bytes: Largest image file.
+        timeout_seconds: Time for one attempt over HTTP, redirects included. It is checked between network operations,
+            each of which is cut off after as long again.
+        max_retries: Further attempts after a timeout, a broken connection, or the HTTP statuses 429 and 5xx.
+    """
+
+    allowed_prefixes: tuple[str, ...]
+    max_bytes: int
+    timeout_seconds: float
+    max_retries: int
+
+    def __post_init__(self) -> None:
+        for prefix in self.allowed_prefixes:
+            try:
+                _canonical(prefix)
+            except ValueError as error:
+                raise ConfigurationError(f"allowed_prefixes: cannot use {prefix!r}: {error}") from error
+
+
+class _TransientError(ImageFetchError):
+    """Another attempt may succeed."""
+
+
+def fetch_image(uri: str, policy: ImagePolicy) -> bytes:
+    """Read one image file.
+
+    An HTTP connection goes to the very IP address that was checked, so that a second name lookup cannot lead elsewhere;
+    proxies are not used.
+
+    Raises:
+        ImageFetchError: The address is not allowed or cannot be read, or the file is too large.
+    """
+    location = _allowed(uri, policy)
+    if location.startswith(_HTTP):
+        return _fetch_with_retries(uri, policy)
+    if location.startswith("/") and not os.path.isfile(location):  # nor a device or a pipe, which might never end
+        raise ImageFetchError(f"{uri!r}: no such file")
+    try:
+        data = storage.read_bytes(location, policy.max_bytes + 1)
+    except (OSError, ConfigurationError) as error:
+        raise ImageFetchError(f"{uri!r}: cannot be read: {error}") from error
+    _check_size(uri, len(data), policy)
+    return data
+
+
+def _allowed(uri: str, policy: ImagePolicy) -> str:
+    """Return the canonical form of an address that lies under an allowed prefix."""
+    try:
+        location = _canonical(uri)
+    except ValueError as error:
+        raise ImageFetchError(f"{uri!r}: not a usable image address: {error}") from error
+    if not any(f"{location}/".startswith(_canonical(prefix).rstrip("/") + "/") for prefix in policy.allowed_prefixes):
+        raise ImageFetchError(f"{uri!r}: under none of allowed_prefixes {list(policy.allowed_prefixes)}")
+    return location
+
+
+def _canonical(uri: str) -> str:
+    """Return the form of an address in which lying under a prefix can be seen from the characters alone.
+
+    It is the real path of a local file, the same address in S3, and scheme, host, port and path over HTTP; ValueError
+    for anything else.
+    """
+    if uri.startswith("/"):
+        return os.path.realpath(uri)
+    if uri.startswith("file:///"):
+        return os.path.realpath(unquote(uri.removeprefix("file://")))
+    if uri.startswith(_HTTP):
+        url = parse_url(uri)
+        if url.auth is not None:
+            raise ValueError("it carries a user name")
+        location = f"{url.scheme}://{url.host or ''}:{_port(url)}{url.path or '/'}"
+    elif uri.startswith("s3://"):
+        location = uri
+    else:
+        raise ValueError("it must begin with /, file:///, s3://, https:// or http://")
+    host, _, path = location.partition("://")[2].partition("/")
+    if not host or host.startswith(":"):
+        raise ValueError("it names no host or bucket")
+    if {".", ".."} & set(unquote(path).split("/")):
+        raise ValueError("its path has a segment . or ..")
+    return location
+
+
+def _port(url: Url) -> int:
+    return url.port or _DEFAULT_PORTS[url.scheme or ""]
+
+
+def _check_size(uri: str, size: int, policy: ImagePolicy) -> None:
+    if size > policy.max_bytes:
+        raise ImageFetchError(f"{uri!r}: larger than max_bytes, {policy.max_bytes}")
+
+
+def _fetch_with_retries(uri: str, policy: ImagePolicy) -> bytes:
+    for attempt in range(policy.max_retries):
+        try:
+            return _fetch_once(uri, policy)
+        except _TransientError:
+            time.sleep(_FIRST_PAUSE_SECONDS * 2**attempt)
+    return _fetch_once(uri, policy)
+
+
+def _fetch_once(uri: str, policy: ImagePolicy) -> bytes:
+    try:
+        return _follow(uri, policy, time.monotonic() + policy.timeout_seconds)
+    except (NetworkTimeoutError, ProtocolError) as error:
+        raise _TransientError(f"{uri!r}: {error}") from error
+    except (HTTPError, OSError) as error:
+        raise ImageFetchError(f"{uri!r}: {error}") from error
+
+
+def _follow(uri: str, policy: ImagePolicy, deadline: float) -> bytes:
+    target = uri
+    for _ in range(_MAX_REDIRECTS + 1):
+        if not _allowed(target, policy).startswith(_HTTP):
+            raise ImageFetchError(f"{uri!r}: redirected to {target!r}")
+        response = _request(parse_url(target), deadline)
+        try:
+            redirection = response.get_redirect_location()
+            if not redirection:
+                return _read(uri, response, policy, deadline)
+            target = urljoin(target, redirection)
+        finally:
+            response.close()
+    raise ImageFetchError(f"{uri!r}: more than {_MAX_REDIRECTS} redirects")
+
+
+def _request(url: Url, deadline: float) -> BaseHTTPResponse:
+    host = (url.host or "").strip("[]")
+    headers = {"Host": url.netloc or "", "User-Agent": "gemel-engine", "Accept-Encoding": "identity"}
+    unreachable = None
+    for address in _checked_addresses(host, _port(url)):
+        try:
+            return _pool(url.scheme or "", host, _port(url), address).urlopen(
+                "GET",
+                url.request_uri,
+                headers=headers,
+                timeout=Timeout(total=_remaining_seconds(deadline)),
+                redirect=False,
+                retries=False,
+                preload_content=False,
+                decode_content=False,
+            )
+        except NewConnectionError as error:
+            unreachable = error
+    raise unreachable or OSError(f"{host} has no address")
+
+
+def _read(uri: str, response: BaseHTTPResponse, policy: ImagePolicy, deadline: float) -> bytes:
+    if response.status == 429 or response.status >= 500:
+        raise _TransientError(f"{uri!r}: the server answered {response.status}")
+    if response.status != 200:
+        raise ImageFetchError(f"{uri!r}: the server answered {response.status}")
+    data = bytearray()
+    while chunk := response.read1(_CHUNK_BYTES):
+        data += chunk
+        _check_size(uri, len(data), policy)
+        _remaining_seconds(deadline)
+    return bytes(data)
+
+
+def _remaining_seconds(deadline: float) -> float:
+    remaining = deadline - time.monotonic()
+    if remaining <= 0:
+        raise NetworkTimeoutError("timeout_seconds have passed")
+    return remaining
+
+
+def _checked_addresses(host: str, port: int) -> list[str]:
+    """Return the IP addresses of a host; ImageFetchError if it is a name and one of them is not public."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except UnicodeError as error:
+        raise ImageFetchError(f"{host!r} is not a host name") from error
+    addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
+    if host != "localhost" and host not in addresses:  # else the configuration names this very address
+        for address in addresses:
+            ip = ipaddress.ip_address(address)
+            ip = getattr(ip, "ipv4_mapped", None) or ip
+            if ip.is_multicast or not ip.is_global:
+                raise ImageFetchError(f"{host!r} leads to {address}, which is not a public address")
+    return addresses
+
+
+@lru_cache(maxsize=64)
+def _pool(scheme: str, host: str, port: int, address: str) -> HTTPConnectionPool:
+    """Return the pool of connections to one address, on which a certificate must be for the host's name."""
+    if scheme == "https":
+        return HTTPSConnectionPool(
+            address, port, maxsize=8, cert_reqs="CERT_REQUIRED", server_hostname=host, assert_hostname=host
+        )
+    return HTTPConnectionPool(address, port, maxsize=8)

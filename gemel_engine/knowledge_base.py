@@ -1,0 +1,369 @@
+"""The entities that mentions may refer to: their names as a prefix trie, and their records in an Arrow file.
+
+    knowledge_base.json     counts, checksum and tokenizer fingerprint; written last
+    trie/                   the names' tokens, see `prefix_trie`
+    entities.arrow          one record batch: the entities in the order of their names
+
+Both are mapped into memory, so that opening millions of entities takes no time and processes share the pages.
+Entities with equal names share one name and are neighbours. Nothing here knows a language model.
+
+Shapes: S entities, T tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from bisect import bisect_left, bisect_right
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
+
+from gemel_engine.errors import ArtifactError, ConfigurationError, InputError
+from gemel_engine.prefix_trie import PrefixTrie, file_sha256, read_manifest, write_manifest
+
+FORMAT_VERSION = 1
+
+ENTITY_SCHEMA = pa.schema(
+    [
+        pa.field("entity_id", pa.large_string()),
+        pa.field("name", pa.large_string()),
+        pa.field("description", pa.large_string()),
+        pa.field("popularity", pa.float64()),
+        pa.field("image_uri", pa.large_string()),
+        pa.field("aliases", pa.list_(pa.large_string())),
+    ]
+)
+# row_by_id is a second order of the same rows: its i-th value is the row with the i-th smallest entity id.
+_STORED_SCHEMA = pa.schema([*ENTITY_SCHEMA, pa.field("name_index", pa.uint32()), pa.field("row_by_id", pa.uint32())])
+
+# What delimits the parts of a prompt: a name that holds one would be read as the start of the next part.
+PROMPT_MARKERS = ("[Text]", "[Question]", "[Answer]")
+
+_CONTROL_OR_SEPARATOR = r"[\p{Cc}\p{Zl}\p{Zp}]"
+_CHUNK_SIZE = 65_536
+_NUM_EXAMPLES = 5
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KnowledgeBaseSettings:
+    """How a knowledge base is built.
+
+    Attributes:
+        max_name_tokens: Longer names are unusable; the terminator is not counted.
+        on_bad_name: What to do with unusable names: refuse the table, or leave their entities out.
+    """
+
+    max_name_tokens: int = 32
+    on_bad_name: Literal["error", "skip"] = "error"
+
+    def __post_init__(self) -> None:
+        if self.max_name_tokens < 1:
+            raise ConfigurationError(f"max_name_tokens is {self.max_name_tokens}; give at least 1")
+
+
+@dataclass(frozen=True, slots=True)
+class KnowledgeBaseReport:
+    """What a built knowledge base holds.
+
+    Attributes:
+        num_entities: Entities kept.
+        num_names: Distinct names among them.
+        longest_name: Tokens of the longest of these names.
+        num_skipped: Entities left out, by reason.
+    """
+
+    num_entities: int
+    num_names: int
+    longest_name: int
+    num_skipped: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Entity:
+    """One record of the knowledge base."""
+
+    entity_id: str
+    name: str
+    description: str | None
+    popularity: float | None
+
+
+class KnowledgeBase:
+    """A knowledge base on disk, mapped read-only.
+
+    Attributes:
+        trie: The names; a number in the trie is a name index here.
+        tokenizer_fingerprint: `tokenizer_fingerprint` of the tokenizer that it was built with.
+    """
+
+    def __init__(self, trie: PrefixTrie, entities: pa.RecordBatch, tokenizer_fingerprint: str) -> None:
+        self.trie = trie
+        self.tokenizer_fingerprint = tokenizer_fingerprint
+        self._entities = entities
+        self._ids = entities["entity_id"]
+        self._name_index: NDArray[np.uint32] = entities["name_index"].to_numpy()
+        self._row_by_id: NDArray[np.uint32] = entities["row_by_id"].to_numpy()
+
+    @classmethod
+    def open(cls, directory: Path, *, verify: bool = False) -> Self:
+        """Map what `build_knowledge_base` wrote.
+
+        Args:
+            directory: A local directory.
+            verify: Also read every byte: checksums, and that trie and entities are well-formed and fit. Do this once
+                for files from elsewhere.
+
+        Raises:
+            ArtifactError: A file is missing, damaged, of another format version, or does not fit the others.
+        """
+        manifest = read_manifest(directory / "knowledge_base.json", FORMAT_VERSION)
+        path = directory / "entities.arrow"
+        try:
+            with pa.ipc.open_file(pa.memory_map(str(path))) as reader:
+                if reader.schema != _STORED_SCHEMA or reader.num_record_batches != 1:
+                    raise ArtifactError(f"{path} has not the columns of a knowledge base; build it again")
+                entities = reader.get_batch(0)
+            if verify:
+                entities.validate(full=True)
+            knowledge_base = cls(
+                PrefixTrie.open(directory / "trie", verify=verify), entities, str(manifest.get("tokenizer_fingerprint"))
+            )
+        except (OSError, pa.ArrowException) as error:
+            raise ArtifactError(f"{path} is missing or damaged ({error}); build the knowledge base again") from error
+        if not knowledge_base._has_consistent_lengths(manifest.get("num_entities")):
+            raise ArtifactError(f"the files in {directory} are not of one knowledge base; build it again")
+        if verify and not (
+            file_sha256(path) == manifest.get("entities_sha256") and knowledge_base._has_consistent_orders()
+        ):
+            raise ArtifactError(f"{path} is not the file that was built; build the knowledge base again")
+        return knowledge_base
+
+    @property
+    def num_entities(self) -> int:
+        """S; at least the number of names."""
+        return int(self._entities.num_rows)
+
+    def entity(self, row: int) -> Entity:
+        """The record in a row, from 0 to S - 1."""
+        columns = ("entity_id", "name", "description", "popularity")
+        return Entity(*(self._entities[column][row].as_py() for column in columns))
+
+    def entities_of_name(self, name_index: int) -> range:
+        """Rows of the entities of a name: the most popular first, unknown popularity last, ties by id."""
+        return range(bisect_left(self._name_index, name_index), bisect_right(self._name_index, name_index))
+
+    def names_of_entities(self, entity_ids: Sequence[str]) -> list[int | None]:
+        """Name index of each entity, None for an id that is not in the knowledge base."""
+        return [self._name_of_entity(entity_id) for entity_id in entity_ids]
+
+    def name_tokens(self, name_index: int) -> list[int]:
+        """Tokens of a name, without the terminator."""
+        return self.trie.name_tokens(name_index)
+
+    def _name_of_entity(self, entity_id: str) -> int | None:
+        position = bisect_left(self._row_by_id, entity_id, key=lambda row: self._ids[row].as_py())
+        if position == self.num_entities:
+            return None
+        row = int(self._row_by_id[position])
+        return int(self._name_index[row]) if self._ids[row].as_py() == entity_id else None
+
+    def _has_consistent_lengths(self, num_entities: object) -> bool:
+        return (
+            self.num_entities == num_entities
+            and self.num_entities > 0
+            and self._name_index[0] == 0
+            and self._name_index[-1] == self.trie.num_names - 1
+        )
+
+    def _has_consistent_orders(self) -> bool:
+        if self._entities["entity_id"].null_count or self._entities["name"].null_count:
+            return False
+        ids = self._ids.take(self._entities["row_by_id"])
+        return bool(
+            np.isin(np.diff(self._name_index.astype(np.int64)), (0, 1)).all()
+            and pc.all(pc.less(ids[:-1], ids[1:]), min_count=0).as_py()
+        )
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
+    """SHA-256 over all that decides a tokenizer's token ids.
+
+    Raises:
+        ConfigurationError: It is not one of the `tokenizers` library.
+    """
+    if not tokenizer.is_fast:
+        raise ConfigurationError(f"{tokenizer.name_or_path!r} has no tokenizer.json; convert it to a fast tokenizer")
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    for setting_of_last_call in ("truncation", "padding"):
+        del state[setting_of_last_call]
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+def build_knowledge_base(
+    entities: pa.Table, tokenizer: PreTrainedTokenizerFast, directory: Path, settings: KnowledgeBaseSettings
+) -> KnowledgeBaseReport:
+    """Write a knowledge base to a new directory.
+
+    Names are brought to Unicode's form NFC and stripped of white space at their ends. A name is unusable if it is
+    empty, holds control or line-separating characters, U+FFFD or a prompt marker, is too long, or if its tokens hold a
+    special token or do not decode to the name itself.
+
+    Args:
+        entities: Columns `entity_id` and `name`, and optionally others of `ENTITY_SCHEMA`; other columns are left out.
+        tokenizer: The language model's.
+        directory: Does not exist yet, or is empty.
+        settings: What to do with unusable names.
+
+    Raises:
+        ConfigurationError: The directory holds something.
+        InputError: A column is missing or of another type, an id is missing or not unique, text is not UTF-8, or names
+            are unusable (none is left, where they are skipped).
+    """
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ConfigurationError(f"{directory} is not an empty directory; remove it or name a new one")
+    fingerprint = tokenizer_fingerprint(tokenizer)
+    entities = _read_entities(entities)
+    names = _TokenisedNames.tokenise(entities["name"].to_pylist(), tokenizer)
+    reasons = _reasons_to_skip(entities["name"], names, tokenizer, settings.max_name_tokens)
+    num_skipped = _count_skipped(entities, reasons, settings.on_bad_name)
+    is_kept = reasons == ""
+    trie, name_of_row = PrefixTrie.build(*names.select(is_kept))
+    stored = _sort_entities(entities.filter(pa.array(is_kept)), name_of_row)
+
+    trie.save(directory / "trie")
+    path = directory / "entities.arrow"
+    with pa.ipc.new_file(str(path), _STORED_SCHEMA) as writer:
+        writer.write_table(stored.combine_chunks())
+    report = KnowledgeBaseReport(stored.num_rows, trie.num_names, trie.longest(0), num_skipped)
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "tokenizer_fingerprint": fingerprint,
+        "vocabulary_size": len(tokenizer),
+        "entities_sha256": file_sha256(path),
+    }
+    write_manifest(directory / "knowledge_base.json", manifest | asdict(report))
+    return report
+
+
+@dataclass(frozen=True, slots=True)
+class _TokenisedNames:
+    """Token ids of S names one after another (T,), tokens of each (S,), and whether they decode to the name (S,)."""
+
+    token_ids: NDArray[np.uint32]
+    lengths: NDArray[np.int64]
+    is_decodable: NDArray[np.bool_]
+
+    @classmethod
+    def tokenise(cls, names: list[str], tokenizer: PreTrainedTokenizerFast) -> _TokenisedNames:
+        token_ids, lengths, is_decodable = [], [], []
+        for start in tqdm(range(0, len(names), _CHUNK_SIZE), "tokenising names", disable=None):
+            chunk = names[start : start + _CHUNK_SIZE]
+            ids = tokenizer(chunk, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            decoded = tokenizer.batch_decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            token_ids.append(np.concatenate([np.array(row, np.uint32) for row in ids]))
+            lengths.append(np.array([len(row) for row in ids], np.int64))
+            is_decodable.append(np.array(decoded, object) == np.array(chunk, object))
+        return cls(np.concatenate(token_ids), np.concatenate(lengths), np.concatenate(is_decodable))
+
+    def select(self, is_kept: NDArray[np.bool_]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+        """Token ids of the kept names, and where each starts, then their end."""
+        offsets = np.concatenate([[0], np.cumsum(self.lengths[is_kept])])
+        return self.token_ids[np.repeat(is_kept, self.lengths)], offsets
+
+    def hold_any(self, token_ids: list[int]) -> NDArray[np.bool_]:
+        """Whether each name holds one of `token_ids`; (S,)."""
+        row_of_token = np.repeat(np.arange(len(self.lengths)), self.lengths)
+        num_found = np.bincount(row_of_token[np.isin(self.token_ids, token_ids)], minlength=len(self.lengths))
+        return num_found > 0
+
+
+def _read_entities(entities: pa.Table) -> pa.Table:
+    """Check ids and types, and normalise names; the result has the columns of `ENTITY_SCHEMA`."""
+    for required in ("entity_id", "name"):
+        if required not in entities.column_names:
+            raise InputError(f"the entities have no column {required!r}, only {entities.column_names}; add it")
+    columns = []
+    for column in ENTITY_SCHEMA:
+        if column.name not in entities.column_names:
+            columns.append(pa.nulls(len(entities), column.type))
+            continue
+        try:
+            values = entities[column.name].cast(column.type)
+            values.validate(full=True)
+        except pa.ArrowException as error:
+            raise InputError(f"column {column.name!r} is not valid {column.type} ({error}); correct it") from error
+        columns.append(values)
+    table = pa.table(columns, schema=ENTITY_SCHEMA)
+    _check_ids(table["entity_id"])
+    names = pc.utf8_trim_whitespace(pc.utf8_normalize(pc.fill_null(table["name"], ""), form="NFC"))
+    return table.set_column(table.column_names.index("name"), "name", names)
+
+
+def _check_ids(ids: pa.ChunkedArray) -> None:
+    if not len(ids):
+        raise InputError("there are no entities; give a table with at least one row")
+    is_missing = pc.equal(pc.fill_null(ids, ""), "")
+    if pc.any(is_missing).as_py():
+        raise InputError(f"row {pc.index(is_missing, True).as_py()} has no entity_id; give every entity a unique one")
+    if pc.count_distinct(ids).as_py() < len(ids):
+        counts = pc.value_counts(ids)
+        repeated = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
+        raise InputError(f"{len(repeated)} entity ids occur more than once, such as {repeated[0].as_py()!r}; merge them")
+
+
+def _reasons_to_skip(
+    texts: pa.ChunkedArray, names: _TokenisedNames, tokenizer: PreTrainedTokenizerFast, max_name_tokens: int
+) -> NDArray[np.str_]:
+    """Why each name is unusable, "" for those that are not; (S,)."""
+    added_tokens = tokenizer.added_tokens_decoder.items()
+    special_ids = {*tokenizer.all_special_ids, *(token_id for token_id, token in added_tokens if token.special)}
+    has_marker = np.any([pc.match_substring(texts, marker).to_numpy() for marker in PROMPT_MARKERS], axis=0)
+    tests = {
+        "empty": pc.equal(texts, "").to_numpy(),
+        "control or line-separating character": pc.match_substring_regex(texts, _CONTROL_OR_SEPARATOR).to_numpy(),
+        "replacement character U+FFFD": pc.match_substring(texts, "\ufffd").to_numpy(),
+        "prompt marker": has_marker,
+        "special token": names.hold_any(sorted(special_ids)),
+        "tokens do not decode to the name": ~names.is_decodable,
+        f"more than {max_name_tokens} tokens": names.lengths > max_name_tokens,
+    }
+    return np.select(list(tests.values()), list(tests), "")
+
+
+def _count_skipped(entities: pa.Table, reasons: NDArray[np.str_], on_bad_name: str) -> dict[str, int]:
+    """Entities left out by reason, logged; raises where they may not be, or where none is left."""
+    rows = np.flatnonzero(reasons != "")
+    if not len(rows):
+        return {}
+    if on_bad_name == "error" or len(rows) == len(reasons):
+        ids = entities["entity_id"]
+        examples = "; ".join(f"row {row} ({ids[row].as_py()!r}): {reasons[row]}" for row in rows[:_NUM_EXAMPLES])
+        raise InputError(
+            f"{len(rows)} of {len(reasons)} names are unusable, the first {examples}; "
+            'correct them, or leave out their entities with on_bad_name "skip" if others remain'
+        )
+    num_skipped = dict(Counter(reasons[rows].tolist()))
+    logger.warning("skipped %d of %d entities for their names: %s", len(rows), len(reasons), num_skipped)
+    return num_skipped
+
+
+def _sort_entities(entities: pa.Table, name_of_row: NDArray[np.intp]) -> pa.Table:
+    """Rows of `_STORED_SCHEMA`: by name, then popularity descending with unknown ones last, then id."""
+    named = entities.append_column("name_index", pa.array(name_of_row.astype(np.uint32)))
+    keys = [("name_index", "ascending"), ("popularity", "descending"), ("entity_id", "ascending")]
+    ordered = named.take(pc.sort_indices(named, sort_keys=keys))
+    row_by_id = pc.sort_indices(ordered["entity_id"]).cast(pa.uint32())
+    return ordered.append_column("row_by_id", row_by_id).cast(_STORED_SCHEMA)

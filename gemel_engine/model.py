@@ -1,0 +1,110 @@
+"""The frozen language model as transformers loads it, and what identifies a language model to other artifacts.
+
+D language-model width, P prefix length, T tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils import cached_file
+
+from gemel_engine.errors import ArtifactError, ConfigurationError
+from gemel_engine.prompt import Prompt
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_SAMPLED_BYTES = 1 << 20
+
+
+def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
+    """The tokenizer of a language model, from a local directory or by its name on the model hub.
+
+    Raises:
+        ArtifactError: There is none.
+        ConfigurationError: It has no fast implementation.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"no tokenizer can be loaded from {name_or_path!r}: {error}") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ConfigurationError(f"the tokenizer of {name_or_path!r} has no fast implementation, which is needed")
+    return tokenizer
+
+
+def language_model_width(name_or_path: str) -> int:
+    """D, the width of the language model's token embeddings.
+
+    Raises:
+        ArtifactError: The model's configuration can't be loaded.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False).get_text_config()
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"no language model can be loaded from {name_or_path!r}: {error}") from error
+    return int(getattr(config, "word_embed_proj_dim", None) or config.hidden_size)
+
+
+def language_model_fingerprint(name_or_path: str) -> str:
+    """A hash that tells language models apart without reading all of their weights.
+
+    It covers the configuration, and of each weight file the size and the first and last MiB. It guards against
+    mixing artifacts up by accident, not against forgery.
+
+    Raises:
+        ArtifactError: There is no such model.
+    """
+    try:
+        config_file = cached_file(name_or_path, "config.json")
+    except OSError as error:
+        raise ArtifactError(f"no language model can be loaded from {name_or_path!r}: {error}") from error
+    directory = Path(str(config_file)).parent
+    config = json.loads((directory / "config.json").read_text())
+    config.pop("transformers_version", None)
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for path in sorted([*directory.glob("*.safetensors"), *directory.glob("*.bin")]):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(_SAMPLED_BYTES))
+            file.seek(max(0, size - _SAMPLED_BYTES))
+            digest.update(file.read(_SAMPLED_BYTES))
+    return digest.hexdigest()
+
+
+class FrozenLanguageModel:
+    """A causal language model that takes embeddings; no parameter of it requires a gradient.
+
+    Args:
+        name_or_path: Local directory, or name on the model hub.
+        dtype: Key of `DTYPES`.
+        device: torch device.
+
+    Raises:
+        ArtifactError: There is no such model.
+    """
+
+    def __init__(self, name_or_path: str, dtype: str = "float32", device: str = "cpu") -> None:
+        try:
+            model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=DTYPES[dtype], trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise ArtifactError(f"no language model can be loaded from {name_or_path!r}: {error}") from error
+        self.module = model.to(device).eval().requires_grad_(False)
+        self._embedding = model.get_input_embeddings()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self._embedding.weight.device
+
+    def embed_prompt(self, prompt: Prompt) -> Tensor:
+        """Token embeddings with the visual prefixes in their places: (T, D), in the model's dtype."""
+        embeddings: Tensor = self._embedding(torch.tensor(prompt.token_ids, device=self.device))
+        for start, prefix in prompt.visual_prefixes:
+            embeddings[start : start + len(prefix)] = prefix.to(embeddings)
+        return embeddings

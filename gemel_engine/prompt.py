@@ -1,0 +1,162 @@
+"""Prompts as token ids with holes for visual prefixes: demonstrations first, the most similar last, then the question.
+
+GEMEL's layout (Shi et al., 2024, section 3.3, and its released code). Each block is tokenised on its own, a name apart
+from the block it answers, so that a demonstration has the same tokens in every prompt and a name the same tokens as in
+the prefix trie. Text is only ever text: nothing in it can become a special token.
+
+P prefix length, D language-model width, T tokens, K demonstrations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from gemel_engine.errors import ConfigurationError, PromptTooLongError
+
+Terminator = Literal["newline", "eos"]
+
+GEMEL_TEMPLATE = "[Text]{text}\n[Question]What does {mention} mentioned in the text refer to?\n[Answer]"
+VISUAL_PLACEHOLDER = 0  # token id that stands where an embedding goes; never looked up
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptSettings:
+    """How prompts are laid out.
+
+    Attributes:
+        template: Question layout with the fields `{text}` and `{mention}`; the name follows it directly.
+        terminator: Token that ends a generated name. Demonstrations always end with a newline in the prompt.
+        max_prompt_tokens: Upper limit of T.
+        query_reserve: Tokens kept free for the question. Demonstrations get the rest, so that which ones fit depends on
+            the surface form alone and equal surface forms share their prefix.
+        begin_with_bos: Put the tokenizer's BOS token first (GEMEL puts none).
+    """
+
+    template: str = GEMEL_TEMPLATE
+    terminator: Terminator = "newline"
+    max_prompt_tokens: int = 2048
+    query_reserve: int = 512
+    begin_with_bos: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A demonstration or a question: its token ids, and the visual prefix (P, D) that precedes them."""
+
+    token_ids: tuple[int, ...]
+    visual_prefix: Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.token_ids) + (0 if self.visual_prefix is None else len(self.visual_prefix))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prompt:
+    """What the language model reads.
+
+    Attributes:
+        token_ids: T ids, `VISUAL_PLACEHOLDER` where a visual prefix goes.
+        visual_prefixes: Position of the first embedding, and the embeddings (P, D), in order.
+    """
+
+    token_ids: tuple[int, ...]
+    visual_prefixes: tuple[tuple[int, Tensor], ...]
+
+
+def encode_text(tokenizer: PreTrainedTokenizerFast, text: str) -> tuple[int, ...]:
+    """Token ids of a text, whose spelling of a special token stays plain text."""
+    return tuple(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+
+
+class PromptBuilder:
+    """Lays out prompts for one language model.
+
+    Raises:
+        ConfigurationError: The template lacks a field, the tokenizer has no such terminator or BOS token, or the
+            question's reserve leaves no prompt.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, settings: PromptSettings) -> None:
+        _check(settings)
+        self._tokenizer = tokenizer
+        self._settings = settings
+        self._newline = encode_text(tokenizer, "\n")
+        self.terminator = self._terminator_token()
+        self._beginning: tuple[int, ...] = ()
+        if settings.begin_with_bos:
+            if tokenizer.bos_token_id is None:
+                raise ConfigurationError("prompt.begin_with_bos is set, but the tokenizer has no BOS token: unset it")
+            self._beginning = (tokenizer.bos_token_id,)
+
+    def question(self, text: str, mention: str, visual_prefix: Tensor | None) -> Block:
+        """The block that asks for the mention's entity.
+
+        Raises:
+            PromptTooLongError: It exceeds the reserve kept for it.
+        """
+        block = Block(self._question_tokens(text, mention), visual_prefix)
+        if len(block) > self._settings.query_reserve:
+            raise PromptTooLongError(
+                f"the mention's text takes {len(block)} tokens, but query_reserve is {self._settings.query_reserve}: "
+                "shorten the text to the sentences around the mention, or raise the reserve"
+            )
+        return block
+
+    def demonstration(self, text: str, mention: str, name: str, visual_prefix: Tensor | None) -> Block:
+        """A question with its answer."""
+        answer = encode_text(self._tokenizer, name) + self._newline
+        return Block(self._question_tokens(text, mention) + answer, visual_prefix)
+
+    def num_dropped(self, demonstrations: Sequence[Block]) -> int:
+        """How many of the first, least similar demonstrations have to go for the prompt to stay in its limit."""
+        room = self._settings.max_prompt_tokens - self._settings.query_reserve - len(self._beginning)
+        for num_kept, block in enumerate(reversed(demonstrations)):
+            room -= len(block)
+            if room < 0:
+                return len(demonstrations) - num_kept
+        return 0
+
+    def build(self, demonstrations: Sequence[Block], question: Block) -> Prompt:
+        """Lay the blocks out one after the other, each behind its visual prefix."""
+        token_ids = list(self._beginning)
+        visual_prefixes = []
+        for block in (*demonstrations, question):
+            if block.visual_prefix is not None:
+                visual_prefixes.append((len(token_ids), block.visual_prefix))
+                token_ids.extend([VISUAL_PLACEHOLDER] * len(block.visual_prefix))
+            token_ids.extend(block.token_ids)
+        return Prompt(tuple(token_ids), tuple(visual_prefixes))
+
+    def _question_tokens(self, text: str, mention: str) -> tuple[int, ...]:
+        return encode_text(self._tokenizer, self._settings.template.format(text=text, mention=mention))
+
+    def _terminator_token(self) -> int:
+        if self._settings.terminator == "eos":
+            if self._tokenizer.eos_token_id is None:
+                raise ConfigurationError('prompt.terminator is "eos", but the tokenizer has no EOS token: use "newline"')
+            return int(self._tokenizer.eos_token_id)
+        if len(self._newline) != 1:
+            raise ConfigurationError(
+                f'prompt.terminator is "newline", but the tokenizer writes a newline as {len(self._newline)} tokens: '
+                'use "eos"'
+            )
+        return self._newline[0]
+
+
+def _check(settings: PromptSettings) -> None:
+    try:
+        filled = settings.template.format(text="\x01", mention="\x02")
+    except (KeyError, IndexError, ValueError) as error:
+        raise ConfigurationError(f"prompt.template {settings.template!r} is malformed: {error!r}") from error
+    if "\x01" not in filled or "\x02" not in filled:
+        raise ConfigurationError(f"prompt.template {settings.template!r} must hold the fields {{text}} and {{mention}}")
+    if not 0 < settings.query_reserve <= settings.max_prompt_tokens:
+        raise ConfigurationError(
+            f"prompt.query_reserve is {settings.query_reserve}: it must be positive and at most max_prompt_tokens, "
+            f"{settings.max_prompt_tokens}"
+        )

@@ -1,0 +1,188 @@
+"""The S3 half of `storage`: what pyarrow's file system cannot do, and how both clients are built.
+
+Credentials, region and endpoint come from the environment alone, and a client is built in the process that uses it, so
+that no secret is ever pickled into a task. An address is `s3://bucket/key` without a slash at its end.
+
+Errors: FileNotFoundError for a missing object or bucket, ConfigurationError for refused credentials, OSError for any
+other failure, after the client's own retries.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
+from botocore.session import Session
+from pyarrow.fs import S3FileSystem
+
+from gemel_engine.errors import ConfigurationError
+
+_COPY_CHUNK_BYTES = 1 << 20
+_MAX_CONFLICTS = 8
+_CONFLICT_PAUSE_SECONDS = 0.05
+_MAX_KEYS_PER_DELETION = 1000
+
+_Environment = tuple[tuple[str, str], ...]
+
+
+def file_system() -> S3FileSystem:
+    """Return this process's pyarrow file system; its paths are `bucket/key`."""
+    return _file_system(_aws_environment())
+
+
+def head(uri: str) -> tuple[int, str] | None:
+    """Return the size in bytes and the ETag of an object, or None if there is none."""
+    bucket, key = _bucket_and_key(uri)
+    if not key:
+        return None
+    try:
+        with _builtin_errors(uri):
+            answer = _client().head_object(Bucket=bucket, Key=key)
+    except FileNotFoundError:
+        return None
+    return answer["ContentLength"], answer["ETag"].strip('"')
+
+
+def walk(uri: str) -> Iterator[tuple[str, int, str]]:
+    """Yield the address, size in bytes and ETag of every object under `uri/`; nothing if the bucket does not exist."""
+    bucket, key = _bucket_and_key(uri)
+    pages = _client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=f"{key}/" if key else "")
+    with suppress(FileNotFoundError), _builtin_errors(uri):
+        for page in pages:
+            for item in page.get("Contents", ()):
+                if not item["Key"].endswith("/"):  # an empty object that stands for a directory
+                    yield f"s3://{bucket}/{item['Key']}", item["Size"], item["ETag"].strip('"')
+
+
+def read_bytes(uri: str, limit: int | None = None) -> bytes:
+    """Read an object, or at most its first `limit` bytes."""
+    bucket, key = _bucket_and_key(uri)
+    with _builtin_errors(uri), closing(_client().get_object(Bucket=bucket, Key=key)["Body"]) as body:
+        content: bytes = body.read(limit)
+        return content
+
+
+def copy_to_local(uri: str, etag: str, path: Path) -> None:
+    """Copy an object into a local file; OSError if it is no longer the version with this ETag."""
+    bucket, key = _bucket_and_key(uri)
+    with _builtin_errors(uri), path.open("wb") as stream:
+        answer = _client().get_object(Bucket=bucket, Key=key, IfMatch=f'"{etag}"')
+        for chunk in answer["Body"].iter_chunks(_COPY_CHUNK_BYTES):
+            stream.write(chunk)
+
+
+def write_bytes(uri: str, data: bytes) -> None:
+    """Write an object, replacing what was there."""
+    bucket, key = _bucket_and_key(uri)
+    with _builtin_errors(uri):
+        _client().put_object(Bucket=bucket, Key=key, Body=data)
+
+
+def create_exclusive(uri: str, data: bytes) -> bool:
+    """Write an object unless there is one already, and tell whether this call did.
+
+    pyarrow ignores the condition and would overwrite, hence botocore.
+    """
+    bucket, key = _bucket_and_key(uri)
+    with _builtin_errors(uri):
+        for attempt in range(_MAX_CONFLICTS):
+            try:
+                _client().put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
+            except ClientError as error:
+                if _status(error) == 412:
+                    return False
+                if _status(error) != 409:  # 409: another conditional write of this key was under way
+                    raise
+                time.sleep(_CONFLICT_PAUSE_SECONDS * 2**attempt)
+            else:
+                return True
+    raise OSError(f"{uri}: {_MAX_CONFLICTS} conditional writes in a row met another one; run the job again")
+
+
+def remove_tree(uri: str) -> None:
+    """Remove every object under `uri/`."""
+    bucket, _ = _bucket_and_key(uri)
+    keys = [{"Key": _bucket_and_key(found)[1]} for found, _, _ in walk(uri)]
+    for start in range(0, len(keys), _MAX_KEYS_PER_DELETION):
+        batch = keys[start : start + _MAX_KEYS_PER_DELETION]
+        with _builtin_errors(uri):
+            answer = _client().delete_objects(Bucket=bucket, Delete={"Objects": batch, "Quiet": True})
+        if failures := answer.get("Errors"):
+            raise OSError(f"{uri}: {len(failures)} objects could not be removed, the first: {failures[0]}")
+
+
+def _bucket_and_key(uri: str) -> tuple[str, str]:
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    return bucket, key
+
+
+def _aws_environment() -> _Environment:
+    return tuple(sorted((name, value) for name, value in os.environ.items() if name.startswith("AWS_")))
+
+
+def _client() -> Any:
+    return _client_of(_aws_environment())
+
+
+# Clients are cached by the variables they were built from, so that a changed environment is never ignored.
+@lru_cache(maxsize=4)
+def _client_of(environment: _Environment) -> Any:
+    endpoint, region = _endpoint_and_region(environment)
+    config = Config(
+        retries={"mode": "standard"},  # 3 attempts, or AWS_MAX_ATTEMPTS
+        max_pool_connections=32,
+        s3={"addressing_style": "path" if endpoint else "auto"},  # other servers have no host name per bucket
+    )
+    return Session().create_client("s3", endpoint_url=endpoint, region_name=region, config=config)
+
+
+@lru_cache(maxsize=4)
+def _file_system(environment: _Environment) -> S3FileSystem:
+    endpoint, region = _endpoint_and_region(environment)
+    if endpoint is None:
+        return S3FileSystem(region=region)
+    address = urlsplit(endpoint)
+    return S3FileSystem(region=region, endpoint_override=address.netloc, scheme=address.scheme)
+
+
+def _endpoint_and_region(environment: _Environment) -> tuple[str | None, str | None]:
+    variables = dict(environment)
+    endpoint = variables.get("AWS_ENDPOINT_URL_S3") or variables.get("AWS_ENDPOINT_URL")
+    return endpoint, variables.get("AWS_REGION") or variables.get("AWS_DEFAULT_REGION")
+
+
+@contextmanager
+def _builtin_errors(uri: str) -> Iterator[None]:
+    """Raise the client's errors as those that the module's docstring promises."""
+    try:
+        yield
+    except ClientError as error:
+        if _status(error) == 404:
+            raise FileNotFoundError(f"{uri}: no such object or bucket") from error
+        if _status(error) in (401, 403):
+            raise _refused(uri, error) from error
+        raise OSError(f"{uri}: {error}") from error
+    except (NoCredentialsError, PartialCredentialsError) as error:
+        raise _refused(uri, error) from error
+    except BotoCoreError as error:
+        raise OSError(f"{uri}: {error}") from error
+
+
+def _refused(uri: str, error: Exception) -> ConfigurationError:
+    return ConfigurationError(
+        f"{uri}: access refused ({error}); check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, "
+        "AWS_ENDPOINT_URL and the permissions of the bucket"
+    )
+
+
+def _status(error: ClientError) -> int:
+    status: int = error.response["ResponseMetadata"]["HTTPStatusCode"]
+    return status

@@ -1,0 +1,307 @@
+"""Exact best-first search for the entity name that a language model finds most probable.
+
+The search knows a prefix trie and asks for *rollouts*; what answers them (a language model, a table of random
+numbers in a test) it does not know. A rollout starts at a trie node, decodes greedily under the trie to the end of
+a name, and reports at each step the log-probs of the K best allowed tokens. Every token not taken is a frontier
+item whose score is known; where a node allows more than K tokens, the rest is one item bounded by the K-th.
+
+Log-probs are never positive, so the score of a node bounds the score of every name below it. Once no open item's
+bound exceeds the best finished name, that name is the argmax over *all* allowed names: it is certified.
+
+    search = NameSearch(trie, terminator, settings)
+    while not search.is_done:
+        for request in search.next_requests():
+            search.observe(request, ask_the_model(request))
+    search.result()
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+from bisect import insort
+from collections.abc import Hashable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, TypeVar
+
+import numpy as np
+
+from gemel_engine.prefix_trie import PrefixTrie
+from gemel_engine.prompt import Prompt
+
+Objective = Literal["sum", "mean"]
+Key = TypeVar("Key", bound=Hashable)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchSettings:
+    """How far to search.
+
+    Attributes:
+        objective: `sum` of the log-probs of a name's tokens and its terminator, or their `mean` (the default length
+            penalty of Hugging Face's beam search, which GEMEL uses).
+        num_candidates: Names to return.
+        num_to_certify: Stop once this many of the best names are proved. At most `num_candidates`.
+        num_children: K, the log-probs asked for at each step of a rollout.
+        width: Rollouts of one mention that may be in flight at once.
+        max_rollouts: Budget; when it is spent the best name found so far is returned, uncertified.
+    """
+
+    objective: Objective = "sum"
+    num_candidates: int = 5
+    num_to_certify: int = 1
+    num_children: int = 10
+    width: int = 4
+    max_rollouts: int = 64
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutRequest:
+    """Decode greedily from the trie node at `path`; the first step may not take a token of `excluded`."""
+
+    path: tuple[int, ...]
+    excluded: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """What greedy decoding saw, step by step; the last token chosen is the terminator.
+
+    Attributes:
+        tokens: For each step, the K best allowed tokens (all, where fewer are allowed), the best first. The best is
+            the one taken.
+        log_probs: Their log-probabilities under the full softmax, in nats, in the same layout.
+    """
+
+    tokens: list[list[int]]
+    log_probs: list[list[float]]
+
+
+@dataclass(frozen=True, slots=True)
+class FoundName:
+    """A finished name: its number in the trie, log-prob in nats (terminator included) and value of the objective."""
+
+    name_index: int
+    log_prob: float
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class SearchResult:
+    """Names in descending order of the objective, and what is proved of them.
+
+    Attributes:
+        names: At most `num_candidates`.
+        num_certified: The first `num_certified` names are proved to be the best ones of all allowed names.
+        log_explored_mass: Log of the probability of all names that were finished.
+        unexplored_mass: Upper bound of the probability of all names that were not.
+        num_rollouts: Rollouts asked for.
+    """
+
+    names: tuple[FoundName, ...]
+    num_certified: int
+    log_explored_mass: float
+    unexplored_mass: float
+    num_rollouts: int
+
+
+@dataclass(order=True, slots=True)
+class _OpenItem:
+    """A set of unfinished names: those below `path`, less the subtrees of the `excluded` tokens.
+
+    Ordered so that a heap gives the highest bound first, ties by path.
+    """
+
+    negative_bound: float
+    path: tuple[int, ...]
+    node: int = field(compare=False)
+    log_prob: float = field(compare=False)
+    mass: float = field(compare=False)
+    excluded: frozenset[int] = field(compare=False, default=frozenset())
+    excluded_mass: float = field(compare=False, default=0.0)
+
+
+class NameSearch:
+    """The search for one mention.
+
+    Args:
+        trie: Names allowed. Its tokens don't include the terminator.
+        terminator: Token that ends a name.
+        settings: How far to search.
+    """
+
+    def __init__(self, trie: PrefixTrie, terminator: int, settings: SearchSettings) -> None:
+        self._trie = trie
+        self._terminator = terminator
+        self._settings = settings
+        self._frontier = [self._item((), 0, 0.0)]
+        self._in_flight: dict[RolloutRequest, _OpenItem] = {}
+        self._found: list[tuple[float, tuple[int, ...], FoundName]] = []  # ascending (-score, path)
+        self._num_rollouts = 0
+
+    def next_requests(self) -> list[RolloutRequest]:
+        """Rollouts worth having now: open items that can still hold one of the names to certify, best bound first."""
+        requests = []
+        while (
+            self._frontier
+            and len(self._in_flight) < self._settings.width
+            and self._num_rollouts < self._settings.max_rollouts
+            and -self._frontier[0].negative_bound > self._score_to_beat
+        ):
+            item = heapq.heappop(self._frontier)
+            request = RolloutRequest(item.path, item.excluded)
+            self._in_flight[request] = item
+            self._num_rollouts += 1
+            requests.append(request)
+        return requests
+
+    def observe(self, request: RolloutRequest, rollout: Rollout) -> None:
+        """Take in the answer to a request: the names it finished, and the open items beside its way."""
+        item = self._in_flight.pop(request)
+        for tokens, log_probs in zip(rollout.tokens, rollout.log_probs, strict=True):
+            self._open_remainder(item, tokens, log_probs)
+            children = [self._child(item, *child) for child in zip(tokens, log_probs, strict=True)]
+            for child in filter(None, children[1:]):
+                heapq.heappush(self._frontier, child)
+            if children[0] is None:
+                return
+            item = children[0]
+        raise AssertionError("a rollout ends with the terminator")
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the names asked for are proved, nothing is left to explore, or the budget is spent."""
+        if self._highest_bound <= self._score_to_beat:
+            return True
+        return not self._in_flight and self._num_rollouts >= self._settings.max_rollouts
+
+    def result(self) -> SearchResult:
+        """The best names found so far; valid at any time after the first `observe`."""
+        names = tuple(found for _, _, found in self._found[: self._settings.num_candidates])
+        open_items = itertools.chain(self._frontier, self._in_flight.values())
+        return SearchResult(
+            names=names,
+            num_certified=sum(found.score >= self._highest_bound for found in names),
+            log_explored_mass=_log_sum_exp([found.log_prob for _, _, found in self._found]),
+            unexplored_mass=min(1.0, sum(item.mass for item in open_items)),
+            num_rollouts=self._num_rollouts,
+        )
+
+    @property
+    def _highest_bound(self) -> float:
+        bounds = [-item.negative_bound for item in self._in_flight.values()]
+        if self._frontier:
+            bounds.append(-self._frontier[0].negative_bound)
+        return max(bounds, default=-math.inf)
+
+    @property
+    def _score_to_beat(self) -> float:
+        n = self._settings.num_to_certify
+        return self._found[n - 1][2].score if len(self._found) >= n else -math.inf
+
+    def _bound(self, log_prob: float, depth: int, node: int) -> float:
+        """Highest objective that a name below `node` can reach; the terminator counts as a token."""
+        if self._settings.objective == "sum":
+            return log_prob
+        return log_prob / (depth + self._trie.longest(node) + 1)
+
+    def _item(self, path: tuple[int, ...], node: int, log_prob: float) -> _OpenItem:
+        return _OpenItem(-self._bound(log_prob, len(path), node), path, node, log_prob, math.exp(log_prob))
+
+    def _child(self, parent: _OpenItem, token: int, log_prob: float) -> _OpenItem | None:
+        """The open item of a child, or None when the token ended a name, which is noted."""
+        total = parent.log_prob + log_prob
+        if token == self._terminator and self._trie.is_terminal(parent.node):
+            length = len(parent.path) + 1
+            score = total if self._settings.objective == "sum" else total / length
+            name = FoundName(self._trie.name_index(parent.node), total, score)
+            insort(self._found, (-score, parent.path, name), key=lambda entry: entry[:2])
+            return None
+        node = self._trie.child(parent.node, token)
+        assert node is not None, f"token {token} is not allowed after {parent.path}"
+        return self._item((*parent.path, token), node, total)
+
+    def _open_remainder(self, item: _OpenItem, tokens: list[int], log_probs: list[float]) -> None:
+        """Push the allowed children of `item` that a step did not report, as one item, if there are any."""
+        excluded = item.excluded.union(tokens)
+        num_left = self._trie.num_children(item.node) + self._trie.is_terminal(item.node) - len(excluded)
+        if num_left == 0:
+            return
+        excluded_mass = item.excluded_mass + math.fsum(map(math.exp, log_probs))
+        mass_left = min(num_left * math.exp(log_probs[-1]), max(0.0, 1.0 - excluded_mass))
+        bound = self._bound(item.log_prob + log_probs[-1], len(item.path), item.node)
+        remainder = _OpenItem(
+            -bound, item.path, item.node, item.log_prob, math.exp(item.log_prob) * mass_left, excluded, excluded_mass
+        )
+        heapq.heappush(self._frontier, remainder)
+
+
+class RolloutEngine(Protocol):
+    """A language model that answers rollouts, many at a time."""
+
+    def submit(self, request_id: str, prompt: Prompt, request: RolloutRequest, candidates: PrefixTrie | None) -> None:
+        """Queue a rollout under the engine's trie, or under `candidates` where that is given."""
+
+    def step(self) -> list[tuple[str, Rollout]]:
+        """Advance all queued rollouts; returns the finished ones with their request ids. Blocks for one step."""
+
+
+def run_searches(
+    engine: RolloutEngine,
+    mentions: Iterable[tuple[Key, Prompt, NameSearch, PrefixTrie | None]],
+    max_in_flight: int,
+) -> Iterator[tuple[Key, SearchResult]]:
+    """Drive many searches over one engine, in order of arrival; yields each as it ends.
+
+    Args:
+        engine: Answers the rollouts.
+        mentions: Key, prompt, search, and the candidates' own trie (None: the engine's).
+        max_in_flight: Searches that are open at once.
+    """
+    waiting = iter(mentions)
+    open_searches: dict[Key, tuple[Prompt, NameSearch, PrefixTrie | None]] = {}
+    rollouts: dict[str, tuple[Key, RolloutRequest]] = {}
+    request_ids = map(str, itertools.count())
+
+    def submit(key: Key) -> None:
+        prompt, search, candidates = open_searches[key]
+        for request in search.next_requests():
+            request_id = next(request_ids)
+            rollouts[request_id] = key, request
+            engine.submit(request_id, prompt, request, candidates)
+
+    while True:
+        for key, *rest in itertools.islice(waiting, max_in_flight - len(open_searches)):
+            open_searches[key] = tuple(rest)
+            submit(key)
+        if not rollouts:
+            return
+        for request_id, rollout in engine.step():
+            key, request = rollouts.pop(request_id)
+            if key not in open_searches:
+                continue  # a rollout of a search that was proved without it
+            search = open_searches[key][1]
+            search.observe(request, rollout)
+            if search.is_done:
+                del open_searches[key]
+                yield key, search.result()
+            else:
+                submit(key)
+
+
+def allowed_next_tokens(trie: PrefixTrie, node: int, terminator: int, excluded: frozenset[int]) -> np.ndarray:
+    """Tokens that may follow a trie node: its children and, where a name ends, the terminator; (N,) int64."""
+    tokens = np.asarray(trie.children(node)[0], dtype=np.int64)
+    if trie.is_terminal(node):
+        tokens = np.append(tokens, terminator)
+    if excluded:
+        tokens = tokens[~np.isin(tokens, list(excluded))]
+    return tokens
+
+
+def _log_sum_exp(values: list[float]) -> float:
+    if not values:
+        return -math.inf
+    highest = max(values)
+    return highest + math.log(math.fsum(math.exp(value - highest) for value in values))

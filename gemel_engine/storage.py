@@ -1,0 +1,241 @@
+"""Files on a local disk or in S3, behind one set of functions.
+
+An address is a local path (absolute, relative or `file:///...`) or `s3://bucket/key`. Nothing here knows what a file
+contains.
+
+Errors are the same for both kinds: FileNotFoundError for what does not exist, ConfigurationError for an address of an
+unknown kind or refused credentials, OSError for any other failure.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote
+
+from pyarrow.fs import FileSystem, LocalFileSystem
+
+from gemel_engine import s3
+from gemel_engine.errors import ArtifactError, ConfigurationError, InputError
+
+
+@dataclass(frozen=True, slots=True)
+class InputFile:
+    """A stored file as it was when it was listed.
+
+    Attributes:
+        uri: Absolute local path, or `s3://bucket/key`.
+        size: Length in bytes.
+        version: Changes when the content does: the ETag in S3, size and modification time on a local disk.
+    """
+
+    uri: str
+    size: int
+    version: str
+
+
+def local_path(uri: str) -> Path | None:
+    """Return the absolute local path that an address means, or None for an address in S3.
+
+    Raises:
+        ConfigurationError: The address is of another kind, or names no bucket.
+    """
+    scheme, separator, rest = uri.partition("://")
+    if not separator and uri:
+        return Path(os.path.abspath(uri))
+    if scheme == "file" and rest.startswith("/"):
+        return Path(os.path.abspath(unquote(rest)))
+    if scheme == "s3" and rest and not rest.startswith("/"):
+        return None
+    raise ConfigurationError(f"cannot use the address {uri!r}: give a local path, file:///path or s3://bucket/key")
+
+
+def resolve(uri: str) -> tuple[FileSystem, str]:
+    """Return the pyarrow file system of an address and the path inside it, for pyarrow's own readers and writers.
+
+    The S3 file system must not be sent to another process: call `resolve` there.
+    """
+    path = local_path(uri)
+    if path is not None:
+        return LocalFileSystem(), str(path)
+    return s3.file_system(), uri.removeprefix("s3://").rstrip("/")
+
+
+def list_parquet(uri: str) -> list[InputFile]:
+    """List the Parquet file at an address, or those anywhere under it, sorted by address.
+
+    Under a directory only names ending in `.parquet` count, and what begins with a dot or an underscore, at any level,
+    is left out.
+
+    Raises:
+        InputError: There is no such file.
+    """
+    root = _normalised(uri)
+    single = _stat(root)
+    if single is not None:
+        return [single]
+    files = [file for file in _walk(root) if _is_table(_relative(file, root))]
+    if not files:
+        raise InputError(f"no Parquet file at {uri!r}: give a file, or a directory with files named *.parquet")
+    return sorted(files, key=lambda file: file.uri)
+
+
+def exists(uri: str) -> bool:
+    """Tell whether there is a file at the address, or any file under it; an empty directory does not count."""
+    root = _normalised(uri)
+    return _stat(root) is not None or next(_walk(root), None) is not None
+
+
+def read_bytes(uri: str, limit: int | None = None) -> bytes:
+    """Read a file, or at most its first `limit` bytes."""
+    path = local_path(uri)
+    if path is None:
+        return s3.read_bytes(uri, limit)
+    with path.open("rb") as stream:
+        return stream.read(limit)
+
+
+def write_bytes(uri: str, data: bytes) -> None:
+    """Write a file, replacing what was there; a reader sees the old content or the new, never a part."""
+    path = local_path(uri)
+    if path is None:
+        s3.write_bytes(uri, data)
+        return
+    with _finished_temporary(path, data) as temporary:
+        temporary.replace(path)
+
+
+def create_exclusive(uri: str, data: bytes) -> bool:
+    """Write a file unless there is one already: of any number of writers one wins, and the file is always complete.
+
+    Returns:
+        Whether this call created the file. In S3, False may also mean that it did but that the answer was lost on the
+        way back and the request sent again.
+    """
+    path = local_path(uri)
+    if path is None:
+        return s3.create_exclusive(uri, data)
+    with _finished_temporary(path, data) as temporary:
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+    return True
+
+
+def download_directory(uri: str, cache_dir: str | os.PathLike[str]) -> Path:
+    """Make an artifact directory available as a local one.
+
+    A directory in S3 is copied once into `cache_dir`, under a name made from its address and its files' versions;
+    several processes may ask for it at once. A local directory is returned as it is.
+
+    Raises:
+        ArtifactError: There is no such directory, or it holds a name that could lead out of it.
+    """
+    root = _normalised(uri)
+    if not root.startswith("s3://"):
+        if not os.path.isdir(root):
+            raise ArtifactError(f"no artifact directory at {uri!r}: check the path, or build the artifact first")
+        return Path(root)
+    files = sorted(_walk(root), key=lambda file: file.uri)
+    if not files:
+        raise ArtifactError(f"no artifact directory at {uri!r}: check the address, or upload the artifact first")
+    digest = hashlib.sha256(repr([(file.uri, file.version) for file in files]).encode()).hexdigest()[:16]
+    target = Path(cache_dir) / f"{root.rpartition('/')[2]}-{digest}"
+    if not target.is_dir():
+        _download(files, root, target)
+    return target
+
+
+def remove_tree(uri: str) -> None:
+    """Remove a directory and all that is in it; do nothing if it does not exist."""
+    root = _normalised(uri)
+    if root.startswith("s3://"):
+        s3.remove_tree(root)
+        return
+    with suppress(FileNotFoundError):
+        shutil.rmtree(root)
+
+
+def _normalised(uri: str) -> str:
+    path = local_path(uri)
+    return uri.rstrip("/") if path is None else str(path)
+
+
+def _relative(file: InputFile, root: str) -> str:
+    return file.uri[len(root) + 1 :]
+
+
+def _is_table(relative: str) -> bool:
+    return relative.endswith(".parquet") and not any(part.startswith((".", "_")) for part in relative.split("/"))
+
+
+def _stat(root: str) -> InputFile | None:
+    """Describe the single file at a normalised address; None if there is none, or a directory."""
+    if not root.startswith("s3://"):
+        return _local_file(root) if os.path.isfile(root) else None
+    found = s3.head(root)
+    return None if found is None else InputFile(root, *found)
+
+
+def _walk(root: str) -> Iterator[InputFile]:
+    """Describe all files under a normalised address, in no particular order."""
+    if root.startswith("s3://"):
+        for found in s3.walk(root):
+            yield InputFile(*found)
+        return
+    for directory, _, names in os.walk(root):
+        for name in names:
+            yield _local_file(os.path.join(directory, name))
+
+
+def _local_file(path: str) -> InputFile:
+    status = os.stat(path)
+    return InputFile(path, status.st_size, f"{status.st_size}-{status.st_mtime_ns}")
+
+
+@contextmanager
+def _finished_temporary(path: Path, data: bytes) -> Iterator[Path]:
+    """Write a hidden file beside `path`, on disk before the block is entered and gone after it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with temporary.open("xb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _download(files: list[InputFile], root: str, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
+    try:
+        with ThreadPoolExecutor() as pool:
+            for copy in [pool.submit(_download_file, file, _relative(file, root), temporary) for file in files]:
+                copy.result()
+        try:
+            temporary.rename(target)
+        except OSError:
+            if not target.is_dir():  # else another process was first, with the same files
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _download_file(file: InputFile, relative: str, directory: Path) -> None:
+    if any(part in ("", ".", "..") for part in relative.split("/")):
+        raise ArtifactError(f"the object {file.uri!r} has no safe local name: remove it from the artifact")
+    path = directory / relative
+    path.parent.mkdir(parents=True, exist_ok=True)
+    s3.copy_to_local(file.uri, file.version, path)

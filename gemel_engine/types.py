@@ -1,0 +1,121 @@
+"""The rows that flow through the engine, with the Arrow schema of each table beside its type.
+
+Nothing here knows a model, Ray or a file. A stage adds a type; none changes another's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+MENTION_REQUIRED_COLUMNS = ("mention_id", "text", "mention")
+MENTION_OPTIONAL_COLUMNS = ("mention_start", "image_bytes", "image_uri", "candidate_ids", "entity_id")
+
+
+@dataclass(frozen=True, slots=True)
+class Mention:
+    """A surface form in a text, with or without a picture.
+
+    Attributes:
+        mention_id: Unique in its corpus.
+        text: The sentence or caption.
+        mention: The surface form; occurs in `text`.
+        mention_start: Character offset of the surface form in `text`, where known.
+        candidate_ids: Decoding is restricted to these entities; None means the whole knowledge base.
+    """
+
+    mention_id: str
+    text: str
+    mention: str
+    mention_start: int | None = None
+    candidate_ids: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One entity that a mention may refer to.
+
+    Attributes:
+        entity_id: Identifier in the knowledge base.
+        entity_name: The generated name, which several entities may share.
+        log_prob: Sum of the log-probabilities of the name's tokens and its terminator, in nats.
+    """
+
+    entity_id: str
+    entity_name: str
+    log_prob: float
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What linking says of one mention; every field but `mention_id` is None or empty where `error` is set.
+
+    Attributes:
+        log_prob: Log-probability of the best name, in nats (a sum over its tokens and the terminator).
+        probability: The best name's share of the probability mass of all names, as a lower bound: what was not
+            explored counts against it. Not calibrated.
+        unexplored_mass: Upper bound of the probability of all names that the search did not reach.
+        margin: Objective of the best name minus that of the second; None when only one name was found.
+        certified: The best name is proved to be the argmax over all allowed names.
+        num_certified: How many of the leading candidate names are proved to be in their place.
+        is_nil: The mention refers to no entity of the knowledge base; None until a threshold is calibrated.
+        candidates: The best first; entities that share a name follow each other.
+        demonstration_ids: `mention_id`s of the demonstrations in the prompt, the most similar last.
+        num_demonstrations_dropped: How many were left out because the prompt would have been too long.
+        num_rollouts: Rollouts that the search asked the language model for.
+    """
+
+    mention_id: str
+    entity_id: str | None = None
+    entity_name: str | None = None
+    log_prob: float | None = None
+    probability: float | None = None
+    unexplored_mass: float | None = None
+    margin: float | None = None
+    certified: bool | None = None
+    num_certified: int | None = None
+    is_nil: bool | None = None
+    candidates: tuple[Candidate, ...] = ()
+    demonstration_ids: tuple[str, ...] = ()
+    num_demonstrations_dropped: int | None = None
+    num_rollouts: int | None = None
+    error: str | None = None
+
+
+PREDICTION_SCHEMA = pa.schema(
+    [
+        pa.field("mention_id", pa.string(), nullable=False),
+        pa.field("entity_id", pa.string()),
+        pa.field("entity_name", pa.string()),
+        pa.field("log_prob", pa.float64()),
+        pa.field("probability", pa.float64()),
+        pa.field("unexplored_mass", pa.float64()),
+        pa.field("margin", pa.float64()),
+        pa.field("certified", pa.bool_()),
+        pa.field("num_certified", pa.int32()),
+        pa.field("is_nil", pa.bool_()),
+        pa.field(
+            "candidates",
+            pa.list_(pa.struct([("entity_id", pa.string()), ("name", pa.string()), ("log_prob", pa.float64())])),
+        ),
+        pa.field("demonstration_ids", pa.list_(pa.string())),
+        pa.field("num_demonstrations_dropped", pa.int32()),
+        pa.field("num_rollouts", pa.int32()),
+        pa.field("error", pa.string()),
+    ]
+)
+
+
+def predictions_to_table(predictions: list[Prediction]) -> pa.Table:
+    """Rows of `PREDICTION_SCHEMA`, one for each prediction, in the order given."""
+    columns: dict[str, list[object]] = {
+        name: [getattr(prediction, name) for prediction in predictions]
+        for name in PREDICTION_SCHEMA.names
+        if name != "candidates"
+    }
+    columns["candidates"] = [
+        [{"entity_id": c.entity_id, "name": c.entity_name, "log_prob": c.log_prob} for c in prediction.candidates]
+        for prediction in predictions
+    ]
+    return pa.Table.from_pydict(columns, schema=PREDICTION_SCHEMA)

@@ -1,0 +1,73 @@
+"""Build a knowledge base from a table of entities.
+
+    python jobs/build_knowledge_base.py entities.parquet knowledge_base/ --tokenizer models/language_model
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import tyro
+from transformers import AutoTokenizer
+
+from gemel_engine.errors import ConfigurationError, GemelError, InputError
+from gemel_engine.knowledge_base import ENTITY_SCHEMA, KnowledgeBaseSettings, build_knowledge_base
+from gemel_engine.storage import list_parquet, resolve
+
+logger = logging.getLogger("build_knowledge_base")
+
+
+def main(
+    entities: tyro.conf.Positional[str],
+    output_dir: tyro.conf.Positional[Path],
+    *,
+    tokenizer: str,
+    max_name_tokens: int = 32,
+    on_bad_name: Literal["error", "skip"] = "error",
+) -> None:
+    """Build a knowledge base from a table of entities.
+
+    Args:
+        entities: Parquet file, or directory of them; local or s3://bucket/prefix. Columns `entity_id` and `name`, and
+            optionally `description`, `popularity`, `image_uri`, `aliases`.
+        output_dir: New or empty local directory.
+        tokenizer: The language model's directory or hub name.
+        max_name_tokens: Longer names are unusable.
+        on_bad_name: Refuse the table if a name is unusable, or leave its entity out.
+    """
+    started = time.perf_counter()
+    settings = KnowledgeBaseSettings(max_name_tokens=max_name_tokens, on_bad_name=on_bad_name)
+    report = build_knowledge_base(read_entities(entities), load_tokenizer(tokenizer), output_dir, settings)
+    logger.info(
+        "%s: %d entities, %d names of at most %d tokens, %d entities skipped, in %.1f s",
+        output_dir,
+        report.num_entities,
+        report.num_names,
+        report.longest_name,
+        sum(report.num_skipped.values()),
+        time.perf_counter() - started,
+    )
+
+
+def read_entities(uri: str) -> pa.Table:
+    """Read the entities' columns from all Parquet files at an address, in the order of their names."""
+    tables = []
+    for file in list_parquet(uri):
+        filesystem, path = resolve(file.uri)
+        try:
+            parquet = pq.ParquetFile(path, filesystem=filesystem)
+            columns = [column for column in ENTITY_SCHEMA.names if column in parquet.schema_arrow.names]
+            tables.append(parquet.read(columns))
+        except pa.ArrowException as error:
+            raise InputError(f"{file.uri} is not readable Parquet ({error}); write it again") from error
+    return pa.concat_tables(tables, promote_options="permissive")
+
+
+def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
+    """Load a tokenizer from a directory or the hub."""

@@ -1,0 +1,124 @@
+"""The feature mapper's arithmetic, and what `load` accepts and refuses."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from gemel_engine.errors import ArtifactError
+from gemel_engine.feature_mapper import FeatureMapper
+
+C, P, D = 5, 3, 4
+
+
+@pytest.fixture
+def mapper() -> FeatureMapper:
+    return FeatureMapper.random(C, P, D, seed=7, language_model_fingerprint="lm", image_encoder_fingerprint="encoder")
+
+
+@pytest.fixture
+def directory(mapper: FeatureMapper, tmp_path: Path) -> Path:
+    mapper.save(tmp_path / "mapper")
+    return tmp_path / "mapper"
+
+
+def test_each_prefix_position_is_its_own_block_of_the_linear_layer(mapper: FeatureMapper) -> None:
+    features = torch.randn(2, C)
+    prefixes = mapper(features)
+    assert prefixes.shape == (2, P, D)
+    for p in range(P):
+        block = features @ mapper.linear.weight[p * D : (p + 1) * D].T + mapper.linear.bias[p * D : (p + 1) * D]
+        torch.testing.assert_close(prefixes[:, p], block)
+
+
+def test_random_depends_on_the_seed_only() -> None:
+    state = torch.random.get_rng_state()
+    first, again, other = (FeatureMapper.random(C, P, D, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(first.linear.weight, again.linear.weight)
+    assert not torch.equal(first.linear.weight, other.linear.weight)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_normalisation_z_scores_and_leaves_constant_features_finite(mapper: FeatureMapper) -> None:
+    features = torch.randn(100, C) * 3 + 2
+    features[:, 0] = 1.5
+    mapper.fit_normalisation(features)
+    z = (features - features.mean(0)) / features.std(0, correction=0)
+    z[:, 0] = 0
+    torch.testing.assert_close(mapper(features).flatten(1), mapper.linear(z))
+
+
+def test_load_returns_what_was_saved(mapper: FeatureMapper, tmp_path: Path) -> None:
+    mapper.fit_normalisation(torch.randn(20, C))
+    mapper.metadata = replace(mapper.metadata, trained=True, details={"steps": 12, "loss": 0.5, "start": "random"})
+    mapper.save(tmp_path)
+    loaded = FeatureMapper.load(tmp_path)
+    assert loaded.metadata == mapper.metadata
+    features = torch.randn(2, C)
+    assert torch.equal(loaded(features), mapper(features))
+
+
+def test_bfloat16_weights_load_as_float32(mapper: FeatureMapper, tmp_path: Path) -> None:
+    mapper.bfloat16().save(tmp_path)
+    assert FeatureMapper.load(tmp_path).linear.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["mapper.json", "mapper.safetensors"])
+def test_missing_or_damaged_file_is_refused(directory: Path, name: str) -> None:
+    (directory / name).write_bytes((directory / name).read_bytes()[:20])
+    with pytest.raises(ArtifactError, match=name):
+        FeatureMapper.load(directory)
+    (directory / name).unlink()
+    with pytest.raises(ArtifactError, match=name):
+        FeatureMapper.load(directory)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format_version": 2}, "format version 2"),
+        ({"vision_width": C + 1}, "asks for"),
+        ({"prefix_length": 0}, "prefix_length"),
+        ({"trained": "yes"}, "trained"),
+        ({"colour": "red"}, "colour"),
+    ],
+)
+def test_description_that_does_not_fit_is_refused(directory: Path, changes: dict[str, object], message: str) -> None:
+    path = directory / "mapper.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(ArtifactError, match=message):
+        FeatureMapper.load(directory)
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "{"])
+def test_description_that_is_no_object_is_refused(directory: Path, content: str) -> None:
+    (directory / "mapper.json").write_text(content)
+    with pytest.raises(ArtifactError, match=r"mapper\.json"):
+        FeatureMapper.load(directory)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("linear.weight", torch.nan), ("linear.bias", torch.inf), ("feature_std", 0.0)]
+)
+def test_unusable_weights_are_refused(directory: Path, name: str, value: float) -> None:
+    weights = load_file(directory / "mapper.safetensors")
+    weights[name].view(-1)[0] = value
+    save_file(weights, directory / "mapper.safetensors")
+    with pytest.raises(ArtifactError, match=name):
+        FeatureMapper.load(directory)
+
+
+def test_extra_and_missing_tensors_are_refused(directory: Path) -> None:
+    weights = load_file(directory / "mapper.safetensors")
+    save_file(weights | {"extra": torch.zeros(1)}, directory / "mapper.safetensors")
+    with pytest.raises(ArtifactError, match="extra"):
+        FeatureMapper.load(directory)
+    del weights["linear.bias"]
+    save_file(weights, directory / "mapper.safetensors")
+    with pytest.raises(ArtifactError, match=r"linear\.bias"):
+        FeatureMapper.load(directory)
