@@ -89,9 +89,7 @@ class VisionSettings:
     Attributes:
         image_encoder: An open_clip architecture, or a local directory in open_clip's layout; None: pictures are ignored.
         pretrained: open_clip's tag of the weights, for an architecture by name.
-        feature_mapper: Directory of a trained feature mapper; None: random weights, and the report says so.
-        prefix_length: P of the random feature mapper.
-        seed: Of the random feature mapper.
+        feature_mapper: Directory of the feature mapper between the two models.
         batch_size: Pictures encoded at once.
         max_image_pixels: A picture that decodes to more is refused.
         device: torch device of the image encoder.
@@ -100,8 +98,6 @@ class VisionSettings:
     image_encoder: str | None = None
     pretrained: str | None = None
     feature_mapper: str | None = None
-    prefix_length: int = 4
-    seed: int = 0
     batch_size: int = 32
     max_image_pixels: int = 50_000_000
     device: str = "cpu"
@@ -116,12 +112,14 @@ class PoolSettings:
         max_actors: Upper limit as the stage falls behind.
         num_cpus: Logical CPUs of one actor.
         num_gpus: GPUs of one actor; a fraction shares one.
+        num_threads: Threads of one actor's models on CPU; None leaves it to Ray, which gives one below two CPUs.
     """
 
     min_actors: int = 1
     max_actors: int = 1
     num_cpus: float = 0.5
     num_gpus: float = 0.0
+    num_threads: int | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_actors <= self.max_actors:
@@ -176,6 +174,8 @@ class LinkConfig:
     def __post_init__(self) -> None:
         if self.demonstrations is not None and self.retrieval.mention_encoder is None:
             raise ValueError("demonstrations need retrieval.mention_encoder, the encoder that their index was built with")
+        if (self.vision.image_encoder is None) != (self.vision.feature_mapper is None):
+            raise ValueError("vision.image_encoder and vision.feature_mapper go together: set both, or neither")
         if self.rows_per_shard < 1:
             raise ValueError(f"rows_per_shard is {self.rows_per_shard}: it must be at least 1")
         if not 0 <= self.max_failed_fraction <= 1:

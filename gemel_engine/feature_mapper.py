@@ -8,23 +8,25 @@ Shapes: B batch, C vision width, P prefix length, D language-model width, N pict
 
 from __future__ import annotations
 
-import json
-from dataclasses import field
+from dataclasses import asdict, field
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Self
 
 import torch
-from pydantic import ConfigDict, PositiveInt, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gemel_engine.errors import ArtifactError
+from gemel_engine.prefix_trie import read_manifest, write_manifest
 
 FORMAT_VERSION = 1
 _WEIGHTS = "mapper.safetensors"
 _METADATA = "mapper.json"
+
+Width = Annotated[int, Field(gt=0, le=1 << 20)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
@@ -42,18 +44,15 @@ class MapperMetadata:
         details: Free remarks of the training run, such as its number of steps.
     """
 
-    vision_width: PositiveInt
-    prefix_length: PositiveInt
-    language_model_width: PositiveInt
+    vision_width: Width
+    prefix_length: Width
+    language_model_width: Width
     language_model_fingerprint: str | None = None
     image_encoder_fingerprint: str | None = None
     trained: bool = False
     seed: int | None = None
     details: dict[str, str | float | int] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
-
-
-_METADATA_ADAPTER = TypeAdapter(MapperMetadata)
 
 
 class FeatureMapper(nn.Module):
@@ -118,7 +117,7 @@ class FeatureMapper(nn.Module):
         directory.mkdir(parents=True, exist_ok=True)
         (directory / _METADATA).unlink(missing_ok=True)
         save_file({name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}, directory / _WEIGHTS)
-        (directory / _METADATA).write_bytes(_METADATA_ADAPTER.dump_json(self.metadata, indent=2) + b"\n")
+        write_manifest(directory / _METADATA, asdict(self.metadata))
 
     @classmethod
     def load(cls, directory: str | Path) -> Self:
@@ -152,14 +151,6 @@ class FeatureMapper(nn.Module):
 
 def _read_metadata(path: Path) -> MapperMetadata:
     try:
-        data = path.read_bytes()
-        version = json.loads(data).get("format_version")
-        if version != FORMAT_VERSION:
-            raise ArtifactError(
-                f"{path} has format version {version}, this program reads {FORMAT_VERSION}; save the mapper again"
-            )
-        return _METADATA_ADAPTER.validate_json(data)
-    except FileNotFoundError as error:
-        raise ArtifactError(f"{path} does not exist; train a feature mapper or save a random one there") from error
-    except (OSError, ValueError, AttributeError, ValidationError) as error:
-        raise ArtifactError(f"{path} is not a feature mapper's description ({error}); save it again") from error
+        return MapperMetadata(**read_manifest(path, FORMAT_VERSION))
+    except ValidationError as error:
+        raise ArtifactError(f"{path} does not describe a feature mapper ({error}); save the mapper again") from error

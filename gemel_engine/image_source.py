@@ -44,10 +44,10 @@ class ImagePolicy:
         max_retries: Further attempts after a timeout, a broken connection, or the HTTP statuses 429 and 5xx.
     """
 
-    allowed_prefixes: tuple[str, ...]
-    max_bytes: int
-    timeout_seconds: float
-    max_retries: int
+    allowed_prefixes: tuple[str, ...] = ()
+    max_bytes: int = 20_000_000
+    timeout_seconds: float = 10.0
+    max_retries: int = 2
 
     def __post_init__(self) -> None:
         for prefix in self.allowed_prefixes:
@@ -215,7 +215,6 @@ def _checked_addresses(host: str, port: int) -> list[str]:
     if host != "localhost" and host not in addresses:  # else the configuration names this very address
         for address in addresses:
             ip = ipaddress.ip_address(address)
-            ip = getattr(ip, "ipv4_mapped", None) or ip
             if ip.is_multicast or not ip.is_global:
                 raise ImageFetchError(f"{host!r} leads to {address}, which is not a public address")
     return addresses

@@ -18,7 +18,8 @@ import logging
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Literal, Self
 
@@ -88,7 +89,7 @@ class KnowledgeBaseReport:
     num_entities: int
     num_names: int
     longest_name: int
-    num_skipped: dict[str, int] = field(default_factory=dict)
+    num_skipped: dict[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,25 +131,24 @@ class KnowledgeBase:
             ArtifactError: A file is missing, damaged, of another format version, or does not fit the others.
         """
         manifest = read_manifest(directory / "knowledge_base.json", FORMAT_VERSION)
+        trie = PrefixTrie.open(directory / "trie", verify=verify)
         path = directory / "entities.arrow"
         try:
             with pa.ipc.open_file(pa.memory_map(str(path))) as reader:
                 if reader.schema != _STORED_SCHEMA or reader.num_record_batches != 1:
-                    raise ArtifactError(f"{path} has not the columns of a knowledge base; build it again")
+                    raise ArtifactError(f"{path} has other columns than a knowledge base; build it again")
                 entities = reader.get_batch(0)
             if verify:
                 entities.validate(full=True)
-            knowledge_base = cls(
-                PrefixTrie.open(directory / "trie", verify=verify), entities, str(manifest.get("tokenizer_fingerprint"))
+            knowledge_base = cls(trie, entities, str(manifest.get("tokenizer_fingerprint")))
+            is_consistent = knowledge_base._has_consistent_lengths(manifest.get("num_entities")) and (
+                not verify
+                or (file_sha256(path) == manifest.get("entities_sha256") and knowledge_base._is_well_ordered())
             )
         except (OSError, pa.ArrowException) as error:
             raise ArtifactError(f"{path} is missing or damaged ({error}); build the knowledge base again") from error
-        if not knowledge_base._has_consistent_lengths(manifest.get("num_entities")):
-            raise ArtifactError(f"the files in {directory} are not of one knowledge base; build it again")
-        if verify and not (
-            file_sha256(path) == manifest.get("entities_sha256") and knowledge_base._has_consistent_orders()
-        ):
-            raise ArtifactError(f"{path} is not the file that was built; build the knowledge base again")
+        if not is_consistent:
+            raise ArtifactError(f"the files in {directory} are damaged or not of one knowledge base; build it again")
         return knowledge_base
 
     @property
@@ -188,24 +188,18 @@ class KnowledgeBase:
             and self._name_index[-1] == self.trie.num_names - 1
         )
 
-    def _has_consistent_orders(self) -> bool:
-        if self._entities["entity_id"].null_count or self._entities["name"].null_count:
-            return False
+    def _is_well_ordered(self) -> bool:
+        steps = np.diff(self._name_index.astype(np.int64))
         ids = self._ids.take(self._entities["row_by_id"])
         return bool(
-            np.isin(np.diff(self._name_index.astype(np.int64)), (0, 1)).all()
+            self._ids.null_count == self._entities["name"].null_count == 0
+            and np.isin(steps, (0, 1)).all()
             and pc.all(pc.less(ids[:-1], ids[1:]), min_count=0).as_py()
         )
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
-    """SHA-256 over all that decides a tokenizer's token ids.
-
-    Raises:
-        ConfigurationError: It is not one of the `tokenizers` library.
-    """
-    if not tokenizer.is_fast:
-        raise ConfigurationError(f"{tokenizer.name_or_path!r} has no tokenizer.json; convert it to a fast tokenizer")
+    """SHA-256 over all that decides a tokenizer's token ids."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     for setting_of_last_call in ("truncation", "padding"):
         del state[setting_of_last_call]
@@ -236,7 +230,7 @@ def build_knowledge_base(
         raise ConfigurationError(f"{directory} is not an empty directory; remove it or name a new one")
     fingerprint = tokenizer_fingerprint(tokenizer)
     entities = _read_entities(entities)
-    names = _TokenisedNames.tokenise(entities["name"].to_pylist(), tokenizer)
+    names = _TokenisedNames.tokenise(entities["name"], tokenizer)
     reasons = _reasons_to_skip(entities["name"], names, tokenizer, settings.max_name_tokens)
     num_skipped = _count_skipped(entities, reasons, settings.on_bad_name)
     is_kept = reasons == ""
@@ -267,14 +261,14 @@ class _TokenisedNames:
     is_decodable: NDArray[np.bool_]
 
     @classmethod
-    def tokenise(cls, names: list[str], tokenizer: PreTrainedTokenizerFast) -> _TokenisedNames:
+    def tokenise(cls, names: pa.ChunkedArray, tokenizer: PreTrainedTokenizerFast) -> _TokenisedNames:
         token_ids, lengths, is_decodable = [], [], []
         for start in tqdm(range(0, len(names), _CHUNK_SIZE), "tokenising names", disable=None):
-            chunk = names[start : start + _CHUNK_SIZE]
+            chunk = names.slice(start, _CHUNK_SIZE).to_pylist()
             ids = tokenizer(chunk, add_special_tokens=False, split_special_tokens=True)["input_ids"]
             decoded = tokenizer.batch_decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-            token_ids.append(np.concatenate([np.array(row, np.uint32) for row in ids]))
-            lengths.append(np.array([len(row) for row in ids], np.int64))
+            token_ids.append(np.fromiter(chain.from_iterable(ids), np.uint32))
+            lengths.append(np.fromiter(map(len, ids), np.int64))
             is_decodable.append(np.array(decoded, object) == np.array(chunk, object))
         return cls(np.concatenate(token_ids), np.concatenate(lengths), np.concatenate(is_decodable))
 
@@ -303,7 +297,7 @@ def _read_entities(entities: pa.Table) -> pa.Table:
         try:
             values = entities[column.name].cast(column.type)
             values.validate(full=True)
-        except pa.ArrowException as error:
+        except (KeyError, pa.ArrowException) as error:
             raise InputError(f"column {column.name!r} is not valid {column.type} ({error}); correct it") from error
         columns.append(values)
     table = pa.table(columns, schema=ENTITY_SCHEMA)
@@ -321,13 +315,15 @@ def _check_ids(ids: pa.ChunkedArray) -> None:
     if pc.count_distinct(ids).as_py() < len(ids):
         counts = pc.value_counts(ids)
         repeated = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
-        raise InputError(f"{len(repeated)} entity ids occur more than once, such as {repeated[0].as_py()!r}; merge them")
+        raise InputError(
+            f"{len(repeated)} entity ids occur more than once, such as {repeated[0].as_py()!r}; merge them"
+        )
 
 
 def _reasons_to_skip(
     texts: pa.ChunkedArray, names: _TokenisedNames, tokenizer: PreTrainedTokenizerFast, max_name_tokens: int
-) -> NDArray[np.str_]:
-    """Why each name is unusable, "" for those that are not; (S,)."""
+) -> NDArray[np.object_]:
+    """Why each name is unusable, "" for those that are not; (S,). The first reason that applies counts."""
     added_tokens = tokenizer.added_tokens_decoder.items()
     special_ids = {*tokenizer.all_special_ids, *(token_id for token_id, token in added_tokens if token.special)}
     has_marker = np.any([pc.match_substring(texts, marker).to_numpy() for marker in PROMPT_MARKERS], axis=0)
@@ -340,10 +336,13 @@ def _reasons_to_skip(
         "tokens do not decode to the name": ~names.is_decodable,
         f"more than {max_name_tokens} tokens": names.lengths > max_name_tokens,
     }
-    return np.select(list(tests.values()), list(tests), "")
+    reasons: NDArray[np.object_] = np.full(len(texts), "", object)
+    for reason, is_unusable in reversed(tests.items()):
+        reasons[is_unusable] = reason
+    return reasons
 
 
-def _count_skipped(entities: pa.Table, reasons: NDArray[np.str_], on_bad_name: str) -> dict[str, int]:
+def _count_skipped(entities: pa.Table, reasons: NDArray[np.object_], on_bad_name: str) -> dict[str, int]:
     """Entities left out by reason, logged; raises where they may not be, or where none is left."""
     rows = np.flatnonzero(reasons != "")
     if not len(rows):

@@ -56,11 +56,13 @@ class PrefixTrie:
             The trie, and for each sequence the number of its name; (S,). Equal sequences have equal numbers.
 
         Raises:
-            ValueError: There is no sequence, one is empty, or the offsets do not span `token_ids`.
+            ValueError: There is no sequence, one is empty, the offsets do not span `token_ids`, or a token is out of range.
         """
-        lengths = np.diff(offsets)
+        lengths = np.diff(offsets.astype(np.int64))
         if not len(lengths) or lengths.min() < 1 or offsets[0] != 0 or offsets[-1] != len(token_ids):
             raise ValueError("a prefix trie needs at least one sequence, none empty, and offsets from 0 to the end")
+        if token_ids.min() < 0 or token_ids.max() >= 2**32:
+            raise ValueError(f"tokens {token_ids.min()} to {token_ids.max()} are not all in [0, 2**32)")
         ends = np.zeros(len(lengths), np.uint64)  # the node that each sequence has reached
         open_rows = np.arange(len(lengths))
         edges_by_level, heights_by_level, num_nodes = [], [lengths.max(keepdims=True)], 1
@@ -75,7 +77,8 @@ class PrefixTrie:
             edges_by_level.append(edges)
             heights_by_level.append(heights)
         edges = np.concatenate(edges_by_level)
-        return cls._from_nodes(edges & 0xFFFFFFFF, edges >> 32, np.concatenate(heights_by_level), ends)
+        parents, tokens = edges >> 32, edges & 0xFFFFFFFF
+        return cls._from_nodes(parents, tokens, np.concatenate(heights_by_level), ends)
 
     @classmethod
     def from_sequences(cls, sequences: Sequence[Sequence[int]]) -> tuple[Self, NDArray[np.intp]]:
@@ -87,19 +90,18 @@ class PrefixTrie:
         breadth_first = sorted(sorted(prefixes), key=len)
         node_of = {prefix: node for node, prefix in enumerate(breadth_first)}
         parents = [node_of[prefix[:-1]] for prefix in breadth_first[1:]]
-        heights = [0] * len(node_of)
-        for node in range(len(parents), 0, -1):
-            heights[parents[node - 1]] = max(heights[parents[node - 1]], heights[node] + 1)
         tokens = [prefix[-1] for prefix in breadth_first[1:]]
-        return cls._from_nodes(
-            np.array(tokens), np.array(parents), np.array(heights), np.array([node_of[name] for name in names])
-        )
+        ends = [node_of[name] for name in names]
+        heights = [0] * len(node_of)
+        for node, parent in zip(range(len(parents), 0, -1), reversed(parents), strict=True):
+            heights[parent] = max(heights[parent], heights[node] + 1)
+        return cls._from_nodes(np.array(parents), np.array(tokens, np.uint32), np.array(heights), np.array(ends))
 
     @classmethod
     def _from_nodes(
-        cls, tokens: IntArray, parents: IntArray, heights: IntArray, ends: IntArray
+        cls, parents: IntArray, tokens: IntArray, heights: IntArray, ends: IntArray
     ) -> tuple[Self, NDArray[np.intp]]:
-        """Take tokens and parents of nodes 1 to N - 1, heights of all, and the node that ends each sequence."""
+        """Take parents and tokens of nodes 1 to N - 1, heights of all, and the node at the end of each sequence."""
         terminals, name_of_sequence = np.unique(ends, return_inverse=True)
         num_children = np.bincount(parents.astype(np.intp), minlength=len(heights))
         trie = cls(

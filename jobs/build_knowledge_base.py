@@ -1,6 +1,6 @@
 """Build a knowledge base from a table of entities.
 
-    python jobs/build_knowledge_base.py entities.parquet knowledge_base/ --tokenizer models/language_model
+python jobs/build_knowledge_base.py entities.parquet knowledge_base/ --tokenizer models/language_model
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 import tyro
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from gemel_engine.errors import ConfigurationError, GemelError, InputError
 from gemel_engine.knowledge_base import ENTITY_SCHEMA, KnowledgeBaseSettings, build_knowledge_base
@@ -56,18 +56,43 @@ def main(
 
 
 def read_entities(uri: str) -> pa.Table:
-    """Read the entities' columns from all Parquet files at an address, in the order of their names."""
+    """Read the entities' columns of all Parquet files at an address.
+
+    Raises:
+        InputError: There is no such file, one is not readable, or their columns' types do not agree.
+    """
     tables = []
-    for file in list_parquet(uri):
-        filesystem, path = resolve(file.uri)
-        try:
-            parquet = pq.ParquetFile(path, filesystem=filesystem)
-            columns = [column for column in ENTITY_SCHEMA.names if column in parquet.schema_arrow.names]
-            tables.append(parquet.read(columns))
-        except pa.ArrowException as error:
-            raise InputError(f"{file.uri} is not readable Parquet ({error}); write it again") from error
-    return pa.concat_tables(tables, promote_options="permissive")
+    try:
+        for file in list_parquet(uri):
+            filesystem, path = resolve(file.uri)
+            with pq.ParquetFile(path, filesystem=filesystem) as parquet:
+                tables.append(
+                    parquet.read([name for name in ENTITY_SCHEMA.names if name in parquet.schema_arrow.names])
+                )
+        return pa.concat_tables(tables, promote_options="permissive")
+    except pa.ArrowException as error:
+        raise InputError(f"{uri} is not readable as one Parquet table ({error}); write it again") from error
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
-    """Load a tokenizer from a directory or the hub."""
+    """Load a tokenizer.
+
+    Raises:
+        ConfigurationError: It cannot be loaded, or is not one of the `tokenizers` library.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"no tokenizer at {name_or_path!r} ({error}); name a model directory") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ConfigurationError(f"{name_or_path!r} has no tokenizer.json; convert it to a fast tokenizer")
+    return tokenizer
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    try:
+        tyro.cli(main)
+    except GemelError as error:
+        sys.stderr.write(f"{error}\n")
+        sys.exit(error.exit_code)

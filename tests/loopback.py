@@ -39,6 +39,8 @@ def serve(answer: Callable[[str], Answer]) -> Iterator[Loopback]:
     requests: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"  # answers `Expect: 100-continue`, for which an S3 client would wait a second
+
         def _reply(self) -> None:
             requests.append(self.path)
             self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -46,7 +48,7 @@ def serve(answer: Callable[[str], Answer]) -> Iterator[Loopback]:
             time.sleep(reply.delay_seconds)
             self.send_response(reply.status)
             length = len(reply.body) if reply.promised_bytes is None else reply.promised_bytes
-            for name, value in ({"Content-Length": str(length)} | reply.headers).items():
+            for name, value in ({"Content-Length": str(length), "Connection": "close"} | reply.headers).items():
                 self.send_header(name, value)
             self.end_headers()
             self.wfile.write(reply.body)

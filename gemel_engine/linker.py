@@ -1,0 +1,142 @@
+"""Linking without Ray, for a notebook or a service: encoders, retrieval and generation in one object.
+
+    linker = Linker(load_config(LinkConfig, Path("link.toml")))
+    linker.link_one("A bear plays the drums.", "bear", Path("bear.png").read_bytes())
+
+The distributed job runs the same three parts, each in actors of its own.
+
+B mentions, C vision width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemel_engine.config import LinkConfig, RetrievalSettings, VisionSettings
+from gemel_engine.errors import ArtifactError, ConfigurationError, ImageError
+from gemel_engine.generation import Artifacts, EntityNameGenerator, Features, open_artifacts
+from gemel_engine.retrieval import DemonstrationIndex, MentionEncoder
+from gemel_engine.types import Mention, Prediction
+from gemel_engine.vision import ImageEncoder, decode_image
+
+
+class PictureEncoder:
+    """Pictures as files to image features, a bad one at a time.
+
+    Raises:
+        ConfigurationError: No image encoder is configured.
+    """
+
+    def __init__(self, settings: VisionSettings) -> None:
+        if settings.image_encoder is None:
+            raise ConfigurationError("vision.image_encoder is not set: name an open_clip model or directory")
+        self._settings = settings
+        self.encoder = ImageEncoder(settings.image_encoder, settings.pretrained, settings.device)
+
+    def encode(self, pictures: Sequence[bytes | None]) -> list[Features | ImageError | None]:
+        """Image features (C,) of each of B files, None where there is no file, an error where it is no picture."""
+        results: list[Features | ImageError | None] = [None] * len(pictures)
+        batch: list[int] = []
+        images = []
+        for position, data in enumerate(pictures):
+            if data is not None:
+                try:
+                    images.append(decode_image(data, self._settings.max_image_pixels))
+                    batch.append(position)
+                except ImageError as error:
+                    results[position] = error
+            if len(batch) == self._settings.batch_size or (batch and position == len(pictures) - 1):
+                for row, features in zip(batch, self.encoder.encode(images), strict=True):
+                    results[row] = features
+                batch, images = [], []
+        return results
+
+
+class DemonstrationRetriever:
+    """Surface forms to rows of the demonstration index."""
+
+    def __init__(self, settings: RetrievalSettings, index: DemonstrationIndex) -> None:
+        self._settings = settings
+        self._index = index
+        assert settings.mention_encoder is not None, "checked by the configuration"
+        self.encoder = MentionEncoder(settings.mention_encoder)
+
+    def retrieve(self, mentions: Sequence[Mention]) -> list[list[int]]:
+        """Row numbers for each of B mentions, the most similar last."""
+        settings = self._settings
+        excluded = [mention.mention_id if settings.exclude_mention else None for mention in mentions]
+        if settings.policy == "random":
+            return [
+                self._index.sample(mention.mention, settings.num_demonstrations, settings.seed, mention_id)
+                for mention, mention_id in zip(mentions, excluded, strict=True)
+            ]
+        embeddings = self.encoder.encode([mention.mention for mention in mentions])
+        return self._index.retrieve(embeddings, settings.num_demonstrations, excluded)
+
+
+def check_encoders(config: LinkConfig, artifacts: Artifacts) -> None:
+    """Load the encoders once, to see that they are the ones that the artifacts were made with.
+
+    Raises:
+        ArtifactError: An encoder can't be loaded, or is another one.
+    """
+    if config.vision.image_encoder is not None and artifacts.feature_mapper is not None:
+        encoder = PictureEncoder(replace(config.vision, device="cpu")).encoder
+        metadata = artifacts.feature_mapper.metadata
+        if metadata.vision_width != encoder.width or metadata.image_encoder_fingerprint not in (
+            None,
+            encoder.fingerprint,
+        ):
+            raise ArtifactError(
+                f"the feature mapper {config.vision.feature_mapper} takes features of width {metadata.vision_width} of "
+                f"another image encoder than {config.vision.image_encoder}, which gives {encoder.width}: use the mapper "
+                "trained for it"
+            )
+    if artifacts.index is not None:
+        retriever = DemonstrationRetriever(config.retrieval, artifacts.index)
+        if retriever.encoder.fingerprint != artifacts.index.metadata.mention_encoder_fingerprint:
+            raise ArtifactError(
+                f"the demonstrations {config.demonstrations} were encoded by another mention encoder than "
+                f"{config.retrieval.mention_encoder}: build the index again with it"
+            )
+
+
+class Linker:
+    """All parts of a linking run in this process.
+
+    Args:
+        config: The run; its input, output and resources are not used.
+
+    Raises:
+        ArtifactError: An artifact is missing or damaged, or they don't belong together.
+    """
+
+    def __init__(self, config: LinkConfig) -> None:
+        artifacts = open_artifacts(config, verify=config.verify_artifacts)
+        check_encoders(config, artifacts)
+        self._pictures = PictureEncoder(config.vision) if config.vision.image_encoder is not None else None
+        index = artifacts.index
+        self._retriever = None if index is None else DemonstrationRetriever(config.retrieval, index)
+        self.generator = EntityNameGenerator(config, artifacts)
+
+    def link(self, mentions: Sequence[Mention], pictures: Sequence[bytes | None]) -> list[Prediction]:
+        """Link B mentions with their picture files; a bad one becomes a prediction with an `error`."""
+        encoded = self._pictures.encode(pictures) if self._pictures is not None else [None] * len(mentions)
+        rows = self._retriever.retrieve(mentions) if self._retriever is not None else [[] for _ in mentions]
+        features = [None if isinstance(item, ImageError) else item for item in encoded]
+        predictions = self.generator.generate(mentions, features, rows)
+        return [
+            Prediction(mention.mention_id, error=str(item)) if isinstance(item, ImageError) else prediction
+            for mention, item, prediction in zip(mentions, encoded, predictions, strict=True)
+        ]
+
+    def link_one(
+        self, text: str, mention: str, picture: bytes | None = None, candidate_ids: Sequence[str] | None = None
+    ) -> Prediction:
+        """Link one mention; the picture is the content of an image file."""
+        candidates = None if candidate_ids is None else tuple(candidate_ids)
+        return self.link([Mention("0", text, mention, candidate_ids=candidates)], [picture])[0]

@@ -1,0 +1,210 @@
+"""A run's unit of work and of output: the plan that cuts a corpus into shards, and how a shard is finished.
+
+    OUTPUT/_run.json                        what the run is; created exclusively, so that two different runs can't mix
+    OUTPUT/_parts/shard-00003/...           finished rows of an unfinished shard
+    OUTPUT/data/shard-00003.parquet         exists if and only if the shard is complete; created exclusively
+    OUTPUT/report.json
+
+A shard is a range of rows of one input file. `data/` is a plain Parquet directory at every moment and holds no row
+twice: whoever finishes a shard first wins, and a rerun skips the finished ones.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import uuid
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from gemel_engine import storage
+from gemel_engine.errors import ConfigurationError, InputError
+from gemel_engine.types import MENTION_REQUIRED_COLUMNS, PREDICTION_SCHEMA
+
+_TYPE_CHECKS = {
+    "mention_id": ("string", lambda t: pa.types.is_string(t) or pa.types.is_large_string(t)),
+    "text": ("string", lambda t: pa.types.is_string(t) or pa.types.is_large_string(t)),
+    "mention": ("string", lambda t: pa.types.is_string(t) or pa.types.is_large_string(t)),
+    "mention_start": ("integer", pa.types.is_integer),
+    "image_bytes": ("binary", lambda t: pa.types.is_binary(t) or pa.types.is_large_binary(t)),
+    "image_uri": ("string", lambda t: pa.types.is_string(t) or pa.types.is_large_string(t)),
+    "candidate_ids": ("list of strings", lambda t: pa.types.is_list(t) or pa.types.is_large_list(t)),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Rows `start` to `stop` - 1 of an input file, and the version that the file had when the run was planned."""
+
+    index: int
+    uri: str
+    version: str
+    start: int
+    stop: int
+
+    @property
+    def name(self) -> str:
+        """Name of its output, without extension."""
+        return f"shard-{self.index:05d}"
+
+
+def plan_shards(input_uri: str, rows_per_shard: int) -> list[Shard]:
+    """Check a corpus by its small columns and cut it into shards.
+
+    Raises:
+        InputError: A column is missing or of the wrong type, a file is no Parquet, or a `mention_id` stands twice.
+    """
+    shards: list[Shard] = []
+    ids: list[pa.ChunkedArray] = []
+    for file in storage.list_parquet(input_uri):
+        file_system, path = storage.resolve(file.uri)
+        try:
+            with pq.ParquetFile(path, filesystem=file_system) as parquet:
+                _check_schema(file.uri, parquet.schema_arrow)
+                num_rows = parquet.metadata.num_rows
+                ids.append(parquet.read(["mention_id"])["mention_id"].cast(pa.large_string()))
+        except pa.ArrowInvalid as error:
+            raise InputError(f"{file.uri} is not a Parquet file: {error}") from error
+        for start in range(0, num_rows, rows_per_shard):
+            stop = min(start + rows_per_shard, num_rows)
+            shards.append(Shard(len(shards), file.uri, file.version, start, stop))
+    _check_ids(input_uri, ids)
+    return shards
+
+
+def read_rows(shard: Shard, columns: Sequence[str]) -> pa.Table:
+    """Read a shard's rows, those of `columns` that the file has; only the row groups that hold them are touched.
+
+    Raises:
+        InputError: The file has changed since the run was planned.
+    """
+    (current,) = storage.list_parquet(shard.uri)
+    if current.version != shard.version:
+        raise InputError(f"{shard.uri} has changed since the run was planned: link it again to a new output")
+    file_system, path = storage.resolve(shard.uri)
+    with pq.ParquetFile(path, filesystem=file_system) as parquet:
+        first_row, groups, skipped = 0, [], 0
+        for group in range(parquet.num_row_groups):
+            end = first_row + parquet.metadata.row_group(group).num_rows
+            if end <= shard.start:
+                skipped = end
+            elif first_row < shard.stop:
+                groups.append(group)
+            first_row = end
+        present = [column for column in columns if column in parquet.schema_arrow.names]
+        table = parquet.read_row_groups(groups, present)
+    return table.slice(shard.start - skipped, shard.stop - shard.start)
+
+
+def claim_output(output: str, identity: dict[str, Any]) -> None:
+    """Make the output this run's, or see that it already is.
+
+    Args:
+        output: Directory of the run.
+        identity: What makes up the run, as JSON: settings, input files, artifacts.
+
+    Raises:
+        ConfigurationError: The output belongs to a run that differs; the message names where.
+    """
+    data = json.dumps(identity, indent=2, sort_keys=True).encode()
+    uri = f"{output}/_run.json"
+    if storage.create_exclusive(uri, data):
+        return
+    existing = json.loads(storage.read_bytes(uri))
+    if existing != json.loads(data):
+        raise ConfigurationError(
+            f"{output} holds a run that differs in {', '.join(_differences(existing, identity))}: choose another output, "
+            "or remove it"
+        )
+
+
+def finished_shards(output: str) -> set[str]:
+    """Names of the shards that are complete."""
+    if not storage.exists(f"{output}/data"):
+        return set()
+    return {file.uri.rpartition("/")[2].removesuffix(".parquet") for file in storage.list_parquet(f"{output}/data")}
+
+
+def write_part(output: str, shard: Shard, table: pa.Table) -> str:
+    """Store finished rows of a shard; returns their address. `table` has a column `row` beside the predictions."""
+    uri = f"{output}/_parts/{shard.name}/{uuid.uuid4().hex}.parquet"
+    storage.write_bytes(uri, _parquet_bytes(table))
+    return uri
+
+
+def commit_shard(output: str, shard: Shard, part_uris: Sequence[str]) -> bool:
+    """Put a shard's parts together in the order of its input rows, unless another run was first.
+
+    Returns:
+        Whether this call created the shard.
+
+    Raises:
+        AssertionError: The parts are not exactly the shard's rows.
+    """
+    parts = [pq.read_table(io.BytesIO(storage.read_bytes(uri))) for uri in part_uris]
+    table = pa.concat_tables(parts).sort_by("row")
+    assert table["row"].to_pylist() == list(range(shard.start, shard.stop)), f"{shard.name}: rows lost or repeated"
+    return storage.create_exclusive(
+        f"{output}/data/{shard.name}.parquet", _parquet_bytes(table.select(PREDICTION_SCHEMA.names))
+    )
+
+
+def summarise(output: str, columns: Sequence[str]) -> pa.Table:
+    """Small columns of all finished shards."""
+    tables = []
+    for file in storage.list_parquet(f"{output}/data"):
+        file_system, path = storage.resolve(file.uri)
+        tables.append(pq.read_table(path, columns=list(columns), filesystem=file_system, partitioning=None))
+    return pa.concat_tables(tables)
+
+
+def plan_identity(shards: Sequence[Shard]) -> list[dict[str, Any]]:
+    """The plan as JSON: the same for the same input files, unchanged, cut in the same way."""
+    return [asdict(shard) for shard in shards]
+
+
+def _parquet_bytes(table: pa.Table) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue()
+
+
+def _check_schema(uri: str, schema: pa.Schema) -> None:
+    missing = [column for column in MENTION_REQUIRED_COLUMNS if column not in schema.names]
+    if missing:
+        raise InputError(
+            f"{uri} has no column {', '.join(map(repr, missing))}; its columns are {', '.join(schema.names)}: rename or "
+            "add them"
+        )
+    for column, (expected, is_expected) in _TYPE_CHECKS.items():
+        if column in schema.names and not is_expected(found := schema.field(column).type):
+            raise InputError(f"{uri}: column {column!r} is of type {found}, it must be {expected}: cast it")
+
+
+def _check_ids(uri: str, chunks: list[pa.ChunkedArray]) -> None:
+    ids = pa.chunked_array([chunk for ids in chunks for chunk in ids.chunks], pa.large_string())
+    if ids.null_count:
+        raise InputError(f"{uri} has {ids.null_count} rows without a mention_id: give each row its own")
+    if len(ids) == 0:
+        raise InputError(f"{uri} has no rows")
+    if pc.count_distinct(ids).as_py() < len(ids):
+        repeated = [mention_id for mention_id, count in Counter(ids.to_pylist()).items() if count > 1]
+        raise InputError(f"{uri} repeats {len(repeated)} mention_id, such as {repeated[:3]}: make them unique")
+
+
+def _differences(left: dict[str, Any], right: dict[str, Any], prefix: str = "") -> list[str]:
+    """Full names of the keys in which two JSON objects differ."""
+    names = []
+    for key in sorted({*left, *right}):
+        a, b = left.get(key), right.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            names += _differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            names.append(f"{prefix}{key}")
+    return names

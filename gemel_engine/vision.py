@@ -1,0 +1,187 @@
+"""Pictures: bytes to RGB, RGB to the pooled features of a frozen open_clip vision tower.
+
+This file knows where features come from, not what they are for: the feature mapper turns them into visual prefixes.
+
+Shapes: B batch, C vision width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import struct
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import open_clip
+import torch
+from open_clip.timm_model import TimmModel
+from open_clip.transformer import VisionTransformer
+from PIL import Image, ImageOps
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from gemel_engine.errors import ArtifactError, ConfigurationError, ImageError
+
+Preprocess = Callable[[Image.Image], Tensor]
+
+ACCEPTED_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+
+# What Pillow's readers raise for bytes that are not what they claim to be.
+_PILLOW_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    TypeError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
+
+
+def decode_image(data: bytes, max_pixels: int) -> Image.Image:
+    """Decode untrusted bytes into an upright RGB picture; of an animation, the first frame.
+
+    The size is read from the header and checked before any pixel is decoded. Transparent parts become white.
+
+    Raises:
+        ImageError: The bytes are not a whole picture in one of `ACCEPTED_FORMATS`, or it has more than `max_pixels`.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=ACCEPTED_FORMATS) as image:
+            if image.width * image.height > max_pixels:
+                raise ImageError(
+                    f"{image.width} x {image.height} pixels exceed the limit of {max_pixels}; scale the picture down"
+                )
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except Image.UnidentifiedImageError as error:
+        raise ImageError(f"{len(data)} bytes are not a picture; accepted are {', '.join(ACCEPTED_FORMATS)}") from error
+    except _PILLOW_ERRORS as error:
+        raise ImageError(f"the picture is damaged or too large ({error}); save it again") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        # Pillow would clip 16 bits at 255 instead of scaling them.
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        canvas = Image.new("RGBA", image.size, "white")
+        canvas.alpha_composite(image.convert("RGBA"))
+        image = canvas
+    return image.convert("RGB")
+
+
+class ImageEncoder:
+    """A frozen open_clip vision tower without its projection, and the preprocessing it was trained with.
+
+    Args:
+        name_or_path: A directory with ``open_clip_config.json`` and weights, or one of open_clip's model names.
+        pretrained: The tag of the weights where `name_or_path` is a model name; None for a directory.
+        device: Where the tower runs.
+        dtype: What the tower computes in; features are float32 regardless.
+
+    Attributes:
+        width: C.
+        fingerprint: SHA-256 over configuration, preprocessing and weights of the tower, in hexadecimal. It depends on
+            neither `device` nor `dtype`.
+
+    Raises:
+        ArtifactError: The directory or its files are missing or damaged.
+        ConfigurationError: The model name, the tag or the kind of tower cannot be used.
+    """
+
+    def __init__(
+        self,
+        name_or_path: str,
+        pretrained: str | None = None,
+        *,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        if pretrained is None:
+            config, model, self._preprocess = _load_directory(Path(name_or_path))
+        else:
+            config, model, self._preprocess = _load_named(name_or_path, pretrained)
+        tower: nn.Module = model.visual
+        self.fingerprint = _fingerprint(config, tower)
+        _remove_projection(tower)
+        self._device, self._dtype = torch.device(device), dtype
+        self._tower = tower.eval().requires_grad_(False).to(self._device, dtype)
+        self.width = self.encode([Image.new("RGB", (1, 1))]).shape[1]
+
+    @torch.inference_mode()
+    def encode(self, images: Sequence[Image.Image]) -> npt.NDArray[np.float32]:
+        """Compute the pooled features in front of the projection.
+
+        Args:
+            images: B RGB pictures of any size, at least one.
+
+        Returns:
+            Features of shape (B, C), float32.
+        """
+        pixels = torch.stack([self._preprocess(image) for image in images])  # (B, 3, height, width)
+        features: Tensor = self._tower(pixels.to(self._device, self._dtype))  # (B, C)
+        return features.float().cpu().numpy()
+
+
+def _load_directory(directory: Path) -> tuple[dict[str, Any], nn.Module, Preprocess]:
+    """Load an open_clip model directory: its configuration, the whole model, the preprocessing."""
+    config_file, weights_file = directory / "open_clip_config.json", directory / "open_clip_model.safetensors"
+    # open_clip prefers this file, so asking for it also means that no pickle is ever read.
+    for file in (config_file, weights_file):
+        if not file.is_file():
+            raise ArtifactError(
+                f"{file} is missing; give a directory in open_clip's format, or a model name and the tag of its weights"
+            )
+    name = f"local-dir:{directory}"
+    try:
+        return open_clip.get_model_config(name), *open_clip.create_model_from_pretrained(name)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        raise ArtifactError(f"{directory} is not a whole open_clip model ({error}); write it again") from error
+
+
+def _load_named(name: str, pretrained: str) -> tuple[dict[str, Any], nn.Module, Preprocess]:
+    """Load a model that open_clip knows by name, downloading its weights where they are not cached."""
+    config = open_clip.get_model_config(name)
+    if config is None:
+        raise ConfigurationError(f"open_clip has no model {name!r}; open_clip.list_models() names them")
+    weights = open_clip.get_pretrained_cfg(name, pretrained)
+    if not weights:
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name))
+        raise ConfigurationError(f"open_clip has no weights {pretrained!r} for {name}; it has {tags}")
+    if weights.get("quick_gelu", False) != config.get("quick_gelu", False):
+        # open_clip only warns, and computes features that the weights were not trained for.
+        twin = name.removesuffix("-quickgelu") if config.get("quick_gelu") else f"{name}-quickgelu"
+        raise ConfigurationError(f"the weights {pretrained!r} need another activation than {name} has; use {twin!r}")
+    return config, *open_clip.create_model_from_pretrained(name, pretrained)
+
+
+def _fingerprint(config: dict[str, Any], tower: nn.Module) -> str:
+    settings = [config["vision_cfg"], config.get("quick_gelu", False), tower.preprocess_cfg]
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for name, weight in sorted(tower.state_dict().items()):
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+        digest.update(weight.contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def _remove_projection(tower: nn.Module) -> None:
+    if isinstance(tower, VisionTransformer):
+        tower.proj = None
+    elif isinstance(tower, TimmModel) and not hasattr(tower.head, "pool"):
+        tower.trunk.reset_classifier(0)
+        tower.head = nn.Identity()
+    else:
+        raise ConfigurationError(
+            f"the projection of a {type(tower).__name__} cannot be told from its pooling; use a ViT or a timm tower "
+            "that pools by itself"
+        )

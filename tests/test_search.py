@@ -1,0 +1,163 @@
+"""The search against brute force: random tries, random scorers, every claim it makes checked."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gemel_engine.prefix_trie import PrefixTrie
+from gemel_engine.prompt import Prompt
+from gemel_engine.search import (
+    NameSearch,
+    Objective,
+    Rollout,
+    RolloutRequest,
+    SearchResult,
+    SearchSettings,
+    allowed_next_tokens,
+    run_searches,
+)
+
+VOCABULARY = 8
+TERMINATOR = 7
+PROMPT = Prompt((), ())
+
+
+class RandomScorer:
+    """A table of random next-token distributions, as sharp or flat as `temperature` says; an engine of width one."""
+
+    def __init__(self, trie: PrefixTrie, seed: int, temperature: float, num_children: int) -> None:
+        self.trie = trie
+        self.seed = seed
+        self.temperature = temperature
+        self.num_children = num_children
+        self.queue: deque[tuple[str, RolloutRequest, PrefixTrie]] = deque()
+
+    def log_probs(self, path: tuple[int, ...]) -> np.ndarray:
+        logits = np.random.default_rng([self.seed, *path]).normal(size=VOCABULARY) / self.temperature
+        return logits - np.logaddexp.reduce(logits)
+
+    def name_log_prob(self, tokens: tuple[int, ...]) -> float:
+        path = (*tokens, TERMINATOR)
+        return math.fsum(self.log_probs(path[:depth])[token] for depth, token in enumerate(path))
+
+    def submit(self, request_id: str, prompt: Prompt, request: RolloutRequest, candidates: PrefixTrie | None) -> None:
+        self.queue.append((request_id, request, candidates or self.trie))
+
+    def step(self) -> list[tuple[str, Rollout]]:
+        request_id, request, trie = self.queue.popleft()
+        return [(request_id, self.rollout(request, trie))]
+
+    def rollout(self, request: RolloutRequest, trie: PrefixTrie) -> Rollout:
+        path, excluded = request.path, request.excluded
+        rollout = Rollout([], [])
+        while True:
+            allowed = allowed_next_tokens(trie, trie.walk(path), TERMINATOR, excluded)
+            log_probs = self.log_probs(path)[allowed]
+            best = np.argsort(-log_probs)[: self.num_children]
+            rollout.tokens.append(allowed[best].tolist())
+            rollout.log_probs.append(log_probs[best].tolist())
+            if allowed[best[0]] == TERMINATOR:
+                return rollout
+            path, excluded = (*path, int(allowed[best[0]])), frozenset()
+
+
+names = st.lists(st.integers(0, TERMINATOR - 1), min_size=1, max_size=5).map(tuple)
+problems = st.fixed_dictionaries(
+    {
+        "names": st.lists(names, min_size=1, max_size=60, unique=True),
+        "seed": st.integers(0, 2**32 - 1),
+        "temperature": st.sampled_from([0.2, 0.5, 1.0, 3.0]),
+        "num_children": st.integers(1, VOCABULARY),
+    }
+)
+
+
+def solve(problem: dict, search_settings: SearchSettings) -> tuple[list[tuple[float, int]], SearchResult, RandomScorer]:
+    """The true ranking as (objective, name index), and what the search says."""
+    trie, numbers = PrefixTrie.from_sequences(problem["names"])
+    scorer = RandomScorer(trie, problem["seed"], problem["temperature"], problem["num_children"])
+    truth = []
+    for name, number in zip(problem["names"], numbers, strict=True):
+        log_prob = scorer.name_log_prob(name)
+        score = log_prob if search_settings.objective == "sum" else log_prob / (len(name) + 1)
+        truth.append((score, int(number)))
+    search = NameSearch(trie, TERMINATOR, search_settings)
+    ((_, result),) = run_searches(scorer, [("key", PROMPT, search, None)], max_in_flight=1)
+    return sorted(truth, reverse=True), result, scorer
+
+
+@pytest.mark.parametrize("objective", ["sum", "mean"])
+@settings(max_examples=1000, deadline=None)
+@given(problem=problems, width=st.integers(1, 6))
+def test_certified_names_are_the_best_of_all(problem: dict, width: int, objective: Objective) -> None:
+    unlimited = SearchSettings(objective=objective, num_to_certify=5, width=width, max_rollouts=10_000)
+    truth, result, _ = solve(problem, unlimited)
+    expected = truth[:5]
+    assert result.num_certified == len(expected)
+    assert [name.name_index for name in result.names] == [index for _, index in expected]
+    assert [name.score for name in result.names] == pytest.approx([score for score, _ in expected])
+
+
+@pytest.mark.parametrize("objective", ["sum", "mean"])
+@settings(max_examples=500, deadline=None)
+@given(problem=problems, budget=st.integers(1, 6), num_to_certify=st.integers(1, 5))
+def test_a_budget_never_makes_a_false_claim(
+    problem: dict, budget: int, num_to_certify: int, objective: Objective
+) -> None:
+    limited = SearchSettings(objective=objective, num_to_certify=num_to_certify, width=2, max_rollouts=budget)
+    truth, result, scorer = solve(problem, limited)
+    assert 1 <= result.num_rollouts <= budget
+    proved = result.names[: result.num_certified]
+    assert [name.name_index for name in proved] == [index for _, index in truth[: len(proved)]]
+    found = {name.name_index for name in result.names}
+    trie, numbers = PrefixTrie.from_sequences(problem["names"])
+    if len(found) < 5:  # then all that was found is listed
+        missing = [name for name, n in zip(problem["names"], numbers, strict=True) if int(n) not in found]
+        assert math.fsum(math.exp(scorer.name_log_prob(name)) for name in missing) <= result.unexplored_mass + 1e-9
+
+
+@settings(max_examples=200, deadline=None)
+@given(problem=problems)
+def test_one_rollout_of_greedy_decoding_comes_first(problem: dict) -> None:
+    _, result, scorer = solve(problem, SearchSettings(max_rollouts=1))
+    greedy = scorer.rollout(RolloutRequest(()), scorer.trie)
+    node = scorer.trie.walk([step[0] for step in greedy.tokens[:-1]])
+    assert scorer.trie.name_index(node) in {name.name_index for name in result.names}
+
+
+def test_many_searches_share_an_engine() -> None:
+    sequences = [[a, b] for a in range(5) for b in range(5)]
+    trie, _ = PrefixTrie.from_sequences(sequences)
+    few, numbers = PrefixTrie.from_sequences(sequences[:3])
+    scorer = RandomScorer(trie, 1, 1.0, 3)
+    search_settings = SearchSettings(num_to_certify=3, num_candidates=25, max_rollouts=1000)
+    mentions = [
+        (
+            position,
+            PROMPT,
+            NameSearch(few if position % 2 else trie, TERMINATOR, search_settings),
+            few if position % 2 else None,
+        )
+        for position in range(20)
+    ]
+    results = dict(run_searches(scorer, mentions, max_in_flight=7))
+    assert sorted(results) == list(range(20))
+    best_of_all = max(sequences, key=lambda s: scorer.name_log_prob(tuple(s)))
+    best_of_few = max(range(3), key=lambda i: scorer.name_log_prob(tuple(sequences[i])))
+    assert {results[i].names[0].name_index for i in range(0, 20, 2)} == {trie.name_index(trie.walk(best_of_all))}
+    assert {results[i].names[0].name_index for i in range(1, 20, 2)} == {int(numbers[best_of_few])}
+    assert all(results[i].unexplored_mass == 0 for i in range(1, 20, 2))
+
+
+def test_probability_mass_is_complete_when_everything_is_explored() -> None:
+    sequences = [(a,) for a in range(TERMINATOR)]
+    problem = {"names": sequences, "seed": 3, "temperature": 1.0, "num_children": 2}
+    truth, result, _ = solve(problem, SearchSettings(num_to_certify=7, num_candidates=7, max_rollouts=1000))
+    assert result.unexplored_mass == 0
+    assert math.exp(result.log_explored_mass) == pytest.approx(math.fsum(math.exp(score) for score, _ in truth))
