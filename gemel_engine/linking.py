@@ -23,7 +23,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
-import torch
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 
 from gemel_engine import shards, storage
@@ -155,7 +154,6 @@ class EncodeImages:
     """Adds `image_features` (C,), null without a picture; drops the picture."""
 
     def __init__(self, config: LinkConfig) -> None:
-        _limit_threads(config.resources.images)
         self._policy = config.image_source
         self._encoder = PictureEncoder(config.vision)
 
@@ -199,7 +197,6 @@ class RetrieveDemonstrations:
     """Adds `demonstrations`: rows of the index, the most similar last."""
 
     def __init__(self, config: LinkConfig) -> None:
-        _limit_threads(config.resources.retrieval)
         index = open_artifacts(config).index
         assert index is not None, "the stage runs only with demonstrations"
         self._retriever = DemonstrationRetriever(config.retrieval, index)
@@ -219,7 +216,6 @@ class GenerateEntityNames:
     """Turns mentions into predictions."""
 
     def __init__(self, config: LinkConfig) -> None:
-        _limit_threads(config.resources.generation)
         self._generator = EntityNameGenerator(config)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -382,19 +378,19 @@ def _with_cost(batch: pa.Table, name: str, cost: float) -> pa.Table:
 
 
 def _pool(settings: PoolSettings) -> dict[str, Any]:
+    """Arguments of `map_batches` for a stage of actors; a batch is a block.
+
+    Threads are set in the actor's environment, since Ray builds an actor in one thread and calls it in another.
+    """
+    threads = {} if settings.num_threads is None else {"OMP_NUM_THREADS": str(settings.num_threads)}
     return {
         "batch_size": None,
         "batch_format": "pyarrow",
         "compute": ActorPoolStrategy(min_size=settings.min_actors, max_size=settings.max_actors),
         "num_cpus": settings.num_cpus,
         "num_gpus": settings.num_gpus,
+        **({"runtime_env": {"env_vars": threads}} if threads else {}),
     }
-
-
-def _limit_threads(settings: PoolSettings) -> None:
-    """Ray gives an actor of less than a CPU one thread; a model needs what the configuration says."""
-    if settings.num_threads is not None:
-        torch.set_num_threads(settings.num_threads)
 
 
 def _percent(share: float | None) -> str:

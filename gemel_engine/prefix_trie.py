@@ -56,7 +56,8 @@ class PrefixTrie:
             The trie, and for each sequence the number of its name; (S,). Equal sequences have equal numbers.
 
         Raises:
-            ValueError: There is no sequence, one is empty, the offsets do not span `token_ids`, or a token is out of range.
+            ValueError: There is no sequence, one is empty, the offsets do not span `token_ids`, or a token is out of
+                range.
         """
         lengths = np.diff(offsets.astype(np.int64))
         if not len(lengths) or lengths.min() < 1 or offsets[0] != 0 or offsets[-1] != len(token_ids):

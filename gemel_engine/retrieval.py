@@ -105,9 +105,11 @@ class MentionEncoder:
         """
         row_of_form = {form: row for row, form in enumerate(dict.fromkeys(surface_forms))}
         embeddings = np.zeros((len(row_of_form), self.width), np.float32)
-        for rows, token_ids in self._batches(list(row_of_form)):
-            filled = token_ids + token_ids[-1:] * (self._batch_size - len(token_ids))
-            embeddings[rows] = self._embed(torch.tensor(filled))[: len(rows)]
+        with tqdm(total=len(embeddings), desc="embed surface forms", unit=" forms", delay=5) as progress:
+            for rows, token_ids in self._batches(list(row_of_form)):
+                filled = token_ids + token_ids[-1:] * (self._batch_size - len(token_ids))
+                embeddings[rows] = self._embed(torch.tensor(filled))[: len(rows)]
+                progress.update(len(rows))
         return embeddings[np.array([row_of_form[form] for form in surface_forms], dtype=np.intp)]
 
     def _batches(self, forms: list[str]) -> Iterator[tuple[list[int], list[list[int]]]]:
@@ -389,12 +391,14 @@ def read_demonstrations(
     demonstrations: list[Demonstration] = []
     num_left_out = 0
     batches = _read_batches(mentions_uri, ("mention_id", "text", "mention", "entity_id"), optional)
-    for rows in tqdm(batches, desc="read demonstrations", unit=f"x{_ROWS_PER_READ}"):
-        for row in rows:
-            row["name"] = names.get(row["entity_id"]) or _normalised(row.get("entity_name") or "")
-        kept = [row for row in rows if row["entity_id"] and row["name"] and row["mention"]]
-        num_left_out += len(rows) - len(kept)
-        demonstrations.extend(_demonstrations(kept, pictures))
+    with tqdm(desc="read demonstrations", unit=" mentions", delay=5) as progress:
+        for rows in batches:
+            for row in rows:
+                row["name"] = names.get(row["entity_id"]) or _normalised(row.get("entity_name") or "")
+            kept = [row for row in rows if row["entity_id"] and row["name"] and row["mention"]]
+            num_left_out += len(rows) - len(kept)
+            demonstrations.extend(_demonstrations(kept, pictures))
+            progress.update(len(rows))
     if num_left_out:
         logger.warning("left out %d mentions without a surface form, an entity or its name", num_left_out)
     if pictures is not None and pictures.num_unusable:

@@ -22,7 +22,7 @@ import open_clip
 import torch
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import VisionTransformer
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -63,7 +63,7 @@ def decode_image(data: bytes, max_pixels: int) -> Image.Image:
                     f"{image.width} x {image.height} pixels exceed the limit of {max_pixels}; scale the picture down"
                 )
             return _to_rgb(ImageOps.exif_transpose(image))
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         raise ImageError(f"{len(data)} bytes are not a picture; accepted are {', '.join(ACCEPTED_FORMATS)}") from error
     except _PILLOW_ERRORS as error:
         raise ImageError(f"the picture is damaged or too large ({error}); save it again") from error
@@ -108,10 +108,9 @@ class ImageEncoder:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         if pretrained is None:
-            config, model, self._preprocess = _load_directory(Path(name_or_path))
+            config, tower, self._preprocess = _load_directory(Path(name_or_path))
         else:
-            config, model, self._preprocess = _load_named(name_or_path, pretrained)
-        tower: nn.Module = model.visual
+            config, tower, self._preprocess = _load_named(name_or_path, pretrained)
         self.fingerprint = _fingerprint(config, tower)
         _remove_projection(tower)
         self._device, self._dtype = torch.device(device), dtype
@@ -134,7 +133,7 @@ class ImageEncoder:
 
 
 def _load_directory(directory: Path) -> tuple[dict[str, Any], nn.Module, Preprocess]:
-    """Load an open_clip model directory: its configuration, the whole model, the preprocessing."""
+    """Load an open_clip model directory: its configuration, the vision tower, the preprocessing."""
     config_file, weights_file = directory / "open_clip_config.json", directory / "open_clip_model.safetensors"
     # open_clip prefers this file, so asking for it also means that no pickle is ever read.
     for file in (config_file, weights_file):
@@ -144,13 +143,15 @@ def _load_directory(directory: Path) -> tuple[dict[str, Any], nn.Module, Preproc
             )
     name = f"local-dir:{directory}"
     try:
-        return open_clip.get_model_config(name), *open_clip.create_model_from_pretrained(name)
+        config = open_clip.get_model_config(name)
+        model, preprocess = open_clip.create_model_from_pretrained(name)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         raise ArtifactError(f"{directory} is not a whole open_clip model ({error}); write it again") from error
+    return config, model.visual, preprocess
 
 
 def _load_named(name: str, pretrained: str) -> tuple[dict[str, Any], nn.Module, Preprocess]:
-    """Load a model that open_clip knows by name, downloading its weights where they are not cached."""
+    """Load the same of a model that open_clip knows by name, downloading weights that are not cached."""
     config = open_clip.get_model_config(name)
     if config is None:
         raise ConfigurationError(f"open_clip has no model {name!r}; open_clip.list_models() names them")
@@ -162,7 +163,8 @@ def _load_named(name: str, pretrained: str) -> tuple[dict[str, Any], nn.Module, 
         # open_clip only warns, and computes features that the weights were not trained for.
         twin = name.removesuffix("-quickgelu") if config.get("quick_gelu") else f"{name}-quickgelu"
         raise ConfigurationError(f"the weights {pretrained!r} need another activation than {name} has; use {twin!r}")
-    return config, *open_clip.create_model_from_pretrained(name, pretrained)
+    model, preprocess = open_clip.create_model_from_pretrained(name, pretrained)
+    return config, model.visual, preprocess
 
 
 def _fingerprint(config: dict[str, Any], tower: nn.Module) -> str:

@@ -1,0 +1,188 @@
+"""Both engines on tiny random models: the same names and log-probs, and those of Hugging Face's own beam search."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ENTITY_NAMES
+from transformers import PreTrainedTokenizerFast
+
+from gemel_engine.config import LanguageModelSettings
+from gemel_engine.model import FrozenLanguageModel
+from gemel_engine.prefix_trie import PrefixTrie
+from gemel_engine.prompt import Prompt, PromptBuilder, PromptSettings, Terminator, encode_text
+from gemel_engine.search import NameSearch, RolloutEngine, SearchResult, SearchSettings, run_searches
+from gemel_engine.transformers_engine import TransformersEngine
+
+WIDTH, PREFIX_LENGTH, NUM_CHILDREN = 64, 4, 4
+EXHAUSTIVE = SearchSettings(num_candidates=5, num_to_certify=5, num_children=NUM_CHILDREN, max_rollouts=500)
+
+
+@pytest.fixture(scope="module")
+def trie(tokenizer: PreTrainedTokenizerFast) -> PrefixTrie:
+    return PrefixTrie.from_sequences([encode_text(tokenizer, name) for name in ENTITY_NAMES])[0]
+
+
+def make_prompts(tokenizer: PreTrainedTokenizerFast, terminator: Terminator = "newline") -> list[Prompt]:
+    """Twelve prompts with shared demonstrations: half of the questions have a picture, some the same text."""
+    builder = PromptBuilder(tokenizer, PromptSettings(terminator=terminator))
+    generator = torch.Generator().manual_seed(0)
+
+    def picture() -> torch.Tensor:
+        return torch.randn(PREFIX_LENGTH, WIDTH, generator=generator) * 0.3
+
+    demonstrations = [
+        builder.demonstration(f"A {name} was seen here.", name, name, picture() if number % 2 else None)
+        for number, name in enumerate(ENTITY_NAMES[:4])
+    ]
+    return [
+        builder.build(
+            demonstrations,
+            builder.question(f"They drew a {ENTITY_NAMES[n % 6]}.", "it", picture() if n % 2 else None),
+        )
+        for n in range(12)
+    ]
+
+
+def link(
+    engine: RolloutEngine,
+    prompts: list[Prompt],
+    trie: PrefixTrie,
+    terminator: int,
+    max_in_flight: int,
+    settings: SearchSettings = EXHAUSTIVE,
+) -> list[SearchResult]:
+    searches = [(i, prompt, NameSearch(trie, terminator, settings), None) for i, prompt in enumerate(prompts)]
+    results = dict(run_searches(engine, searches, max_in_flight))
+    return [results[i] for i in range(len(prompts))]
+
+
+def assert_equal_results(results: list[SearchResult], expected: list[SearchResult]) -> None:
+    for result, reference in zip(results, expected, strict=True):
+        assert [name.name_index for name in result.names] == [name.name_index for name in reference.names]
+        assert [name.log_prob for name in result.names] == pytest.approx(
+            [name.log_prob for name in reference.names], abs=1e-3
+        )
+        assert result.num_certified == reference.num_certified == 5
+
+
+@pytest.fixture(scope="module", params=["llama", "opt"])
+def vllm_engines(
+    request: pytest.FixtureRequest,
+    language_models: dict[str, Path],
+    trie: PrefixTrie,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[tuple[Path, RolloutEngine, RolloutEngine]]:
+    """A model, and vLLM running it with and without prefix caching."""
+    from gemel_engine.vllm_engine import VllmEngine
+
+    directory = tmp_path_factory.mktemp("trie")
+    trie.save(directory)
+    path = language_models[request.param]
+    terminator = PromptBuilder(tokenizer, PromptSettings()).terminator
+    settings = LanguageModelSettings(name=str(path), dtype="float32", kv_cache_gib=1)
+    engines = [
+        VllmEngine(replace(settings, enable_prefix_caching=caching), directory, terminator, NUM_CHILDREN, 512)
+        for caching in (True, False)
+    ]
+    yield path, engines[0], engines[1]
+
+
+def test_vllm_equals_transformers(
+    vllm_engines: tuple[Path, RolloutEngine, RolloutEngine], trie: PrefixTrie, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    path, cached, uncached = vllm_engines
+    prompts = make_prompts(tokenizer)
+    terminator = PromptBuilder(tokenizer, PromptSettings()).terminator
+    reference = TransformersEngine(FrozenLanguageModel(str(path)), trie, terminator, NUM_CHILDREN)
+    expected = link(reference, prompts, trie, terminator, max_in_flight=1)
+    assert len({result.names[0] for result in expected}) > 6, "pictures and texts should matter to a random model"
+    for engine in (cached, uncached):
+        assert_equal_results(link(engine, prompts[:4], trie, terminator, max_in_flight=1), expected[:4])
+        assert_equal_results(link(engine, prompts, trie, terminator, max_in_flight=12), expected)
+    assert cached.cache_statistics.num_cached_tokens > 0
+    assert uncached.cache_statistics.num_cached_tokens == 0
+
+
+def test_pictures_never_share_a_cached_block(
+    vllm_engines: tuple[Path, RolloutEngine, RolloutEngine], trie: PrefixTrie, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """The same tokens with a picture, with another one, and with plain tokens in its place are three prompts."""
+    path, cached, _ = vllm_engines
+    terminator = PromptBuilder(tokenizer, PromptSettings()).terminator
+    with_picture = make_prompts(tokenizer)[1]
+    other = Prompt(with_picture.token_ids, tuple((at, -prefix) for at, prefix in with_picture.visual_prefixes))
+    zero = Prompt(with_picture.token_ids, tuple((at, prefix * 0) for at, prefix in with_picture.visual_prefixes))
+    prompts = [with_picture, other, zero, Prompt(with_picture.token_ids, ()), with_picture]
+    reference = TransformersEngine(FrozenLanguageModel(str(path)), trie, terminator, NUM_CHILDREN)
+    expected = link(reference, prompts, trie, terminator, max_in_flight=1)
+    assert_equal_results(link(cached, prompts, trie, terminator, max_in_flight=1), expected)
+
+
+def test_candidates_restrict_one_request(
+    vllm_engines: tuple[Path, RolloutEngine, RolloutEngine], trie: PrefixTrie, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    path, cached, _ = vllm_engines
+    terminator = PromptBuilder(tokenizer, PromptSettings()).terminator
+    few, _ = PrefixTrie.from_sequences([encode_text(tokenizer, name) for name in ("bear", "moon cake", "dog", "sun", "star")])
+    reference = TransformersEngine(FrozenLanguageModel(str(path)), trie, terminator, NUM_CHILDREN)
+    prompts = make_prompts(tokenizer)[:4]
+    for engine in (reference, cached):
+        searches = [
+            (i, prompt, NameSearch(few if i % 2 else trie, terminator, EXHAUSTIVE), few if i % 2 else None)
+            for i, prompt in enumerate(prompts)
+        ]
+        results = dict(run_searches(engine, searches, max_in_flight=4))
+        if engine is reference:
+            expected = results
+    assert_equal_results([results[i] for i in range(4)], [expected[i] for i in range(4)])
+    assert results[1].unexplored_mass == 0 or len(results[1].names) == 5
+
+
+@pytest.mark.parametrize("model", ["llama", "opt"])
+@pytest.mark.parametrize("terminator", ["newline", "eos"])
+def test_scores_equal_hugging_face_beam_search(
+    model: str,
+    terminator: Terminator,
+    language_models: dict[str, Path],
+    trie: PrefixTrie,
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    """With as many beams as names, beam search finds the argmax; the search must give its name and its score."""
+    language_model = FrozenLanguageModel(str(language_models[model]))
+    end = PromptBuilder(tokenizer, PromptSettings(terminator=terminator)).terminator
+    engine = TransformersEngine(language_model, trie, end, NUM_CHILDREN)
+    for prompt in make_prompts(tokenizer, terminator)[:3]:
+        for objective, length_penalty in (("sum", 0.0), ("mean", 1.0)):
+            settings = replace(EXHAUSTIVE, objective=objective)
+            ((result,)) = link(engine, [prompt], trie, end, 1, settings)
+            output = language_model.module.generate(
+                inputs_embeds=language_model.embed_prompt(prompt).unsqueeze(0),
+                attention_mask=torch.ones(1, len(prompt.token_ids), dtype=torch.long),
+                num_beams=len(ENTITY_NAMES),
+                do_sample=False,
+                max_new_tokens=trie.longest(0) + 1,
+                length_penalty=length_penalty,
+                early_stopping=False,
+                eos_token_id=end,
+                pad_token_id=0,
+                prefix_allowed_tokens_fn=lambda _, tokens: _allowed(trie, tokens.tolist(), end),
+                return_dict_in_generate=True,
+                output_scores=True,
+            )
+            tokens = output.sequences[0].tolist()
+            name = tokens[: tokens.index(end)]
+            assert trie.name_tokens(result.names[0].name_index) == name
+            assert result.names[0].score == pytest.approx(output.sequences_scores[0].item(), abs=1e-3)
+
+
+def _allowed(trie: PrefixTrie, tokens: list[int], end: int) -> list[int]:
+    if end in tokens:
+        return [0]
+    node = trie.walk(tokens)
+    return [*trie.children(node)[0].tolist(), *([end] if trie.is_terminal(node) else [])]

