@@ -115,8 +115,8 @@ class KnowledgeBase:
         self.tokenizer_fingerprint = tokenizer_fingerprint
         self._entities = entities
         self._ids = entities["entity_id"]
-        self._name_index: NDArray[np.uint32] = np.from_dlpack(entities["name_index"])
-        self._row_by_id: NDArray[np.uint32] = np.from_dlpack(entities["row_by_id"])
+        self._name_index: NDArray[np.uint32] = entities["name_index"].to_numpy()
+        self._row_by_id: NDArray[np.uint32] = entities["row_by_id"].to_numpy()
 
     @classmethod
     def open(cls, directory: Path, *, verify: bool = False) -> Self:

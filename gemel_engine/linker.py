@@ -35,7 +35,7 @@ class PictureEncoder:
         if settings.image_encoder is None:
             raise ConfigurationError("vision.image_encoder is not set: name an open_clip model or directory")
         self._settings = settings
-        self.encoder = ImageEncoder(settings.image_encoder, settings.pretrained, settings.device)
+        self.encoder = ImageEncoder(settings.image_encoder, settings.pretrained, device=settings.device)
 
     def encode(self, pictures: Sequence[bytes | None]) -> list[Features | ImageError | None]:
         """Image features (C,) of each of B files, None where there is no file, an error where it is no picture."""

@@ -2,8 +2,9 @@
 
     read mentions → EncodeImages → RetrieveDemonstrations → GenerateEntityNames → write parts → commit shards
 
-A stage class only adapts columns; what it does stands in modules that don't know Ray. One block is one shard, or a
-part of it. A row that fails carries its `error` to the end, and later stages leave it alone.
+A stage class only adapts columns; what it does stands in modules that don't know Ray, and is imported where it runs: a
+process that only reads rows does not load four libraries of models. One block is one shard, or a part of it. A row that
+fails carries its `error` to the end, and later stages leave it alone.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -28,11 +29,12 @@ from ray.data import ActorPoolStrategy, DataContext, Dataset
 from gemel_engine import shards, storage
 from gemel_engine.config import LinkConfig, PoolSettings, config_json
 from gemel_engine.errors import ImageFetchError, TooManyFailuresError
-from gemel_engine.generation import Artifacts, EntityNameGenerator, open_artifacts
 from gemel_engine.image_source import fetch_image
-from gemel_engine.linker import DemonstrationRetriever, PictureEncoder, check_encoders
 from gemel_engine.shards import Shard
 from gemel_engine.types import Mention, Prediction, predictions_to_table
+
+if TYPE_CHECKING:
+    from gemel_engine.generation import Artifacts
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +95,9 @@ def link_corpus(config: LinkConfig) -> LinkReport:
         GemelError: The configuration, the input or an artifact is unusable (nothing has been started then), or more
             rows failed than `max_failed_fraction` allows (the output is complete then).
     """
+    from gemel_engine.generation import open_artifacts
+    from gemel_engine.linker import check_encoders
+
     started = time.monotonic()
     plan = shards.plan_shards(config.input, config.rows_per_shard)
     artifacts = open_artifacts(config, verify=config.verify_artifacts)
@@ -154,6 +159,8 @@ class EncodeImages:
     """Adds `image_features` (C,), null without a picture; drops the picture."""
 
     def __init__(self, config: LinkConfig) -> None:
+        from gemel_engine.linker import PictureEncoder
+
         self._policy = config.image_source
         self._encoder = PictureEncoder(config.vision)
 
@@ -197,6 +204,9 @@ class RetrieveDemonstrations:
     """Adds `demonstrations`: rows of the index, the most similar last."""
 
     def __init__(self, config: LinkConfig) -> None:
+        from gemel_engine.generation import open_artifacts
+        from gemel_engine.linker import DemonstrationRetriever
+
         index = open_artifacts(config).index
         assert index is not None, "the stage runs only with demonstrations"
         self._retriever = DemonstrationRetriever(config.retrieval, index)
@@ -216,6 +226,8 @@ class GenerateEntityNames:
     """Turns mentions into predictions."""
 
     def __init__(self, config: LinkConfig) -> None:
+        from gemel_engine.generation import EntityNameGenerator
+
         self._generator = EntityNameGenerator(config)
 
     def __call__(self, batch: pa.Table) -> pa.Table:

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
-
-from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from typing import TYPE_CHECKING, Literal
 
 from gemel_engine.errors import ConfigurationError, PromptTooLongError
+
+if TYPE_CHECKING:  # the settings are read where no model is
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerFast
 
 Terminator = Literal["newline", "eos"]
 

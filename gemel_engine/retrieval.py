@@ -51,7 +51,8 @@ _METADATA = "index.json"
 _TABLE = "demonstrations.parquet"
 _TEXT_COLUMNS = ("mention_id", "text", "mention", "entity_id", "entity_name")
 _SIMILARITY_DECIMALS = 5
-_ROWS_PER_READ = 256
+_ENTITIES_PER_READ = 65_536
+_MENTIONS_PER_READ = 32  # and so the most pictures that are encoded at once
 
 FloatArray = NDArray[np.float32]
 Width = Annotated[int, Field(gt=0, le=1 << 20)]
@@ -142,7 +143,7 @@ class Demonstration:
         mention_id: Unique among the demonstrations.
         mention: The surface form.
         name: The entity's name, the target.
-        features: Image features of shape (C,); None without a usable picture.
+        features: Image features of shape (C,), read-only; None without a usable picture.
     """
 
     mention_id: str
@@ -226,8 +227,8 @@ class DemonstrationIndex:
         ordered = sorted(demonstrations, key=lambda demonstration: (demonstration.mention, demonstration.mention_id))
         if not ordered:
             raise InputError("there are no demonstrations; give training mentions whose entities have names")
-        embeddings = mention_encoder.encode([demonstration.mention for demonstration in ordered])
         _check_unique(ordered)
+        embeddings = mention_encoder.encode([demonstration.mention for demonstration in ordered])
         table = _table(ordered, embeddings, vision_width)
         directory.mkdir(parents=True, exist_ok=True)
         (directory / _METADATA).unlink(missing_ok=True)
@@ -340,24 +341,24 @@ class PictureReader:
 
     def encode(self, pictures: Sequence[bytes | str | None]) -> list[FloatArray | None]:
         """Return features of shape (C,) for each picture, None where there is none or it is unusable."""
-        digests: list[bytes | None] = []
         new: dict[bytes, Image] = {}
-        for picture in pictures:
-            digest = None
-            if picture is not None:
-                try:
-                    data = fetch_image(picture, self._policy) if isinstance(picture, str) else picture
-                    digest = hashlib.sha256(data).digest()
-                    if digest not in self._features and digest not in new:
-                        new[digest] = decode_image(data, self._max_pixels)
-                except MentionError as error:
-                    logger.info("a demonstration goes without its picture: %s", error)
-                    self.num_unusable += 1
-                    digest = None
-            digests.append(digest)
+        digests = [None if picture is None else self._decode(picture, new) for picture in pictures]
         if new:
             self._features.update(zip(new, self.encoder.encode(list(new.values())), strict=True))
         return [None if digest is None else self._features[digest] for digest in digests]
+
+    def _decode(self, picture: bytes | str, new: dict[bytes, Image]) -> bytes | None:
+        """Return the digest of a picture's bytes, None if it is unusable; add the picture to `new` if it is."""
+        try:
+            data = fetch_image(picture, self._policy) if isinstance(picture, str) else picture
+            digest = hashlib.sha256(data).digest()
+            if digest not in self._features and digest not in new:
+                new[digest] = decode_image(data, self._max_pixels)
+        except MentionError as error:
+            logger.info("a demonstration goes without its picture: %s", error)
+            self.num_unusable += 1
+            return None
+        return digest
 
 
 def read_names(entities_uri: str) -> dict[str, str]:
@@ -369,7 +370,7 @@ def read_names(entities_uri: str) -> dict[str, str]:
     Raises:
         InputError: There is no such table, or it lacks a column.
     """
-    batches = _read_batches(entities_uri, ("entity_id", "name"), ())
+    batches = _read_batches(entities_uri, _ENTITIES_PER_READ, ("entity_id", "name"))
     return {row["entity_id"]: _normalised(row["name"]) for rows in batches for row in rows if row["name"]}
 
 
@@ -390,7 +391,8 @@ def read_demonstrations(
     optional = ("entity_name",) if pictures is None else ("entity_name", "image_bytes", "image_uri")
     demonstrations: list[Demonstration] = []
     num_left_out = 0
-    batches = _read_batches(mentions_uri, ("mention_id", "text", "mention", "entity_id"), optional)
+    required = ("mention_id", "text", "mention", "entity_id")
+    batches = _read_batches(mentions_uri, _MENTIONS_PER_READ, required, optional)
     with tqdm(desc="read demonstrations", unit=" mentions", delay=5) as progress:
         for rows in batches:
             for row in rows:
@@ -417,8 +419,10 @@ def _demonstrations(rows: list[dict[str, Any]], pictures: PictureReader | None) 
         yield Demonstration(mention_id, text, row["mention"], row["entity_id"], row["name"], row_features)
 
 
-def _read_batches(uri: str, required: Sequence[str], optional: Sequence[str]) -> Iterator[list[dict[str, Any]]]:
-    """Yield the rows of a Parquet table, columns of text as strings, some at a time."""
+def _read_batches(
+    uri: str, num_rows: int, required: Sequence[str], optional: Sequence[str] = ()
+) -> Iterator[list[dict[str, Any]]]:
+    """Yield the rows of a Parquet table, `num_rows` at a time, all columns but pictures as strings."""
     for file in list_parquet(uri):
         filesystem, path = resolve(file.uri)
         try:
@@ -428,9 +432,9 @@ def _read_batches(uri: str, required: Sequence[str], optional: Sequence[str]) ->
                 if missing:
                     raise InputError(f"{file.uri} has no column {missing[0]!r}, only {present}; add it")
                 columns = [*required, *(column for column in optional if column in present)]
-                for batch in parquet.iter_batches(_ROWS_PER_READ, columns=columns):
+                for batch in parquet.iter_batches(num_rows, columns=columns):
                     yield [dict(zip(columns, row, strict=True)) for row in zip(*_values(batch, columns), strict=True)]
-        except pa.ArrowException as error:
+        except (OSError, pa.ArrowException) as error:
             raise InputError(f"{file.uri} is not a readable Parquet table ({error}); write it again") from error
 
 

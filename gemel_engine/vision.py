@@ -128,7 +128,9 @@ class ImageEncoder:
             Features of shape (B, C), float32.
         """
         pixels = torch.stack([self._preprocess(image) for image in images])  # (B, 3, height, width)
-        features: Tensor = self._tower(pixels.to(self._device, self._dtype))  # (B, C)
+        # A convolutional tower takes half the time with its channels last; a ViT does not mind.
+        pixels = pixels.to(self._device, self._dtype, memory_format=torch.channels_last)
+        features: Tensor = self._tower(pixels)  # (B, C)
         return features.float().cpu().numpy()
 
 

@@ -16,13 +16,32 @@ os.environ |= {
     "TOKENIZERS_PARALLELISM": "false",
 }
 
+import json
 from pathlib import Path
 
+import numpy as np
+import open_clip
+import pyarrow as pa
 import pytest
 import torch
 from s3_server import run_s3_server  # noqa: F401
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from gemel_engine.feature_mapper import FeatureMapper
+from gemel_engine.knowledge_base import KnowledgeBaseSettings, build_knowledge_base
+from gemel_engine.model import language_model_fingerprint
+from gemel_engine.retrieval import Demonstration, DemonstrationIndex, MentionEncoder
+from gemel_engine.vision import ImageEncoder
 
 ENTITY_NAMES = [
     "brown bear", "polar bear", "teddy bear", "bear", "steam train", "bullet train", "train", "tram", "red apple",
@@ -88,3 +107,85 @@ def language_models(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrai
         model_type(config).save_pretrained(directories[name])
         tokenizer.save_pretrained(directories[name])
     return directories
+
+
+@pytest.fixture(scope="session")
+def mention_encoder_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random BERT of width 32 over single characters, with special tokens."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    vocabulary = {token: i for i, token in enumerate([*special, *map(chr, range(33, 127))])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    backend.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), special, strict=True))
+    directory = tmp_path_factory.mktemp("mention_encoder")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=40, **names)  # type: ignore[no-untyped-call]
+    tokenizer.save_pretrained(directory)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=64,
+    )
+    BertModel(config).save_pretrained(directory)  # type: ignore[no-untyped-call]
+    return directory
+
+
+def write_image_encoder(directory: Path, vision_config: dict[str, object], seed: int = 0) -> Path:
+    """A random open_clip model as a local directory."""
+    text_config = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "layers": 1}
+    config = {"embed_dim": 16, "vision_cfg": vision_config, "text_cfg": text_config, "custom_text": True}
+    (directory / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
+    torch.manual_seed(seed)
+    model = open_clip.create_model(f"local-dir:{directory}", load_weights=False)
+    save_file(model.state_dict(), directory / "open_clip_model.safetensors")
+    return directory
+
+
+TINY_VIT = {"image_size": 32, "patch_size": 16, "width": 64, "head_width": 32, "layers": 1}
+
+
+@pytest.fixture(scope="session")
+def artifacts(
+    tmp_path_factory: pytest.TempPathFactory,
+    tokenizer: PreTrainedTokenizerFast,
+    language_models: dict[str, Path],
+    mention_encoder_directory: Path,
+) -> dict[str, Path]:
+    """All that a linking run needs, made of tiny models: entities Q0, Q1, ... have the `ENTITY_NAMES`."""
+    directory = tmp_path_factory.mktemp("artifacts")
+    ids = [f"Q{n}" for n in range(len(ENTITY_NAMES))]
+    entities = pa.table({"entity_id": ids, "name": ENTITY_NAMES})
+    build_knowledge_base(entities, tokenizer, directory / "knowledge_base", KnowledgeBaseSettings())
+    image_encoder_directory = write_image_encoder(tmp_path_factory.mktemp("image_encoder"), TINY_VIT)
+    image_encoder = ImageEncoder(str(image_encoder_directory))
+    features = np.random.default_rng(0).normal(size=(len(ids), image_encoder.width)).astype(np.float32)
+    demonstrations = [
+        Demonstration(f"d{n}", f"There was a {name}.", name, entity_id, name, features[n] if n % 2 else None)
+        for n, (entity_id, name) in enumerate(zip(ids, ENTITY_NAMES, strict=True))
+    ]
+    DemonstrationIndex.build(
+        directory / "demonstrations",
+        demonstrations,
+        MentionEncoder(str(mention_encoder_directory)),
+        vision_width=image_encoder.width,
+        image_encoder_fingerprint=image_encoder.fingerprint,
+    )
+    FeatureMapper.random(
+        image_encoder.width,
+        2,
+        64,
+        seed=0,
+        language_model_fingerprint=language_model_fingerprint(str(language_models["llama"])),
+        image_encoder_fingerprint=image_encoder.fingerprint,
+    ).save(directory / "feature_mapper")
+    return {
+        "language_model": language_models["llama"],
+        "mention_encoder": mention_encoder_directory,
+        "image_encoder": image_encoder_directory,
+        **{name: directory / name for name in ("knowledge_base", "demonstrations", "feature_mapper")},
+    }

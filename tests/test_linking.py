@@ -1,0 +1,387 @@
+"""The linking job as a user runs it: tiny real models, real Ray, local files and a real S3 server."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+from conftest import ENTITY_NAMES
+from PIL import Image
+from s3_server import S3Server
+
+from gemel_engine import storage
+from gemel_engine.config import LinkConfig, load_config
+from gemel_engine.errors import (
+    ArtifactError,
+    ConfigurationError,
+    GemelError,
+    InputError,
+    TooManyFailuresError,
+)
+from gemel_engine.feature_mapper import FeatureMapper
+from gemel_engine.linker import Linker
+from gemel_engine.linking import link_corpus
+from gemel_engine.types import PREDICTION_SCHEMA
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    ray.init(num_cpus=4, include_dashboard=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def config(artifacts: dict[str, Path], tmp_path: Path) -> LinkConfig:
+    """A run over nine good mentions on the reference engine; tests replace what they are about."""
+    path = tmp_path / "link.toml"
+    path.write_text(toml(artifacts, write_mentions(tmp_path / "mentions.parquet"), tmp_path / "output"))
+    return load_config(LinkConfig, path)
+
+
+def toml(artifacts: dict[str, Path], corpus: object, output: object, engine: str = "transformers") -> str:
+    return f"""
+input = "{corpus}"
+output = "{output}"
+knowledge_base = "{artifacts["knowledge_base"]}"
+demonstrations = "{artifacts["demonstrations"]}"
+rows_per_shard = 4
+max_failed_fraction = 0.0
+[language_model]
+name = "{artifacts["language_model"]}"
+engine = "{engine}"
+dtype = "float32"
+kv_cache_gib = 1
+[vision]
+image_encoder = "{artifacts["image_encoder"]}"
+feature_mapper = "{artifacts["feature_mapper"]}"
+[retrieval]
+mention_encoder = "{artifacts["mention_encoder"]}"
+num_demonstrations = 2
+[prompt]
+max_prompt_tokens = 600
+query_reserve = 200
+"""
+
+
+def picture(colour: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 40), colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def mention_rows() -> list[dict[str, Any]]:
+    colours = ["red", "green", "blue", None]
+    return [
+        {
+            "mention_id": f"m{n}",
+            "text": f"Look at the {name} over there.",
+            "mention": name,
+            "mention_start": 12,
+            "image_bytes": colour and picture(colour),
+        }
+        for n, name in enumerate(ENTITY_NAMES[:9])
+        for colour in [colours[n % 4]]
+    ]
+
+
+MENTION_SCHEMA = pa.schema(
+    {
+        "mention_id": pa.string(),
+        "text": pa.string(),
+        "mention": pa.string(),
+        "mention_start": pa.int32(),
+        "image_bytes": pa.binary(),
+        "image_uri": pa.string(),
+        "candidate_ids": pa.list_(pa.string()),
+    }
+)
+
+
+def write_mentions(path: Path, *changes: tuple[int, dict[str, Any]]) -> Path:
+    rows = mention_rows()
+    for row, change in changes:
+        rows[row] |= change
+    pq.write_table(pa.Table.from_pylist(rows, schema=MENTION_SCHEMA), path)
+    return path
+
+
+def predictions(output: str) -> list[dict[str, Any]]:
+    files = storage.list_parquet(f"{output}/data")
+    tables = [pq.read_table(io.BytesIO(storage.read_bytes(file.uri))) for file in files]
+    assert all(table.schema == PREDICTION_SCHEMA for table in tables)
+    return pa.concat_tables(tables).to_pylist()
+
+
+def run_job(config_path: Path, *overrides: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "jobs/link_corpus.py", str(config_path), *overrides]
+    return subprocess.run(
+        command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False, timeout=280
+    )
+
+
+def test_every_row_comes_out_once_in_order(local_ray: None, config: LinkConfig) -> None:
+    report = link_corpus(config)
+    rows = predictions(config.output)
+    assert [row["mention_id"] for row in rows] == [f"m{n}" for n in range(9)]
+    assert all(row["error"] is None and row["certified"] for row in rows)
+    assert {row["entity_name"] for row in rows} <= set(ENTITY_NAMES)
+    assert all(len(row["demonstration_ids"]) == 2 for row in rows)
+    assert all(0 < row["probability"] <= 1 and 0 <= row["unexplored_mass"] <= 1 for row in rows)
+    assert (report.rows, report.errors, report.shards, report.feature_mapper) == (9, {}, 3, "untrained")
+    assert set(report.stage_seconds) == {"image", "retrieval", "generation"}
+    saved = json.loads(storage.read_bytes(f"{config.output}/report.json"))
+    assert saved == asdict(report)
+    assert not storage.exists(f"{config.output}/_parts")
+
+
+def test_the_linker_without_ray_gives_the_same(local_ray: None, config: LinkConfig) -> None:
+    link_corpus(config)
+    linker = Linker(config)
+    for row, expected in list(zip(mention_rows(), predictions(config.output), strict=True))[:4]:
+        prediction = linker.link_one(row["text"], row["mention"], row["image_bytes"])
+        assert (prediction.entity_id, prediction.num_rollouts) == (expected["entity_id"], expected["num_rollouts"])
+        assert prediction.log_prob == pytest.approx(expected["log_prob"], abs=1e-4)
+
+
+def test_a_rerun_skips_finished_shards_and_refuses_other_settings(local_ray: None, config: LinkConfig) -> None:
+    link_corpus(config)
+    before = predictions(config.output)
+    Path(config.output, "data/shard-00001.parquet").unlink()
+    report = link_corpus(config)
+    assert (report.shards_skipped, report.rows_linked_now, report.rows) == (2, 4, 9)
+    assert predictions(config.output) == before
+    other = replace(config, search=replace(config.search, objective="mean"))
+    with pytest.raises(ConfigurationError, match=r"differs in settings\.search\.objective"):
+        link_corpus(other)
+
+
+def test_bad_rows_become_errors_and_the_others_are_linked(
+    local_ray: None, config: LinkConfig, artifacts: dict[str, Path], tmp_path: Path
+) -> None:
+    outside = tmp_path / "outside.png"
+    outside.write_bytes(picture("red"))
+    corpus = write_mentions(
+        tmp_path / "bad.parquet",
+        (0, {"mention": " ", "mention_start": None}),
+        (1, {"text": None}),
+        (2, {"mention_start": 99}),
+        (3, {"image_bytes": b"no picture", "candidate_ids": ["Q3"]}),
+        (4, {"image_bytes": None, "image_uri": str(outside)}),
+        (5, {"text": "very long " * 500, "mention_start": None}),
+        (6, {"candidate_ids": ["Q1", "no such entity"]}),
+        (7, {"candidate_ids": ["Q9", "Q3"]}),
+    )
+    config = replace(config, input=str(corpus), max_failed_fraction=0.9)
+    report = link_corpus(config)
+    rows = predictions(config.output)
+    kinds = [row["error"] and row["error"].partition(":")[0] for row in rows]
+    assert kinds == [
+        "invalid_mention",
+        "invalid_mention",
+        "invalid_mention",
+        "image",
+        "image_fetch",
+        "prompt_too_long",
+        "invalid_mention",
+        None,
+        None,
+    ]
+    assert report.errors == {"invalid_mention": 4, "image": 1, "image_fetch": 1, "prompt_too_long": 1}
+    assert {candidate["entity_id"] for candidate in rows[7]["candidates"]} == {"Q9", "Q3"}
+    assert [row["mention_id"] for row in rows] == [f"m{n}" for n in range(9)]
+    assert all(row["entity_id"] is None and row["candidates"] == [] for row in rows[:7])
+
+
+def test_too_many_failures_fail_the_job_at_its_end(local_ray: None, config: LinkConfig, tmp_path: Path) -> None:
+    corpus = write_mentions(tmp_path / "bad.parquet", (0, {"mention": ""}))
+    config = replace(config, input=str(corpus))
+    with pytest.raises(TooManyFailuresError, match=r"1 of 9 rows failed .*max_failed_fraction 0\.0"):
+        link_corpus(config)
+    assert len(predictions(config.output)) == 9
+
+
+Change = Callable[[LinkConfig, Path], LinkConfig]
+
+
+def with_table(config: LinkConfig, directory: Path, table: pa.Table) -> LinkConfig:
+    pq.write_table(table, directory / "changed.parquet")
+    return replace(config, input=str(directory / "changed.parquet"))
+
+
+def without_text(config: LinkConfig, directory: Path) -> LinkConfig:
+    return with_table(config, directory, pq.read_table(config.input).drop_columns(["text"]))
+
+
+def with_repeated_id(config: LinkConfig, directory: Path) -> LinkConfig:
+    table = pq.read_table(config.input)
+    return with_table(config, directory, pa.concat_tables([table, table.slice(3, 1)]))
+
+
+def with_numeric_mention(config: LinkConfig, directory: Path) -> LinkConfig:
+    table = pq.read_table(config.input)
+    return with_table(config, directory, table.set_column(2, "mention", pa.array(range(9))))
+
+
+def without_rows(config: LinkConfig, directory: Path) -> LinkConfig:
+    return with_table(config, directory, pq.read_table(config.input).slice(0, 0))
+
+
+def with_other_mapper(config: LinkConfig, directory: Path) -> LinkConfig:
+    FeatureMapper.random(FeatureMapper.load(str(config.vision.feature_mapper)).metadata.vision_width, 2, 32, 0).save(
+        directory / "mapper"
+    )
+    return replace(config, vision=replace(config.vision, feature_mapper=str(directory / "mapper")))
+
+
+def with_mapper_of_another_width(config: LinkConfig, directory: Path) -> LinkConfig:
+    FeatureMapper.random(7, 2, 64, 0).save(directory / "mapper")
+    return replace(config, vision=replace(config.vision, feature_mapper=str(directory / "mapper")))
+
+
+def with_mapper_for_another_model(config: LinkConfig, directory: Path) -> LinkConfig:
+    width = FeatureMapper.load(str(config.vision.feature_mapper)).metadata.vision_width
+    FeatureMapper.random(width, 2, 64, 0, language_model_fingerprint="another").save(directory / "mapper")
+    return replace(config, vision=replace(config.vision, feature_mapper=str(directory / "mapper")))
+
+
+def with_other_tokenizer(config: LinkConfig, directory: Path) -> LinkConfig:
+    model = Path(config.language_model.name)
+    other = directory / "model"
+    other.mkdir()
+    for file in model.iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    tokenizer["normalizer"] = {"type": "Lowercase"}
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return replace(config, language_model=replace(config.language_model, name=str(other)))
+
+
+def without_knowledge_base(config: LinkConfig, directory: Path) -> LinkConfig:
+    return replace(config, knowledge_base=str(directory / "nowhere"))
+
+
+def with_knowledge_base_of_another_version(config: LinkConfig, directory: Path) -> LinkConfig:
+    copy = directory / "kb"
+    (copy / "trie").mkdir(parents=True)
+    for file in Path(config.knowledge_base).rglob("*.*"):
+        (copy / file.relative_to(config.knowledge_base)).write_bytes(file.read_bytes())
+    manifest = json.loads((copy / "knowledge_base.json").read_text())
+    (copy / "knowledge_base.json").write_text(json.dumps(manifest | {"format_version": 99}))
+    return replace(config, knowledge_base=str(copy))
+
+
+def without_language_model(config: LinkConfig, directory: Path) -> LinkConfig:
+    return replace(config, language_model=replace(config.language_model, name=str(directory / "nowhere")))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (without_text, InputError, "has no column 'text'"),
+        (with_repeated_id, InputError, r"repeats 1 mention_id, such as \['m3'\]"),
+        (with_numeric_mention, InputError, "column 'mention' is of type int64, it must be string"),
+        (without_rows, InputError, "has no rows"),
+        (with_other_mapper, ArtifactError, "makes embeddings of width 32, but"),
+        (with_mapper_of_another_width, ArtifactError, "different image encoders"),
+        (with_mapper_for_another_model, ArtifactError, "made for another language model"),
+        (with_other_tokenizer, ArtifactError, "built with another tokenizer"),
+        (without_knowledge_base, ArtifactError, "nowhere"),
+        (with_knowledge_base_of_another_version, ArtifactError, "format version 99"),
+        (without_language_model, ArtifactError, "nowhere"),
+    ],
+)
+def test_a_bad_job_stops_before_any_work(
+    config: LinkConfig, tmp_path: Path, change: Change, error: type[GemelError], message: str
+) -> None:
+    changed = change(config, tmp_path)
+    with pytest.raises(error, match=message):
+        link_corpus(changed)
+    assert not Path(config.output).exists()
+
+
+def test_vllm_links_like_the_reference_on_s3(
+    artifacts: dict[str, Path], config: LinkConfig, s3_server: S3Server, tmp_path: Path
+) -> None:
+    """The job as its own process: input, knowledge base and output on S3, credentials from the environment."""
+    prefix = f"{s3_server.uri}/linking"
+    storage.write_bytes(f"{prefix}/in/mentions.parquet", Path(config.input).read_bytes())
+    for file in artifacts["knowledge_base"].rglob("*.*"):
+        relative = file.relative_to(artifacts["knowledge_base"])
+        storage.write_bytes(f"{prefix}/kb/{relative}", file.read_bytes())
+    path = tmp_path / "s3.toml"
+    path.write_text(toml(artifacts | {"knowledge_base": f"{prefix}/kb"}, f"{prefix}/in", f"{prefix}/out", "vllm"))  # type: ignore[dict-item]
+    finished = run_job(path)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    linker = Linker(config)
+    rows = predictions(f"{prefix}/out")
+    assert [row["mention_id"] for row in rows] == [f"m{n}" for n in range(9)]
+    for row, mention in zip(rows, mention_rows(), strict=True):
+        expected = linker.link_one(mention["text"], mention["mention"], mention["image_bytes"])
+        assert row["entity_id"] == expected.entity_id
+        assert row["log_prob"] == pytest.approx(expected.log_prob, abs=1e-3)
+    report = json.loads(storage.read_bytes(f"{prefix}/out/report.json"))
+    assert report["prefix_cache_hit_rate"] > 0
+    secret = os.environ["AWS_SECRET_ACCESS_KEY"]
+    assert secret not in finished.stderr + finished.stdout
+    assert secret.encode() not in storage.read_bytes(f"{prefix}/out/_run.json")
+
+
+def test_exit_codes_of_the_command(config: LinkConfig, tmp_path: Path) -> None:
+    path = tmp_path / "wrong.toml"
+    path.write_text((tmp_path / "link.toml").read_text() + "\n[search]\nobjectiv = 'sum'\n")
+    finished = run_job(path)
+    assert finished.returncode == 2
+    assert "unknown key 'search.objectiv'; did you mean 'objective'?" in finished.stderr
+    assert "Traceback" not in finished.stderr
+
+
+def test_ray_job_submit(config: LinkConfig, tmp_path: Path) -> None:
+    """The job on a cluster that was started with `ray start --head`, through the dashboard, as documented."""
+    ports = free_ports(2)
+    environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_TMPDIR": "/tmp"}
+    ray_command = str(Path(sys.executable).with_name("ray"))
+    subprocess.run(
+        [ray_command, "start", "--head", f"--port={ports[0]}", f"--dashboard-port={ports[1]}", "--num-cpus=4"],
+        env=environment,
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
+    try:
+        job = ["python", "jobs/link_corpus.py", str(tmp_path / "link.toml")]
+        submitted = subprocess.run(
+            [ray_command, "job", "submit", f"--address=http://127.0.0.1:{ports[1]}", "--working-dir=.", "--", *job],
+            cwd=ROOT,
+            env=environment,
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=280,
+        )
+        assert submitted.returncode == 0, (submitted.stdout + submitted.stderr)[-3000:]
+    finally:
+        subprocess.run([ray_command, "stop", "--force"], env=environment, check=True, capture_output=True, timeout=60)
+    assert [row["mention_id"] for row in predictions(config.output)] == [f"m{n}" for n in range(9)]
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [item.getsockname()[1] for item in sockets]
+    for item in sockets:
+        item.close()
+    return ports
