@@ -19,8 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from gemel_engine.artifact import read_manifest, write_manifest
 from gemel_engine.errors import ArtifactError
-from gemel_engine.prefix_trie import read_manifest, write_manifest
 
 FORMAT_VERSION = 1
 _WEIGHTS = "mapper.safetensors"

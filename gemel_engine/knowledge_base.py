@@ -7,19 +7,16 @@
 Both are mapped into memory, so that opening millions of entities takes no time and processes share the pages.
 Entities with equal names share one name and are neighbours. Nothing here knows a language model.
 
-Shapes: S entities, T tokens.
+Shapes: S entities.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from bisect import bisect_left, bisect_right
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Literal, Self
 
@@ -27,11 +24,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from gemel_engine.artifact import file_sha256, read_manifest, write_manifest
+from gemel_engine.entity_names import TokenisedNames, count_skipped, reasons_to_skip
 from gemel_engine.errors import ArtifactError, ConfigurationError, InputError
-from gemel_engine.prefix_trie import PrefixTrie, file_sha256, read_manifest, write_manifest
+from gemel_engine.prefix_trie import PrefixTrie
 
 FORMAT_VERSION = 1
 
@@ -47,15 +45,6 @@ ENTITY_SCHEMA = pa.schema(
 )
 # row_by_id is a second order of the same rows: its i-th value is the row with the i-th smallest entity id.
 _STORED_SCHEMA = pa.schema([*ENTITY_SCHEMA, pa.field("name_index", pa.uint32()), pa.field("row_by_id", pa.uint32())])
-
-# What delimits the parts of a prompt: a name that holds one would be read as the start of the next part.
-PROMPT_MARKERS = ("[Text]", "[Question]", "[Answer]")
-
-_CONTROL_OR_SEPARATOR = r"[\p{Cc}\p{Zl}\p{Zp}]"
-_CHUNK_SIZE = 65_536
-_NUM_EXAMPLES = 5
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -230,9 +219,9 @@ def build_knowledge_base(
         raise ConfigurationError(f"{directory} is not an empty directory; remove it or name a new one")
     fingerprint = tokenizer_fingerprint(tokenizer)
     entities = _read_entities(entities)
-    names = _TokenisedNames.tokenise(entities["name"], tokenizer)
-    reasons = _reasons_to_skip(entities["name"], names, tokenizer, settings.max_name_tokens)
-    num_skipped = _count_skipped(entities, reasons, settings.on_bad_name)
+    names = TokenisedNames.tokenise(entities["name"], tokenizer)
+    reasons = reasons_to_skip(entities["name"], names, tokenizer, settings.max_name_tokens)
+    num_skipped = count_skipped(entities["entity_id"], reasons, settings.on_bad_name)
     is_kept = reasons == ""
     trie, name_of_row = PrefixTrie.build(*names.select(is_kept))
     stored = _sort_entities(entities.filter(pa.array(is_kept)), name_of_row)
@@ -250,38 +239,6 @@ def build_knowledge_base(
     }
     write_manifest(directory / "knowledge_base.json", manifest | asdict(report))
     return report
-
-
-@dataclass(frozen=True, slots=True)
-class _TokenisedNames:
-    """Token ids of S names one after another (T,), tokens of each (S,), and whether they decode to the name (S,)."""
-
-    token_ids: NDArray[np.uint32]
-    lengths: NDArray[np.int64]
-    is_decodable: NDArray[np.bool_]
-
-    @classmethod
-    def tokenise(cls, names: pa.ChunkedArray, tokenizer: PreTrainedTokenizerFast) -> _TokenisedNames:
-        token_ids, lengths, is_decodable = [], [], []
-        for start in tqdm(range(0, len(names), _CHUNK_SIZE), "tokenising names", disable=None):
-            chunk = names.slice(start, _CHUNK_SIZE).to_pylist()
-            ids = tokenizer(chunk, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-            decoded = tokenizer.batch_decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-            token_ids.append(np.fromiter(chain.from_iterable(ids), np.uint32))
-            lengths.append(np.fromiter(map(len, ids), np.int64))
-            is_decodable.append(np.array(decoded, object) == np.array(chunk, object))
-        return cls(np.concatenate(token_ids), np.concatenate(lengths), np.concatenate(is_decodable))
-
-    def select(self, is_kept: NDArray[np.bool_]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
-        """Token ids of the kept names, and where each starts, then their end."""
-        offsets = np.concatenate([[0], np.cumsum(self.lengths[is_kept])])
-        return self.token_ids[np.repeat(is_kept, self.lengths)], offsets
-
-    def hold_any(self, token_ids: list[int]) -> NDArray[np.bool_]:
-        """Whether each name holds one of `token_ids`; (S,)."""
-        row_of_token = np.repeat(np.arange(len(self.lengths)), self.lengths)
-        num_found = np.bincount(row_of_token[np.isin(self.token_ids, token_ids)], minlength=len(self.lengths))
-        return num_found > 0
 
 
 def _read_entities(entities: pa.Table) -> pa.Table:
@@ -318,45 +275,6 @@ def _check_ids(ids: pa.ChunkedArray) -> None:
         raise InputError(
             f"{len(repeated)} entity ids occur more than once, such as {repeated[0].as_py()!r}; merge them"
         )
-
-
-def _reasons_to_skip(
-    texts: pa.ChunkedArray, names: _TokenisedNames, tokenizer: PreTrainedTokenizerFast, max_name_tokens: int
-) -> NDArray[np.object_]:
-    """Why each name is unusable, "" for those that are not; (S,). The first reason that applies counts."""
-    added_tokens = tokenizer.added_tokens_decoder.items()
-    special_ids = {*tokenizer.all_special_ids, *(token_id for token_id, token in added_tokens if token.special)}
-    has_marker = np.any([pc.match_substring(texts, marker).to_numpy() for marker in PROMPT_MARKERS], axis=0)
-    tests = {
-        "empty": pc.equal(texts, "").to_numpy(),
-        "control or line-separating character": pc.match_substring_regex(texts, _CONTROL_OR_SEPARATOR).to_numpy(),
-        "replacement character U+FFFD": pc.match_substring(texts, "\ufffd").to_numpy(),
-        "prompt marker": has_marker,
-        "special token": names.hold_any(sorted(special_ids)),
-        "tokens do not decode to the name": ~names.is_decodable,
-        f"more than {max_name_tokens} tokens": names.lengths > max_name_tokens,
-    }
-    reasons: NDArray[np.object_] = np.full(len(texts), "", object)
-    for reason, is_unusable in reversed(tests.items()):
-        reasons[is_unusable] = reason
-    return reasons
-
-
-def _count_skipped(entities: pa.Table, reasons: NDArray[np.object_], on_bad_name: str) -> dict[str, int]:
-    """Entities left out by reason, logged; raises where they may not be, or where none is left."""
-    rows = np.flatnonzero(reasons != "")
-    if not len(rows):
-        return {}
-    if on_bad_name == "error" or len(rows) == len(reasons):
-        ids = entities["entity_id"]
-        examples = "; ".join(f"row {row} ({ids[row].as_py()!r}): {reasons[row]}" for row in rows[:_NUM_EXAMPLES])
-        raise InputError(
-            f"{len(rows)} of {len(reasons)} names are unusable, the first {examples}; "
-            'correct them, or leave out their entities with on_bad_name "skip" if others remain'
-        )
-    num_skipped = dict(Counter(reasons[rows].tolist()))
-    logger.warning("skipped %d of %d entities for their names: %s", len(rows), len(reasons), num_skipped)
-    return num_skipped
 
 
 def _sort_entities(entities: pa.Table, name_of_row: NDArray[np.intp]) -> pa.Table:

@@ -11,49 +11,14 @@ B mentions, C vision width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-
-import numpy as np
-from numpy.typing import NDArray
 
 from gemel_engine.config import LinkConfig, RetrievalSettings, VisionSettings
 from gemel_engine.errors import ArtifactError, ConfigurationError, ImageError
-from gemel_engine.generation import Artifacts, EntityNameGenerator, Features, open_artifacts
-from gemel_engine.retrieval import DemonstrationIndex, MentionEncoder
+from gemel_engine.generation import Artifacts, EntityNameGenerator, open_artifacts
+from gemel_engine.mention_encoder import MentionEncoder
+from gemel_engine.retrieval import DemonstrationIndex
 from gemel_engine.types import Mention, Prediction
-from gemel_engine.vision import ImageEncoder, decode_image
-
-
-class PictureEncoder:
-    """Pictures as files to image features, a bad one at a time.
-
-    Raises:
-        ConfigurationError: No image encoder is configured.
-    """
-
-    def __init__(self, settings: VisionSettings) -> None:
-        if settings.image_encoder is None:
-            raise ConfigurationError("vision.image_encoder is not set: name an open_clip model or directory")
-        self._settings = settings
-        self.encoder = ImageEncoder(settings.image_encoder, settings.pretrained, device=settings.device)
-
-    def encode(self, pictures: Sequence[bytes | None]) -> list[Features | ImageError | None]:
-        """Image features (C,) of each of B files, None where there is no file, an error where it is no picture."""
-        results: list[Features | ImageError | None] = [None] * len(pictures)
-        batch: list[int] = []
-        images = []
-        for position, data in enumerate(pictures):
-            if data is not None:
-                try:
-                    images.append(decode_image(data, self._settings.max_image_pixels))
-                    batch.append(position)
-                except ImageError as error:
-                    results[position] = error
-            if len(batch) == self._settings.batch_size or (batch and position == len(pictures) - 1):
-                for row, features in zip(batch, self.encoder.encode(images), strict=True):
-                    results[row] = features
-                batch, images = [], []
-        return results
+from gemel_engine.vision import ImageEncoder, PictureEncoder
 
 
 class DemonstrationRetriever:
@@ -78,6 +43,19 @@ class DemonstrationRetriever:
         return self._index.retrieve(embeddings, settings.num_demonstrations, excluded)
 
 
+def load_picture_encoder(settings: VisionSettings) -> PictureEncoder:
+    """Load the image encoder of a run, for picture files.
+
+    Raises:
+        ArtifactError: It can't be loaded.
+        ConfigurationError: None is configured, or it is of an unknown kind.
+    """
+    if settings.image_encoder is None:
+        raise ConfigurationError("vision.image_encoder is not set: name an open_clip model or directory")
+    encoder = ImageEncoder(settings.image_encoder, settings.pretrained, device=settings.device)
+    return PictureEncoder(encoder, settings.max_image_pixels, settings.batch_size)
+
+
 def check_encoders(config: LinkConfig, artifacts: Artifacts) -> None:
     """Load the encoders once, to see that they are the ones that the artifacts were made with.
 
@@ -85,7 +63,7 @@ def check_encoders(config: LinkConfig, artifacts: Artifacts) -> None:
         ArtifactError: An encoder can't be loaded, or is another one.
     """
     if config.vision.image_encoder is not None and artifacts.feature_mapper is not None:
-        encoder = PictureEncoder(replace(config.vision, device="cpu")).encoder
+        encoder = ImageEncoder(config.vision.image_encoder, config.vision.pretrained)
         metadata = artifacts.feature_mapper.metadata
         if metadata.vision_width != encoder.width or metadata.image_encoder_fingerprint not in (
             None,
@@ -93,8 +71,8 @@ def check_encoders(config: LinkConfig, artifacts: Artifacts) -> None:
         ):
             raise ArtifactError(
                 f"the feature mapper {config.vision.feature_mapper} takes features of width {metadata.vision_width} of "
-                f"another image encoder than {config.vision.image_encoder}, which gives {encoder.width}: use the mapper "
-                "trained for it"
+                f"another image encoder than {config.vision.image_encoder}, which gives {encoder.width}: "
+                "use the mapper trained for it"
             )
     if artifacts.index is not None:
         retriever = DemonstrationRetriever(config.retrieval, artifacts.index)
@@ -118,7 +96,7 @@ class Linker:
     def __init__(self, config: LinkConfig) -> None:
         artifacts = open_artifacts(config, verify=config.verify_artifacts)
         check_encoders(config, artifacts)
-        self._pictures = PictureEncoder(config.vision) if config.vision.image_encoder is not None else None
+        self._pictures = load_picture_encoder(config.vision) if config.vision.image_encoder is not None else None
         index = artifacts.index
         self._retriever = None if index is None else DemonstrationRetriever(config.retrieval, index)
         self.generator = EntityNameGenerator(config, artifacts)

@@ -120,7 +120,7 @@ def link_corpus(config: LinkConfig) -> LinkReport:
 
 def stream_parts(config: LinkConfig, remaining: Sequence[Shard]) -> Dataset:
     """The pipeline, up to the receipts of the parts that it wrote; nothing runs until it is consumed."""
-    dataset = ray.data.from_items([asdict(shard) for shard in remaining], override_num_blocks=len(remaining))
+    dataset: Dataset = ray.data.from_items([asdict(shard) for shard in remaining], override_num_blocks=len(remaining))
     dataset = dataset.map_batches(
         partial(read_mentions, config=config), batch_size=1, batch_format="pyarrow", num_cpus=0.25
     )
@@ -159,10 +159,10 @@ class EncodeImages:
     """Adds `image_features` (C,), null without a picture; drops the picture."""
 
     def __init__(self, config: LinkConfig) -> None:
-        from gemel_engine.linker import PictureEncoder
+        from gemel_engine.linker import load_picture_encoder
 
         self._policy = config.image_source
-        self._encoder = PictureEncoder(config.vision)
+        self._encoder = load_picture_encoder(config.vision)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Encode a batch's pictures."""
@@ -214,10 +214,9 @@ class RetrieveDemonstrations:
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Retrieve a batch's demonstrations."""
         started = time.monotonic()
-        rows = [i for i, error in enumerate(batch["error"].to_pylist()) if error is None]
-        retrieved: list[list[int]] = [[] for _ in range(batch.num_rows)]
-        for row, demonstrations in zip(rows, self._retriever.retrieve(_mentions(batch.take(rows))), strict=True):
-            retrieved[row] = demonstrations
+        mentions = _mentions(batch)
+        found = iter(self._retriever.retrieve([mention for mention in mentions if mention is not None]))
+        retrieved = [[] if mention is None else next(found) for mention in mentions]
         batch = batch.append_column("demonstrations", pa.array(retrieved, pa.list_(pa.int32())))
         return _with_cost(batch, "retrieval_seconds", time.monotonic() - started)
 
@@ -234,15 +233,17 @@ class GenerateEntityNames:
         """Link a batch; keeps `shard`, `row` and the costs."""
         started = time.monotonic()
         prompt_tokens, cached_tokens = self._cache_counts()
-        errors = batch["error"].to_pylist()
-        ids = batch["mention_id"].to_pylist()
-        predictions = [Prediction(i, error=error) for i, error in zip(ids, errors, strict=True)]
-        rows = [row for row, error in enumerate(errors) if error is None]
+        mentions = _mentions(batch)
+        rows = [row for row, mention in enumerate(mentions) if mention is not None]
         features = [None if item is None else np.array(item, np.float32) for item in _column(batch, "image_features")]
         demonstrations = [item or [] for item in _column(batch, "demonstrations")]
         linked = self._generator.generate(
-            _mentions(batch.take(rows)), [features[row] for row in rows], [demonstrations[row] for row in rows]
+            [mention for mention in mentions if mention is not None],
+            [features[row] for row in rows],
+            [demonstrations[row] for row in rows],
         )
+        ids, errors = batch["mention_id"].to_pylist(), batch["error"].to_pylist()
+        predictions = [Prediction(mention_id, error=error) for mention_id, error in zip(ids, errors, strict=True)]
         for row, prediction in zip(rows, linked, strict=True):
             predictions[row] = prediction
         table = predictions_to_table(predictions)
@@ -366,13 +367,14 @@ def _fault(row: dict[str, Any]) -> str | None:
     return None
 
 
-def _mentions(batch: pa.Table) -> list[Mention]:
-    columns = [column for column in _COLUMNS if column in batch.column_names]
-    rows = batch.select(columns).to_pylist()
+def _mentions(batch: pa.Table) -> list[Mention | None]:
+    """The mention of each row, None where it has an error."""
+    rows = batch.select([column for column in _COLUMNS if column in batch.column_names]).to_pylist()
     for row in rows:
         if row.get("candidate_ids") is not None:
             row["candidate_ids"] = tuple(row["candidate_ids"])
-    return [Mention(**row) for row in rows]
+    errors = batch["error"].to_pylist()
+    return [Mention(**row) if error is None else None for row, error in zip(rows, errors, strict=True)]
 
 
 def _column(batch: pa.Table, name: str) -> list[Any]:

@@ -9,8 +9,6 @@ The trie knows no tokenizer, and not the terminator: that is one more allowed to
 
 from __future__ import annotations
 
-import hashlib
-import json
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -20,6 +18,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from gemel_engine.artifact import file_sha256, read_manifest, write_manifest
 from gemel_engine.errors import ArtifactError
 
 FORMAT_VERSION = 1
@@ -254,35 +253,6 @@ class PrefixTrie:
             and (np.diff(terminals) > 0).all()
             and np.isin(np.flatnonzero(num_children == 0), terminals).all()
         )
-
-
-def read_manifest(path: Path, format_version: int) -> dict[str, Any]:
-    """Read the JSON object that describes an artifact directory.
-
-    Raises:
-        ArtifactError: It is missing, not a JSON object, or of another format version.
-    """
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ArtifactError(f"{path} does not exist; name a finished artifact directory, or build it") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path} is not readable JSON ({error}); build the artifact again") from error
-    found = manifest.get("format_version") if isinstance(manifest, dict) else None
-    if found != format_version:
-        raise ArtifactError(f"{path} has format version {found!r}, this release reads {format_version}; build it again")
-    return dict(manifest)
-
-
-def write_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
-    """Write the JSON object that describes an artifact directory: the last file, so that it marks a finished one."""
-    path.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def file_sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _smallest(values: IntArray, minimum: type[np.unsignedinteger[Any]]) -> UnsignedArray:

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from gemel_engine.errors import ArtifactError, ConfigurationError, ImageError
 
 Preprocess = Callable[[Image.Image], Tensor]
+Features = npt.NDArray[np.float32]
 
 ACCEPTED_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 
@@ -118,7 +119,7 @@ class ImageEncoder:
         self.width = self.encode([Image.new("RGB", (1, 1))]).shape[1]
 
     @torch.inference_mode()
-    def encode(self, images: Sequence[Image.Image]) -> npt.NDArray[np.float32]:
+    def encode(self, images: Sequence[Image.Image]) -> Features:
         """Compute the pooled features in front of the projection.
 
         Args:
@@ -132,6 +133,37 @@ class ImageEncoder:
         pixels = pixels.to(self._device, self._dtype, memory_format=torch.channels_last)
         features: Tensor = self._tower(pixels)  # (B, C)
         return features.float().cpu().numpy()
+
+
+class PictureEncoder:
+    """Image files to image features; one that is no picture does not stop the others.
+
+    Args:
+        encoder: The image encoder.
+        max_pixels: A picture that decodes to more is refused.
+        batch_size: Files that are decoded, then encoded, at once.
+    """
+
+    def __init__(self, encoder: ImageEncoder, max_pixels: int, batch_size: int) -> None:
+        self._encoder = encoder
+        self._max_pixels = max_pixels
+        self._batch_size = batch_size
+
+    def encode(self, pictures: Sequence[bytes | None]) -> list[Features | ImageError | None]:
+        """Image features (C,) of each of B files, None where there is no file, an error where it is no picture."""
+        results: list[Features | ImageError | None] = [None] * len(pictures)
+        files = [(row, data) for row, data in enumerate(pictures) if data is not None]
+        for start in range(0, len(files), self._batch_size):
+            images = {}
+            for row, data in files[start : start + self._batch_size]:
+                try:
+                    images[row] = decode_image(data, self._max_pixels)
+                except ImageError as error:
+                    results[row] = error
+            if images:
+                for row, features in zip(images, self._encoder.encode(list(images.values())), strict=True):
+                    results[row] = features
+        return results
 
 
 def _load_directory(directory: Path) -> tuple[dict[str, Any], nn.Module, Preprocess]:

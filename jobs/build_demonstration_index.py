@@ -12,9 +12,11 @@ from pathlib import Path
 
 import tyro
 
+from gemel_engine.demonstrations import PictureReader, read_demonstrations, read_names
 from gemel_engine.errors import GemelError
 from gemel_engine.image_source import ImagePolicy
-from gemel_engine.retrieval import DemonstrationIndex, MentionEncoder, PictureReader, read_demonstrations, read_names
+from gemel_engine.mention_encoder import MentionEncoder
+from gemel_engine.retrieval import DemonstrationIndex
 from gemel_engine.vision import ImageEncoder
 
 logger = logging.getLogger("build_demonstration_index")
@@ -31,7 +33,7 @@ def main(
     device: str = "cpu",
     max_image_pixels: int = 50_000_000,
     allowed_image_prefixes: tuple[str, ...] = (),
-    max_image_bytes: int = 20_000_000,
+    max_image_bytes: int = ImagePolicy().max_bytes,
 ) -> None:
     """Build a demonstration index from a training split.
 
@@ -53,7 +55,7 @@ def main(
     pictures = None
     if image_encoder is not None:
         encoder = ImageEncoder(image_encoder, pretrained=image_encoder_pretrained, device=device)
-        policy = ImagePolicy(allowed_image_prefixes, max_image_bytes, timeout_seconds=10.0, max_retries=2)
+        policy = ImagePolicy(allowed_image_prefixes, max_image_bytes)
         pictures = PictureReader(encoder, policy, max_image_pixels)
     index = DemonstrationIndex.build(
         output_dir,

@@ -14,10 +14,10 @@ from typing import Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 import tyro
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from gemel_engine.errors import ConfigurationError, GemelError, InputError
+from gemel_engine.errors import GemelError, InputError
 from gemel_engine.knowledge_base import ENTITY_SCHEMA, KnowledgeBaseSettings, build_knowledge_base
+from gemel_engine.model import load_tokenizer
 from gemel_engine.storage import list_parquet, resolve
 
 logger = logging.getLogger("build_knowledge_base")
@@ -72,21 +72,6 @@ def read_entities(uri: str) -> pa.Table:
         return pa.concat_tables(tables, promote_options="permissive")
     except pa.ArrowException as error:
         raise InputError(f"{uri} is not readable as one Parquet table ({error}); write it again") from error
-
-
-def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
-    """Load a tokenizer.
-
-    Raises:
-        ConfigurationError: It cannot be loaded, or is not one of the `tokenizers` library.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(f"no tokenizer at {name_or_path!r} ({error}); name a model directory") from error
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise ConfigurationError(f"{name_or_path!r} has no tokenizer.json; convert it to a fast tokenizer")
-    return tokenizer
 
 
 if __name__ == "__main__":

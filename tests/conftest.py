@@ -39,8 +39,9 @@ from transformers import (
 
 from gemel_engine.feature_mapper import FeatureMapper
 from gemel_engine.knowledge_base import KnowledgeBaseSettings, build_knowledge_base
+from gemel_engine.mention_encoder import MentionEncoder
 from gemel_engine.model import language_model_fingerprint
-from gemel_engine.retrieval import Demonstration, DemonstrationIndex, MentionEncoder
+from gemel_engine.retrieval import Demonstration, DemonstrationIndex
 from gemel_engine.vision import ImageEncoder
 
 ENTITY_NAMES = [

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from gemel_engine.artifact import file_sha256
 from gemel_engine.errors import ArtifactError, ConfigurationError, InputError
 from gemel_engine.knowledge_base import (
     Entity,
@@ -27,7 +28,6 @@ from gemel_engine.knowledge_base import (
     build_knowledge_base,
     tokenizer_fingerprint,
 )
-from gemel_engine.prefix_trie import file_sha256
 
 SKIP = KnowledgeBaseSettings(on_bad_name="skip")
 

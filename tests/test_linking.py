@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
-import socket
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -32,7 +32,7 @@ from gemel_engine.errors import (
 )
 from gemel_engine.feature_mapper import FeatureMapper
 from gemel_engine.linker import Linker
-from gemel_engine.linking import link_corpus
+from gemel_engine.linking import LinkReport, link_corpus
 from gemel_engine.types import PREDICTION_SCHEMA
 
 ROOT = Path(__file__).parent.parent
@@ -134,8 +134,20 @@ def run_job(config_path: Path, *overrides: str, **environment: str) -> subproces
     )
 
 
-def test_every_row_comes_out_once_in_order(local_ray: None, config: LinkConfig) -> None:
-    report = link_corpus(config)
+@pytest.fixture(scope="module")
+def linked(
+    local_ray: None, artifacts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[LinkConfig, LinkReport]:
+    """A finished run, which tests only look at, or copy."""
+    directory = tmp_path_factory.mktemp("linked")
+    path = directory / "link.toml"
+    path.write_text(toml(artifacts, write_mentions(directory / "mentions.parquet"), directory / "output"))
+    config = load_config(LinkConfig, path)
+    return config, link_corpus(config)
+
+
+def test_every_row_comes_out_once_in_order(linked: tuple[LinkConfig, LinkReport]) -> None:
+    config, report = linked
     rows = predictions(config.output)
     assert [row["mention_id"] for row in rows] == [f"m{n}" for n in range(9)]
     assert all(row["error"] is None and row["certified"] for row in rows)
@@ -144,13 +156,12 @@ def test_every_row_comes_out_once_in_order(local_ray: None, config: LinkConfig) 
     assert all(0 < row["probability"] <= 1 and 0 <= row["unexplored_mass"] <= 1 for row in rows)
     assert (report.rows, report.errors, report.shards, report.feature_mapper) == (9, {}, 3, "untrained")
     assert set(report.stage_seconds) == {"image", "retrieval", "generation"}
-    saved = json.loads(storage.read_bytes(f"{config.output}/report.json"))
-    assert saved == asdict(report)
+    assert json.loads(storage.read_bytes(f"{config.output}/report.json")) == asdict(report)
     assert not storage.exists(f"{config.output}/_parts")
 
 
-def test_the_linker_without_ray_gives_the_same(local_ray: None, config: LinkConfig) -> None:
-    link_corpus(config)
+def test_the_linker_without_ray_gives_the_same(linked: tuple[LinkConfig, LinkReport]) -> None:
+    config, _ = linked
     linker = Linker(config)
     for row, expected in list(zip(mention_rows(), predictions(config.output), strict=True))[:4]:
         prediction = linker.link_one(row["text"], row["mention"], row["image_bytes"])
@@ -158,19 +169,22 @@ def test_the_linker_without_ray_gives_the_same(local_ray: None, config: LinkConf
         assert prediction.log_prob == pytest.approx(expected["log_prob"], abs=1e-4)
 
 
-def test_a_rerun_skips_finished_shards_and_refuses_other_settings(local_ray: None, config: LinkConfig) -> None:
-    link_corpus(config)
-    before = predictions(config.output)
+def test_a_rerun_skips_finished_shards_and_refuses_other_settings(
+    linked: tuple[LinkConfig, LinkReport], tmp_path: Path
+) -> None:
+    finished, _ = linked
+    config = replace(finished, output=str(tmp_path / "copy"))
+    shutil.copytree(finished.output, config.output)
     Path(config.output, "data/shard-00001.parquet").unlink()
     report = link_corpus(config)
     assert (report.shards_skipped, report.rows_linked_now, report.rows) == (2, 4, 9)
-    assert predictions(config.output) == before
+    assert predictions(config.output) == predictions(finished.output)
     other = replace(config, search=replace(config.search, objective="mean"))
     with pytest.raises(ConfigurationError, match=r"differs in settings\.search\.objective"):
         link_corpus(other)
 
 
-def test_bad_rows_become_errors_and_the_others_are_linked(
+def test_bad_rows_become_errors_and_too_many_fail_the_job_at_its_end(
     local_ray: None, config: LinkConfig, artifacts: dict[str, Path], tmp_path: Path
 ) -> None:
     outside = tmp_path / "outside.png"
@@ -186,8 +200,9 @@ def test_bad_rows_become_errors_and_the_others_are_linked(
         (6, {"candidate_ids": ["Q1", "no such entity"]}),
         (7, {"candidate_ids": ["Q9", "Q3"]}),
     )
-    config = replace(config, input=str(corpus), max_failed_fraction=0.9)
-    report = link_corpus(config)
+    config = replace(config, input=str(corpus), max_failed_fraction=0.5)
+    with pytest.raises(TooManyFailuresError, match=r"7 of 9 rows failed .*max_failed_fraction 0\.5"):
+        link_corpus(config)
     rows = predictions(config.output)
     kinds = [row["error"] and row["error"].partition(":")[0] for row in rows]
     assert kinds == [
@@ -201,18 +216,11 @@ def test_bad_rows_become_errors_and_the_others_are_linked(
         None,
         None,
     ]
-    assert report.errors == {"invalid_mention": 4, "image": 1, "image_fetch": 1, "prompt_too_long": 1}
+    report = json.loads(storage.read_bytes(f"{config.output}/report.json"))
+    assert report["errors"] == {"invalid_mention": 4, "image": 1, "image_fetch": 1, "prompt_too_long": 1}
     assert {candidate["entity_id"] for candidate in rows[7]["candidates"]} == {"Q9", "Q3"}
     assert [row["mention_id"] for row in rows] == [f"m{n}" for n in range(9)]
     assert all(row["entity_id"] is None and row["candidates"] == [] for row in rows[:7])
-
-
-def test_too_many_failures_fail_the_job_at_its_end(local_ray: None, config: LinkConfig, tmp_path: Path) -> None:
-    corpus = write_mentions(tmp_path / "bad.parquet", (0, {"mention": ""}))
-    config = replace(config, input=str(corpus))
-    with pytest.raises(TooManyFailuresError, match=r"1 of 9 rows failed .*max_failed_fraction 0\.0"):
-        link_corpus(config)
-    assert len(predictions(config.output)) == 9
 
 
 Change = Callable[[LinkConfig, Path], LinkConfig]
@@ -348,40 +356,3 @@ def test_exit_codes_of_the_command(config: LinkConfig, tmp_path: Path) -> None:
     assert finished.returncode == 2
     assert "unknown key 'search.objectiv'; did you mean 'objective'?" in finished.stderr
     assert "Traceback" not in finished.stderr
-
-
-def test_ray_job_submit(config: LinkConfig, tmp_path: Path) -> None:
-    """The job on a cluster that was started with `ray start --head`, through the dashboard, as documented."""
-    ports = free_ports(2)
-    environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_TMPDIR": "/tmp"}
-    ray_command = str(Path(sys.executable).with_name("ray"))
-    subprocess.run(
-        [ray_command, "start", "--head", f"--port={ports[0]}", f"--dashboard-port={ports[1]}", "--num-cpus=4"],
-        env=environment,
-        check=True,
-        capture_output=True,
-        timeout=120,
-    )
-    try:
-        job = ["python", "jobs/link_corpus.py", str(tmp_path / "link.toml")]
-        submitted = subprocess.run(
-            [ray_command, "job", "submit", f"--address=http://127.0.0.1:{ports[1]}", "--working-dir=.", "--", *job],
-            cwd=ROOT,
-            env=environment,
-            check=False,
-            capture_output=True,
-            text=True,
-            timeout=280,
-        )
-        assert submitted.returncode == 0, (submitted.stdout + submitted.stderr)[-3000:]
-    finally:
-        subprocess.run([ray_command, "stop", "--force"], env=environment, check=True, capture_output=True, timeout=60)
-    assert [row["mention_id"] for row in predictions(config.output)] == [f"m{n}" for n in range(9)]
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [item.getsockname()[1] for item in sockets]
-    for item in sockets:
-        item.close()
-    return ports

@@ -22,17 +22,11 @@ from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
+from gemel_engine.demonstrations import PictureReader, read_demonstrations, read_names
 from gemel_engine.errors import ArtifactError, InputError
 from gemel_engine.image_source import ImagePolicy
-from gemel_engine.retrieval import (
-    Demonstration,
-    DemonstrationIndex,
-    FloatArray,
-    MentionEncoder,
-    PictureReader,
-    read_demonstrations,
-    read_names,
-)
+from gemel_engine.mention_encoder import MentionEncoder
+from gemel_engine.retrieval import Demonstration, DemonstrationIndex, FloatArray
 from gemel_engine.vision import ImageEncoder
 
 FORMS = ["bear", "Bear", "train", "paris", "a bear on a train", "[SEP]", "北京", "x"]

@@ -1,0 +1,153 @@
+"""Reads the demonstrations that an index is built of: a training split, its entities' names and its pictures.
+
+Shapes: C vision width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from gemel_engine.errors import ImageError, ImageFetchError, InputError
+from gemel_engine.image_source import ImagePolicy, fetch_image
+from gemel_engine.retrieval import Demonstration
+from gemel_engine.storage import list_parquet, resolve
+from gemel_engine.vision import Features, ImageEncoder, PictureEncoder
+
+_ENTITIES_PER_READ = 65_536
+_MENTIONS_PER_READ = 32  # and so the most pictures that are encoded at once
+
+logger = logging.getLogger(__name__)
+
+
+class PictureReader:
+    """Image features of pictures given by their bytes or their address; equal bytes are encoded once.
+
+    Attributes:
+        encoder: The image encoder.
+        num_unusable: Pictures so far that could not be fetched or decoded.
+    """
+
+    def __init__(self, encoder: ImageEncoder, policy: ImagePolicy, max_pixels: int) -> None:
+        self.encoder = encoder
+        self.num_unusable = 0
+        self._policy = policy
+        self._pictures = PictureEncoder(encoder, max_pixels, _MENTIONS_PER_READ)
+        self._features: dict[bytes | None, Features | None] = {None: None}  # by the digest of the file
+
+    def encode(self, pictures: Sequence[bytes | str | None]) -> list[Features | None]:
+        """Return features of shape (C,) for each picture, None where there is none or it is unusable."""
+        files = [self._fetch(picture) if isinstance(picture, str) else picture for picture in pictures]
+        digests = [None if file is None else hashlib.sha256(file).digest() for file in files]
+        new = {digest: file for digest, file in zip(digests, files, strict=True) if digest not in self._features}
+        for digest, encoded in zip(new, self._pictures.encode(list(new.values())), strict=True):
+            if isinstance(encoded, ImageError):
+                logger.info("demonstrations go without their picture: %s", encoded)
+                self._features[digest] = None
+            else:
+                self._features[digest] = encoded
+        features = [self._features[digest] for digest in digests]
+        self.num_unusable += sum(
+            picture is not None and item is None for picture, item in zip(pictures, features, strict=True)
+        )
+        return features
+
+    def _fetch(self, uri: str) -> bytes | None:
+        try:
+            return fetch_image(uri, self._policy)
+        except ImageFetchError as error:
+            logger.info("a demonstration goes without its picture: %s", error)
+            return None
+
+
+def read_names(entities_uri: str) -> dict[str, str]:
+    """Read the names of entities by id, normalised as in a knowledge base.
+
+    Args:
+        entities_uri: Parquet file or directory with the columns `entity_id` and `name`.
+
+    Raises:
+        InputError: There is no such table, or it lacks a column.
+    """
+    batches = _read_batches(entities_uri, _ENTITIES_PER_READ, ("entity_id", "name"))
+    return {row["entity_id"]: _normalised(row["name"]) for rows in batches for row in rows if row["name"]}
+
+
+def read_demonstrations(
+    mentions_uri: str, names: Mapping[str, str], pictures: PictureReader | None = None
+) -> list[Demonstration]:
+    """Read a training split; mentions without a surface form, or whose entity has no name, are left out and counted.
+
+    Args:
+        mentions_uri: Parquet file or directory with the columns `mention_id`, `text`, `mention`, `entity_id`, and
+            optionally `entity_name` (for entities that `names` lacks), `image_bytes` and `image_uri`.
+        names: Names of entities by id.
+        pictures: Makes the image features; None for demonstrations without pictures.
+
+    Raises:
+        InputError: There is no such table, or it lacks a column, a `mention_id` or a text.
+    """
+    optional = ("entity_name",) if pictures is None else ("entity_name", "image_bytes", "image_uri")
+    demonstrations: list[Demonstration] = []
+    num_left_out = 0
+    required = ("mention_id", "text", "mention", "entity_id")
+    batches = _read_batches(mentions_uri, _MENTIONS_PER_READ, required, optional)
+    with tqdm(desc="read demonstrations", unit=" mentions", delay=5) as progress:
+        for rows in batches:
+            for row in rows:
+                row["name"] = names.get(row["entity_id"]) or _normalised(row.get("entity_name") or "")
+            kept = [row for row in rows if row["entity_id"] and row["name"] and row["mention"]]
+            num_left_out += len(rows) - len(kept)
+            demonstrations.extend(_demonstrations(kept, pictures))
+            progress.update(len(rows))
+    if num_left_out:
+        logger.warning("left out %d mentions without a surface form, an entity or its name", num_left_out)
+    if pictures is not None and pictures.num_unusable:
+        logger.warning("%d demonstrations go without their pictures, which are unusable", pictures.num_unusable)
+    return demonstrations
+
+
+def _demonstrations(rows: list[dict[str, Any]], pictures: PictureReader | None) -> Iterator[Demonstration]:
+    features: list[Features | None] = [None] * len(rows)
+    if pictures is not None:
+        features = pictures.encode([row.get("image_bytes") or row.get("image_uri") for row in rows])
+    for row, row_features in zip(rows, features, strict=True):
+        mention_id, text = row["mention_id"], row["text"]
+        if not mention_id or text is None:
+            raise InputError(f"mention {mention_id!r} with text {text!r}: give every mention an id and a text")
+        yield Demonstration(mention_id, text, row["mention"], row["entity_id"], row["name"], row_features)
+
+
+def _read_batches(
+    uri: str, num_rows: int, required: Sequence[str], optional: Sequence[str] = ()
+) -> Iterator[list[dict[str, Any]]]:
+    """Yield the rows of a Parquet table, `num_rows` at a time, all columns but pictures as strings."""
+    for file in list_parquet(uri):
+        filesystem, path = resolve(file.uri)
+        try:
+            with pq.ParquetFile(path, filesystem=filesystem) as parquet:
+                present = parquet.schema_arrow.names
+                missing = [column for column in required if column not in present]
+                if missing:
+                    raise InputError(f"{file.uri} has no column {missing[0]!r}, only {present}; add it")
+                columns = [*required, *(column for column in optional if column in present)]
+                for batch in parquet.iter_batches(num_rows, columns=columns):
+                    yield [dict(zip(columns, row, strict=True)) for row in zip(*_values(batch, columns), strict=True)]
+        except (OSError, pa.ArrowException) as error:
+            raise InputError(f"{file.uri} is not a readable Parquet table ({error}); write it again") from error
+
+
+def _values(batch: pa.RecordBatch, columns: Sequence[str]) -> Iterator[list[Any]]:
+    for column in columns:
+        yield batch[column].cast(pa.binary() if column == "image_bytes" else pa.string()).to_pylist()
+
+
+def _normalised(name: str) -> str:
+    return unicodedata.normalize("NFC", name).strip()

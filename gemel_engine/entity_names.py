@@ -1,0 +1,113 @@
+"""Entity names as tokens, and why some of them cannot be used.
+
+Shapes: S names, T tokens.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from dataclasses import dataclass
+from itertools import chain
+from typing import Literal, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
+
+from gemel_engine.errors import InputError
+
+# What delimits the parts of a prompt: a name that holds one would be read as the start of the next part.
+PROMPT_MARKERS = ("[Text]", "[Question]", "[Answer]")
+
+_CONTROL_OR_SEPARATOR = r"[\p{Cc}\p{Zl}\p{Zp}]"
+_CHUNK_SIZE = 65_536
+_NUM_EXAMPLES = 5
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenisedNames:
+    """The tokens of S names.
+
+    Attributes:
+        token_ids: Of all names, one after another; (T,).
+        lengths: Tokens of each name; (S,).
+        is_decodable: Whether a name's tokens decode to the name itself; (S,).
+    """
+
+    token_ids: NDArray[np.uint32]
+    lengths: NDArray[np.int64]
+    is_decodable: NDArray[np.bool_]
+
+    @classmethod
+    def tokenise(cls, names: pa.ChunkedArray, tokenizer: PreTrainedTokenizerFast) -> Self:
+        """Tokenise names without special tokens; what looks like one in a name becomes ordinary tokens."""
+        token_ids, lengths, is_decodable = [], [], []
+        for start in tqdm(range(0, len(names), _CHUNK_SIZE), "tokenising names", disable=None):
+            chunk = names.slice(start, _CHUNK_SIZE).to_pylist()
+            ids = tokenizer(chunk, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            decoded = tokenizer.batch_decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            token_ids.append(np.fromiter(chain.from_iterable(ids), np.uint32))
+            lengths.append(np.fromiter(map(len, ids), np.int64))
+            is_decodable.append(np.array(decoded, object) == np.array(chunk, object))
+        return cls(np.concatenate(token_ids), np.concatenate(lengths), np.concatenate(is_decodable))
+
+    def select(self, is_kept: NDArray[np.bool_]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+        """Token ids of the kept names, and where each starts, then their end."""
+        offsets = np.concatenate([[0], np.cumsum(self.lengths[is_kept])])
+        return self.token_ids[np.repeat(is_kept, self.lengths)], offsets
+
+    def hold_any(self, token_ids: list[int]) -> NDArray[np.bool_]:
+        """Whether each name holds one of `token_ids`; (S,)."""
+        row_of_token = np.repeat(np.arange(len(self.lengths)), self.lengths)
+        num_found = np.bincount(row_of_token[np.isin(self.token_ids, token_ids)], minlength=len(self.lengths))
+        return num_found > 0
+
+
+def reasons_to_skip(
+    texts: pa.ChunkedArray, names: TokenisedNames, tokenizer: PreTrainedTokenizerFast, max_name_tokens: int
+) -> NDArray[np.object_]:
+    """Why each name is unusable, "" for those that are not; (S,). The first reason that applies counts."""
+    added_tokens = tokenizer.added_tokens_decoder.items()
+    special_ids = {*tokenizer.all_special_ids, *(token_id for token_id, token in added_tokens if token.special)}
+    has_marker = np.any([pc.match_substring(texts, marker).to_numpy() for marker in PROMPT_MARKERS], axis=0)
+    tests = {
+        "empty": pc.equal(texts, "").to_numpy(),
+        "control or line-separating character": pc.match_substring_regex(texts, _CONTROL_OR_SEPARATOR).to_numpy(),
+        "replacement character U+FFFD": pc.match_substring(texts, "\ufffd").to_numpy(),
+        "prompt marker": has_marker,
+        "special token": names.hold_any(sorted(special_ids)),
+        "tokens do not decode to the name": ~names.is_decodable,
+        f"more than {max_name_tokens} tokens": names.lengths > max_name_tokens,
+    }
+    reasons: NDArray[np.object_] = np.full(len(texts), "", object)
+    for reason, is_unusable in reversed(tests.items()):
+        reasons[is_unusable] = reason
+    return reasons
+
+
+def count_skipped(
+    entity_ids: pa.ChunkedArray, reasons: NDArray[np.object_], on_bad_name: Literal["error", "skip"]
+) -> dict[str, int]:
+    """How many entities are left out for each reason; also logged.
+
+    Raises:
+        InputError: Some names are unusable and `on_bad_name` is "error", or all of them are.
+    """
+    rows = np.flatnonzero(reasons != "")
+    if not len(rows):
+        return {}
+    if on_bad_name == "error" or len(rows) == len(reasons):
+        examples = "; ".join(f"row {row} ({entity_ids[row].as_py()!r}): {reasons[row]}" for row in rows[:_NUM_EXAMPLES])
+        raise InputError(
+            f"{len(rows)} of {len(reasons)} names are unusable, the first {examples}; "
+            'correct them, or leave out their entities with on_bad_name "skip" if others remain'
+        )
+    num_skipped = dict(Counter(reasons[rows].tolist()))
+    logger.warning("skipped %d of %d entities for their names: %s", len(rows), len(reasons), num_skipped)
+    return num_skipped

@@ -1,0 +1,74 @@
+"""The job on a cluster that was started with `ray start --head`, submitted as the README says."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import pyarrow.parquet as pq
+import pytest
+from test_linking import ROOT, mention_rows, toml, write_mentions
+
+RAY = str(Path(sys.executable).with_name("ray"))
+
+
+@pytest.fixture
+def dashboard() -> Iterator[str]:
+    """Address of the dashboard of a cluster of this machine alone; only its own processes are stopped afterwards."""
+    ports = free_ports(2)
+    command = [RAY, "start", "--head", "--block", f"--port={ports[0]}", f"--dashboard-port={ports[1]}", "--num-cpus=4"]
+    cluster = subprocess.Popen(command, env=os.environ | {"RAY_AUTH_MODE": "token"}, stdout=subprocess.DEVNULL)
+    address = f"http://127.0.0.1:{ports[1]}"
+    try:
+        wait_for(address)
+        yield address
+    finally:
+        cluster.terminate()
+        cluster.wait(timeout=60)
+
+
+def wait_for(address: str) -> None:
+    deadline = time.monotonic() + 120
+    while True:
+        try:
+            with urlopen(f"{address}/api/gcs_healthz", timeout=5) as answer:
+                if answer.status == 200:
+                    return
+        except (URLError, OSError):
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.5)
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [item.getsockname()[1] for item in sockets]
+    for item in sockets:
+        item.close()
+    return ports
+
+
+def test_ray_job_submit(artifacts: dict[str, Path], dashboard: str, tmp_path: Path) -> None:
+    config = tmp_path / "link.toml"
+    config.write_text(toml(artifacts, write_mentions(tmp_path / "mentions.parquet"), tmp_path / "output"))
+    job = ["python", "jobs/link_corpus.py", str(config)]
+    submitted = subprocess.run(
+        [RAY, "job", "submit", f"--address={dashboard}", "--working-dir=.", "--", *job],
+        cwd=ROOT,
+        env=os.environ | {"RAY_AUTH_MODE": "token"},
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert submitted.returncode == 0, (submitted.stdout + submitted.stderr)[-3000:]
+    linked = pq.read_table(tmp_path / "output" / "data")
+    assert linked["mention_id"].to_pylist() == [row["mention_id"] for row in mention_rows()]
+    assert linked["error"].null_count == 9
