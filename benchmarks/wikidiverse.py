@@ -1,0 +1,188 @@
+"""Accuracy on WikiDiverse dev, text only, by number and choice of demonstrations and by terminator.
+
+python benchmarks/wikidiverse.py DATA --language-model MODEL --mention-encoder MODEL
+
+DATA holds `train.parquet`, `dev.parquet` and `entities.parquet`. A fixed sample of dev is linked by the linking job, once
+for each setting; settings that `benchmarks/results/wikidiverse.json` already has are skipped, so that it can be
+interrupted. Nothing is chosen on test.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import random
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import tyro
+
+RESULTS = Path("benchmarks/results/wikidiverse.json")
+WORK = Path("build/wikidiverse")
+SEED = 0
+
+logger = logging.getLogger("wikidiverse")
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One row of the table."""
+
+    num_demonstrations: int
+    policy: str
+    terminator: str
+
+    @property
+    def name(self) -> str:
+        """Key in the results."""
+        kind = f"{self.num_demonstrations}_{self.policy}" if self.num_demonstrations else "0"
+        return f"{kind}_{self.terminator}"
+
+
+SETTINGS = [
+    Setting(8, "similar", "newline"),
+    Setting(0, "similar", "newline"),
+    Setting(4, "similar", "newline"),
+    Setting(8, "similar", "eos"),
+    Setting(8, "random", "newline"),
+    Setting(4, "random", "newline"),
+    Setting(4, "similar", "eos"),
+    Setting(0, "similar", "eos"),
+    Setting(8, "random", "eos"),
+    Setting(4, "random", "eos"),
+]
+
+
+def main(
+    data: tyro.conf.Positional[Path], *, language_model: str, mention_encoder: str, num_mentions: int = 300
+) -> None:
+    """Measure all settings that have no result yet.
+
+    Args:
+        data: Directory of the corpus.
+        language_model: Local directory, or name on the model hub.
+        mention_encoder: Local directory, or name on the model hub.
+        num_mentions: Size of the sample of dev.
+    """
+    prepare(data, language_model, mention_encoder, num_mentions)
+    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    gold = {row["mention_id"]: row["entity_id"] for row in pq.read_table(WORK / "sample.parquet").to_pylist()}
+    if "baseline_without_model" not in results:
+        results["baseline_without_model"] = record({"accuracy": baseline(data)})
+        save(results)
+    for setting in SETTINGS:
+        if setting.name not in results:
+            results[setting.name] = record(measure(setting, gold))
+            save(results)
+        logger.info("%s %s", setting.name, results[setting.name]["value"])
+
+
+def prepare(data: Path, language_model: str, mention_encoder: str, num_mentions: int) -> None:
+    """Build the knowledge base, the demonstration index, the sample and the configuration, where they are missing."""
+    WORK.mkdir(parents=True, exist_ok=True)
+    entities = str(data / "entities.parquet")
+    if not (WORK / "knowledge_base").exists():
+        run("jobs/build_knowledge_base.py", entities, str(WORK / "knowledge_base"), "--tokenizer", language_model)
+    if not (WORK / "demonstrations/index.json").exists():
+        train = str(data / "train.parquet")
+        target = str(WORK / "demonstrations")
+        run("jobs/build_demonstration_index.py", train, entities, target, "--mention-encoder", mention_encoder)
+    dev = pq.read_table(data / "dev.parquet").drop_columns(["image_uri"])
+    rows = sorted(random.Random(SEED).sample(range(dev.num_rows), num_mentions))
+    pq.write_table(dev.take(pa.array(rows)), WORK / "sample.parquet")
+    (WORK / "link.toml").write_text(
+        f"""input = "{WORK}/sample.parquet"
+output = "{WORK}/linked"
+knowledge_base = "{WORK}/knowledge_base"
+demonstrations = "{WORK}/demonstrations"
+rows_per_shard = 100
+
+[language_model]
+name = "{language_model}"
+
+[retrieval]
+mention_encoder = "{mention_encoder}"
+
+[resources.retrieval]
+num_cpus = 0.25
+num_threads = 2
+
+[resources.generation]
+num_threads = 2
+"""
+    )
+
+
+def measure(setting: Setting, gold: dict[str, str]) -> dict[str, float | None]:
+    """Link the sample with one setting."""
+    output = WORK / "linked" / setting.name
+    run(
+        "jobs/link_corpus.py",
+        str(WORK / "link.toml"),
+        *("--output", str(output)),
+        *("--retrieval.num-demonstrations", str(setting.num_demonstrations)),
+        *("--retrieval.policy", setting.policy),
+        *("--prompt.terminator", setting.terminator),
+    )
+    report = json.loads((output / "report.json").read_text())
+    linked = pq.read_table(output / "data", columns=["mention_id", "entity_id"]).to_pylist()
+    return {
+        "accuracy": sum(gold[row["mention_id"]] == row["entity_id"] for row in linked) / len(gold),
+        "certified_share": report["certified_share"],
+        "rollouts_per_mention": report["rollouts_per_mention"],
+        "prefix_cache_hit_rate": report["prefix_cache_hit_rate"],
+        "generation_seconds_per_mention": report["stage_seconds"]["generation"] / len(gold),
+    }
+
+
+def baseline(data: Path) -> float:
+    """Accuracy of the commonest training entity of the surface form, else the entity of that name."""
+    counts: dict[str, Counter[str]] = {}
+    for row in pq.read_table(data / "train.parquet", columns=["mention", "entity_id"]).to_pylist():
+        counts.setdefault(row["mention"], Counter())[row["entity_id"]] += 1
+    entity_of_name = {row["name"]: row["entity_id"] for row in pq.read_table(data / "entities.parquet").to_pylist()}
+    sample = pq.read_table(WORK / "sample.parquet").to_pylist()
+    guesses = [
+        counts[row["mention"]].most_common(1)[0][0] if row["mention"] in counts else entity_of_name.get(row["mention"])
+        for row in sample
+    ]
+    return sum(guess == row["entity_id"] for guess, row in zip(guesses, sample, strict=True)) / len(sample)
+
+
+def run(*command: str) -> None:
+    """Run a script of the project with this Python; its output goes to the log of the benchmark."""
+    with (WORK / "log.txt").open("a") as log:
+        subprocess.run([sys.executable, *command], check=True, stdout=log, stderr=log)
+
+
+def record(value: dict[str, float | None]) -> dict[str, Any]:
+    """A result with what made it."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    return {
+        "value": value,
+        "command": "python benchmarks/wikidiverse.py DATA --language-model build/models/smollm2-135m "
+        "--mention-encoder build/models/minilm",
+        "commit": commit,
+        "conditions": f"300 mentions of dev, seed {SEED}, text only, {os.cpu_count()} cores {platform.machine()}, "
+        f"load {os.getloadavg()[2]:.1f}, {datetime.now(UTC):%Y-%m-%d}",
+    }
+
+
+def save(results: dict[str, Any]) -> None:
+    """Write the results."""
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    tyro.cli(main)
