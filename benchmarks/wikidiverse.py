@@ -2,8 +2,8 @@
 
 python benchmarks/wikidiverse.py DATA --language-model MODEL --mention-encoder MODEL
 
-DATA holds `train.parquet`, `dev.parquet` and `entities.parquet`. A fixed sample of dev is linked by the linking job, once
-for each setting; settings that `benchmarks/results/wikidiverse.json` already has are skipped, so that it can be
+DATA holds `train.parquet`, `dev.parquet` and `entities.parquet`. A fixed sample of dev is linked by the linking job,
+once for each setting; settings that `benchmarks/results/wikidiverse.json` already has are skipped, so that it can be
 interrupted. Nothing is chosen on test.
 """
 

@@ -28,8 +28,8 @@ def main() -> None:
     gold = pq.read_table(config.input, columns=["mention_id", "entity_id"]).to_pylist()
     num_right = sum(entity_of[row["mention_id"]] == row["entity_id"] for row in gold)
     print(
-        f"demo: the feature mapper is {report.feature_mapper}; {100 * (report.certified_share or 0):.0f}% of the answers "
-        f"are proved to be the best of all names, with {report.rollouts_per_mention or 0:.1f} rollouts a mention"
+        f"demo: feature mapper {report.feature_mapper}; {100 * (report.certified_share or 0):.0f}% of the answers are "
+        f"proved to be the best of all names, with {report.rollouts_per_mention or 0:.1f} rollouts a mention"
     )
     print(
         f"demo: rows={report.rows} errors={sum(report.errors.values())} accuracy={num_right / len(gold):.3f} "

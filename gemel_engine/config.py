@@ -11,13 +11,12 @@ import hashlib
 import json
 import tomllib
 from collections.abc import Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_type_hints
 
 import tyro
 from pydantic import ConfigDict, TypeAdapter, ValidationError
-from pydantic.dataclasses import dataclass
 
 from gemel_engine.errors import ConfigurationError
 from gemel_engine.image_source import ImagePolicy
@@ -27,10 +26,8 @@ from gemel_engine.search import SearchSettings
 Dtype = Literal["float32", "bfloat16", "float16"]
 Config = TypeVar("Config")
 
-settings = dataclass(frozen=True, slots=True, kw_only=True, config=ConfigDict(extra="forbid"))
 
-
-@settings
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LanguageModelSettings:
     """The frozen language model and the engine that runs it.
 
@@ -62,7 +59,7 @@ class LanguageModelSettings:
     enable_prefix_caching: bool = True
 
 
-@settings
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RetrievalSettings:
     """Which demonstrations precede a question.
 
@@ -82,12 +79,12 @@ class RetrievalSettings:
     seed: int = 0
 
 
-@settings
+@dataclass(frozen=True, slots=True, kw_only=True)
 class VisionSettings:
     """How pictures become visual prefixes.
 
     Attributes:
-        image_encoder: An open_clip architecture, or a local directory in open_clip's layout; None: pictures are ignored.
+        image_encoder: An open_clip architecture, or a local directory in open_clip's layout; None ignores pictures.
         pretrained: open_clip's tag of the weights, for an architecture by name.
         feature_mapper: Directory of the feature mapper between the two models.
         batch_size: Pictures encoded at once.
@@ -103,7 +100,7 @@ class VisionSettings:
     device: str = "cpu"
 
 
-@settings
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PoolSettings:
     """A stage's actors and what each of them claims from the cluster.
 
@@ -126,7 +123,7 @@ class PoolSettings:
             raise ValueError(f"min_actors {self.min_actors} must be between 1 and max_actors {self.max_actors}")
 
 
-@settings
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ResourceSettings:
     """The stages' actor pools."""
 
@@ -135,7 +132,7 @@ class ResourceSettings:
     generation: PoolSettings = PoolSettings()
 
 
-@settings
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LinkConfig:
     """One run of the linking job.
 
@@ -156,16 +153,18 @@ class LinkConfig:
         verify_artifacts: Check the artifacts' checksums before starting.
     """
 
+    __pydantic_config__ = ConfigDict(extra="forbid")  # also for the settings within
+
     input: str
     output: str
     knowledge_base: str
     demonstrations: str | None = None
     language_model: LanguageModelSettings
-    retrieval: RetrievalSettings = RetrievalSettings()
-    vision: VisionSettings = VisionSettings()
-    image_source: ImagePolicy = ImagePolicy()
-    prompt: PromptSettings = PromptSettings()
-    search: SearchSettings = SearchSettings()
+    retrieval: RetrievalSettings = field(default_factory=RetrievalSettings)
+    vision: VisionSettings = field(default_factory=VisionSettings)
+    image_source: ImagePolicy = field(default_factory=ImagePolicy)
+    prompt: PromptSettings = field(default_factory=PromptSettings)
+    search: SearchSettings = field(default_factory=SearchSettings)
     resources: ResourceSettings = field(default_factory=ResourceSettings)
     rows_per_shard: int = 1024
     max_failed_fraction: float = 0.01
@@ -173,7 +172,9 @@ class LinkConfig:
 
     def __post_init__(self) -> None:
         if self.demonstrations is not None and self.retrieval.mention_encoder is None:
-            raise ValueError("demonstrations need retrieval.mention_encoder, the encoder that their index was built with")
+            raise ValueError(
+                "demonstrations need retrieval.mention_encoder, the encoder that their index was built with"
+            )
         if (self.vision.image_encoder is None) != (self.vision.feature_mapper is None):
             raise ValueError("vision.image_encoder and vision.feature_mapper go together: set both, or neither")
         if self.rows_per_shard < 1:
@@ -197,11 +198,12 @@ def load_config(config_type: type[Config], path: Path, overrides: Sequence[str] 
     try:
         config = TypeAdapter(config_type).validate_python(values)
         if overrides:
-            # A second validation: tyro builds the settings, but the checks across them are pydantic's.
             config = tyro.cli(config_type, default=config, args=list(overrides))
         return config
     except ValidationError as error:
         raise ConfigurationError(f"the configuration {path} is wrong: {_describe(error, config_type)}") from error
+    except ValueError as error:
+        raise ConfigurationError(f"the overrides of {path} are wrong: {error}") from error
 
 
 def config_json(config: object) -> str:

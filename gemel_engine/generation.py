@@ -93,13 +93,12 @@ def _check_mapper(config: LinkConfig, mapper: FeatureMapper, index: Demonstratio
         )
     if metadata.language_model_fingerprint not in (None, language_model_fingerprint(config.language_model.name)):
         raise ArtifactError(
-            f"{name} was made for another language model than {config.language_model.name}: use the mapper trained for it"
+            f"{name} was made for another language model than {config.language_model.name}: use the one trained for it"
         )
     if index is None or index.metadata.vision_width is None:
         return
-    if index.metadata.vision_width != metadata.vision_width or None not in (
-        fingerprints := {index.metadata.image_encoder_fingerprint, metadata.image_encoder_fingerprint}
-    ) and len(fingerprints) > 1:
+    fingerprints = {index.metadata.image_encoder_fingerprint, metadata.image_encoder_fingerprint} - {None}
+    if index.metadata.vision_width != metadata.vision_width or len(fingerprints) > 1:
         raise ArtifactError(
             f"{name} and the demonstrations {config.demonstrations} come from different image encoders: build the "
             "index with the encoder that the mapper was trained for"

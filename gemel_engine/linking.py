@@ -278,7 +278,7 @@ def connect() -> None:
     if "RAY_ADDRESS" in os.environ:
         ray.init(log_to_driver=True)
     else:
-        ray.init(num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False)
+        ray.init(address="local", num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False)
     DataContext.get_current().enable_rich_progress_bars = False
 
 

@@ -139,7 +139,9 @@ class PromptBuilder:
     def _terminator_token(self) -> int:
         if self._settings.terminator == "eos":
             if self._tokenizer.eos_token_id is None:
-                raise ConfigurationError('prompt.terminator is "eos", but the tokenizer has no EOS token: use "newline"')
+                raise ConfigurationError(
+                    'prompt.terminator is "eos", but the tokenizer has no EOS token: use "newline"'
+                )
             return int(self._tokenizer.eos_token_id)
         if len(self._newline) != 1:
             raise ConfigurationError(

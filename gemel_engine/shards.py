@@ -119,8 +119,8 @@ def claim_output(output: str, identity: dict[str, Any]) -> None:
     existing = json.loads(storage.read_bytes(uri))
     if existing != json.loads(data):
         raise ConfigurationError(
-            f"{output} holds a run that differs in {', '.join(_differences(existing, identity))}: choose another output, "
-            "or remove it"
+            f"{output} holds a run that differs in {', '.join(_differences(existing, identity))}: "
+            "choose another output, or remove it"
         )
 
 
@@ -179,8 +179,8 @@ def _check_schema(uri: str, schema: pa.Schema) -> None:
     missing = [column for column in MENTION_REQUIRED_COLUMNS if column not in schema.names]
     if missing:
         raise InputError(
-            f"{uri} has no column {', '.join(map(repr, missing))}; its columns are {', '.join(schema.names)}: rename or "
-            "add them"
+            f"{uri} has no column {', '.join(map(repr, missing))}; its columns are {', '.join(schema.names)}: "
+            "rename or add them"
         )
     for column, (expected, is_expected) in _TYPE_CHECKS.items():
         if column in schema.names and not is_expected(found := schema.field(column).type):

@@ -231,7 +231,7 @@ def constrain(logits: Tensor, rows: np.ndarray, tokens: np.ndarray) -> Tensor:
     token_index = torch.from_numpy(tokens).to(logits.device)
     logits = logits.float()
     log_probs = logits[row_index, token_index] - logits.logsumexp(dim=-1)[row_index]
-    logits[row_index.unique()] = -math.inf
+    logits[row_index] = -math.inf
     logits[row_index, token_index] = log_probs.clamp_(min=_LOWEST_LOG_PROB)
     return logits
 

@@ -1,7 +1,10 @@
-"""Link a corpus: `python jobs/link_corpus.py CONFIG.toml [--search.objective mean ...]`, or the same under `ray job submit`.
+"""Link a corpus.
 
-Exit codes: 0 done; 2 configuration, 3 input, 4 artifact: nothing was started; 5 done, but more rows failed than allowed;
-1 anything else.
+python jobs/link_corpus.py CONFIG.toml [--search.objective mean ...]
+ray job submit --working-dir . -- python jobs/link_corpus.py CONFIG.toml
+
+Exit codes: 0 done; 2 configuration, 3 input, 4 artifact unusable, nothing was started; 5 done, but more rows failed
+than `max_failed_fraction` allows; 1 anything else.
 """
 
 import logging
@@ -21,7 +24,7 @@ def main(arguments: list[str]) -> int:
             raise ConfigurationError("name a configuration: link_corpus.py CONFIG.toml [--key value ...]")
         link_corpus(load_config(LinkConfig, Path(arguments[0]), arguments[1:]))
     except GemelError as error:
-        print(f"error: {error}", file=sys.stderr)
+        sys.stderr.write(f"error: {error}\n")
         return error.exit_code
     return 0
 

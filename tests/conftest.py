@@ -17,6 +17,7 @@ os.environ |= {
 }
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +64,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator([*ENTITY_NAMES, "What does it refer to? [Text] [Question] [Answer]\n"], trainer)
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer, eos_token="<|endoftext|>", bos_token="<|begin|>", model_max_length=2048
     )
 
@@ -136,7 +137,7 @@ def mention_encoder_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def write_image_encoder(directory: Path, vision_config: dict[str, object], seed: int = 0) -> Path:
+def write_image_encoder(directory: Path, vision_config: Mapping[str, object], seed: int = 0) -> Path:
     """A random open_clip model as a local directory."""
     text_config = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "layers": 1}
     config = {"embed_dim": 16, "vision_cfg": vision_config, "text_cfg": text_config, "custom_text": True}

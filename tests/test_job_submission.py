@@ -24,7 +24,10 @@ def dashboard() -> Iterator[str]:
     """Address of the dashboard of a cluster of this machine alone; only its own processes are stopped afterwards."""
     ports = free_ports(2)
     command = [RAY, "start", "--head", "--block", f"--port={ports[0]}", f"--dashboard-port={ports[1]}", "--num-cpus=4"]
-    cluster = subprocess.Popen(command, env=os.environ | {"RAY_AUTH_MODE": "token"}, stdout=subprocess.DEVNULL)
+    # A job's `python` is the one that the cluster's environment finds first.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"RAY_AUTH_MODE": "token", "PATH": path}
+    cluster = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
     address = f"http://127.0.0.1:{ports[1]}"
     try:
         wait_for(address)

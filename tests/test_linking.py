@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ def config(artifacts: dict[str, Path], tmp_path: Path) -> LinkConfig:
     return load_config(LinkConfig, path)
 
 
-def toml(artifacts: dict[str, Path], corpus: object, output: object, engine: str = "transformers") -> str:
+def toml(artifacts: Mapping[str, object], corpus: object, output: object, engine: str = "transformers") -> str:
     return f"""
 input = "{corpus}"
 output = "{output}"
@@ -124,7 +124,8 @@ def predictions(output: str) -> list[dict[str, Any]]:
     files = storage.list_parquet(f"{output}/data")
     tables = [pq.read_table(io.BytesIO(storage.read_bytes(file.uri))) for file in files]
     assert all(table.schema == PREDICTION_SCHEMA for table in tables)
-    return pa.concat_tables(tables).to_pylist()
+    rows: list[dict[str, Any]] = pa.concat_tables(tables).to_pylist()
+    return rows
 
 
 def run_job(config_path: Path, *overrides: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -332,7 +333,7 @@ def test_vllm_links_like_the_reference_on_s3(
         relative = file.relative_to(artifacts["knowledge_base"])
         storage.write_bytes(f"{prefix}/kb/{relative}", file.read_bytes())
     path = tmp_path / "s3.toml"
-    path.write_text(toml(artifacts | {"knowledge_base": f"{prefix}/kb"}, f"{prefix}/in", f"{prefix}/out", "vllm"))  # type: ignore[dict-item]
+    path.write_text(toml(artifacts | {"knowledge_base": f"{prefix}/kb"}, f"{prefix}/in", f"{prefix}/out", "vllm"))
     finished = run_job(path)
     assert finished.returncode == 0, finished.stderr[-3000:]
     linker = Linker(config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from typing import Any
 
 import numpy as np
 import pytest
@@ -78,7 +79,9 @@ problems = st.fixed_dictionaries(
 )
 
 
-def solve(problem: dict, search_settings: SearchSettings) -> tuple[list[tuple[float, int]], SearchResult, RandomScorer]:
+def solve(
+    problem: dict[str, Any], search_settings: SearchSettings
+) -> tuple[list[tuple[float, int]], SearchResult, RandomScorer]:
     """The true ranking as (objective, name index), and what the search says."""
     trie, numbers = PrefixTrie.from_sequences(problem["names"])
     scorer = RandomScorer(trie, problem["seed"], problem["temperature"], problem["num_children"])
@@ -95,7 +98,7 @@ def solve(problem: dict, search_settings: SearchSettings) -> tuple[list[tuple[fl
 @pytest.mark.parametrize("objective", ["sum", "mean"])
 @settings(max_examples=1000, deadline=None)
 @given(problem=problems, width=st.integers(1, 6))
-def test_certified_names_are_the_best_of_all(problem: dict, width: int, objective: Objective) -> None:
+def test_certified_names_are_the_best_of_all(problem: dict[str, Any], width: int, objective: Objective) -> None:
     unlimited = SearchSettings(objective=objective, num_to_certify=5, width=width, max_rollouts=10_000)
     truth, result, _ = solve(problem, unlimited)
     expected = truth[:5]
@@ -108,7 +111,7 @@ def test_certified_names_are_the_best_of_all(problem: dict, width: int, objectiv
 @settings(max_examples=500, deadline=None)
 @given(problem=problems, budget=st.integers(1, 6), num_to_certify=st.integers(1, 5))
 def test_a_budget_never_makes_a_false_claim(
-    problem: dict, budget: int, num_to_certify: int, objective: Objective
+    problem: dict[str, Any], budget: int, num_to_certify: int, objective: Objective
 ) -> None:
     limited = SearchSettings(objective=objective, num_to_certify=num_to_certify, width=2, max_rollouts=budget)
     truth, result, scorer = solve(problem, limited)
@@ -116,7 +119,7 @@ def test_a_budget_never_makes_a_false_claim(
     proved = result.names[: result.num_certified]
     assert [name.name_index for name in proved] == [index for _, index in truth[: len(proved)]]
     found = {name.name_index for name in result.names}
-    trie, numbers = PrefixTrie.from_sequences(problem["names"])
+    _, numbers = PrefixTrie.from_sequences(problem["names"])
     if len(found) < 5:  # then all that was found is listed
         missing = [name for name, n in zip(problem["names"], numbers, strict=True) if int(n) not in found]
         assert math.fsum(math.exp(scorer.name_log_prob(name)) for name in missing) <= result.unexplored_mass + 1e-9
@@ -124,7 +127,7 @@ def test_a_budget_never_makes_a_false_claim(
 
 @settings(max_examples=200, deadline=None)
 @given(problem=problems)
-def test_one_rollout_of_greedy_decoding_comes_first(problem: dict) -> None:
+def test_one_rollout_of_greedy_decoding_comes_first(problem: dict[str, Any]) -> None:
     _, result, scorer = solve(problem, SearchSettings(max_rollouts=1))
     greedy = scorer.rollout(RolloutRequest(()), scorer.trie)
     node = scorer.trie.walk([step[0] for step in greedy.tokens[:-1]])
