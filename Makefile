@@ -8,6 +8,10 @@ INSTALLED := .venv/.installed
 MODELS := build/models.stamp
 KNOWLEDGE_BASE := build/emoji/knowledge_base.stamp
 DEMONSTRATIONS := build/emoji/demonstrations.stamp
+FEATURE_MAPPER := build/emoji/feature_mapper.stamp
+
+# Python may keep what it has compiled: every stage of a job is a process that imports torch.
+unexport PYTHONDONTWRITEBYTECODE
 
 # Nothing reports its use to anybody, and models are read from local directories only.
 export DO_NOT_TRACK = 1
@@ -25,7 +29,7 @@ help: ## list the targets
 install: $(INSTALLED) ## create .venv with the pinned requirements and this project
 
 demo: export VLLM_LOGGING_LEVEL = WARNING
-demo: $(KNOWLEDGE_BASE) $(DEMONSTRATIONS) ## link a few mentions of emoji, pictures and text, with real models
+demo: $(KNOWLEDGE_BASE) $(DEMONSTRATIONS) $(FEATURE_MAPPER) ## link a few mentions of emoji, pictures and text, with real models
 	$(BIN)/python examples/demo.py
 
 test: $(INSTALLED) ## run the fast tests
@@ -48,8 +52,9 @@ lint: $(INSTALLED) ## check format, lint rules and import layers
 types: $(INSTALLED) ## check types
 	$(BIN)/mypy
 
-bench: $(KNOWLEDGE_BASE) $(DEMONSTRATIONS) ## run every benchmark
-	for script in benchmarks/*.py; do $(BIN)/python "$$script" || exit; done
+bench: $(MODELS) ## run every benchmark; WIKIDIVERSE=DIRECTORY holds that corpus
+	$(BIN)/python benchmarks/wikidiverse.py $(WIKIDIVERSE) --language-model build/models/smollm2-135m \
+		--mention-encoder build/models/minilm
 
 requirements: $(INSTALLED) ## resolve requirements-cpu.txt anew
 	$(BIN)/uv pip compile --quiet --upgrade --extra cpu --extra demo --extra dev --no-annotate --no-header \
@@ -80,4 +85,9 @@ $(DEMONSTRATIONS): jobs/build_demonstration_index.py examples/emoji/train.parque
 	rm -rf $(basename $@)
 	$(BIN)/python jobs/build_demonstration_index.py examples/emoji/train.parquet examples/emoji/entities.parquet \
 		$(basename $@) --mention-encoder build/models/minilm --image-encoder build/models/efficientnet-lite2
+	touch $@
+
+$(FEATURE_MAPPER): jobs/initialise_mapper.py $(MODELS)
+	$(BIN)/python jobs/initialise_mapper.py $(basename $@) --language-model build/models/smollm2-135m \
+		--image-encoder build/models/efficientnet-lite2
 	touch $@

