@@ -22,13 +22,14 @@ RAY = str(Path(sys.executable).with_name("ray"))
 @pytest.fixture
 def dashboard() -> Iterator[str]:
     """Address of the dashboard of a cluster of this machine alone; only its own processes are stopped afterwards."""
-    ports = free_ports(2)
-    command = [RAY, "start", "--head", "--block", f"--port={ports[0]}", f"--dashboard-port={ports[1]}", "--num-cpus=4"]
+    ports = dict(zip(("port", "dashboard-port", "dashboard-agent-listen-port"), free_ports(3), strict=True))
+    flags = [f"--{name}={port}" for name, port in ports.items()]
+    command = [RAY, "start", "--head", "--block", "--num-cpus=4", *flags]
     # A job's `python` is the one that the cluster's environment finds first.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = os.environ | {"RAY_AUTH_MODE": "token", "PATH": path}
     cluster = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
-    address = f"http://127.0.0.1:{ports[1]}"
+    address = f"http://127.0.0.1:{ports['dashboard-port']}"
     try:
         wait_for(address)
         yield address
