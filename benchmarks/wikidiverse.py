@@ -159,7 +159,8 @@ def baseline(data: Path) -> float:
         counts[row["mention"]].most_common(1)[0][0] if row["mention"] in counts else entity_of_name.get(row["mention"])
         for row in sample
     ]
-    return sum(guess == row["entity_id"] for guess, row in zip(guesses, sample, strict=True)) / len(sample)
+    num_right = sum(bool(guess == row["entity_id"]) for guess, row in zip(guesses, sample, strict=True))
+    return num_right / len(sample)
 
 
 def run(*command: str) -> None:

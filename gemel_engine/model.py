@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from gemel_engine.errors import ArtifactError, ConfigurationError
 from gemel_engine.prompt import Prompt
@@ -94,13 +94,14 @@ class FrozenLanguageModel:
             model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=DTYPES[dtype], trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise ArtifactError(f"no language model can be loaded from {name_or_path!r}: {error}") from error
-        self.module = model.to(device).eval().requires_grad_(False)
+        self.module = model.eval().requires_grad_(False)  # type: ignore[no-untyped-call]
+        self.module.to(torch.device(device))
         self._embedding = model.get_input_embeddings()
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self._embedding.weight.device
+        return torch.device(self.module.device)
 
     def embed_prompt(self, prompt: Prompt) -> Tensor:
         """Token embeddings with the visual prefixes in their places: (T, D), in the model's dtype."""

@@ -272,8 +272,8 @@ def run_searches(
             engine.submit(request_id, prompt, request, candidates)
 
     while True:
-        for key, *rest in itertools.islice(waiting, max_in_flight - len(open_searches)):
-            open_searches[key] = tuple(rest)
+        for key, prompt, search, candidates in itertools.islice(waiting, max_in_flight - len(open_searches)):
+            open_searches[key] = prompt, search, candidates
             submit(key)
         if not rollouts:
             return

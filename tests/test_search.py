@@ -41,7 +41,8 @@ class RandomScorer:
 
     def log_probs(self, path: tuple[int, ...]) -> np.ndarray:
         logits = np.random.default_rng([self.seed, *path]).normal(size=VOCABULARY) / self.temperature
-        return logits - np.logaddexp.reduce(logits)
+        log_probs: np.ndarray = logits - np.logaddexp.reduce(logits)
+        return log_probs
 
     def name_log_prob(self, tokens: tuple[int, ...]) -> float:
         path = (*tokens, TERMINATOR)
