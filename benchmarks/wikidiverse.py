@@ -106,7 +106,7 @@ def prepare(data: Path, language_model: str, mention_encoder: str, num_mentions:
 output = "{WORK}/linked"
 knowledge_base = "{WORK}/knowledge_base"
 demonstrations = "{WORK}/demonstrations"
-rows_per_shard = 60
+rows_per_shard = 100
 
 [language_model]
 name = "{language_model}"

@@ -6,14 +6,13 @@ python jobs/build_demonstration_index.py train.parquet entities.parquet demonstr
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from pathlib import Path
 
 import tyro
 
+from gemel_engine.command_line import run
 from gemel_engine.demonstrations import PictureReader, read_demonstrations, read_names
-from gemel_engine.errors import GemelError
 from gemel_engine.image_source import ImagePolicy
 from gemel_engine.mention_encoder import MentionEncoder
 from gemel_engine.retrieval import DemonstrationIndex
@@ -75,9 +74,4 @@ def main(
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
-    try:
-        tyro.cli(main)
-    except GemelError as error:
-        sys.stderr.write(f"{error}\n")
-        sys.exit(error.exit_code)
+    run(main)

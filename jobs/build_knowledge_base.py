@@ -6,7 +6,6 @@ python jobs/build_knowledge_base.py entities.parquet knowledge_base/ --tokenizer
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from pathlib import Path
 from typing import Literal
@@ -15,7 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tyro
 
-from gemel_engine.errors import GemelError, InputError
+from gemel_engine.command_line import run
+from gemel_engine.errors import InputError
 from gemel_engine.knowledge_base import ENTITY_SCHEMA, KnowledgeBaseSettings, build_knowledge_base
 from gemel_engine.model import load_tokenizer
 from gemel_engine.storage import list_parquet, resolve
@@ -75,9 +75,4 @@ def read_entities(uri: str) -> pa.Table:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
-    try:
-        tyro.cli(main)
-    except GemelError as error:
-        sys.stderr.write(f"{error}\n")
-        sys.exit(error.exit_code)
+    run(main)

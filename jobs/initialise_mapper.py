@@ -6,12 +6,11 @@ python jobs/initialise_mapper.py mapper/ --language-model models/lm --image-enco
 from __future__ import annotations
 
 import logging
-import sys
 from pathlib import Path
 
 import tyro
 
-from gemel_engine.errors import GemelError
+from gemel_engine.command_line import run
 from gemel_engine.feature_mapper import FeatureMapper
 from gemel_engine.model import language_model_fingerprint, language_model_width
 from gemel_engine.vision import ImageEncoder
@@ -52,9 +51,4 @@ def main(
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
-    try:
-        tyro.cli(main)
-    except GemelError as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(error.exit_code)
+    run(main)

@@ -19,8 +19,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import BertModel, PreTrainedTokenizerFast
 
 from gemel_engine.demonstrations import PictureReader, read_demonstrations, read_names
 from gemel_engine.errors import ArtifactError, InputError
@@ -34,34 +33,8 @@ C = 3
 
 
 @pytest.fixture(scope="session")
-def encoder_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random BERT of width 32 over single characters, with special tokens."""
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    vocabulary = {token: i for i, token in enumerate([*special, *map(chr, range(33, 127))])}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    backend.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), special, strict=True))
-    directory = tmp_path_factory.mktemp("mention_encoder")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=40, **names)  # type: ignore[no-untyped-call]
-    tokenizer.save_pretrained(directory)
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=64,
-    )
-    BertModel(config).save_pretrained(directory)  # type: ignore[no-untyped-call]
-    return directory
-
-
-@pytest.fixture(scope="session")
-def encoder(encoder_directory: Path) -> MentionEncoder:
-    return MentionEncoder(str(encoder_directory), batch_size=4)
+def encoder(mention_encoder_directory: Path) -> MentionEncoder:
+    return MentionEncoder(str(mention_encoder_directory), batch_size=4)
 
 
 class TableEncoder:
@@ -128,13 +101,15 @@ def test_long_surface_form_is_cut_where_special_tokens_in_text_are_letters(encod
     assert not np.array_equal(*encoder.encode([text, text[:37]]))
 
 
-def test_fingerprint_tells_weights_apart(encoder: MentionEncoder, encoder_directory: Path, tmp_path: Path) -> None:
-    assert MentionEncoder(str(encoder_directory)).fingerprint == encoder.fingerprint
-    model = BertModel.from_pretrained(encoder_directory)
+def test_fingerprint_tells_weights_apart(
+    encoder: MentionEncoder, mention_encoder_directory: Path, tmp_path: Path
+) -> None:
+    assert MentionEncoder(str(mention_encoder_directory)).fingerprint == encoder.fingerprint
+    model = BertModel.from_pretrained(mention_encoder_directory)
     with torch.no_grad():
         model.embeddings.word_embeddings.weight[0, 0] += 1
     model.save_pretrained(tmp_path)
-    PreTrainedTokenizerFast.from_pretrained(encoder_directory).save_pretrained(tmp_path)
+    PreTrainedTokenizerFast.from_pretrained(mention_encoder_directory).save_pretrained(tmp_path)
     assert MentionEncoder(str(tmp_path)).fingerprint != encoder.fingerprint
 
 
@@ -408,16 +383,16 @@ def run_job(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
 
 
 def test_job_builds_an_index_and_names_errors(
-    encoder_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    mention_encoder_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     entities = write(tmp_path / "entities.parquet", [{"entity_id": "Q1", "name": "one"}])
     rows = [{"mention_id": "a", "text": "t", "mention": "x", "entity_id": "Q1"}]
     train = write(tmp_path / "train.parquet", rows)
     output = tmp_path / "index"
-    run_job(monkeypatch, train, entities, str(output), "--mention-encoder", str(encoder_directory))
+    run_job(monkeypatch, train, entities, str(output), "--mention-encoder", str(mention_encoder_directory))
     assert DemonstrationIndex.open(output, verify=True)[0].name == "one"
 
     with pytest.raises(SystemExit) as stopped:
-        run_job(monkeypatch, entities, entities, str(output), "--mention-encoder", str(encoder_directory))
+        run_job(monkeypatch, entities, entities, str(output), "--mention-encoder", str(mention_encoder_directory))
     assert stopped.value.code == InputError.exit_code
     assert "no column 'mention_id'" in capsys.readouterr().err

@@ -1,6 +1,5 @@
 import contextlib
 import io
-import json
 import struct
 import zlib
 from collections.abc import Callable
@@ -12,10 +11,10 @@ import open_clip
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import TINY_VIT, write_image_encoder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from safetensors.torch import save_file
 
 from gemel_engine.errors import ArtifactError, ConfigurationError, ImageError
 from gemel_engine.vision import ACCEPTED_FORMATS, ImageEncoder, decode_image
@@ -104,21 +103,13 @@ def test_damaged_bytes_give_a_picture_or_an_image_error(image_format: str, chang
         assert decode_image(bytes(data), MAX_PIXELS).mode == "RGB"
 
 
-TINY_VIT = {"image_size": 32, "patch_size": 16, "width": 64, "head_width": 32, "layers": 1}
 TINY_TIMM = {"image_size": 32, "timm_model_name": "test_efficientnet", "timm_pool": "avg", "timm_proj": "linear"}
 
 
 @pytest.fixture(scope="module")
 def write_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     def write(vision_config: dict[str, Any], seed: int = 0) -> Path:
-        directory = tmp_path_factory.mktemp("model")
-        text_config = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "layers": 1}
-        config = {"embed_dim": 16, "vision_cfg": vision_config, "text_cfg": text_config, "custom_text": True}
-        (directory / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
-        torch.manual_seed(seed)
-        model = open_clip.create_model(f"local-dir:{directory}", load_weights=False)
-        save_file(model.state_dict(), directory / "open_clip_model.safetensors")
-        return directory
+        return write_image_encoder(tmp_path_factory.mktemp("model"), vision_config, seed)
 
     return write
 
