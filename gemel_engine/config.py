@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import hashlib
 import json
 import tomllib
 from collections.abc import Sequence
@@ -186,6 +185,8 @@ class LinkConfig:
 def load_config(config_type: type[Config], path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read a TOML file and apply overrides such as `--search.objective mean`.
 
+    A wrong override ends the process with code 2 and its reason, as command lines do.
+
     Raises:
         ConfigurationError: The file can't be read, a key is unknown, or a value is malformed.
     """
@@ -202,18 +203,11 @@ def load_config(config_type: type[Config], path: Path, overrides: Sequence[str] 
         return config
     except ValidationError as error:
         raise ConfigurationError(f"the configuration {path} is wrong: {_describe(error, config_type)}") from error
-    except ValueError as error:
-        raise ConfigurationError(f"the overrides of {path} are wrong: {error}") from error
 
 
 def config_json(config: object) -> str:
-    """The resolved settings as canonical JSON: what is saved with an output, and what its hash is taken of."""
+    """The resolved settings as canonical JSON: what is saved with an output."""
     return json.dumps(TypeAdapter(type(config)).dump_python(config, mode="json"), indent=2, sort_keys=True)
-
-
-def config_hash(config: object) -> str:
-    """SHA-256 of the resolved settings, in hexadecimal."""
-    return hashlib.sha256(config_json(config).encode()).hexdigest()
 
 
 def _describe(error: ValidationError, config_type: type[Any]) -> str:

@@ -64,8 +64,10 @@ def open_artifacts(config: LinkConfig, *, verify: bool = False) -> Artifacts:
 
     Raises:
         ArtifactError: One is missing or damaged, or they were made for different models.
+        ConfigurationError: The language model's tokenizer can't write the prompts.
     """
     tokenizer = load_tokenizer(config.language_model.name)
+    PromptBuilder(tokenizer, config.prompt)  # says what is wrong with the template or the terminator
     directory = download_directory(config.knowledge_base, ARTIFACT_CACHE)
     knowledge_base = KnowledgeBase.open(directory, verify=verify)
     index = mapper = None

@@ -55,6 +55,13 @@ class SearchSettings:
     width: int = 4
     max_rollouts: int = 64
 
+    def __post_init__(self) -> None:
+        for name in ("num_candidates", "num_children", "width", "max_rollouts"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if not 1 <= self.num_to_certify <= self.num_candidates:
+            raise ValueError(f"num_to_certify is {self.num_to_certify}: it must be from 1 to {self.num_candidates}")
+
 
 @dataclass(frozen=True, slots=True)
 class RolloutRequest:

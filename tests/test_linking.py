@@ -298,10 +298,15 @@ def without_language_model(config: LinkConfig, directory: Path) -> LinkConfig:
     return replace(config, language_model=replace(config.language_model, name=str(directory / "nowhere")))
 
 
+def with_template_without_mention(config: LinkConfig, directory: Path) -> LinkConfig:
+    return replace(config, prompt=replace(config.prompt, template="{text}"))
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
         (without_text, InputError, "has no column 'text'"),
+        (with_template_without_mention, ConfigurationError, r"must hold the fields \{text\} and \{mention\}"),
         (with_repeated_id, InputError, r"repeats 1 mention_id, such as \['m3'\]"),
         (with_numeric_mention, InputError, "column 'mention' is of type int64, it must be string"),
         (without_rows, InputError, "has no rows"),
