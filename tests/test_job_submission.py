@@ -70,7 +70,7 @@ def test_ray_job_submit(artifacts: dict[str, Path], dashboard: str, tmp_path: Pa
         check=False,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=540,
     )
     assert submitted.returncode == 0, submitted.stdout[-5000:]
     linked = pq.read_table(tmp_path / "output" / "data")

@@ -131,7 +131,7 @@ def predictions(output: str) -> list[dict[str, Any]]:
 def run_job(config_path: Path, *overrides: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "jobs/link_corpus.py", str(config_path), *overrides]
     return subprocess.run(
-        command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False, timeout=280
+        command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False, timeout=540
     )
 
 
