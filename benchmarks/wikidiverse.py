@@ -78,11 +78,11 @@ def main(
     results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     gold = {row["mention_id"]: row["entity_id"] for row in pq.read_table(WORK / "sample.parquet").to_pylist()}
     if "baseline_without_model" not in results:
-        results["baseline_without_model"] = record({"accuracy": baseline(data)})
+        results["baseline_without_model"] = record({"accuracy": baseline(data)}, language_model, mention_encoder)
         save(results)
     for setting in SETTINGS:
         if setting.name not in results:
-            results[setting.name] = record(measure(setting, gold))
+            results[setting.name] = record(measure(setting, gold), language_model, mention_encoder)
             save(results)
         logger.info("%s %s", setting.name, results[setting.name]["value"])
 
@@ -168,16 +168,17 @@ def run(*command: str) -> None:
         subprocess.run([sys.executable, *command], check=True, stdout=log, stderr=log)
 
 
-def record(value: dict[str, float | None]) -> dict[str, Any]:
+def record(value: dict[str, float | None], language_model: str, mention_encoder: str) -> dict[str, Any]:
     """A result with what made it."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    num_mentions = pq.read_metadata(WORK / "sample.parquet").num_rows
     return {
         "value": value,
-        "command": "python benchmarks/wikidiverse.py DATA --language-model build/models/smollm2-135m "
-        "--mention-encoder build/models/minilm",
+        "command": f"python benchmarks/wikidiverse.py DATA --language-model {language_model} "
+        f"--mention-encoder {mention_encoder} --num-mentions {num_mentions}",
         "commit": commit,
-        "conditions": f"300 mentions of dev, seed {SEED}, text only, {os.cpu_count()} cores {platform.machine()}, "
-        f"load {os.getloadavg()[2]:.1f}, {datetime.now(UTC):%Y-%m-%d}",
+        "conditions": f"{num_mentions} mentions of dev, seed {SEED}, text only, {os.cpu_count()} cores "
+        f"{platform.machine()}, load {os.getloadavg()[2]:.1f}, {datetime.now(UTC):%Y-%m-%d}",
     }
 
 
