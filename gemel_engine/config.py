@@ -28,12 +28,23 @@ Config = TypeVar("Config")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LanguageModelSettings:
-    """The frozen language model and the engine that runs it.
+    """The frozen language model.
 
     Attributes:
         name: Local directory, or name on the model hub.
+        dtype: Of the weights, and of the cache of keys and values.
+    """
+
+    name: str
+    dtype: Dtype = "bfloat16"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSettings(LanguageModelSettings):
+    """The frozen language model and the engine that runs it.
+
+    Attributes:
         engine: `vllm`, or `transformers`: the slow reference.
-        dtype: Of the weights and the cache.
         block_size: Tokens of a cache block; a follow-up rollout recomputes less than one block. None: 32 on CPU, the
             smallest that its kernels take, and vLLM's default elsewhere.
         kv_cache_gib: Size of the cache on CPU. On a GPU the cache takes what `gpu_memory_utilization` leaves.
@@ -45,9 +56,7 @@ class LanguageModelSettings:
         enable_prefix_caching: Keep the keys and values of prompts that other prompts may begin with.
     """
 
-    name: str
     engine: Literal["vllm", "transformers"] = "vllm"
-    dtype: Dtype = "bfloat16"
     block_size: int | None = None
     kv_cache_gib: int = 2
     gpu_memory_utilization: float = 0.9
@@ -158,7 +167,7 @@ class LinkConfig:
     output: str
     knowledge_base: str
     demonstrations: str | None = None
-    language_model: LanguageModelSettings
+    language_model: EngineSettings
     retrieval: RetrievalSettings = field(default_factory=RetrievalSettings)
     vision: VisionSettings = field(default_factory=VisionSettings)
     image_source: ImagePolicy = field(default_factory=ImagePolicy)

@@ -19,7 +19,8 @@ from gemel_engine.errors import ImageError, ImageFetchError, InputError
 from gemel_engine.image_source import ImagePolicy, fetch_image
 from gemel_engine.retrieval import Demonstration
 from gemel_engine.storage import list_parquet, resolve
-from gemel_engine.vision import Features, ImageEncoder, PictureEncoder
+from gemel_engine.types import Features
+from gemel_engine.vision import ImageEncoder, PictureEncoder
 
 _ENTITIES_PER_READ = 65_536
 _MENTIONS_PER_READ = 32  # and so the most pictures that are encoded at once

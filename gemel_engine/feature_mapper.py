@@ -8,9 +8,10 @@ Shapes: B batch, C vision width, P prefix length, D language-model width, N pict
 
 from __future__ import annotations
 
-from dataclasses import asdict, field
+import math
+from dataclasses import asdict, field, replace
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 import torch
 from pydantic import ConfigDict, Field, ValidationError
@@ -19,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from gemel_engine.artifact import read_manifest, write_manifest
+from gemel_engine.manifest import read_manifest, write_manifest
 from gemel_engine.errors import ArtifactError
 
 FORMAT_VERSION = 1
@@ -27,6 +28,7 @@ _WEIGHTS = "mapper.safetensors"
 _METADATA = "mapper.json"
 
 Width = Annotated[int, Field(gt=0, le=1 << 20)]
+Scaling = Literal["none", "z_score", "z_score_norm"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
@@ -39,8 +41,11 @@ class MapperMetadata:
         language_model_width: D, the width of the language model's input embeddings.
         language_model_fingerprint: The language model it was made for; None for any model of width D.
         image_encoder_fingerprint: The image encoder it was made for; None for any encoder of width C.
-        trained: False for a random start.
-        seed: Seed of the random start, None if there was none (a closed-form start).
+        scaling: What is done to image features first: nothing; each brought to mean 0 and deviation 1 over the
+            training pictures; the same, and then every picture's features to the norm √C.
+        initialisation: What the weights were before training.
+        trained: Whether gradient steps were made.
+        seed: Of the random start; None if there was none.
         details: Free remarks of the training run, such as its number of steps.
     """
 
@@ -49,6 +54,8 @@ class MapperMetadata:
     language_model_width: Width
     language_model_fingerprint: str | None = None
     image_encoder_fingerprint: str | None = None
+    scaling: Scaling = "none"
+    initialisation: Literal["random", "ridge", "imported"] = "random"
     trained: bool = False
     seed: int | None = None
     details: dict[str, str | float | int] = field(default_factory=dict)
@@ -56,12 +63,12 @@ class MapperMetadata:
 
 
 class FeatureMapper(nn.Module):
-    """One linear layer from image features to P embeddings (GEMEL, section 3.2), on optionally z-scored features.
+    """One linear layer from image features, scaled or not, to P embeddings (GEMEL, section 3.2).
 
     Attributes:
         metadata: Replace it (`dataclasses.replace`) when the weights change their meaning, as training does.
-        feature_mean: Buffer of shape (C,), zero unless `fit_normalisation` was called.
-        feature_std: Buffer of shape (C,), one unless `fit_normalisation` was called.
+        feature_mean: Buffer of shape (C,), zero unless `fit_scaling` was called.
+        feature_std: Buffer of shape (C,), one unless `fit_scaling` was called.
         linear: Weight of shape (P * D, C), row p * D + d; bias of shape (P * D,).
     """
 
@@ -83,6 +90,7 @@ class FeatureMapper(nn.Module):
         language_model_width: int,
         seed: int,
         *,
+        scaling: Scaling = "none",
         language_model_fingerprint: str | None = None,
         image_encoder_fingerprint: str | None = None,
     ) -> Self:
@@ -93,6 +101,7 @@ class FeatureMapper(nn.Module):
             language_model_width=language_model_width,
             language_model_fingerprint=language_model_fingerprint,
             image_encoder_fingerprint=image_encoder_fingerprint,
+            scaling=scaling,
             seed=seed,
         )
         with torch.random.fork_rng(devices=[]):
@@ -101,22 +110,52 @@ class FeatureMapper(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Map image features of shape (B, C) to visual prefixes of shape (B, P, D), in the mapper's dtype."""
-        normalised = (features.to(self.feature_mean) - self.feature_mean) / self.feature_std
-        prefixes: Tensor = self.linear(normalised)  # (B, P * D)
+        prefixes: Tensor = self.linear(self.scaled(features))  # (B, P * D)
         return prefixes.reshape(-1, self.metadata.prefix_length, self.metadata.language_model_width)
 
-    def fit_normalisation(self, features: Tensor) -> None:
-        """Z-score by the training pictures: features of shape (N, C). A constant feature is only centred."""
+    def scaled(self, features: Tensor) -> Tensor:
+        """The image features (B, C) that the linear layer sees."""
+        scaled = (features.to(self.feature_mean) - self.feature_mean) / self.feature_std
+        if self.metadata.scaling == "z_score_norm":
+            scaled = nn.functional.normalize(scaled, dim=-1) * math.sqrt(self.metadata.vision_width)
+        return scaled
+
+    def fit_scaling(self, features: Tensor) -> None:
+        """Take means and deviations from the training pictures (N, C); a constant feature is only centred."""
+        if self.metadata.scaling == "none":
+            return
         std, mean = torch.std_mean(features.to(self.feature_mean), dim=0, correction=0)
         self.feature_mean.copy_(mean)
         self.feature_std.copy_(torch.where(std > 0, std, 1.0))
 
-    def save(self, directory: str | Path) -> None:
-        """Write `mapper.safetensors`, then `mapper.json`: a directory that has the second is complete."""
+    @torch.no_grad()
+    def fit_ridge(self, features: Tensor, embeddings: Tensor, penalty: float, gain: float = 1.0) -> None:
+        """Set the linear layer in closed form: the ridge regression from pictures to embeddings of their names.
+
+        Args:
+            features: Of the training pictures, (N, C).
+            embeddings: What each picture's visual prefix should be, (N, P, D).
+            penalty: Added to the variance of each feature, in units of the mean variance.
+            gain: What deviates from the mean embedding is multiplied by this, since a regression shrinks it.
+        """
+        inputs = self.scaled(features).double()
+        targets = embeddings.flatten(1).double()
+        input_mean, target_mean = inputs.mean(dim=0), targets.mean(dim=0)
+        inputs, targets = inputs - input_mean, targets - target_mean
+        covariance = inputs.T @ inputs / len(inputs)  # (C, C)
+        covariance.diagonal().add_(penalty * covariance.diagonal().mean())
+        weight = gain * torch.linalg.solve(covariance, inputs.T @ targets / len(inputs)).T  # (P * D, C)
+        self.linear.weight.copy_(weight)
+        self.linear.bias.copy_(target_mean - weight @ input_mean)
+        self.metadata = replace(self.metadata, initialisation="ridge", seed=None)
+
+    def save(self, directory: str | Path, dtype: torch.dtype = torch.float32) -> None:
+        """Write `mapper.safetensors` in `dtype`, then `mapper.json`: a directory that has the second is complete."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         (directory / _METADATA).unlink(missing_ok=True)
-        save_file({name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}, directory / _WEIGHTS)
+        tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in self.state_dict().items()}
+        save_file(tensors, directory / _WEIGHTS)
         write_manifest(directory / _METADATA, asdict(self.metadata))
 
     @classmethod
@@ -144,7 +183,7 @@ class FeatureMapper(nn.Module):
             if not torch.isfinite(tensor).all():
                 raise ArtifactError(f"{path}: {name} has values that are not finite; go back to an earlier checkpoint")
         if not (weights["feature_std"] > 0).all():
-            raise ArtifactError(f"{path}: feature_std must be positive; fit the normalisation again")
+            raise ArtifactError(f"{path}: feature_std must be positive; fit the scaling again")
         mapper.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
         return mapper
 

@@ -8,124 +8,61 @@ B mentions, C vision width, P prefix length, D language-model width.
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
+from gemel_engine.artifacts import Artifacts, open_artifacts
 from gemel_engine.config import LinkConfig
-from gemel_engine.errors import ArtifactError, InvalidMentionError, MentionError
-from gemel_engine.feature_mapper import FeatureMapper
-from gemel_engine.knowledge_base import KnowledgeBase, tokenizer_fingerprint
-from gemel_engine.model import (
-    FrozenLanguageModel,
-    language_model_fingerprint,
-    language_model_width,
-    load_tokenizer,
-)
+from gemel_engine.errors import InvalidMentionError, MentionError
+from gemel_engine.model import FrozenLanguageModel
 from gemel_engine.prefix_trie import PrefixTrie
-from gemel_engine.prompt import Block, Prompt, PromptBuilder
-from gemel_engine.retrieval import DemonstrationIndex
-from gemel_engine.search import FoundName, NameSearch, RolloutEngine, SearchResult, run_searches
-from gemel_engine.storage import download_directory
+from gemel_engine.prompt import Block, Prompt, PromptBuilder, PromptSettings
+from gemel_engine.search import FoundName, NameSearch, RolloutEngine, SearchResult, SearchSettings, run_searches
 from gemel_engine.transformers_engine import TransformersEngine
-from gemel_engine.types import Candidate, Mention, Prediction
+from gemel_engine.types import Candidate, Features, Mention, Prediction
 
-ARTIFACT_CACHE = Path(tempfile.gettempdir()) / "gemel-artifacts"
 _CACHED_BLOCKS = 1 << 16
-
-Features = NDArray[np.float32]
-
-
-@dataclass(frozen=True, slots=True)
-class Artifacts:
-    """The artifacts of a run, opened and found to belong together."""
-
-    tokenizer: PreTrainedTokenizerFast
-    knowledge_base: KnowledgeBase
-    trie_directory: Path
-    index: DemonstrationIndex | None
-    feature_mapper: FeatureMapper | None
-
-
-def open_artifacts(config: LinkConfig, *, verify: bool = False) -> Artifacts:
-    """Open what a configuration names; a directory in S3 is copied to this node once.
-
-    Args:
-        config: The run.
-        verify: Also compare all checksums.
-
-    Raises:
-        ArtifactError: One is missing or damaged, or they were made for different models.
-        ConfigurationError: The language model's tokenizer can't write the prompts.
-    """
-    tokenizer = load_tokenizer(config.language_model.name)
-    PromptBuilder(tokenizer, config.prompt)  # says what is wrong with the template or the terminator
-    directory = download_directory(config.knowledge_base, ARTIFACT_CACHE)
-    knowledge_base = KnowledgeBase.open(directory, verify=verify)
-    index = mapper = None
-    if config.demonstrations is not None:
-        index = DemonstrationIndex.open(download_directory(config.demonstrations, ARTIFACT_CACHE), verify=verify)
-    if config.vision.feature_mapper is not None:
-        mapper = FeatureMapper.load(download_directory(config.vision.feature_mapper, ARTIFACT_CACHE))
-    if knowledge_base.tokenizer_fingerprint != tokenizer_fingerprint(tokenizer):
-        raise ArtifactError(
-            f"the knowledge base {config.knowledge_base} was built with another tokenizer than that of "
-            f"{config.language_model.name}: build it again with --tokenizer {config.language_model.name}"
-        )
-    if mapper is not None:
-        _check_mapper(config, mapper, index)
-    return Artifacts(tokenizer, knowledge_base, directory / "trie", index, mapper)
-
-
-def _check_mapper(config: LinkConfig, mapper: FeatureMapper, index: DemonstrationIndex | None) -> None:
-    name, metadata = f"the feature mapper {config.vision.feature_mapper}", mapper.metadata
-    width = language_model_width(config.language_model.name)
-    if metadata.language_model_width != width:
-        raise ArtifactError(
-            f"{name} makes embeddings of width {metadata.language_model_width}, but {config.language_model.name} takes "
-            f"{width}: use the mapper trained for this language model"
-        )
-    if metadata.language_model_fingerprint not in (None, language_model_fingerprint(config.language_model.name)):
-        raise ArtifactError(
-            f"{name} was made for another language model than {config.language_model.name}: use the one trained for it"
-        )
-    if index is None or index.metadata.vision_width is None:
-        return
-    fingerprints = {index.metadata.image_encoder_fingerprint, metadata.image_encoder_fingerprint} - {None}
-    if index.metadata.vision_width != metadata.vision_width or len(fingerprints) > 1:
-        raise ArtifactError(
-            f"{name} and the demonstrations {config.demonstrations} come from different image encoders: build the "
-            "index with the encoder that the mapper was trained for"
-        )
 
 
 class EntityNameGenerator:
     """Links mentions whose features and demonstrations are at hand.
 
     Args:
-        config: The run.
-        artifacts: Its artifacts; opened here if not given.
-
-    Attributes:
-        artifacts: The opened artifacts.
+        artifacts: Knowledge base, demonstrations and feature mapper.
         engine: Answers the rollouts.
+        prompt: How prompts are laid out.
+        search: How far decoding searches.
+        max_in_flight: Mentions that are searched at once.
     """
 
-    def __init__(self, config: LinkConfig, artifacts: Artifacts | None = None) -> None:
-        self.artifacts = artifacts or open_artifacts(config)
-        self._config = config
-        self._builder = PromptBuilder(self.artifacts.tokenizer, config.prompt)
-        self.engine = self._start_engine()
-        self._max_in_flight = config.language_model.max_num_seqs if config.language_model.engine == "vllm" else 1
+    def __init__(
+        self,
+        artifacts: Artifacts,
+        engine: RolloutEngine,
+        prompt: PromptSettings,
+        search: SearchSettings,
+        max_in_flight: int = 1,
+    ) -> None:
+        self.artifacts = artifacts
+        self.engine = engine
+        self._builder = PromptBuilder(artifacts.tokenizer, prompt)
+        self._with_pictures = prompt.demonstration_pictures
+        self._search = search
+        self._max_in_flight = max_in_flight
         self._demonstration_block = lru_cache(_CACHED_BLOCKS)(self._make_demonstration_block)
+
+    @classmethod
+    def start(cls, config: LinkConfig, artifacts: Artifacts | None = None) -> Self:
+        """Start the engine of a run; the artifacts are opened here if they are not given."""
+        artifacts = artifacts or open_artifacts(config)
+        max_in_flight = config.language_model.max_num_seqs if config.language_model.engine == "vllm" else 1
+        return cls(artifacts, _start_engine(config, artifacts), config.prompt, config.search, max_in_flight)
 
     def generate(
         self,
@@ -170,7 +107,7 @@ class EntityNameGenerator:
         trie, names = None, None
         if mention.candidate_ids is not None:
             trie, names = self._candidate_trie(mention.candidate_ids)
-        search = NameSearch(trie or self.artifacts.knowledge_base.trie, self._builder.terminator, self._config.search)
+        search = NameSearch(trie or self.artifacts.knowledge_base.trie, self._builder.terminator, self._search)
         return search, trie, names
 
     def candidates(self, names: Sequence[FoundName], mention: Mention) -> tuple[Candidate, ...]:
@@ -193,26 +130,10 @@ class EntityNameGenerator:
         index = self.artifacts.index
         return () if index is None else tuple(index[row].mention_id for row in rows)
 
-    def _start_engine(self) -> RolloutEngine:
-        settings, num_children = self._config.language_model, self._config.search.num_children
-        if settings.engine == "transformers":
-            model = FrozenLanguageModel(settings.name, settings.dtype)
-            trie = self.artifacts.knowledge_base.trie
-            return TransformersEngine(model, trie, self._builder.terminator, num_children)
-        from gemel_engine.vllm_engine import VllmEngine  # takes seconds to import, and only engines need it
-
-        return VllmEngine(
-            settings,
-            self.artifacts.trie_directory,
-            self._builder.terminator,
-            num_children,
-            self._config.prompt.max_prompt_tokens,
-        )
-
     def _make_demonstration_block(self, row: int) -> Block:
         assert self.artifacts.index is not None, "demonstrations without an index"
         demonstration = self.artifacts.index[row]
-        prefix = self._visual_prefix(demonstration.features)
+        prefix = self._visual_prefix(demonstration.features) if self._with_pictures else None
         return self._builder.demonstration(demonstration.text, demonstration.mention, demonstration.name, prefix)
 
     @torch.inference_mode()
@@ -238,6 +159,19 @@ class EntityNameGenerator:
         name_index = np.empty_like(names)
         name_index[number] = names
         return trie, name_index
+
+
+def _start_engine(config: LinkConfig, artifacts: Artifacts) -> RolloutEngine:
+    settings, num_children = config.language_model, config.search.num_children
+    terminator = PromptBuilder(artifacts.tokenizer, config.prompt).terminator
+    if settings.engine == "transformers":
+        model = FrozenLanguageModel(settings.name, settings.dtype)
+        return TransformersEngine(model, artifacts.knowledge_base.trie, terminator, num_children)
+    from gemel_engine.vllm_engine import VllmEngine  # takes seconds to import, and only engines need it
+
+    return VllmEngine(
+        settings, artifacts.trie_directory, terminator, num_children, config.prompt.max_prompt_tokens
+    )
 
 
 class _Tasks:

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 
 from gemel_engine.config import LinkConfig, RetrievalSettings, VisionSettings
 from gemel_engine.errors import ArtifactError, ConfigurationError, ImageError
-from gemel_engine.generation import Artifacts, EntityNameGenerator, open_artifacts
+from gemel_engine.artifacts import Artifacts, NamesArtifacts, open_artifacts
+from gemel_engine.generation import EntityNameGenerator
 from gemel_engine.mention_encoder import MentionEncoder
 from gemel_engine.retrieval import DemonstrationIndex
 from gemel_engine.types import Mention, Prediction
@@ -99,7 +100,7 @@ class Linker:
         self._pictures = load_picture_encoder(config.vision) if config.vision.image_encoder is not None else None
         index = artifacts.index
         self._retriever = None if index is None else DemonstrationRetriever(config.retrieval, index)
-        self.generator = EntityNameGenerator(config, artifacts)
+        self.generator = EntityNameGenerator.start(config, artifacts)
 
     def link(self, mentions: Sequence[Mention], pictures: Sequence[bytes | None]) -> list[Prediction]:
         """Link B mentions with their picture files; a bad one becomes a prediction with an `error`."""

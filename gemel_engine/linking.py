@@ -23,7 +23,7 @@ import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 
 from gemel_engine import shards, storage
-from gemel_engine.config import LinkConfig, PoolSettings, config_json
+from gemel_engine.config import LinkConfig, PoolSettings, TrainConfig, config_json
 from gemel_engine.errors import TooManyFailuresError
 from gemel_engine.shards import Shard
 from gemel_engine.stages import (
@@ -36,7 +36,7 @@ from gemel_engine.stages import (
 )
 
 if TYPE_CHECKING:
-    from gemel_engine.generation import Artifacts
+    from gemel_engine.artifacts import Artifacts
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ def link_corpus(config: LinkConfig) -> LinkReport:
         GemelError: The configuration, the input or an artifact is unusable (nothing has been started then), or more
             rows failed than `max_failed_fraction` allows (the output is complete then).
     """
-    from gemel_engine.generation import open_artifacts
+    from gemel_engine.artifacts import open_artifacts
     from gemel_engine.linker import check_encoders
 
     started = time.monotonic()
@@ -117,22 +117,32 @@ def link_corpus(config: LinkConfig) -> LinkReport:
 
 def stream_parts(config: LinkConfig, remaining: Sequence[Shard]) -> Dataset:
     """The pipeline, up to the receipts of the parts that it wrote; nothing runs until it is consumed."""
-    dataset: Dataset = ray.data.from_items([asdict(shard) for shard in remaining], override_num_blocks=len(remaining))
+    dataset = encode_and_retrieve(config, remaining)
     dataset = dataset.map_batches(
-        partial(read_mentions, config=config), batch_size=1, batch_format="pyarrow", num_cpus=0.25
+        GenerateEntityNames, fn_constructor_args=(config,), **actor_pool(config.resources.generation)
     )
-    pools = config.resources
-    if config.vision.image_encoder is not None:
-        dataset = dataset.map_batches(EncodeImages, fn_constructor_args=(config,), **_pool(pools.images))
-    if config.demonstrations is not None and config.retrieval.num_demonstrations:
-        dataset = dataset.map_batches(RetrieveDemonstrations, fn_constructor_args=(config,), **_pool(pools.retrieval))
-    dataset = dataset.map_batches(GenerateEntityNames, fn_constructor_args=(config,), **_pool(pools.generation))
     return dataset.map_batches(
         partial(write_parts, output=config.output, plan={shard.index: shard for shard in remaining}),
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=0.25,
     )
+
+
+def encode_and_retrieve(config: LinkConfig | TrainConfig, plan: Sequence[Shard], *, with_gold: bool = False) -> Dataset:
+    """Mentions with their image features and the rows of their demonstrations; `with_gold` keeps `entity_id`."""
+    with_images = config.vision.image_encoder is not None
+    dataset: Dataset = ray.data.from_items([asdict(shard) for shard in plan], override_num_blocks=len(plan))
+    read = partial(read_mentions, with_images=with_images, with_gold=with_gold)
+    dataset = dataset.map_batches(read, batch_size=1, batch_format="pyarrow", num_cpus=0.25)
+    if with_images:
+        settings = (config.vision, config.image_source)
+        dataset = dataset.map_batches(EncodeImages, fn_constructor_args=settings, **actor_pool(config.resources.images))
+    if config.demonstrations is not None and config.retrieval.num_demonstrations:
+        settings = (config.demonstrations, config.retrieval)
+        pool = actor_pool(config.resources.retrieval)
+        dataset = dataset.map_batches(RetrieveDemonstrations, fn_constructor_args=settings, **pool)
+    return dataset
 
 
 def connect() -> None:
@@ -219,7 +229,7 @@ def _identity(config: LinkConfig, plan: Sequence[Shard]) -> dict[str, Any]:
     return {"settings": settings, "plan": shards.plan_identity(plan), "artifacts": artifacts}
 
 
-def _pool(settings: PoolSettings) -> dict[str, Any]:
+def actor_pool(settings: PoolSettings) -> dict[str, Any]:
     """Arguments of `map_batches` for a stage of actors; a batch is a block.
 
     Threads are set in the actor's environment, since Ray builds an actor in one thread and calls it in another.

@@ -1,6 +1,6 @@
 """The frozen language model as transformers loads it, and what identifies a language model to other artifacts.
 
-D language-model width, P prefix length, T tokens.
+D language-model width, P prefix length, T tokens, M pictures, L labels.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ import json
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils.hub import cached_file
 
 from gemel_engine.errors import ArtifactError, ConfigurationError
+from gemel_engine.packing import PackedPrompts
 from gemel_engine.prompt import Prompt
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -103,9 +104,40 @@ class FrozenLanguageModel:
         """Where the weights are."""
         return torch.device(self.module.device)
 
+    def embed_tokens(self, token_ids: Tensor) -> Tensor:
+        """Input embeddings of tokens: (..., D), in the model's dtype."""
+        embeddings: Tensor = self._embedding(token_ids.to(self.device))
+        return embeddings
+
     def embed_prompt(self, prompt: Prompt) -> Tensor:
         """Token embeddings with the visual prefixes in their places: (T, D), in the model's dtype."""
-        embeddings: Tensor = self._embedding(torch.tensor(prompt.token_ids, device=self.device))
+        embeddings = self.embed_tokens(torch.tensor(prompt.token_ids))
         for start, prefix in prompt.visual_prefixes:
             embeddings[start : start + len(prefix)] = prefix.to(embeddings)
         return embeddings
+
+    def label_losses(self, packed: PackedPrompts, visual_prefixes: Tensor) -> Tensor:
+        """Cross-entropy of each label token, in nats, as float32 (L,); differentiable in the visual prefixes.
+
+        Logits are computed where there is a label and nowhere else.
+
+        Args:
+            packed: Prompts with their labels.
+            visual_prefixes: Of `packed.pictures`, (M, P, D).
+        """
+        embeddings = self.embed_tokens(torch.from_numpy(packed.token_ids))  # (T, D)
+        if len(packed.pictures):
+            positions = torch.from_numpy(packed.picture_positions).to(self.device)
+            embeddings = embeddings.index_put((positions,), visual_prefixes.to(embeddings))
+        seen = torch.from_numpy(packed.mask()).to(self.device)
+        mask = torch.zeros(seen.shape, dtype=embeddings.dtype, device=self.device)
+        mask.masked_fill_(~seen, torch.finfo(mask.dtype).min)
+        output = self.module(
+            inputs_embeds=embeddings[None],
+            attention_mask=mask[None, None],
+            position_ids=torch.from_numpy(packed.position_ids).to(self.device)[None],
+            use_cache=False,
+            logits_to_keep=torch.from_numpy(packed.label_positions).to(self.device),
+        )
+        labels = torch.from_numpy(packed.labels).to(self.device)
+        return nn.functional.cross_entropy(output.logits[0].float(), labels, reduction="none")

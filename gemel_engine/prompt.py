@@ -36,6 +36,7 @@ class PromptSettings:
         query_reserve: Tokens kept free for the question. Demonstrations get the rest, so that which ones fit depends on
             the surface form alone and equal surface forms share their prefix.
         begin_with_bos: Put the tokenizer's BOS token first (GEMEL puts none).
+        demonstration_pictures: Give demonstrations the visual prefixes of their own pictures, as GEMEL does.
     """
 
     template: str = GEMEL_TEMPLATE
@@ -43,6 +44,7 @@ class PromptSettings:
     max_prompt_tokens: int = 2048
     query_reserve: int = 512
     begin_with_bos: bool = False
+    demonstration_pictures: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +79,10 @@ def encode_text(tokenizer: PreTrainedTokenizerFast, text: str) -> tuple[int, ...
 class PromptBuilder:
     """Lays out prompts for one language model.
 
+    Attributes:
+        terminator: Token that ends a generated name.
+        beginning: Tokens in front of every prompt.
+
     Raises:
         ConfigurationError: The template lacks a field, the tokenizer has no such terminator or BOS token, or the
             question's reserve leaves no prompt.
@@ -88,11 +94,11 @@ class PromptBuilder:
         self._settings = settings
         self._newline = encode_text(tokenizer, "\n")
         self.terminator = self._terminator_token()
-        self._beginning: tuple[int, ...] = ()
+        self.beginning: tuple[int, ...] = ()
         if settings.begin_with_bos:
             if tokenizer.bos_token_id is None:
                 raise ConfigurationError("prompt.begin_with_bos is set, but the tokenizer has no BOS token: unset it")
-            self._beginning = (tokenizer.bos_token_id,)
+            self.beginning = (tokenizer.bos_token_id,)
 
     def question(self, text: str, mention: str, visual_prefix: Tensor | None) -> Block:
         """The block that asks for the mention's entity.
@@ -115,7 +121,7 @@ class PromptBuilder:
 
     def num_dropped(self, demonstrations: Sequence[Block]) -> int:
         """How many of the first, least similar demonstrations have to go for the prompt to stay in its limit."""
-        room = self._settings.max_prompt_tokens - self._settings.query_reserve - len(self._beginning)
+        room = self._settings.max_prompt_tokens - self._settings.query_reserve - len(self.beginning)
         for num_kept, block in enumerate(reversed(demonstrations)):
             room -= len(block)
             if room < 0:
@@ -124,7 +130,7 @@ class PromptBuilder:
 
     def build(self, demonstrations: Sequence[Block], question: Block) -> Prompt:
         """Lay the blocks out one after the other, each behind its visual prefix."""
-        token_ids = list(self._beginning)
+        token_ids = list(self.beginning)
         visual_prefixes = []
         for block in (*demonstrations, question):
             if block.visual_prefix is not None:

@@ -18,10 +18,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from gemel_engine import shards
-from gemel_engine.config import LinkConfig
+from gemel_engine.config import LinkConfig, RetrievalSettings, VisionSettings
 from gemel_engine.errors import ImageFetchError
-from gemel_engine.image_source import fetch_image
+from gemel_engine.image_source import ImagePolicy, fetch_image
 from gemel_engine.shards import Shard
+from gemel_engine.storage import download_directory
 from gemel_engine.types import Mention, Prediction, predictions_to_table
 
 _COLUMNS = ("mention_id", "text", "mention", "mention_start", "candidate_ids")
@@ -31,15 +32,15 @@ _FETCH_THREADS = 16
 COSTS = ("image_seconds", "retrieval_seconds", "generation_seconds", "prompt_tokens", "cached_tokens")
 
 
-def read_mentions(batch: pa.Table, config: LinkConfig) -> pa.Table:
+def read_mentions(batch: pa.Table, *, with_images: bool, with_gold: bool = False) -> pa.Table:
     """Read a shard, ordered by surface form, so that equal prompts' beginnings follow each other.
 
     Adds `shard`, `row` (in the input file) and `error` (null so far, or why the row can't be linked).
     """
     (fields,) = batch.to_pylist()
     shard = Shard(**fields)
-    with_images = config.vision.image_encoder is not None
-    table = shards.read_rows(shard, (*_COLUMNS, *_IMAGE_COLUMNS) if with_images else _COLUMNS)
+    images, gold = _IMAGE_COLUMNS if with_images else (), ("entity_id",) if with_gold else ()
+    table = shards.read_rows(shard, (*_COLUMNS, *images, *gold))
     num_rows = table.num_rows
     table = table.append_column("shard", pa.array(np.full(num_rows, shard.index, np.int32)))
     table = table.append_column("row", pa.array(np.arange(shard.start, shard.stop)))
@@ -51,11 +52,11 @@ def read_mentions(batch: pa.Table, config: LinkConfig) -> pa.Table:
 class EncodeImages:
     """Adds `image_features` (C,), null without a picture; drops the picture."""
 
-    def __init__(self, config: LinkConfig) -> None:
+    def __init__(self, vision: VisionSettings, image_source: ImagePolicy) -> None:
         from gemel_engine.linker import load_picture_encoder
 
-        self._policy = config.image_source
-        self._encoder = load_picture_encoder(config.vision)
+        self._policy = image_source
+        self._encoder = load_picture_encoder(vision)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Encode a batch's pictures."""
@@ -96,13 +97,11 @@ class EncodeImages:
 class RetrieveDemonstrations:
     """Adds `demonstrations`: rows of the index, the most similar last."""
 
-    def __init__(self, config: LinkConfig) -> None:
-        from gemel_engine.generation import open_artifacts
+    def __init__(self, demonstrations: str, retrieval: RetrievalSettings) -> None:
         from gemel_engine.linker import DemonstrationRetriever
+        from gemel_engine.retrieval import DemonstrationIndex
 
-        index = open_artifacts(config).index
-        assert index is not None, "the stage runs only with demonstrations"
-        self._retriever = DemonstrationRetriever(config.retrieval, index)
+        self._retriever = DemonstrationRetriever(retrieval, DemonstrationIndex.open(download_directory(demonstrations)))
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Retrieve a batch's demonstrations."""
@@ -120,7 +119,7 @@ class GenerateEntityNames:
     def __init__(self, config: LinkConfig) -> None:
         from gemel_engine.generation import EntityNameGenerator
 
-        self._generator = EntityNameGenerator(config)
+        self._generator = EntityNameGenerator.start(config)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Link a batch; keeps `shard`, `row` and the costs."""

@@ -26,6 +26,8 @@ from pyarrow.fs import FileSystem, LocalFileSystem
 from gemel_engine import s3
 from gemel_engine.errors import ArtifactError, ConfigurationError, InputError
 
+ARTIFACT_CACHE = Path(tempfile.gettempdir()) / "gemel-artifacts"
+
 
 @dataclass(frozen=True, slots=True)
 class InputFile:
@@ -131,7 +133,7 @@ def create_exclusive(uri: str, data: bytes) -> bool:
     return True
 
 
-def download_directory(uri: str, cache_dir: str | os.PathLike[str]) -> Path:
+def download_directory(uri: str, cache_dir: str | os.PathLike[str] = ARTIFACT_CACHE) -> Path:
     """Make an artifact directory available as a local one.
 
     A directory in S3 is copied once into `cache_dir`, under a name made from its address and its files' versions;

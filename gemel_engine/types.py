@@ -7,7 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+
+Features = npt.NDArray[np.float32]  # of one picture (C,), or of a batch (B, C)
 
 MENTION_REQUIRED_COLUMNS = ("mention_id", "text", "mention")
 MENTION_OPTIONAL_COLUMNS = ("mention_start", "image_bytes", "image_uri", "candidate_ids", "entity_id")

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import open_clip
 import torch
 from open_clip.timm_model import TimmModel
@@ -27,9 +26,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from gemel_engine.errors import ArtifactError, ConfigurationError, ImageError
+from gemel_engine.types import Features
 
 Preprocess = Callable[[Image.Image], Tensor]
-Features = npt.NDArray[np.float32]
 
 ACCEPTED_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 

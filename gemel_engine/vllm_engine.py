@@ -25,7 +25,7 @@ from vllm.logprobs import FlatLogprobs
 from vllm.outputs import RequestOutput
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
-from gemel_engine.config import LanguageModelSettings
+from gemel_engine.config import EngineSettings
 from gemel_engine.errors import GemelError
 from gemel_engine.model import DTYPES, language_model_width
 from gemel_engine.prefix_trie import PrefixTrie
@@ -56,7 +56,7 @@ class VllmEngine:
 
     def __init__(
         self,
-        settings: LanguageModelSettings,
+        settings: EngineSettings,
         trie_directory: Path,
         terminator: int,
         num_children: int,
@@ -251,7 +251,7 @@ def _to_rollout(output: RequestOutput) -> Rollout:
     return rollout
 
 
-def _set_environment(settings: LanguageModelSettings) -> None:
+def _set_environment(settings: EngineSettings) -> None:
     """What vLLM takes from the environment only; what the user has set there stays."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # its logits processors have another interface

@@ -10,7 +10,7 @@ import torch
 from conftest import ENTITY_NAMES
 from transformers import PreTrainedTokenizerFast
 
-from gemel_engine.config import LanguageModelSettings
+from gemel_engine.config import EngineSettings
 from gemel_engine.model import FrozenLanguageModel
 from gemel_engine.prefix_trie import PrefixTrie
 from gemel_engine.prompt import Prompt, PromptBuilder, PromptSettings, Terminator, encode_text
@@ -83,7 +83,7 @@ def vllm_engines(
     trie.save(directory)
     path = language_models[request.param]
     terminator = PromptBuilder(tokenizer, PromptSettings()).terminator
-    settings = LanguageModelSettings(name=str(path), dtype="float32", kv_cache_gib=1)
+    settings = EngineSettings(name=str(path), dtype="float32", kv_cache_gib=1)
     engines = [
         VllmEngine(replace(settings, enable_prefix_caching=caching), directory, terminator, NUM_CHILDREN, 512)
         for caching in (True, False)

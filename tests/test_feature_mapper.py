@@ -44,17 +44,39 @@ def test_random_depends_on_the_seed_only() -> None:
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_normalisation_z_scores_and_leaves_constant_features_finite(mapper: FeatureMapper) -> None:
+def test_z_scores_leave_constant_features_finite() -> None:
+    mapper = FeatureMapper.random(C, P, D, seed=7, scaling="z_score")
     features = torch.randn(100, C) * 3 + 2
     features[:, 0] = 1.5
-    mapper.fit_normalisation(features)
+    mapper.fit_scaling(features)
     z = (features - features.mean(0)) / features.std(0, correction=0)
     z[:, 0] = 0
     torch.testing.assert_close(mapper(features).flatten(1), mapper.linear(z))
 
 
+def test_scaling_to_a_norm() -> None:
+    mapper = FeatureMapper.random(C, P, D, seed=7, scaling="z_score_norm")
+    mapper.fit_scaling(torch.randn(100, C) * 3 + 2)
+    torch.testing.assert_close(mapper.scaled(torch.randn(7, C)).norm(dim=1), torch.full((7,), C**0.5))
+
+
+def test_the_closed_form_recovers_a_linear_map_and_shrinks_with_its_penalty() -> None:
+    truth = FeatureMapper.random(C, P, D, seed=1)
+    mapper = FeatureMapper.random(C, P, D, seed=2, scaling="z_score")
+    features = torch.randn(200, C) + 1
+    with torch.no_grad():
+        embeddings = truth(features)
+    mapper.fit_scaling(features)
+    mapper.fit_ridge(features, embeddings, penalty=0.0)
+    torch.testing.assert_close(mapper(features), embeddings, atol=1e-4, rtol=1e-4)
+    assert mapper.metadata.initialisation == "ridge"
+    weight = mapper.linear.weight.clone()
+    mapper.fit_ridge(features, embeddings, penalty=10.0)
+    assert mapper.linear.weight.norm() < 0.5 * weight.norm()
+    torch.testing.assert_close(mapper(features).mean(0), embeddings.mean(0), atol=1e-4, rtol=1e-4)
+
+
 def test_load_returns_what_was_saved(mapper: FeatureMapper, tmp_path: Path) -> None:
-    mapper.fit_normalisation(torch.randn(20, C))
     mapper.metadata = replace(mapper.metadata, trained=True, details={"steps": 12, "loss": 0.5, "start": "random"})
     mapper.save(tmp_path)
     loaded = FeatureMapper.load(tmp_path)

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from gemel_engine.artifact import file_sha256
+from gemel_engine.manifest import file_sha256
 from gemel_engine.errors import ArtifactError, ConfigurationError, InputError
 from gemel_engine.knowledge_base import (
     Entity,

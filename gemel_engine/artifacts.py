@@ -1,0 +1,102 @@
+"""The artifacts of a run, opened and found to belong together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from transformers import PreTrainedTokenizerFast
+
+from gemel_engine.config import LanguageModelSettings, VisionSettings
+from gemel_engine.errors import ArtifactError
+from gemel_engine.feature_mapper import FeatureMapper
+from gemel_engine.knowledge_base import KnowledgeBase, tokenizer_fingerprint
+from gemel_engine.model import language_model_fingerprint, language_model_width, load_tokenizer
+from gemel_engine.prompt import PromptBuilder, PromptSettings
+from gemel_engine.retrieval import DemonstrationIndex
+from gemel_engine.storage import download_directory
+
+
+class NamesArtifacts(Protocol):
+    """A configuration that names artifacts: of linking, or of training."""
+
+    @property
+    def knowledge_base(self) -> str: ...  # noqa: D102
+    @property
+    def demonstrations(self) -> str | None: ...  # noqa: D102
+    @property
+    def language_model(self) -> LanguageModelSettings: ...  # noqa: D102
+    @property
+    def vision(self) -> VisionSettings: ...  # noqa: D102
+    @property
+    def prompt(self) -> PromptSettings: ...  # noqa: D102
+
+
+@dataclass(frozen=True, slots=True)
+class Artifacts:
+    """What a run reads beside its mentions.
+
+    Attributes:
+        trie_directory: The knowledge base's prefix trie, for engines that open it in a process of their own.
+        index: None without demonstrations.
+        feature_mapper: None without pictures.
+    """
+
+    tokenizer: PreTrainedTokenizerFast
+    knowledge_base: KnowledgeBase
+    trie_directory: Path
+    index: DemonstrationIndex | None
+    feature_mapper: FeatureMapper | None
+
+
+def open_artifacts(config: NamesArtifacts, *, verify: bool = False) -> Artifacts:
+    """Open what a configuration names; a directory in S3 is copied to this node once.
+
+    Args:
+        config: The run.
+        verify: Also compare all checksums.
+
+    Raises:
+        ArtifactError: One is missing or damaged, or they were made for different models.
+        ConfigurationError: The language model's tokenizer can't write the prompts.
+    """
+    tokenizer = load_tokenizer(config.language_model.name)
+    PromptBuilder(tokenizer, config.prompt)  # says what is wrong with the template or the terminator
+    directory = download_directory(config.knowledge_base)
+    knowledge_base = KnowledgeBase.open(directory, verify=verify)
+    index = mapper = None
+    if config.demonstrations is not None:
+        index = DemonstrationIndex.open(download_directory(config.demonstrations), verify=verify)
+    if config.vision.feature_mapper is not None:
+        mapper = FeatureMapper.load(download_directory(config.vision.feature_mapper))
+    if knowledge_base.tokenizer_fingerprint != tokenizer_fingerprint(tokenizer):
+        raise ArtifactError(
+            f"the knowledge base {config.knowledge_base} was built with another tokenizer than that of "
+            f"{config.language_model.name}: build it again with --tokenizer {config.language_model.name}"
+        )
+    if mapper is not None:
+        _check_mapper(config, mapper, index)
+    return Artifacts(tokenizer, knowledge_base, directory / "trie", index, mapper)
+
+
+def _check_mapper(config: NamesArtifacts, mapper: FeatureMapper, index: DemonstrationIndex | None) -> None:
+    name, metadata = f"the feature mapper {config.vision.feature_mapper}", mapper.metadata
+    width = language_model_width(config.language_model.name)
+    if metadata.language_model_width != width:
+        raise ArtifactError(
+            f"{name} makes embeddings of width {metadata.language_model_width}, but {config.language_model.name} takes "
+            f"{width}: use the mapper trained for this language model"
+        )
+    if metadata.language_model_fingerprint not in (None, language_model_fingerprint(config.language_model.name)):
+        raise ArtifactError(
+            f"{name} was made for another language model than {config.language_model.name}: use the one trained for it"
+        )
+    if index is None or index.metadata.vision_width is None:
+        return
+    fingerprints = {index.metadata.image_encoder_fingerprint, metadata.image_encoder_fingerprint} - {None}
+    if index.metadata.vision_width != metadata.vision_width or len(fingerprints) > 1:
+        raise ArtifactError(
+            f"{name} and the demonstrations {config.demonstrations} come from different image encoders: build the "
+            "index with the encoder that the mapper was trained for"
+        )

@@ -1,0 +1,81 @@
+"""Packed prompts give the losses and gradients of prompts computed one by one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from gemel_engine.model import FrozenLanguageModel
+from gemel_engine.packing import LabelledPrompt, Segment, pack_prompts, split_into_packs
+
+P, D = 3, 64
+DEMONSTRATIONS = [Segment((20 + row, 30, 31, 10 + row), picture=row if row % 2 else None) for row in range(6)]
+PROMPTS = [
+    LabelledPrompt((0, 1, 2), Segment((40, 41, 42), picture=6), (50, 51, 9)),
+    LabelledPrompt((0, 1, 2), Segment((43, 44), picture=None), (52, 9)),
+    LabelledPrompt((0, 1, 3), Segment((45,), picture=7), (53, 54, 55, 9)),
+    LabelledPrompt((), Segment((46, 47), picture=8), (9,)),
+    LabelledPrompt((2,), Segment((48, 49), picture=6), (50, 9)),
+]
+
+
+def plain_losses(model: FrozenLanguageModel, prompt: LabelledPrompt, prefixes: Tensor, beginning: int) -> Tensor:
+    """What a loop over whole prompts computes: all embeddings in a row, all logits, the target's losses."""
+    parts = [model.embed_tokens(torch.tensor([beginning]))]
+    for segment in (*(DEMONSTRATIONS[row] for row in prompt.demonstrations), prompt.question):
+        if segment.picture is not None:
+            parts.append(prefixes[segment.picture])
+        parts.append(model.embed_tokens(torch.tensor(segment.token_ids)))
+    parts.append(model.embed_tokens(torch.tensor(prompt.target, dtype=torch.long)))
+    logits = model.module(inputs_embeds=torch.cat(parts)[None]).logits[0]
+    n = len(prompt.target)
+    return torch.nn.functional.cross_entropy(logits[-n - 1 : -1], torch.tensor(prompt.target), reduction="none")
+
+
+@pytest.mark.parametrize("architecture", ["llama", "opt"])
+def test_losses_and_gradients_are_those_of_separate_prompts(
+    architecture: str, language_models: dict[str, Path]
+) -> None:
+    model = FrozenLanguageModel(str(language_models[architecture]))
+    prefixes = torch.randn(9, P, D, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    expected = torch.cat([plain_losses(model, prompt, prefixes, beginning=1) for prompt in PROMPTS])
+    (expected_gradient,) = torch.autograd.grad(expected.sum(), prefixes)
+    packed = pack_prompts(PROMPTS, DEMONSTRATIONS.__getitem__, P, beginning=(1,))
+    losses = model.label_losses(packed, prefixes[torch.from_numpy(packed.pictures)])
+    (gradient,) = torch.autograd.grad(losses.sum(), prefixes)
+    torch.testing.assert_close(losses, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(gradient, expected_gradient, atol=1e-4, rtol=1e-3)
+
+
+def test_a_common_beginning_stands_once() -> None:
+    packed = pack_prompts(PROMPTS, DEMONSTRATIONS.__getitem__, P)
+    # The demonstrations 0, 1, 2, 3 and, at the start of another prompt, 2 again; each question with its target but the
+    # last token. Demonstrations 1 and 3 and four questions have pictures.
+    assert len(packed.token_ids) == 5 * 4 + 2 * P + (3 + 2) + (2 + 1) + (1 + 3) + 2 + (2 + 1) + 4 * P
+    assert packed.pictures.tolist() == [1, 6, 3, 7, 8, 6]
+    assert packed.labels.tolist() == [token for prompt in PROMPTS for token in prompt.target]
+
+
+@given(
+    st.lists(
+        st.tuples(st.lists(st.integers(0, 5), max_size=3).map(tuple), st.integers(1, 5), st.integers(1, 3)),
+        min_size=1,
+        max_size=12,
+    ),
+    st.integers(1, 80),
+)
+def test_packs_hold_every_prompt_once_and_keep_their_limit(
+    shapes: list[tuple[tuple[int, ...], int, int]], max_tokens: int
+) -> None:
+    prompts = [LabelledPrompt(rows, Segment((7,) * length), (9,) * answer) for rows, length, answer in shapes]
+    packs = list(split_into_packs(prompts, DEMONSTRATIONS.__getitem__, P, max_tokens))
+    assert [prompt for pack in packs for prompt in pack] == prompts
+    for pack in packs:
+        packed = pack_prompts(pack, DEMONSTRATIONS.__getitem__, P)
+        assert len(packed.token_ids) <= max_tokens or len(pack) == 1
+        assert packed.mask().diagonal().all()
