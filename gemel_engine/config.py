@@ -1,4 +1,4 @@
-"""Every setting of a linking run: a TOML file, then command-line overrides, checked as a whole before any work.
+"""Every setting of a job: a TOML file, then command-line overrides, checked as a whole before any work.
 
 A misspelt key fails by its full name. Settings that belong to one component stand beside it and are gathered here.
 """
@@ -21,6 +21,7 @@ from gemel_engine.errors import ConfigurationError
 from gemel_engine.image_source import ImagePolicy
 from gemel_engine.prompt import PromptSettings
 from gemel_engine.search import SearchSettings
+from gemel_engine.types import FeatureScaling
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Config = TypeVar("Config")
@@ -179,16 +180,182 @@ class LinkConfig:
     verify_artifacts: bool = True
 
     def __post_init__(self) -> None:
-        if self.demonstrations is not None and self.retrieval.mention_encoder is None:
-            raise ValueError(
-                "demonstrations need retrieval.mention_encoder, the encoder that their index was built with"
-            )
+        _check_retrieval(self.demonstrations, self.retrieval)
         if (self.vision.image_encoder is None) != (self.vision.feature_mapper is None):
             raise ValueError("vision.image_encoder and vision.feature_mapper go together: set both, or neither")
         if self.rows_per_shard < 1:
             raise ValueError(f"rows_per_shard is {self.rows_per_shard}: it must be at least 1")
         if not 0 <= self.max_failed_fraction <= 1:
             raise ValueError(f"max_failed_fraction is {self.max_failed_fraction}: it must be between 0 and 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainedModelSettings(LanguageModelSettings):
+    """The frozen language model that the feature mapper is trained through.
+
+    Attributes:
+        activation_checkpointing: Compute each layer again in the backward pass instead of keeping its activations:
+            less memory, a third more work.
+    """
+
+    activation_checkpointing: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MapperSettings:
+    """The feature mapper before its first step; not used where `vision.feature_mapper` names one to start from.
+
+    Attributes:
+        prefix_length: P, embeddings that stand for one picture.
+        initialisation: `random` as in GEMEL, or `ridge`: the closed form from a picture's features to the token
+            embeddings of its entity's name.
+        scaling: What is done to image features first; see `MapperMetadata`.
+        ridge_penalty: Of the closed form, in units of the mean variance of a feature.
+        ridge_gain: Of the closed form: factor on what deviates from the mean embedding.
+    """
+
+    prefix_length: int = 4
+    initialisation: Literal["random", "ridge"] = "random"
+    scaling: FeatureScaling = "none"
+    ridge_penalty: float = 1.0
+    ridge_gain: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimisationSettings:
+    """AdamW with a linear schedule, with GEMEL's values.
+
+    Attributes:
+        epochs: Passes over the training mentions; 0 leaves the mapper as it was initialised.
+        learning_rate: Highest rate, after the warm-up.
+        warmup_fraction: Share of all steps in which the rate rises from 0; it falls to 0 in the others.
+        weight_decay: Decoupled, of weights but not of biases.
+        adam_epsilon: Keeps small second moments from making large steps.
+        max_gradient_norm: A longer gradient is shortened to it.
+        batch_size: Mentions of one step, over all workers.
+        mentions_per_form: At most so many mentions of one surface form stand together in a batch. They share most of
+            their demonstrations, which are computed once for all of them; GEMEL has 1.
+        max_pack_tokens: Tokens of one forward and backward pass; a batch takes as many passes as it needs.
+        max_steps: Stop after so many steps, as if the schedule ended there; None for all epochs.
+        seed: Of the mapper's start and of the order of the mentions.
+    """
+
+    epochs: int = 5
+    learning_rate: float = 1e-6
+    warmup_fraction: float = 0.1
+    weight_decay: float = 0.01
+    adam_epsilon: float = 1e-6
+    max_gradient_norm: float = 1.0
+    batch_size: int = 16
+    mentions_per_form: int = 8
+    max_pack_tokens: int = 4096
+    max_steps: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.batch_size, self.mentions_per_form, self.max_pack_tokens) < 1 or self.epochs < 0:
+            raise ValueError("batch_size, mentions_per_form and max_pack_tokens must be at least 1, epochs at least 0")
+        if not 0 <= self.warmup_fraction <= 1:
+            raise ValueError(f"warmup_fraction is {self.warmup_fraction}: it must be between 0 and 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ValidationSettings:
+    """Constrained decoding of mentions of the dev split during training.
+
+    Attributes:
+        num_mentions: Size of the sample, drawn with the training's seed; 0 validates nothing.
+        every_steps: Between two validations; None: at the end of each epoch. The last step always validates.
+    """
+
+    num_mentions: int = 200
+    every_steps: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSettings:
+    """Data-parallel training workers.
+
+    Attributes:
+        num_workers: At most so many.
+        min_workers: Training goes on with so many while the cluster has no room for more; None: `num_workers`.
+        num_cpus: Logical CPUs of a worker.
+        use_gpu: Give each worker a GPU.
+        num_threads: Threads of a worker on CPU; None leaves it to Ray.
+        max_failures: Workers that may die before the run fails; -1 for any number.
+        report_every: Steps between two reports of the loss.
+        checkpoint_every: Steps between two checkpoints; a validation always makes one.
+    """
+
+    num_workers: int = 1
+    min_workers: int | None = None
+    num_cpus: float = 1.0
+    use_gpu: bool = False
+    num_threads: int | None = None
+    max_failures: int = 3
+    report_every: int = 10
+    checkpoint_every: int = 100
+
+    def __post_init__(self) -> None:
+        if not 1 <= (self.min_workers or 1) <= self.num_workers:
+            raise ValueError(f"min_workers {self.min_workers} must be between 1 and num_workers {self.num_workers}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """One run of the training job.
+
+    Attributes:
+        train: Parquet file or directory of mentions with `entity_id`, local or `s3://`.
+        dev: The same, to validate on; None to do without.
+        output: Directory for the mapper, checkpoints and the report, local or `s3://`.
+        knowledge_base: Directory made by `jobs/build_knowledge_base.py`; the names to learn.
+        demonstrations: Directory made by `jobs/build_demonstration_index.py`, usually from `train`; None: none.
+        language_model: The frozen language model.
+        retrieval: Which demonstrations precede a question; a mention is never its own.
+        vision: The image encoder; a `feature_mapper` here is where training starts.
+        image_source: Which image addresses may be read.
+        prompt: How prompts are laid out; to be the same in linking.
+        mapper: The feature mapper before its first step.
+        optimisation: Optimiser and schedule.
+        validation: Decoding of dev mentions during training.
+        search: How far that decoding searches.
+        workers: Training workers.
+        resources: Actor pools that encode pictures and retrieve demonstrations.
+        examples: Directory for the prepared training examples, which runs with the same encoders and retrieval may
+            share; None: in the output.
+        rows_per_shard: Rows that are prepared at a time.
+        max_failed_fraction: The job fails when more of the mentions than this can't be used.
+        verify_artifacts: Check the artifacts' checksums before starting.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    train: str
+    dev: str | None = None
+    output: str
+    knowledge_base: str
+    demonstrations: str | None = None
+    language_model: TrainedModelSettings
+    retrieval: RetrievalSettings = field(default_factory=RetrievalSettings)
+    vision: VisionSettings
+    image_source: ImagePolicy = field(default_factory=ImagePolicy)
+    prompt: PromptSettings = field(default_factory=PromptSettings)
+    mapper: MapperSettings = field(default_factory=MapperSettings)
+    optimisation: OptimisationSettings = field(default_factory=OptimisationSettings)
+    validation: ValidationSettings = field(default_factory=ValidationSettings)
+    search: SearchSettings = field(default_factory=SearchSettings)
+    workers: WorkerSettings = field(default_factory=WorkerSettings)
+    resources: ResourceSettings = field(default_factory=ResourceSettings)
+    examples: str | None = None
+    rows_per_shard: int = 1024
+    max_failed_fraction: float = 0.01
+    verify_artifacts: bool = True
+
+    def __post_init__(self) -> None:
+        _check_retrieval(self.demonstrations, self.retrieval)
+        if self.vision.image_encoder is None:
+            raise ValueError("vision.image_encoder is not set: the feature mapper maps an image encoder's features")
 
 
 def load_config(config_type: type[Config], path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -217,6 +384,11 @@ def load_config(config_type: type[Config], path: Path, overrides: Sequence[str] 
 def config_json(config: object) -> str:
     """The resolved settings as canonical JSON: what is saved with an output."""
     return json.dumps(TypeAdapter(type(config)).dump_python(config, mode="json"), indent=2, sort_keys=True)
+
+
+def _check_retrieval(demonstrations: str | None, retrieval: RetrievalSettings) -> None:
+    if demonstrations is not None and retrieval.mention_encoder is None:
+        raise ValueError("demonstrations need retrieval.mention_encoder, the encoder that their index was built with")
 
 
 def _describe(error: ValidationError, config_type: type[Any]) -> str:

@@ -5,7 +5,6 @@ Shapes: C vision width.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 class PictureReader:
-    """Image features of pictures given by their bytes or their address; equal bytes are encoded once.
+    """Image features of pictures given by their bytes or their address.
 
     Attributes:
         encoder: The image encoder.
@@ -41,20 +40,15 @@ class PictureReader:
         self.num_unusable = 0
         self._policy = policy
         self._pictures = PictureEncoder(encoder, max_pixels, _MENTIONS_PER_READ)
-        self._features: dict[bytes | None, Features | None] = {None: None}  # by the digest of the file
 
     def encode(self, pictures: Sequence[bytes | str | None]) -> list[Features | None]:
         """Return features of shape (C,) for each picture, None where there is none or it is unusable."""
         files = [self._fetch(picture) if isinstance(picture, str) else picture for picture in pictures]
-        digests = [None if file is None else hashlib.sha256(file).digest() for file in files]
-        new = {digest: file for digest, file in zip(digests, files, strict=True) if digest not in self._features}
-        for digest, encoded in zip(new, self._pictures.encode(list(new.values())), strict=True):
+        features: list[Features | None] = []
+        for encoded in self._pictures.encode(files):
             if isinstance(encoded, ImageError):
-                logger.info("demonstrations go without their picture: %s", encoded)
-                self._features[digest] = None
-            else:
-                self._features[digest] = encoded
-        features = [self._features[digest] for digest in digests]
+                logger.info("a demonstration goes without its picture: %s", encoded)
+            features.append(None if isinstance(encoded, ImageError) else encoded)
         self.num_unusable += sum(
             picture is not None and item is None for picture, item in zip(pictures, features, strict=True)
         )

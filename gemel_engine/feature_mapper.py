@@ -20,15 +20,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from gemel_engine.manifest import read_manifest, write_manifest
 from gemel_engine.errors import ArtifactError
+from gemel_engine.manifest import read_manifest, write_manifest
+from gemel_engine.types import FeatureScaling
 
 FORMAT_VERSION = 1
 _WEIGHTS = "mapper.safetensors"
 _METADATA = "mapper.json"
 
 Width = Annotated[int, Field(gt=0, le=1 << 20)]
-Scaling = Literal["none", "z_score", "z_score_norm"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
@@ -54,7 +54,7 @@ class MapperMetadata:
     language_model_width: Width
     language_model_fingerprint: str | None = None
     image_encoder_fingerprint: str | None = None
-    scaling: Scaling = "none"
+    scaling: FeatureScaling = "none"
     initialisation: Literal["random", "ridge", "imported"] = "random"
     trained: bool = False
     seed: int | None = None
@@ -90,7 +90,7 @@ class FeatureMapper(nn.Module):
         language_model_width: int,
         seed: int,
         *,
-        scaling: Scaling = "none",
+        scaling: FeatureScaling = "none",
         language_model_fingerprint: str | None = None,
         image_encoder_fingerprint: str | None = None,
     ) -> Self:

@@ -169,9 +169,7 @@ def _start_engine(config: LinkConfig, artifacts: Artifacts) -> RolloutEngine:
         return TransformersEngine(model, artifacts.knowledge_base.trie, terminator, num_children)
     from gemel_engine.vllm_engine import VllmEngine  # takes seconds to import, and only engines need it
 
-    return VllmEngine(
-        settings, artifacts.trie_directory, terminator, num_children, config.prompt.max_prompt_tokens
-    )
+    return VllmEngine(settings, artifacts.trie_directory, terminator, num_children, config.prompt.max_prompt_tokens)
 
 
 class _Tasks:

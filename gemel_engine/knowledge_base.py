@@ -26,9 +26,9 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
-from gemel_engine.manifest import file_sha256, read_manifest, write_manifest
 from gemel_engine.entity_names import TokenisedNames, count_skipped, reasons_to_skip
 from gemel_engine.errors import ArtifactError, ConfigurationError, InputError
+from gemel_engine.manifest import file_sha256, read_manifest, write_manifest
 from gemel_engine.prefix_trie import PrefixTrie
 
 FORMAT_VERSION = 1

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gemel_engine.config import LinkConfig, RetrievalSettings, VisionSettings
+from gemel_engine.artifacts import Artifacts, open_artifacts
+from gemel_engine.config import LinkConfig, RetrievalSettings, TrainConfig, VisionSettings
 from gemel_engine.errors import ArtifactError, ConfigurationError, ImageError
-from gemel_engine.artifacts import Artifacts, NamesArtifacts, open_artifacts
 from gemel_engine.generation import EntityNameGenerator
 from gemel_engine.mention_encoder import MentionEncoder
 from gemel_engine.retrieval import DemonstrationIndex
@@ -57,31 +57,41 @@ def load_picture_encoder(settings: VisionSettings) -> PictureEncoder:
     return PictureEncoder(encoder, settings.max_image_pixels, settings.batch_size)
 
 
-def check_encoders(config: LinkConfig, artifacts: Artifacts) -> None:
+def check_encoders(config: LinkConfig | TrainConfig, artifacts: Artifacts) -> ImageEncoder | None:
     """Load the encoders once, to see that they are the ones that the artifacts were made with.
+
+    Returns:
+        The image encoder, if one is configured.
 
     Raises:
         ArtifactError: An encoder can't be loaded, or is another one.
     """
-    if config.vision.image_encoder is not None and artifacts.feature_mapper is not None:
-        encoder = ImageEncoder(config.vision.image_encoder, config.vision.pretrained)
-        metadata = artifacts.feature_mapper.metadata
-        if metadata.vision_width != encoder.width or metadata.image_encoder_fingerprint not in (
-            None,
-            encoder.fingerprint,
+    index, mapper, image_encoder = artifacts.index, artifacts.feature_mapper, None
+    if config.vision.image_encoder is not None:
+        image_encoder = ImageEncoder(config.vision.image_encoder, config.vision.pretrained)
+        ours = image_encoder.width, image_encoder.fingerprint
+        remedy = f"made with another image encoder than {config.vision.image_encoder}: use"
+        if mapper is not None and not _fits(
+            ours, mapper.metadata.vision_width, mapper.metadata.image_encoder_fingerprint
         ):
             raise ArtifactError(
-                f"the feature mapper {config.vision.feature_mapper} takes features of width {metadata.vision_width} of "
-                f"another image encoder than {config.vision.image_encoder}, which gives {encoder.width}: "
-                "use the mapper trained for it"
+                f"the feature mapper {config.vision.feature_mapper} was {remedy} the one trained for it"
             )
-    if artifacts.index is not None:
-        retriever = DemonstrationRetriever(config.retrieval, artifacts.index)
-        if retriever.encoder.fingerprint != artifacts.index.metadata.mention_encoder_fingerprint:
+        if index is not None and not _fits(ours, index.metadata.vision_width, index.metadata.image_encoder_fingerprint):
+            raise ArtifactError(f"the demonstrations {config.demonstrations} were {remedy} an index built with it")
+    if index is not None:
+        retriever = DemonstrationRetriever(config.retrieval, index)
+        if retriever.encoder.fingerprint != index.metadata.mention_encoder_fingerprint:
             raise ArtifactError(
                 f"the demonstrations {config.demonstrations} were encoded by another mention encoder than "
                 f"{config.retrieval.mention_encoder}: build the index again with it"
             )
+    return image_encoder
+
+
+def _fits(encoder: tuple[int, str], width: int | None, fingerprint: str | None) -> bool:
+    """Whether an artifact with these two, each of which it may lack, goes with an encoder."""
+    return width in (None, encoder[0]) and fingerprint in (None, encoder[1])
 
 
 class Linker:

@@ -220,13 +220,17 @@ def _check_failures(config: LinkConfig, report: LinkReport) -> None:
 def _identity(config: LinkConfig, plan: Sequence[Shard]) -> dict[str, Any]:
     """What makes up a run: settings, input files and artifacts."""
     settings = {key: value for key, value in json.loads(config_json(config)).items() if key not in _NOT_IDENTITY}
+    return {"settings": settings, "plan": shards.plan_identity(plan), "artifacts": artifact_manifests(config)}
+
+
+def artifact_manifests(config: LinkConfig | TrainConfig) -> dict[str, Any]:
+    """What the artifacts of a run say of themselves, checksums included."""
     manifests = {
         "knowledge_base": f"{config.knowledge_base}/knowledge_base.json",
         "demonstrations": config.demonstrations and f"{config.demonstrations}/index.json",
         "feature_mapper": config.vision.feature_mapper and f"{config.vision.feature_mapper}/mapper.json",
     }
-    artifacts = {name: json.loads(storage.read_bytes(uri)) for name, uri in manifests.items() if uri}
-    return {"settings": settings, "plan": shards.plan_identity(plan), "artifacts": artifacts}
+    return {name: json.loads(storage.read_bytes(uri)) for name, uri in manifests.items() if uri}
 
 
 def actor_pool(settings: PoolSettings) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.hub import cached_file
 
 from gemel_engine.errors import ArtifactError, ConfigurationError
@@ -85,12 +86,21 @@ class FrozenLanguageModel:
         name_or_path: Local directory, or name on the model hub.
         dtype: Key of `DTYPES`.
         device: torch device.
+        activation_checkpointing: Compute layers again in the backward pass instead of keeping their activations.
 
     Raises:
         ArtifactError: There is no such model.
+        ConfigurationError: It can't compute its layers again.
     """
 
-    def __init__(self, name_or_path: str, dtype: str = "float32", device: str = "cpu") -> None:
+    def __init__(
+        self,
+        name_or_path: str,
+        dtype: str = "float32",
+        device: str = "cpu",
+        *,
+        activation_checkpointing: bool = False,
+    ) -> None:
         try:
             model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=DTYPES[dtype], trust_remote_code=False)
         except (OSError, ValueError) as error:
@@ -98,11 +108,18 @@ class FrozenLanguageModel:
         self.module = model.eval().requires_grad_(False)  # type: ignore[no-untyped-call]
         self.module.to(torch.device(device))
         self._embedding = model.get_input_embeddings()
+        if activation_checkpointing:
+            _checkpoint_layers(model, name_or_path)
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return torch.device(self.module.device)
+
+    @property
+    def width(self) -> int:
+        """D, of the input embeddings."""
+        return int(self._embedding.weight.shape[1])
 
     def embed_tokens(self, token_ids: Tensor) -> Tensor:
         """Input embeddings of tokens: (..., D), in the model's dtype."""
@@ -141,3 +158,19 @@ class FrozenLanguageModel:
         )
         labels = torch.from_numpy(packed.labels).to(self.device)
         return nn.functional.cross_entropy(output.logits[0].float(), labels, reduction="none")
+
+
+def _checkpoint_layers(model: PreTrainedModel, name: str) -> None:
+    """Have each layer keep its input alone; the model stays in evaluation mode, without dropout."""
+    if not model.supports_gradient_checkpointing:
+        raise ConfigurationError(
+            f"{name} has no activation checkpointing: unset language_model.activation_checkpointing"
+        )
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            for child in layer.modules():
+                if isinstance(child, nn.Dropout):
+                    child.p = 0.0
+            layer.training = True  # of this module alone: it is what transformers asks before it checkpoints
+            layer.dropout = 0.0  # OPT's layers apply dropout of their own by that same flag

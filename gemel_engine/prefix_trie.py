@@ -18,8 +18,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from gemel_engine.manifest import file_sha256, read_manifest, write_manifest
 from gemel_engine.errors import ArtifactError
+from gemel_engine.manifest import file_sha256, read_manifest, write_manifest
 
 FORMAT_VERSION = 1
 

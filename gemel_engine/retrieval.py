@@ -31,8 +31,8 @@ from numpy.typing import NDArray
 from pydantic import ConfigDict, Field, PositiveInt, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
-from gemel_engine.manifest import file_sha256, read_manifest, write_manifest
 from gemel_engine.errors import ArtifactError, InputError
+from gemel_engine.manifest import file_sha256, read_manifest, write_manifest
 from gemel_engine.mention_encoder import MentionEncoder
 
 FORMAT_VERSION = 1

@@ -34,6 +34,7 @@ _TYPE_CHECKS = {
     "mention_start": ("integer", pa.types.is_integer),
     "image_bytes": ("binary", lambda t: pa.types.is_binary(t) or pa.types.is_large_binary(t)),
     "image_uri": ("string", lambda t: pa.types.is_string(t) or pa.types.is_large_string(t)),
+    "entity_id": ("string", lambda t: pa.types.is_string(t) or pa.types.is_large_string(t)),
     "candidate_ids": ("list of strings", lambda t: pa.types.is_list(t) or pa.types.is_large_list(t)),
 }
 
@@ -54,8 +55,8 @@ class Shard:
         return f"shard-{self.index:05d}"
 
 
-def plan_shards(input_uri: str, rows_per_shard: int) -> list[Shard]:
-    """Check a corpus by its small columns and cut it into shards.
+def plan_shards(input_uri: str, rows_per_shard: int, *, with_gold: bool = False) -> list[Shard]:
+    """Check a corpus by its small columns and cut it into shards; `with_gold` it needs the column `entity_id`.
 
     Raises:
         InputError: A column is missing or of the wrong type, a file is no Parquet, or a `mention_id` stands twice.
@@ -66,7 +67,7 @@ def plan_shards(input_uri: str, rows_per_shard: int) -> list[Shard]:
         file_system, path = storage.resolve(file.uri)
         try:
             with pq.ParquetFile(path, filesystem=file_system) as parquet:
-                _check_schema(file.uri, parquet.schema_arrow)
+                _check_schema(file.uri, parquet.schema_arrow, with_gold)
                 num_rows = parquet.metadata.num_rows
                 ids.append(parquet.read(["mention_id"])["mention_id"].cast(pa.large_string()))
         except pa.ArrowInvalid as error:
@@ -134,7 +135,7 @@ def finished_shards(output: str) -> set[str]:
 def write_part(output: str, shard: Shard, table: pa.Table) -> str:
     """Store finished rows of a shard; returns their address. `table` has a column `row` beside the predictions."""
     uri = f"{output}/_parts/{shard.name}/{uuid.uuid4().hex}.parquet"
-    storage.write_bytes(uri, _parquet_bytes(table))
+    storage.write_bytes(uri, parquet_bytes(table))
     return uri
 
 
@@ -151,7 +152,7 @@ def commit_shard(output: str, shard: Shard, part_uris: Sequence[str]) -> bool:
     table = pa.concat_tables(parts).sort_by("row")
     assert table["row"].to_pylist() == list(range(shard.start, shard.stop)), f"{shard.name}: rows lost or repeated"
     return storage.create_exclusive(
-        f"{output}/data/{shard.name}.parquet", _parquet_bytes(table.select(PREDICTION_SCHEMA.names))
+        f"{output}/data/{shard.name}.parquet", parquet_bytes(table.select(PREDICTION_SCHEMA.names))
     )
 
 
@@ -169,14 +170,16 @@ def plan_identity(shards: Sequence[Shard]) -> list[dict[str, Any]]:
     return [asdict(shard) for shard in shards]
 
 
-def _parquet_bytes(table: pa.Table) -> bytes:
+def parquet_bytes(table: pa.Table) -> bytes:
+    """A Parquet file of a table."""
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd")
     return sink.getvalue()
 
 
-def _check_schema(uri: str, schema: pa.Schema) -> None:
-    missing = [column for column in MENTION_REQUIRED_COLUMNS if column not in schema.names]
+def _check_schema(uri: str, schema: pa.Schema, with_gold: bool) -> None:
+    required = (*MENTION_REQUIRED_COLUMNS, "entity_id") if with_gold else MENTION_REQUIRED_COLUMNS
+    missing = [column for column in required if column not in schema.names]
     if missing:
         raise InputError(
             f"{uri} has no column {', '.join(map(repr, missing))}; its columns are {', '.join(schema.names)}: "

@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
-from gemel_engine import shards
-from gemel_engine.config import LinkConfig, RetrievalSettings, VisionSettings
-from gemel_engine.errors import ImageFetchError
+from gemel_engine import shards, storage
+from gemel_engine.config import LinkConfig, RetrievalSettings, TrainConfig, VisionSettings
+from gemel_engine.errors import ImageFetchError, MentionError
 from gemel_engine.image_source import ImagePolicy, fetch_image
 from gemel_engine.shards import Shard
 from gemel_engine.storage import download_directory
@@ -150,6 +151,50 @@ class GenerateEntityNames:
     def _cache_counts(self) -> tuple[int, int]:
         statistics = getattr(self._generator.engine, "cache_statistics", None)
         return (0, 0) if statistics is None else (statistics.num_prompt_tokens, statistics.num_cached_tokens)
+
+
+class CheckExamples:
+    """Sets the `error` of mentions that can't be trained on: of an unknown entity, or with too long a text."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        from gemel_engine.knowledge_base import KnowledgeBase
+        from gemel_engine.model import load_tokenizer
+        from gemel_engine.prompt import PromptBuilder
+
+        self._knowledge_base = KnowledgeBase.open(download_directory(config.knowledge_base))
+        self._builder = PromptBuilder(load_tokenizer(config.language_model.name), config.prompt)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Check a batch."""
+        errors = batch["error"].to_pylist()
+        entity_ids = [entity_id or "" for entity_id in batch["entity_id"].to_pylist()]
+        names = self._knowledge_base.names_of_entities(entity_ids)
+        for row, (mention, name) in enumerate(zip(_mentions(batch), names, strict=True)):
+            if mention is None:
+                continue
+            if name is None:
+                errors[row] = f"unknown_entity: {entity_ids[row]!r} is not in the knowledge base"
+                continue
+            try:
+                self._builder.question(mention.text, mention.mention, None)
+            except MentionError as error:
+                errors[row] = str(error)
+        return _with_errors(batch, errors)
+
+
+def write_examples(batch: pa.Table, directory: str) -> pa.Table:
+    """Store prepared mentions; returns a receipt."""
+    first = batch.slice(0, 1).to_pylist()[0]
+    storage.write_bytes(
+        f"{directory}/shard-{first['shard']:05d}-{first['row']:08d}.parquet", shards.parquet_bytes(batch)
+    )
+    return pa.table({"num_rows": [batch.num_rows]})
+
+
+def read_file(batch: pa.Table) -> pa.Table:
+    """Read the Parquet file that a row names."""
+    file_system, path = storage.resolve(batch["uri"][0].as_py())
+    return pq.read_table(path, filesystem=file_system, partitioning=None)
 
 
 def write_parts(batch: pa.Table, output: str, plan: dict[int, Shard]) -> pa.Table:

@@ -70,10 +70,19 @@ class TransformersEngine:
             logits = self._advance(cache, [token])
 
     def _prefill(self, prompt: Prompt) -> tuple[Cache, Tensor]:
-        """The prompt's keys and values, free to be extended, and the logits (V,) behind its last token."""
+        """The prompt's keys and values, free to be extended, and the logits (V,) behind its last token.
+
+        What the prompt has in common with the one before it is not computed again.
+        """
         if self._prefilled is None or self._prefilled[0] is not prompt:
-            embeddings = self._model.embed_prompt(prompt).unsqueeze(0)  # (1, T, D)
-            cache: Cache = DynamicCache(config=self._model.module.config)
+            # Without the model's configuration every layer keeps all positions, so that any number can be cut off.
+            cache: Cache = DynamicCache()
+            num_known = 0
+            if self._prefilled is not None:
+                num_known = _common_length(self._prefilled[0], prompt)
+                cache = self._prefilled[1]
+                cache.crop(num_known)
+            embeddings = self._model.embed_prompt(prompt)[num_known:].unsqueeze(0)  # (1, T - known, D)
             output = self._model.module(
                 inputs_embeds=embeddings, past_key_values=cache, use_cache=True, logits_to_keep=1
             )
@@ -87,3 +96,17 @@ class TransformersEngine:
         output = self._model.module(input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         logits: Tensor = output.logits[0, -1]
         return logits
+
+
+def _common_length(first: Prompt, second: Prompt) -> int:
+    """Positions with which both prompts begin, visual prefixes included; less than all of the second."""
+    longest = min(len(first.token_ids), len(second.token_ids) - 1)
+    pairs = zip(first.token_ids, second.token_ids, strict=False)
+    common = next((i for i, (a, b) in enumerate(pairs) if a != b), longest)
+    for (start, prefix), (other_start, other) in zip(first.visual_prefixes, second.visual_prefixes, strict=False):
+        if start != other_start or not torch.equal(prefix, other):
+            return min(common, longest, start, other_start)
+    for prompt, other in ((first, second), (second, first)):
+        for start, _ in prompt.visual_prefixes[len(other.visual_prefixes) :]:
+            common = min(common, start)
+    return min(common, longest)

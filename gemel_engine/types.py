@@ -6,11 +6,13 @@ Nothing here knows a model, Ray or a file. A stage adds a type; none changes ano
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+FeatureScaling = Literal["none", "z_score", "z_score_norm"]
 Features = npt.NDArray[np.float32]  # of one picture (C,), or of a batch (B, C)
 
 MENTION_REQUIRED_COLUMNS = ("mention_id", "text", "mention")

@@ -12,7 +12,9 @@ import io
 import json
 import struct
 import zlib
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,8 @@ from gemel_engine.types import Features
 Preprocess = Callable[[Image.Image], Tensor]
 
 ACCEPTED_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+
+_REMEMBERED_PICTURES = 8192
 
 # What Pillow's readers raise for bytes that are not what they claim to be.
 _PILLOW_ERRORS = (
@@ -137,6 +141,8 @@ class ImageEncoder:
 class PictureEncoder:
     """Image files to image features; one that is no picture does not stop the others.
 
+    A file that came a short while ago is not encoded again: the mentions of one caption share its picture.
+
     Args:
         encoder: The image encoder.
         max_pixels: A picture that decodes to more is refused.
@@ -147,21 +153,37 @@ class PictureEncoder:
         self._encoder = encoder
         self._max_pixels = max_pixels
         self._batch_size = batch_size
+        self._known: OrderedDict[bytes, Features | ImageError] = OrderedDict()  # by the digest of the file
 
     def encode(self, pictures: Sequence[bytes | None]) -> list[Features | ImageError | None]:
         """Image features (C,) of each of B files, None where there is no file, an error where it is no picture."""
-        results: list[Features | ImageError | None] = [None] * len(pictures)
-        files = [(row, data) for row, data in enumerate(pictures) if data is not None]
-        for start in range(0, len(files), self._batch_size):
-            images = {}
-            for row, data in files[start : start + self._batch_size]:
-                try:
-                    images[row] = decode_image(data, self._max_pixels)
-                except ImageError as error:
-                    results[row] = error
-            if images:
-                for row, features in zip(images, self._encoder.encode(list(images.values())), strict=True):
-                    results[row] = features
+        digests = [None if data is None else hashlib.sha256(data).digest() for data in pictures]
+        files = {
+            digest: data
+            for digest, data in zip(digests, pictures, strict=True)
+            if digest is not None and data is not None
+        }
+        results = {digest: self._known[digest] for digest in files if digest in self._known}
+        new = iter([(digest, data) for digest, data in files.items() if digest not in results])
+        for batch in iter(lambda: dict(islice(new, self._batch_size)), {}):
+            results |= self._encode(batch)
+        for digest, result in results.items():
+            self._known[digest] = result
+            self._known.move_to_end(digest)
+        while len(self._known) > _REMEMBERED_PICTURES:
+            self._known.popitem(last=False)
+        return [None if digest is None else results[digest] for digest in digests]
+
+    def _encode(self, files: Mapping[bytes, bytes]) -> dict[bytes, Features | ImageError]:
+        results: dict[bytes, Features | ImageError] = {}
+        images = {}
+        for digest, data in files.items():
+            try:
+                images[digest] = decode_image(data, self._max_pixels)
+            except ImageError as error:
+                results[digest] = error
+        if images:
+            results |= zip(images, self._encoder.encode(list(images.values())), strict=True)
         return results
 
 

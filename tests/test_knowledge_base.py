@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from gemel_engine.manifest import file_sha256
 from gemel_engine.errors import ArtifactError, ConfigurationError, InputError
 from gemel_engine.knowledge_base import (
     Entity,
@@ -28,6 +27,7 @@ from gemel_engine.knowledge_base import (
     build_knowledge_base,
     tokenizer_fingerprint,
 )
+from gemel_engine.manifest import file_sha256
 
 SKIP = KnowledgeBaseSettings(on_bad_name="skip")
 

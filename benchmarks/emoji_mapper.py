@@ -1,0 +1,262 @@
+"""What the picture adds on the emoji corpus: text only, shuffled pictures, closed form, training, centroids.
+
+python benchmarks/emoji_mapper.py [--splits dev test test_unseen] [--rows ...]
+
+Mappers are trained by the training job where they are missing; a split that `benchmarks/results/emoji_mapper.json` has
+a row for is skipped, so that it can be interrupted. The artists of dev and test drew none of the training pictures; the
+entities of test_unseen have no training mention. Settings were chosen on dev alone.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import random
+import subprocess
+import sys
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import tyro
+from numpy.typing import NDArray
+
+from gemel_engine.artifacts import Artifacts, open_artifacts
+from gemel_engine.config import LinkConfig, load_config
+from gemel_engine.feature_mapper import FeatureMapper
+from gemel_engine.generation import EntityNameGenerator
+from gemel_engine.linker import DemonstrationRetriever, load_picture_encoder
+from gemel_engine.types import Features, Mention
+
+CORPUS = Path("examples/emoji")
+WORK = Path("build/emoji_mapper")
+RESULTS = Path("benchmarks/results/emoji_mapper.json")
+SPLITS = ("dev", "test", "test_unseen")
+SEEDS = (0, 1, 2)
+# Overrides of jobs/configs/emoji.toml, for each mapper.
+MAPPERS = {
+    "closed_form": ("--optimisation.epochs", "0", "--validation.num-mentions", "0"),
+    **{f"trained_{seed}": ("--optimisation.seed", str(seed)) for seed in SEEDS},
+    "random_init_trained": ("--mapper.initialisation", "random"),
+}
+# Which mappers a row is the mean of.
+ROWS: dict[str, tuple[str, ...]] = {
+    "text_only": (),
+    "shuffled": ("trained_0",),
+    "closed_form": ("closed_form",),
+    "trained": tuple(f"trained_{seed}" for seed in SEEDS),
+    "random_init_trained": ("random_init_trained",),
+    "centroids": (),
+}
+
+logger = logging.getLogger("emoji_mapper")
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Mentions of a split with what linking needs."""
+
+    mentions: list[Mention]
+    entity_ids: list[str]
+    features: list[Features]
+    demonstrations: list[list[int]]
+    candidates: list[tuple[str, ...]]  # the entities that share the surface form, in any split
+
+
+def main(
+    *,
+    splits: tuple[str, ...] = SPLITS,
+    rows: tuple[str, ...] = tuple(ROWS),
+    num_mentions: int = 500,
+    mapper: Path | None = None,
+) -> None:
+    """Measure what has no result yet.
+
+    Args:
+        splits: On which splits.
+        rows: Which rows of the table.
+        num_mentions: At most so many of a split, drawn with a fixed seed.
+        mapper: Measure this mapper instead, and write no results: for choosing settings on dev.
+    """
+    config = load_config(LinkConfig, CORPUS / "link.toml")
+    bench = _Bench(replace(config, vision=replace(config.vision, feature_mapper=None)), num_mentions)
+    if mapper is not None:
+        for split in splits:
+            print(split, bench.accuracies(split, FeatureMapper.load(mapper)))
+        return
+    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for split in splits:
+        table = results if split == "test" else results.setdefault(split, {})
+        for row in rows:
+            if row in table:
+                continue
+            for name in ROWS[row]:
+                train(name)
+            table[row] = bench.measure(row, split)
+            RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+            RESULTS.with_suffix(".md").write_text(markdown(results))
+            logger.info("%s %s: %s", split, row, {key: value["value"] for key, value in table[row].items()})
+
+
+def train(name: str) -> None:
+    """Train a mapper, unless that was done."""
+    output = WORK / name
+    if (output / "report.json").exists():
+        return
+    WORK.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "jobs/train.py", "jobs/configs/emoji.toml", "--output", str(output), *MAPPERS[name]]
+    with (WORK / f"{name}.log").open("a") as log:
+        subprocess.run(command, check=True, stdout=log, stderr=log)
+
+
+class _Bench:
+    """Links splits in this process."""
+
+    def __init__(self, config: LinkConfig, num_mentions: int) -> None:
+        self._config = config
+        self._num_mentions = num_mentions
+        self._artifacts = open_artifacts(config)
+        self._engine = EntityNameGenerator.start(config, self._artifacts).engine
+        self._splits: dict[str, Split] = {}
+
+    def measure(self, row: str, name: str) -> dict[str, Any]:
+        """Accuracies of a row of the table, each the mean over its mappers, with a bootstrap interval."""
+        split = self._split(name)
+        if row == "centroids":
+            right = [centroids(self._artifacts, split)]
+        elif row == "text_only":
+            right = [self._right(split, None)]
+        else:
+            mappers = [FeatureMapper.load(WORK / mapper / "feature_mapper") for mapper in ROWS[row]]
+            right = [self._right(split, mapper, shuffled=row == "shuffled") for mapper in mappers]
+        both = np.mean(right, axis=0)  # (2, mentions)
+        return {
+            "accuracy_all": record(both[0], f"{row} {name}", len(right)),
+            "accuracy_surface_form": record(both[1], f"{row} {name}", len(right)),
+        }
+
+    def accuracies(self, name: str, mapper: FeatureMapper | None) -> list[float]:
+        """Accuracy over all names, and among the surface form's entities."""
+        return [float(value) for value in self._right(self._split(name), mapper).mean(axis=1)]
+
+    def _right(self, split: Split, mapper: FeatureMapper | None, *, shuffled: bool = False) -> NDArray[np.bool_]:
+        artifacts = replace(self._artifacts, feature_mapper=mapper)
+        config = self._config
+        generator = EntityNameGenerator(
+            artifacts, self._engine, config.prompt, config.search, config.language_model.max_num_seqs
+        )
+        features: list[Features] = list(split.features)
+        if shuffled:
+            random.Random(0).shuffle(features)
+        right: list[list[bool]] = []
+        for restricted in (False, True):
+            mentions = [
+                replace(mention, candidate_ids=candidates) if restricted else mention
+                for mention, candidates in zip(split.mentions, split.candidates, strict=True)
+            ]
+            predictions = generator.generate(mentions, features, split.demonstrations)
+            right.append([p.entity_id == gold for p, gold in zip(predictions, split.entity_ids, strict=True)])
+        return np.array(right)
+
+    def _split(self, name: str) -> Split:
+        if name not in self._splits:
+            self._splits[name] = self._read(name)
+        return self._splits[name]
+
+    def _read(self, name: str) -> Split:
+        table = pq.read_table(CORPUS / f"{name}.parquet")
+        drawn = random.Random(0).sample(range(len(table)), min(self._num_mentions, len(table)))
+        rows = sorted(table.take(drawn).to_pylist(), key=lambda row: (row["mention"], row["mention_id"]))
+        mentions = [Mention(row["mention_id"], row["text"], row["mention"]) for row in rows]
+        index = self._artifacts.index
+        assert index is not None, "the demo has demonstrations"
+        encoded = load_picture_encoder(self._config.vision).encode([row["image_bytes"] for row in rows])
+        features = [item for item in encoded if isinstance(item, np.ndarray)]
+        entities = entities_of_forms()
+        return Split(
+            mentions,
+            [row["entity_id"] for row in rows],
+            features,
+            DemonstrationRetriever(self._config.retrieval, index).retrieve(mentions),
+            [entities[mention.mention] for mention in mentions],
+        )
+
+
+def entities_of_forms() -> dict[str, tuple[str, ...]]:
+    """All entities that a surface form stands for in any split."""
+    entities = defaultdict(set)
+    for name in ("train", *SPLITS):
+        for row in pq.read_table(CORPUS / f"{name}.parquet", columns=["mention", "entity_id"]).to_pylist():
+            entities[row["mention"]].add(row["entity_id"])
+    return {form: tuple(sorted(ids)) for form, ids in entities.items()}
+
+
+def centroids(artifacts: Artifacts, split: Split) -> NDArray[np.bool_]:
+    """Without a language model: the entity whose training pictures' mean is nearest, by cosine of z-scored features."""
+    index = artifacts.index
+    assert index is not None, "the demo has demonstrations"
+    pictures = [(item.entity_id, item.features) for item in (index[row] for row in range(len(index)))]
+    training = np.stack([features for _, features in pictures if features is not None])
+    mean, deviation = training.mean(axis=0), training.std(axis=0) + 1e-6
+    of_entity = defaultdict(list)
+    for entity_id, features in pictures:
+        of_entity[entity_id].append((features - mean) / deviation)
+    ids = sorted(of_entity)
+    centres = normalised(np.stack([np.mean(of_entity[entity_id], axis=0) for entity_id in ids]))
+    similarities = normalised((np.stack(split.features) - mean) / deviation) @ centres.T
+    best_of_all = [ids[column] for column in similarities.argmax(axis=1)]
+    number = {entity_id: column for column, entity_id in enumerate(ids)}
+    best_of_form = [
+        max(candidates, key=lambda entity_id: row[number[entity_id]] if entity_id in number else -1.0)
+        for row, candidates in zip(similarities, split.candidates, strict=True)
+    ]
+    return np.array(
+        [
+            [found == gold for found, gold in zip(best, split.entity_ids, strict=True)]
+            for best in (best_of_all, best_of_form)
+        ]
+    )
+
+
+def normalised(rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Rows of length one."""
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def record(right: NDArray[np.float64], what: str, num_mappers: int) -> dict[str, Any]:
+    """An accuracy with its bootstrap 95% interval over mentions, and what made it."""
+    means = np.random.default_rng(0).choice(right, (2000, len(right))).mean(axis=1)
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    return {
+        "value": float(right.mean()),
+        "interval": [float(bound) for bound in np.quantile(means, [0.025, 0.975])],
+        "command": f"python benchmarks/emoji_mapper.py --rows {what.split()[0]} --splits {what.split()[1]}",
+        "commit": commit,
+        "conditions": f"{len(right)} mentions, {num_mappers} mapper(s), {os.cpu_count()} cores {platform.machine()}, "
+        f"{datetime.now(UTC):%Y-%m-%d}",
+    }
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The table that documents show."""
+    lines = ["| | " + " | ".join(f"{split}: all names | form's entities" for split in SPLITS) + " |"]
+    lines.append("|---" * (1 + 2 * len(SPLITS)) + "|")
+    for row in ROWS:
+        cells = []
+        for split in SPLITS:
+            found = (results if split == "test" else results.get(split, {})).get(row)
+            for metric in ("accuracy_all", "accuracy_surface_form"):
+                cells.append(f"{found[metric]['value']:.3f}" if found else "not measured yet")
+        lines.append(f"| {row.replace('_', ' ')} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    tyro.cli(main)

@@ -1,0 +1,366 @@
+"""Gradient steps on the feature mapper through the frozen language model, in one of any number of equal workers.
+
+Every worker holds all prepared mentions, knows the whole order of the run from its seed, and computes its share of each
+batch. The loss of a step is the sum over the label tokens of *all* workers, divided by their number: a run has the same
+loss curve on one worker and on several, and goes on from a checkpoint with another number of them.
+
+C vision width, P prefix length, D language-model width, M pictures, L labels.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from gemel_engine.artifacts import Artifacts
+from gemel_engine.config import MapperSettings, OptimisationSettings
+from gemel_engine.errors import ArtifactError, ConfigurationError, InputError
+from gemel_engine.feature_mapper import FeatureMapper
+from gemel_engine.manifest import read_manifest, write_manifest
+from gemel_engine.model import FrozenLanguageModel
+from gemel_engine.packing import LabelledPrompt, Segment, pack_prompts, split_into_packs
+from gemel_engine.prompt import Block, PromptBuilder, PromptSettings
+from gemel_engine.types import Features, Mention
+
+FORMAT_VERSION = 1
+_STATE = "training.json"
+_OPTIMISER = "optimiser.safetensors"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TrainingExample:
+    """A mention with its entity, ready for prompts.
+
+    Attributes:
+        features: Image features (C,); None without a picture.
+        demonstrations: Rows of the demonstration index, the most similar last; the mention itself is not among them.
+    """
+
+    mention: Mention
+    entity_id: str
+    features: Features | None
+    demonstrations: tuple[int, ...]
+
+
+def read_examples(tables: Iterable[pa.Table]) -> list[TrainingExample]:
+    """Prepared mentions, less those with an `error`, in the order of their ids; a row that comes twice counts once."""
+    examples = {}
+    for table in tables:
+        for row in table.to_pylist():
+            features = row.get("image_features")
+            if row["error"] is None:
+                examples[row["mention_id"]] = TrainingExample(
+                    Mention(row["mention_id"], row["text"], row["mention"]),
+                    row["entity_id"],
+                    None if features is None else np.array(features, np.float32),
+                    tuple(row.get("demonstrations") or ()),
+                )
+    return [examples[mention_id] for mention_id in sorted(examples)]
+
+
+class TrainingPrompts:
+    """Examples as labelled prompts, and the features of all pictures in them.
+
+    Pictures are numbered: those of the examples first, then those of the demonstration index.
+
+    Args:
+        examples: Each of an entity of the knowledge base.
+        artifacts: Names, demonstrations and tokenizer.
+        settings: How prompts are laid out.
+        prefix_length: P.
+    """
+
+    def __init__(
+        self, examples: Sequence[TrainingExample], artifacts: Artifacts, settings: PromptSettings, prefix_length: int
+    ) -> None:
+        self.examples = examples
+        self.prefix_length = prefix_length
+        self.builder = PromptBuilder(artifacts.tokenizer, settings)
+        self._index = artifacts.index
+        self._names = artifacts.knowledge_base.names_of_entities([example.entity_id for example in examples])
+        self._name_tokens = artifacts.knowledge_base.name_tokens
+        self._with_pictures = settings.demonstration_pictures
+        self._stand_in = torch.empty(prefix_length, 0)  # has the length of the visual prefix that a step will make
+        self._demonstrations: dict[int, Segment] = {}
+
+    def __getitem__(self, number: int) -> LabelledPrompt:
+        """The prompt of an example, shortened as in linking."""
+        example = self.examples[number]
+        picture = None if example.features is None else number
+        question = self.builder.question(example.mention.text, example.mention.mention, self._prefix(picture))
+        blocks = [self._block(self.demonstration(row)) for row in example.demonstrations]
+        kept = example.demonstrations[self.builder.num_dropped(blocks) :]
+        return LabelledPrompt(kept, Segment(question.token_ids, picture), self.target(number))
+
+    def target(self, number: int) -> tuple[int, ...]:
+        """Tokens of the name of an example's entity, and the terminator."""
+        return (*self.name_tokens(number), self.builder.terminator)
+
+    def name_tokens(self, number: int) -> list[int]:
+        """Tokens of the name of an example's entity, as the prefix trie has them."""
+        name = self._names[number]
+        assert name is not None, "examples of unknown entities are left out when they are read"
+        return self._name_tokens(name)
+
+    def demonstration(self, row: int) -> Segment:
+        """The segment of a row of the demonstration index."""
+        if row not in self._demonstrations:
+            assert self._index is not None, "demonstrations without an index"
+            item = self._index[row]
+            picture = len(self.examples) + row if self._with_pictures and item.features is not None else None
+            block = self.builder.demonstration(item.text, item.mention, item.name, self._prefix(picture))
+            self._demonstrations[row] = Segment(block.token_ids, picture)
+        return self._demonstrations[row]
+
+    def features(self, pictures: Sequence[int]) -> Tensor:
+        """Image features of numbered pictures: (M, C)."""
+        return torch.from_numpy(np.stack([self._features(picture) for picture in pictures]))
+
+    def _features(self, picture: int) -> Features:
+        if picture < len(self.examples):
+            features = self.examples[picture].features
+        else:
+            assert self._index is not None, "a demonstration's picture without an index"
+            features = self._index[picture - len(self.examples)].features
+        assert features is not None, "only what has features has a picture's number"
+        return features
+
+    def _prefix(self, picture: int | None) -> Tensor | None:
+        return None if picture is None else self._stand_in
+
+    def _block(self, segment: Segment) -> Block:
+        return Block(segment.token_ids, self._prefix(segment.picture))
+
+
+def initial_mapper(
+    settings: MapperSettings, seed: int, prompts: TrainingPrompts, model: FrozenLanguageModel, width: int
+) -> FeatureMapper:
+    """The mapper before its first step: random, or in closed form from the training pictures.
+
+    In the closed form the visual prefix of a picture stands for the embeddings of the first P tokens of its entity's
+    name, those of terminators where the name is shorter.
+
+    Args:
+        settings: What is asked for.
+        seed: Of a random start.
+        prompts: All training examples.
+        model: The language model, for its embeddings.
+        width: C.
+
+    Raises:
+        InputError: No example has a picture.
+    """
+    mapper = FeatureMapper.random(width, settings.prefix_length, model.width, seed, scaling=settings.scaling)
+    numbers = [number for number, example in enumerate(prompts.examples) if example.features is not None]
+    if not numbers:
+        raise InputError("no training mention has a usable picture: there is nothing to train the feature mapper on")
+    features = prompts.features(numbers)
+    mapper.fit_scaling(features)
+    if settings.initialisation == "ridge":
+        padding = [prompts.builder.terminator] * settings.prefix_length
+        tokens = [(prompts.name_tokens(number) + padding)[: settings.prefix_length] for number in numbers]
+        embeddings = model.embed_tokens(torch.tensor(tokens)).float().cpu()
+        mapper.fit_ridge(features, embeddings, settings.ridge_penalty, settings.ridge_gain)
+    return mapper
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What a step did, over all workers.
+
+    Attributes:
+        loss: Cross-entropy of a label token, in nats.
+        learning_rate: Of this step.
+        gradient_norm: Before clipping.
+        num_mentions: Mentions of the batch.
+        num_tokens: Positions that this worker's passes computed.
+    """
+
+    loss: float
+    learning_rate: float
+    gradient_norm: float
+    num_mentions: int
+    num_tokens: int
+
+
+class MapperTrainer:
+    """Steps of one worker.
+
+    Args:
+        mapper: Is changed in place.
+        model: The frozen language model, where the mapper is to be trained.
+        prompts: All training examples.
+        settings: Optimiser and schedule.
+        rank: Number of this worker.
+        world_size: Number of workers; more than one need an initialised process group.
+
+    Attributes:
+        step: Steps made.
+        num_steps: Steps of the whole run.
+        steps_per_epoch: Steps of one pass over the examples.
+    """
+
+    def __init__(
+        self,
+        mapper: FeatureMapper,
+        model: FrozenLanguageModel,
+        prompts: TrainingPrompts,
+        settings: OptimisationSettings,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.mapper = mapper.to(model.device)
+        self._model = model
+        self._prompts = prompts
+        self._settings = settings
+        self._rank, self._world_size = rank, world_size
+        self._module: nn.Module = self.mapper if world_size == 1 else DistributedDataParallel(self.mapper)
+        decayed = [parameter for name, parameter in self.mapper.named_parameters() if name.endswith("weight")]
+        others = [parameter for name, parameter in self.mapper.named_parameters() if not name.endswith("weight")]
+        self._optimiser = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}],
+            eps=settings.adam_epsilon,
+        )
+        self.step = 0
+        self.steps_per_epoch = math.ceil(len(prompts.examples) / settings.batch_size)
+        self.num_steps = settings.epochs * self.steps_per_epoch
+        if settings.max_steps is not None:
+            self.num_steps = min(self.num_steps, settings.max_steps)
+        self._epoch: tuple[int, list[int]] = (-1, [])
+
+    def train_step(self) -> StepReport:
+        """Make the next step on this worker's share of its batch."""
+        batch = self._batch()
+        share = [batch[i] for i in range(*self._bounds(len(batch)))]
+        num_labels = sum(len(self._prompts.target(number)) for number in batch)
+        learning_rate = self._learning_rate()
+        for group in self._optimiser.param_groups:
+            group["lr"] = learning_rate
+        self._optimiser.zero_grad()
+        loss, num_tokens = self._backward(share, num_labels)
+        gradient_norm = nn.utils.clip_grad_norm_(self.mapper.parameters(), self._settings.max_gradient_norm)
+        self._optimiser.step()
+        self.step += 1
+        if self._world_size > 1:
+            distributed.all_reduce(loss)
+        return StepReport(loss.item(), learning_rate, gradient_norm.item(), len(batch), num_tokens)
+
+    def save(self, directory: Path) -> None:
+        """Write a checkpoint: the mapper, the optimiser's state, and last `training.json`."""
+        self.mapper.metadata = replace(self.mapper.metadata, trained=self.step > 0)
+        self.mapper.save(directory)
+        state = {
+            f"{name}.{key}": value.detach().cpu().contiguous()
+            for name, parameter in self.mapper.named_parameters()
+            for key, value in self._optimiser.state.get(parameter, {}).items()
+        }
+        save_file(state, directory / _OPTIMISER)
+        settings = asdict(self._settings)
+        write_manifest(directory / _STATE, {"step": self.step, "settings": settings, "format_version": FORMAT_VERSION})
+
+    def load(self, directory: Path) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            ArtifactError: It is damaged.
+            ConfigurationError: It is of a run with another optimiser, schedule or mapper.
+        """
+        manifest = read_manifest(directory / _STATE, FORMAT_VERSION)
+        mapper = FeatureMapper.load(directory)
+        ours = replace(self.mapper.metadata, trained=mapper.metadata.trained)
+        if manifest["settings"] != asdict(self._settings) or mapper.metadata != ours:
+            raise ConfigurationError(f"the checkpoint {directory} is of another run: choose another output")
+        self.mapper.load_state_dict(mapper.state_dict())
+        self.mapper.metadata = mapper.metadata
+        self.step = int(manifest["step"])
+        state = load_file(directory / _OPTIMISER)
+        for name, parameter in self.mapper.named_parameters():
+            found = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
+            if self.step and {"step", "exp_avg", "exp_avg_sq"} - found.keys():
+                raise ArtifactError(
+                    f"{directory / _OPTIMISER} has no state of {name}: go back to an earlier checkpoint"
+                )
+            on_device = {key: value if key == "step" else value.to(parameter.device) for key, value in found.items()}
+            if on_device:
+                self._optimiser.state[parameter] = on_device
+
+    def _backward(self, share: Sequence[int], num_labels: int) -> tuple[Tensor, int]:
+        """Add up the gradients of a share of the batch; returns its part of the loss, and the positions computed."""
+        prompts = self._prompts
+        labelled = sorted((prompts[number] for number in share), key=lambda prompt: prompt.demonstrations)
+        limit, length = self._settings.max_pack_tokens, prompts.prefix_length
+        packs = list(split_into_packs(labelled, prompts.demonstration, length, limit))
+        loss, num_tokens = torch.zeros((), device=self._model.device), 0
+        for number, pack in enumerate(packs):
+            packed = pack_prompts(pack, prompts.demonstration, length, prompts.builder.beginning)
+            is_last = number == len(packs) - 1
+            with nullcontext() if is_last else self._no_sync():
+                prefixes = self._module(self._features(packed.pictures.tolist()))
+                # A pack without a picture has a gradient too: of zero.
+                part = self._model.label_losses(packed, prefixes).sum() / num_labels + 0 * prefixes.sum()
+                # Workers' gradients are averaged, and the loss is a sum over workers.
+                (part * self._world_size).backward()
+            loss += part.detach()
+            num_tokens += len(packed.token_ids)
+        if not packs:  # the other workers wait for this one's gradient
+            (0 * self._module(self._features([])).sum()).backward()
+        return loss, num_tokens
+
+    def _features(self, pictures: list[int]) -> Tensor:
+        if not pictures:
+            return torch.zeros(0, self.mapper.metadata.vision_width)
+        return self._prompts.features(pictures)
+
+    def _no_sync(self) -> AbstractContextManager[None]:
+        return self._module.no_sync() if isinstance(self._module, DistributedDataParallel) else nullcontext()
+
+    def _batch(self) -> list[int]:
+        epoch, position = divmod(self.step, self.steps_per_epoch)
+        if self._epoch[0] != epoch:
+            self._epoch = (
+                epoch,
+                epoch_order(
+                    [example.mention.mention for example in self._prompts.examples],
+                    self._settings.mentions_per_form,
+                    f"{self._settings.seed} {epoch}",
+                ),
+            )
+        start = position * self._settings.batch_size
+        return self._epoch[1][start : start + self._settings.batch_size]
+
+    def _bounds(self, size: int) -> tuple[int, int]:
+        return self._rank * size // self._world_size, (self._rank + 1) * size // self._world_size
+
+    def _learning_rate(self) -> float:
+        """Rises linearly over the warm-up, then falls linearly to 0."""
+        num_warmup = math.ceil(self._settings.warmup_fraction * self.num_steps)
+        if self.step < num_warmup:
+            return self._settings.learning_rate * (self.step + 1) / num_warmup
+        return self._settings.learning_rate * (self.num_steps - self.step) / max(1, self.num_steps - num_warmup)
+
+
+def epoch_order(surface_forms: Sequence[str], mentions_per_form: int, seed: str) -> list[int]:
+    """A random order of all mentions in which up to `mentions_per_form` of one surface form follow each other."""
+    generator = random.Random(seed)
+    numbers_of_form: dict[str, list[int]] = defaultdict(list)
+    for number, form in enumerate(surface_forms):
+        numbers_of_form[form].append(number)
+    chunks = []
+    for numbers in numbers_of_form.values():
+        generator.shuffle(numbers)
+        chunks += [numbers[i : i + mentions_per_form] for i in range(0, len(numbers), mentions_per_form)]
+    generator.shuffle(chunks)
+    return [number for chunk in chunks for number in chunk]

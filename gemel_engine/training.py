@@ -1,0 +1,399 @@
+"""The training job: Ray Data prepares the mentions once, Ray Train fits the feature mapper on them.
+
+    read mentions → EncodeImages → RetrieveDemonstrations (never the mention itself) → CheckExamples → OUTPUT/examples
+    workers: frozen language model, feature mapper under DDP → OUTPUT/checkpoints → OUTPUT/feature_mapper
+
+A rerun of the same command goes on from the last checkpoint, whatever ended the run before it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import tempfile
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from ray import train
+from ray.data import Dataset
+from ray.experimental import tqdm_ray
+from ray.train import Checkpoint, CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train.torch import TorchTrainer, get_device
+from tensorboardX import SummaryWriter
+from torch import distributed
+
+from gemel_engine import shards, storage
+from gemel_engine.artifacts import Artifacts, open_artifacts
+from gemel_engine.config import TrainConfig, config_json
+from gemel_engine.errors import InputError, TooManyFailuresError
+from gemel_engine.feature_mapper import FeatureMapper
+from gemel_engine.generation import EntityNameGenerator
+from gemel_engine.linker import check_encoders
+from gemel_engine.linking import actor_pool, artifact_manifests, connect, encode_and_retrieve
+from gemel_engine.mapper_training import (
+    MapperTrainer,
+    TrainingExample,
+    TrainingPrompts,
+    initial_mapper,
+    read_examples,
+)
+from gemel_engine.model import FrozenLanguageModel, language_model_fingerprint
+from gemel_engine.prompt import PromptBuilder
+from gemel_engine.shards import Shard
+from gemel_engine.stages import CheckExamples, read_file, write_examples
+from gemel_engine.transformers_engine import TransformersEngine
+
+logger = logging.getLogger(__name__)
+
+# Settings that may differ between a run and its continuation.
+_NOT_IDENTITY = ("resources", "workers", "output", "examples", "max_failed_fraction", "verify_artifacts")
+_ACCURACY = "dev_accuracy"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainReport:
+    """What came of a run.
+
+    Attributes:
+        steps: Gradient steps, those before an interruption included.
+        loss: Of the last report, in nats a label token; None if no step was made.
+        dev_accuracy: Of the mapper that was kept; None without validation.
+        kept_step: Steps that this mapper had seen.
+        examples: Training mentions.
+        left_out: Mentions that can't be used, by split and reason.
+        seconds: Of this call.
+    """
+
+    steps: int
+    loss: float | None
+    dev_accuracy: float | None
+    kept_step: int
+    examples: int
+    left_out: dict[str, dict[str, int]]
+    seconds: float
+
+    def summary(self) -> str:
+        """One line for a terminal."""
+        loss, accuracy = ("-" if value is None else f"{value:.3f}" for value in (self.loss, self.dev_accuracy))
+        return f"examples={self.examples} steps={self.steps} loss={loss} dev_accuracy={accuracy} at={self.kept_step}"
+
+
+def train_mapper(config: TrainConfig) -> TrainReport:
+    """Train a feature mapper; the one with the highest dev accuracy ends in `OUTPUT/feature_mapper`.
+
+    Raises:
+        GemelError: The configuration, the input or an artifact is unusable (nothing has been started then), or too
+            many mentions can't be used.
+    """
+    started = time.monotonic()
+    config = replace(config, retrieval=replace(config.retrieval, exclude_mention=True))
+    splits = {"train": config.train}
+    if config.dev is not None and config.validation.num_mentions:
+        splits["dev"] = config.dev
+    plans = {split: shards.plan_shards(uri, config.rows_per_shard, with_gold=True) for split, uri in splits.items()}
+    artifacts = open_artifacts(config, verify=config.verify_artifacts)
+    image_encoder = check_encoders(config, artifacts)
+    assert image_encoder is not None, "the configuration has one"
+    shards.claim_output(config.output, _identity(config, plans))
+    connect()
+    for split, plan in plans.items():
+        _prepare(config, split, plan)
+    left_out = {split: _left_out(config, split) for split in splits}
+    datasets = {split: _read_examples(config, split) for split in splits}
+    settings = {"config": config, "image_encoder": (image_encoder.width, image_encoder.fingerprint)}
+    result = _trainer(config, settings, datasets).fit()
+    num_examples = sum(shard.stop - shard.start for shard in plans["train"]) - sum(left_out["train"].values())
+    report = _keep_best(config, result, num_examples, left_out, time.monotonic() - started)
+    storage.write_bytes(f"{config.output}/report.json", json.dumps(asdict(report), indent=2).encode())
+    logger.info("trained %s/feature_mapper: %s", config.output, report.summary())
+    return report
+
+
+def _prepare(config: TrainConfig, split: str, plan: list[Shard]) -> None:
+    """Encode the pictures of a split and retrieve its demonstrations, unless that was done before."""
+    directory = _examples_directory(config, split)
+    shards.claim_output(directory, _example_identity(config, plan))
+    if storage.exists(f"{directory}/_SUCCESS"):
+        return
+    storage.remove_tree(f"{directory}/data")
+    dataset = encode_and_retrieve(config, plan, with_gold=True)
+    dataset = dataset.map_batches(
+        CheckExamples, fn_constructor_args=(config,), **actor_pool(config.resources.retrieval)
+    )
+    receipts = dataset.map_batches(
+        write_examples,
+        fn_kwargs={"directory": f"{directory}/data"},
+        batch_size=None,
+        batch_format="pyarrow",
+        num_cpus=0.25,
+    ).take_all()
+    logger.info("prepared %d %s mentions in %s", sum(row["num_rows"] for row in receipts), split, directory)
+    storage.write_bytes(f"{directory}/_SUCCESS", b"")
+
+
+def _examples_directory(config: TrainConfig, split: str) -> str:
+    return f"{config.examples or f'{config.output}/examples'}/{split}"
+
+
+def _read_examples(config: TrainConfig, split: str) -> Dataset:
+    """The prepared mentions of a split, a block for each file."""
+    files = storage.list_parquet(f"{_examples_directory(config, split)}/data")
+    dataset = ray.data.from_items([{"uri": file.uri} for file in files], override_num_blocks=len(files))
+    return dataset.map_batches(read_file, batch_size=1, batch_format="pyarrow", num_cpus=0.25)
+
+
+def _left_out(config: TrainConfig, split: str) -> dict[str, int]:
+    """Mentions of a split that can't be used, by reason.
+
+    Raises:
+        InputError: None can be used.
+        TooManyFailuresError: More of them than `max_failed_fraction` allows; an entity that the knowledge base lacks
+            is no failure.
+    """
+    table = shards.summarise(_examples_directory(config, split), ("error",))
+    reasons = Counter(error.partition(":")[0] for error in table["error"].drop_null().to_pylist())
+    if reasons:
+        logger.warning("%d of %d %s mentions are left out: %s", reasons.total(), len(table), split, dict(reasons))
+    if reasons.total() == len(table):
+        raise InputError(f"none of the {len(table)} {split} mentions can be used: {dict(reasons)}")
+    num_failed = reasons.total() - reasons["unknown_entity"]
+    if num_failed > config.max_failed_fraction * len(table):
+        raise TooManyFailuresError(
+            f"{num_failed} of {len(table)} {split} mentions failed ({dict(reasons)}), more than max_failed_fraction "
+            f"{config.max_failed_fraction} allows: see the column `error` of {_examples_directory(config, split)}/data"
+        )
+    return dict(reasons)
+
+
+def _trainer(config: TrainConfig, settings: dict[str, Any], datasets: dict[str, Dataset]) -> TorchTrainer:
+    workers = config.workers
+    file_system, path = storage.resolve(config.output)
+    threads = {} if workers.num_threads is None else {"OMP_NUM_THREADS": str(workers.num_threads)}
+    return TorchTrainer(
+        _train_worker,
+        train_loop_config=settings,
+        scaling_config=ScalingConfig(
+            num_workers=(workers.min_workers, workers.num_workers) if workers.min_workers else workers.num_workers,
+            use_gpu=workers.use_gpu,
+            resources_per_worker={"CPU": workers.num_cpus} | ({"GPU": 1} if workers.use_gpu else {}),
+        ),
+        run_config=RunConfig(
+            name="checkpoints",
+            storage_path=path,
+            storage_filesystem=file_system,
+            failure_config=FailureConfig(max_failures=workers.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=2, checkpoint_score_attribute=_ACCURACY),
+            callbacks=[_TensorBoard(f"{config.output}/tensorboard")],
+            worker_runtime_env={"env_vars": threads},
+        ),
+        datasets=datasets,
+        # Every worker takes its share of each batch itself, so that batches do not depend on the number of workers.
+        dataset_config=DataConfig(datasets_to_split=[]),
+    )
+
+
+def _train_worker(settings: dict[str, Any]) -> None:
+    """What each training worker does."""
+    config: TrainConfig = settings["config"]
+    context, device = train.get_context(), get_device()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    artifacts = open_artifacts(config)
+    language_model = config.language_model
+    model = FrozenLanguageModel(
+        language_model.name,
+        language_model.dtype,
+        str(device),
+        activation_checkpointing=language_model.activation_checkpointing,
+    )
+    mapper = artifacts.feature_mapper
+    prefix_length = config.mapper.prefix_length if mapper is None else mapper.metadata.prefix_length
+    prompts = TrainingPrompts(_examples("train"), artifacts, config.prompt, prefix_length)
+    width, fingerprint = settings["image_encoder"]
+    if mapper is None:
+        mapper = initial_mapper(config.mapper, config.optimisation.seed, prompts, model, width)
+    mapper.metadata = replace(
+        mapper.metadata,
+        language_model_fingerprint=language_model_fingerprint(language_model.name),
+        image_encoder_fingerprint=fingerprint,
+        details={},
+    )
+    trainer = MapperTrainer(mapper, model, prompts, config.optimisation, rank=rank, world_size=world_size)
+    checkpoint = train.get_checkpoint()
+    if checkpoint is not None:
+        with checkpoint.as_directory() as directory:
+            trainer.load(Path(directory))
+    validation = None
+    if config.dev is not None and config.validation.num_mentions:
+        validation = _Validation(config, artifacts, model, _examples("dev"), rank, world_size)
+    _loop(config, trainer, validation, is_first=rank == 0, is_new=checkpoint is None)
+
+
+def _examples(split: str) -> list[TrainingExample]:
+    return read_examples(train.get_dataset_shard(split).iter_batches(batch_size=None, batch_format="pyarrow"))
+
+
+def _loop(
+    config: TrainConfig, trainer: MapperTrainer, validation: _Validation | None, *, is_first: bool, is_new: bool
+) -> None:
+    """Step, and report where the configuration says; the starting mapper is validated as step 0."""
+    progress = tqdm_ray.tqdm(total=trainer.num_steps, desc="train", unit="step") if is_first else None
+    if progress is not None:
+        progress.update(trainer.step)
+    validate_every = config.validation.every_steps or trainer.steps_per_epoch
+    if is_new:
+        _report(trainer, {"step": 0} | _accuracy(validation, trainer), with_checkpoint=is_first)
+    started, num_mentions, num_tokens = time.monotonic(), 0, 0
+    while trainer.step < trainer.num_steps:
+        result = trainer.train_step()
+        num_mentions, num_tokens = num_mentions + result.num_mentions, num_tokens + result.num_tokens
+        if progress is not None:
+            progress.update(1)
+        step, is_last = trainer.step, trainer.step == trainer.num_steps
+        is_validated = is_last or step % validate_every == 0
+        is_saved = is_validated or step % config.workers.checkpoint_every == 0
+        if not is_saved and step % config.workers.report_every:
+            continue
+        seconds = time.monotonic() - started
+        metrics = {
+            "step": step,
+            "epoch": step / trainer.steps_per_epoch,
+            "loss": result.loss,
+            "learning_rate": result.learning_rate,
+            "gradient_norm": result.gradient_norm,
+            "mentions_per_s": num_mentions / seconds,
+            "tokens_per_s_of_worker": num_tokens / seconds,
+        }
+        if is_validated:
+            metrics |= _accuracy(validation, trainer)
+        _report(trainer, metrics, with_checkpoint=is_saved and is_first)
+        started, num_mentions, num_tokens = time.monotonic(), 0, 0
+    if progress is not None:
+        progress.close()
+
+
+def _report(trainer: MapperTrainer, metrics: dict[str, Any], *, with_checkpoint: bool) -> None:
+    """Report to Ray Train, which waits for all workers."""
+    if not with_checkpoint:
+        train.report(metrics)
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        trainer.save(Path(directory))
+        train.report(metrics, checkpoint=Checkpoint.from_directory(directory))
+
+
+def _accuracy(validation: _Validation | None, trainer: MapperTrainer) -> dict[str, float]:
+    return {} if validation is None else {_ACCURACY: validation.accuracy(trainer.mapper)}
+
+
+class _Validation:
+    """Constrained decoding of a sample of dev by the language model that is loaded already, shared by the workers."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        artifacts: Artifacts,
+        model: FrozenLanguageModel,
+        examples: list[TrainingExample],
+        rank: int,
+        world_size: int,
+    ) -> None:
+        generator = random.Random(config.optimisation.seed)
+        sample = generator.sample(examples, min(config.validation.num_mentions, len(examples)))
+        sample.sort(key=lambda example: (example.mention.mention, example.mention.mention_id))
+        self._size = len(sample)
+        self._sample = sample[rank * len(sample) // world_size : (rank + 1) * len(sample) // world_size]
+        self._world_size = world_size
+        self._artifacts = artifacts
+        self._config = config
+        terminator = PromptBuilder(artifacts.tokenizer, config.prompt).terminator
+        self._engine = TransformersEngine(model, artifacts.knowledge_base.trie, terminator, config.search.num_children)
+        self._device = model.device
+
+    def accuracy(self, mapper: FeatureMapper) -> float:
+        """Share of the sample whose entity's name is generated."""
+        artifacts = replace(self._artifacts, feature_mapper=mapper)
+        generator = EntityNameGenerator(artifacts, self._engine, self._config.prompt, self._config.search)
+        predictions = generator.generate(
+            [example.mention for example in self._sample],
+            [example.features for example in self._sample],
+            [example.demonstrations for example in self._sample],
+        )
+        names = self._artifacts.knowledge_base.names_of_entities
+        gold = names([example.entity_id for example in self._sample])
+        found = names([prediction.entity_id or "" for prediction in predictions])
+        num_right = torch.tensor(sum(a == b for a, b in zip(gold, found, strict=True)), device=self._device)
+        if self._world_size > 1:
+            distributed.all_reduce(num_right)
+        return num_right.item() / self._size
+
+
+class _TensorBoard(UserCallback):
+    """Writes what the first worker reports as TensorBoard events, and copies the events to the run's output."""
+
+    def __init__(self, uri: str) -> None:
+        self._uri = uri
+        self._writer: SummaryWriter | None = None
+
+    def after_report(self, run_context: object, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None) -> None:
+        if self._writer is None:
+            self._writer = SummaryWriter(tempfile.mkdtemp(prefix="gemel-tensorboard-"))
+        first = dict(metrics[0])
+        step = first.pop("step")
+        for name, value in first.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+        for path in Path(self._writer.logdir).iterdir():
+            storage.write_bytes(f"{self._uri}/{path.name}", path.read_bytes())
+
+
+def _keep_best(
+    config: TrainConfig, result: train.Result, num_examples: int, left_out: dict[str, dict[str, int]], seconds: float
+) -> TrainReport:
+    """Put the best checkpoint's mapper where linking looks for it."""
+    assert result.checkpoint is not None, "a run reports a checkpoint before its first step"
+    metrics = result.metrics or {}
+    scored = [item for item in result.best_checkpoints or () if _ACCURACY in item[1]]
+    last = result.checkpoint, metrics
+    checkpoint, kept = max(scored, key=lambda item: (item[1][_ACCURACY], item[1]["step"]), default=last)
+    accuracy, step = kept.get(_ACCURACY), int(kept["step"])
+    with checkpoint.as_directory() as directory:
+        mapper = FeatureMapper.load(directory)
+    details: dict[str, str | float | int] = {"steps": step, "config": config_json(config)}
+    if accuracy is not None:
+        details[_ACCURACY] = accuracy
+    mapper.metadata = replace(mapper.metadata, details=details)
+    with tempfile.TemporaryDirectory() as directory:
+        mapper.save(directory)
+        for path in sorted(Path(directory).iterdir(), key=lambda path: path.suffix == ".json"):
+            storage.write_bytes(f"{config.output}/feature_mapper/{path.name}", path.read_bytes())
+    return TrainReport(
+        steps=metrics["step"],
+        loss=metrics.get("loss"),
+        dev_accuracy=accuracy,
+        kept_step=step,
+        examples=num_examples,
+        left_out=left_out,
+        seconds=seconds,
+    )
+
+
+def _identity(config: TrainConfig, plans: dict[str, list[Shard]]) -> dict[str, Any]:
+    """What makes up a run: settings, input files and artifacts."""
+    settings = {key: value for key, value in json.loads(config_json(config)).items() if key not in _NOT_IDENTITY}
+    plan = {split: shards.plan_identity(plan) for split, plan in plans.items()}
+    return {"settings": settings, "plan": plan, "artifacts": artifact_manifests(config)}
+
+
+def _example_identity(config: TrainConfig, plan: list[Shard]) -> dict[str, Any]:
+    """What the prepared examples depend on; no setting of the optimiser or the mapper."""
+    settings = json.loads(config_json(config))
+    vision = {key: settings["vision"][key] for key in ("image_encoder", "pretrained", "max_image_pixels")}
+    settings = {key: settings[key] for key in ("retrieval", "image_source")} | {"vision": vision}
+    manifests = artifact_manifests(replace(config, vision=replace(config.vision, feature_mapper=None)))
+    return {"settings": settings, "plan": shards.plan_identity(plan), "artifacts": manifests}
