@@ -226,7 +226,8 @@ def centroids(artifacts: Artifacts, split: Split) -> NDArray[np.bool_]:
 
 def normalised(rows: NDArray[np.float32]) -> NDArray[np.float32]:
     """Rows of length one."""
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    lengths: NDArray[np.float32] = np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows / lengths
 
 
 def record(right: NDArray[np.float64], what: str, num_mappers: int) -> dict[str, Any]:

@@ -136,12 +136,13 @@ def encode_and_retrieve(config: LinkConfig | TrainConfig, plan: Sequence[Shard],
     read = partial(read_mentions, with_images=with_images, with_gold=with_gold)
     dataset = dataset.map_batches(read, batch_size=1, batch_format="pyarrow", num_cpus=0.25)
     if with_images:
-        settings = (config.vision, config.image_source)
-        dataset = dataset.map_batches(EncodeImages, fn_constructor_args=settings, **actor_pool(config.resources.images))
+        arguments: tuple[Any, ...] = (config.vision, config.image_source)
+        pool = actor_pool(config.resources.images)
+        dataset = dataset.map_batches(EncodeImages, fn_constructor_args=arguments, **pool)
     if config.demonstrations is not None and config.retrieval.num_demonstrations:
-        settings = (config.demonstrations, config.retrieval)
+        arguments = (config.demonstrations, config.retrieval)
         pool = actor_pool(config.resources.retrieval)
-        dataset = dataset.map_batches(RetrieveDemonstrations, fn_constructor_args=settings, **pool)
+        dataset = dataset.map_batches(RetrieveDemonstrations, fn_constructor_args=arguments, **pool)
     return dataset
 
 

@@ -119,7 +119,7 @@ class FrozenLanguageModel:
     @property
     def width(self) -> int:
         """D, of the input embeddings."""
-        return int(self._embedding.weight.shape[1])
+        return self.embed_tokens(torch.zeros(1, dtype=torch.long)).shape[1]
 
     def embed_tokens(self, token_ids: Tensor) -> Tensor:
         """Input embeddings of tokens: (..., D), in the model's dtype."""
@@ -173,4 +173,5 @@ def _checkpoint_layers(model: PreTrainedModel, name: str) -> None:
                 if isinstance(child, nn.Dropout):
                     child.p = 0.0
             layer.training = True  # of this module alone: it is what transformers asks before it checkpoints
-            layer.dropout = 0.0  # OPT's layers apply dropout of their own by that same flag
+            if hasattr(layer, "dropout"):
+                setattr(layer, "dropout", 0.0)  # noqa: B010 - OPT's layers ask the same flag for a dropout of their own

@@ -131,7 +131,7 @@ def pack_prompts(
     """
     layout = _Layout(prefix_length)
     root = layout.add(Segment(beginning), parent=None)
-    numbers = {(): root}
+    numbers: dict[tuple[int, ...], int] = {(): root}
     for prompt in prompts:
         for path in _paths(prompt):
             if path not in numbers:

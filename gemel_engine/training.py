@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -127,8 +128,7 @@ def _prepare(config: TrainConfig, split: str, plan: list[Shard]) -> None:
         CheckExamples, fn_constructor_args=(config,), **actor_pool(config.resources.retrieval)
     )
     receipts = dataset.map_batches(
-        write_examples,
-        fn_kwargs={"directory": f"{directory}/data"},
+        partial(write_examples, directory=f"{directory}/data"),
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=0.25,
@@ -333,7 +333,7 @@ class _Validation:
         return num_right.item() / self._size
 
 
-class _TensorBoard(UserCallback):
+class _TensorBoard(UserCallback):  # type: ignore[misc]
     """Writes what the first worker reports as TensorBoard events, and copies the events to the run's output."""
 
     def __init__(self, uri: str) -> None:

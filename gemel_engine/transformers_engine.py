@@ -106,7 +106,6 @@ def _common_length(first: Prompt, second: Prompt) -> int:
     for (start, prefix), (other_start, other) in zip(first.visual_prefixes, second.visual_prefixes, strict=False):
         if start != other_start or not torch.equal(prefix, other):
             return min(common, longest, start, other_start)
-    for prompt, other in ((first, second), (second, first)):
-        for start, _ in prompt.visual_prefixes[len(other.visual_prefixes) :]:
-            common = min(common, start)
-    return min(common, longest)
+    num_both = min(len(first.visual_prefixes), len(second.visual_prefixes))
+    rest = (*first.visual_prefixes[num_both:], *second.visual_prefixes[num_both:])
+    return min([common, longest, *(start for start, _ in rest)])

@@ -17,7 +17,7 @@ os.environ |= {
 }
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -191,3 +191,13 @@ def artifacts(
         "image_encoder": image_encoder_directory,
         **{name: directory / name for name in ("knowledge_base", "demonstrations", "feature_mapper")},
     }
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    """A Ray of this test module's own."""
+    import ray
+
+    ray.init(address="local", num_cpus=4, include_dashboard=False)
+    yield
+    ray.shutdown()

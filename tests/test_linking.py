@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import ray
 from conftest import ENTITY_NAMES
 from PIL import Image
 from s3_server import S3Server
@@ -36,13 +35,6 @@ from gemel_engine.linking import LinkReport, link_corpus
 from gemel_engine.types import PREDICTION_SCHEMA
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module")
-def local_ray() -> Iterator[None]:
-    ray.init(address="local", num_cpus=4, include_dashboard=False)
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture

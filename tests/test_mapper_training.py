@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import ENTITY_NAMES
-from torch import Tensor, distributed, multiprocessing
+from torch import Tensor, distributed
+from torch.multiprocessing.spawn import spawn
 
 from gemel_engine.artifacts import Artifacts
 from gemel_engine.config import MapperSettings, OptimisationSettings
@@ -125,7 +126,7 @@ def run_worker(rank: int, artifacts: dict[str, Path], output: Path) -> None:
 
 def test_three_workers_have_the_loss_curve_of_one(artifacts: dict[str, Path], tmp_path: Path) -> None:
     # The last batch of an epoch has two mentions: a worker goes without.
-    multiprocessing.spawn(run_worker, (artifacts, tmp_path / "three.pt"), nprocs=3)
+    spawn(run_worker, (artifacts, tmp_path / "three.pt"), nprocs=3)  # type: ignore[no-untyped-call]
     curve, *found = torch.load(tmp_path / "three.pt", weights_only=True)
     alone, _ = make_trainer(artifacts)
     assert curve.tolist() == pytest.approx(losses(alone, 8), abs=1e-4)

@@ -15,7 +15,6 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import ray
 import torch
 from conftest import ENTITY_NAMES
 from s3_server import S3Server
@@ -110,12 +109,6 @@ def test_the_job_trains_a_mapper_on_two_workers(config_path: Path) -> None:
     assert mapper.metadata.image_encoder_fingerprint is not None
     assert mapper.metadata.details["dev_accuracy"] == found.dev_accuracy
     assert list(Path(config.output, "tensorboard").glob("events*"))
-
-
-@pytest.fixture
-def local_ray() -> None:
-    if not ray.is_initialized():
-        ray.init(address="local", num_cpus=4, include_dashboard=False)
 
 
 def test_bad_input_stops_the_job_before_training(local_ray: None, config_path: Path, tmp_path: Path) -> None:
