@@ -93,7 +93,8 @@ class VisionSettings:
     """How pictures become visual prefixes.
 
     Attributes:
-        image_encoder: An open_clip architecture, or a local directory in open_clip's layout; None ignores pictures.
+        image_encoder: An open_clip architecture, or a local directory in open_clip's layout; None ignores pictures,
+            and takes only image features that the mentions bring.
         pretrained: open_clip's tag of the weights, for an architecture by name.
         feature_mapper: Directory of the feature mapper between the two models.
         batch_size: Pictures encoded at once.
@@ -107,6 +108,11 @@ class VisionSettings:
     batch_size: int = 32
     max_image_pixels: int = 50_000_000
     device: str = "cpu"
+
+    @property
+    def required_columns(self) -> tuple[str, ...]:
+        """Columns that mentions must have: without an image encoder, a feature mapper takes the features they bring."""
+        return ("image_features",) if self.image_encoder is None and self.feature_mapper is not None else ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,8 +187,8 @@ class LinkConfig:
 
     def __post_init__(self) -> None:
         _check_retrieval(self.demonstrations, self.retrieval)
-        if (self.vision.image_encoder is None) != (self.vision.feature_mapper is None):
-            raise ValueError("vision.image_encoder and vision.feature_mapper go together: set both, or neither")
+        if self.vision.image_encoder is not None and self.vision.feature_mapper is None:
+            raise ValueError("vision.image_encoder needs vision.feature_mapper: set both, or neither")
         if self.rows_per_shard < 1:
             raise ValueError(f"rows_per_shard is {self.rows_per_shard}: it must be at least 1")
         if not 0 <= self.max_failed_fraction <= 1:
@@ -313,7 +319,8 @@ class TrainConfig:
         demonstrations: Directory made by `jobs/build_demonstration_index.py`, usually from `train`; None: none.
         language_model: The frozen language model.
         retrieval: Which demonstrations precede a question; a mention is never its own.
-        vision: The image encoder; a `feature_mapper` here is where training starts.
+        vision: The image encoder, None for features that the mentions bring; a `feature_mapper` here is where
+            training starts.
         image_source: Which image addresses may be read.
         prompt: How prompts are laid out; to be the same in linking.
         mapper: The feature mapper before its first step.
@@ -338,7 +345,7 @@ class TrainConfig:
     demonstrations: str | None = None
     language_model: TrainedModelSettings
     retrieval: RetrievalSettings = field(default_factory=RetrievalSettings)
-    vision: VisionSettings
+    vision: VisionSettings = field(default_factory=VisionSettings)
     image_source: ImagePolicy = field(default_factory=ImagePolicy)
     prompt: PromptSettings = field(default_factory=PromptSettings)
     mapper: MapperSettings = field(default_factory=MapperSettings)
@@ -354,8 +361,6 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check_retrieval(self.demonstrations, self.retrieval)
-        if self.vision.image_encoder is None:
-            raise ValueError("vision.image_encoder is not set: the feature mapper maps an image encoder's features")
 
 
 def load_config(config_type: type[Config], path: Path, overrides: Sequence[str] = ()) -> Config:

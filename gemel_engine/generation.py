@@ -139,9 +139,15 @@ class EntityNameGenerator:
     @torch.inference_mode()
     def _visual_prefix(self, features: Features | None) -> Tensor | None:
         """The visual prefix (P, D) of one picture; always computed alone, so that it has the same bits everywhere."""
-        if features is None or self.artifacts.feature_mapper is None:
+        mapper = self.artifacts.feature_mapper
+        if features is None or mapper is None:
             return None
-        prefix: Tensor = self.artifacts.feature_mapper(torch.from_numpy(np.array(features))[None])[0]
+        if len(features) != mapper.metadata.vision_width or not np.isfinite(features).all():
+            raise InvalidMentionError(
+                f"image_features holds {len(features)} numbers, of which {np.isfinite(features).sum()} are finite: "
+                f"the feature mapper takes {mapper.metadata.vision_width}"
+            )
+        prefix: Tensor = mapper(torch.from_numpy(np.array(features))[None])[0]
         return prefix
 
     def _candidate_trie(self, entity_ids: Sequence[str]) -> tuple[PrefixTrie, NDArray[np.intp]]:

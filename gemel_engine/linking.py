@@ -28,6 +28,7 @@ from gemel_engine.errors import TooManyFailuresError
 from gemel_engine.shards import Shard
 from gemel_engine.stages import (
     COSTS,
+    IMAGE_COLUMNS,
     EncodeImages,
     GenerateEntityNames,
     RetrieveDemonstrations,
@@ -96,7 +97,7 @@ def link_corpus(config: LinkConfig) -> LinkReport:
     from gemel_engine.linker import check_encoders
 
     started = time.monotonic()
-    plan = shards.plan_shards(config.input, config.rows_per_shard)
+    plan = shards.plan_shards(config.input, config.rows_per_shard, config.vision.required_columns)
     artifacts = open_artifacts(config, verify=config.verify_artifacts)
     check_encoders(config, artifacts)
     shards.claim_output(config.output, _identity(config, plan))
@@ -131,11 +132,12 @@ def stream_parts(config: LinkConfig, remaining: Sequence[Shard]) -> Dataset:
 
 def encode_and_retrieve(config: LinkConfig | TrainConfig, plan: Sequence[Shard], *, with_gold: bool = False) -> Dataset:
     """Mentions with their image features and the rows of their demonstrations; `with_gold` keeps `entity_id`."""
-    with_images = config.vision.image_encoder is not None
+    with_pictures = config.vision.image_encoder is not None
+    columns = ("image_features", *(IMAGE_COLUMNS if with_pictures else ()), *(("entity_id",) if with_gold else ()))
     dataset: Dataset = ray.data.from_items([asdict(shard) for shard in plan], override_num_blocks=len(plan))
-    read = partial(read_mentions, with_images=with_images, with_gold=with_gold)
+    read = partial(read_mentions, also=columns)
     dataset = dataset.map_batches(read, batch_size=1, batch_format="pyarrow", num_cpus=0.25)
-    if with_images:
+    if with_pictures:
         arguments: tuple[Any, ...] = (config.vision, config.image_source)
         pool = actor_pool(config.resources.images)
         dataset = dataset.map_batches(EncodeImages, fn_constructor_args=arguments, **pool)

@@ -145,7 +145,7 @@ class TrainingPrompts:
 
 
 def initial_mapper(
-    settings: MapperSettings, seed: int, prompts: TrainingPrompts, model: FrozenLanguageModel, width: int
+    settings: MapperSettings, seed: int, prompts: TrainingPrompts, model: FrozenLanguageModel
 ) -> FeatureMapper:
     """The mapper before its first step: random, or in closed form from the training pictures.
 
@@ -157,16 +157,17 @@ def initial_mapper(
         seed: Of a random start.
         prompts: All training examples.
         model: The language model, for its embeddings.
-        width: C.
 
     Raises:
         InputError: No example has a picture.
     """
-    mapper = FeatureMapper.random(width, settings.prefix_length, model.width, seed, scaling=settings.scaling)
     numbers = [number for number, example in enumerate(prompts.examples) if example.features is not None]
     if not numbers:
         raise InputError("no training mention has a usable picture: there is nothing to train the feature mapper on")
     features = prompts.features(numbers)
+    mapper = FeatureMapper.random(
+        features.shape[1], settings.prefix_length, model.width, seed, scaling=settings.scaling
+    )
     mapper.fit_scaling(features)
     if settings.initialisation == "ridge":
         padding = [prompts.builder.terminator] * settings.prefix_length

@@ -35,6 +35,10 @@ _TYPE_CHECKS = {
     "image_bytes": ("binary", lambda t: pa.types.is_binary(t) or pa.types.is_large_binary(t)),
     "image_uri": ("string", lambda t: pa.types.is_string(t) or pa.types.is_large_string(t)),
     "entity_id": ("string", lambda t: pa.types.is_string(t) or pa.types.is_large_string(t)),
+    "image_features": (
+        "list of floats",
+        lambda t: pa.types.is_nested(t) and hasattr(t, "value_type") and pa.types.is_floating(t.value_type),
+    ),
     "candidate_ids": ("list of strings", lambda t: pa.types.is_list(t) or pa.types.is_large_list(t)),
 }
 
@@ -55,8 +59,13 @@ class Shard:
         return f"shard-{self.index:05d}"
 
 
-def plan_shards(input_uri: str, rows_per_shard: int, *, with_gold: bool = False) -> list[Shard]:
-    """Check a corpus by its small columns and cut it into shards; `with_gold` it needs the column `entity_id`.
+def plan_shards(input_uri: str, rows_per_shard: int, also_required: Sequence[str] = ()) -> list[Shard]:
+    """Check a corpus by its small columns and cut it into shards.
+
+    Args:
+        input_uri: Parquet file or directory of mentions.
+        rows_per_shard: At most so many.
+        also_required: Columns that this run needs beside those that every run does.
 
     Raises:
         InputError: A column is missing or of the wrong type, a file is no Parquet, or a `mention_id` stands twice.
@@ -67,7 +76,7 @@ def plan_shards(input_uri: str, rows_per_shard: int, *, with_gold: bool = False)
         file_system, path = storage.resolve(file.uri)
         try:
             with pq.ParquetFile(path, filesystem=file_system) as parquet:
-                _check_schema(file.uri, parquet.schema_arrow, with_gold)
+                _check_schema(file.uri, parquet.schema_arrow, also_required)
                 num_rows = parquet.metadata.num_rows
                 ids.append(parquet.read(["mention_id"])["mention_id"].cast(pa.large_string()))
         except pa.ArrowInvalid as error:
@@ -177,9 +186,8 @@ def parquet_bytes(table: pa.Table) -> bytes:
     return sink.getvalue()
 
 
-def _check_schema(uri: str, schema: pa.Schema, with_gold: bool) -> None:
-    required = (*MENTION_REQUIRED_COLUMNS, "entity_id") if with_gold else MENTION_REQUIRED_COLUMNS
-    missing = [column for column in required if column not in schema.names]
+def _check_schema(uri: str, schema: pa.Schema, also_required: Sequence[str]) -> None:
+    missing = [column for column in (*MENTION_REQUIRED_COLUMNS, *also_required) if column not in schema.names]
     if missing:
         raise InputError(
             f"{uri} has no column {', '.join(map(repr, missing))}; its columns are {', '.join(schema.names)}: "

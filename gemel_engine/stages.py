@@ -10,6 +10,7 @@ C vision width.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -27,21 +28,20 @@ from gemel_engine.storage import download_directory
 from gemel_engine.types import Mention, Prediction, predictions_to_table
 
 _COLUMNS = ("mention_id", "text", "mention", "mention_start", "candidate_ids")
-_IMAGE_COLUMNS = ("image_bytes", "image_uri")
+IMAGE_COLUMNS = ("image_bytes", "image_uri")
 _FETCH_THREADS = 16
 # What a stage spent on a batch, spread evenly over its rows, so that it can be summed wherever the rows end up.
 COSTS = ("image_seconds", "retrieval_seconds", "generation_seconds", "prompt_tokens", "cached_tokens")
 
 
-def read_mentions(batch: pa.Table, *, with_images: bool, with_gold: bool = False) -> pa.Table:
+def read_mentions(batch: pa.Table, also: Sequence[str]) -> pa.Table:
     """Read a shard, ordered by surface form, so that equal prompts' beginnings follow each other.
 
-    Adds `shard`, `row` (in the input file) and `error` (null so far, or why the row can't be linked).
+    Reads the columns of `also` beside the small ones, where the corpus has them. Adds `shard`, `row` (in the input file) and `error` (null so far, or why the row can't be linked).
     """
     (fields,) = batch.to_pylist()
     shard = Shard(**fields)
-    images, gold = _IMAGE_COLUMNS if with_images else (), ("entity_id",) if with_gold else ()
-    table = shards.read_rows(shard, (*_COLUMNS, *images, *gold))
+    table = shards.read_rows(shard, (*_COLUMNS, *also))
     num_rows = table.num_rows
     table = table.append_column("shard", pa.array(np.full(num_rows, shard.index, np.int32)))
     table = table.append_column("row", pa.array(np.arange(shard.start, shard.stop)))
@@ -51,7 +51,7 @@ def read_mentions(batch: pa.Table, *, with_images: bool, with_gold: bool = False
 
 
 class EncodeImages:
-    """Adds `image_features` (C,), null without a picture; drops the picture."""
+    """Adds `image_features` (C,), null without a picture; drops the picture. Features that a row has already stay."""
 
     def __init__(self, vision: VisionSettings, image_source: ImagePolicy) -> None:
         from gemel_engine.linker import load_picture_encoder
@@ -63,22 +63,26 @@ class EncodeImages:
         """Encode a batch's pictures."""
         started = time.monotonic()
         errors = batch["error"].to_pylist()
-        pictures = self._pictures(batch, errors)
-        features: list[Any] = self._encoder.encode(pictures)
-        for row, item in enumerate(features):
+        features = _column(batch, "image_features")
+        pictures = self._pictures(batch, errors, features)
+        for row, item in enumerate(self._encoder.encode(pictures)):
             if isinstance(item, Exception):
-                errors[row], features[row] = str(item), None
-        batch = batch.drop_columns([column for column in _IMAGE_COLUMNS if column in batch.column_names])
+                errors[row] = str(item)
+            elif item is not None:
+                features[row] = item
+        columns = ("image_features", *IMAGE_COLUMNS)
+        batch = batch.drop_columns([column for column in columns if column in batch.column_names])
         batch = batch.append_column("image_features", pa.array(features, pa.list_(pa.float32())))
         return _with_cost(_with_errors(batch, errors), "image_seconds", time.monotonic() - started)
 
-    def _pictures(self, batch: pa.Table, errors: list[str | None]) -> list[bytes | None]:
-        """The content of each row's image file; a row that has both a file and an address keeps the file."""
+    def _pictures(self, batch: pa.Table, errors: list[str | None], features: list[Any]) -> list[bytes | None]:
+        """The image file of each row without features; one that has both a file and an address keeps the file."""
         pictures = _column(batch, "image_bytes")
+        needed = [error is None and item is None for error, item in zip(errors, features, strict=True)]
         addresses = {
             row: uri
             for row, uri in enumerate(_column(batch, "image_uri"))
-            if uri and pictures[row] is None and errors[row] is None
+            if uri and pictures[row] is None and needed[row]
         }
         with ThreadPoolExecutor(_FETCH_THREADS) as threads:
             for row, content in zip(addresses, threads.map(self._fetch, addresses.values()), strict=True):
@@ -86,7 +90,10 @@ class EncodeImages:
                     errors[row] = str(content)
                 else:
                     pictures[row] = content
-        return [None if error else picture for picture, error in zip(pictures, errors, strict=True)]
+        return [
+            picture if wanted and error is None else None
+            for picture, wanted, error in zip(pictures, needed, errors, strict=True)
+        ]
 
     def _fetch(self, uri: str) -> bytes | ImageFetchError:
         try:

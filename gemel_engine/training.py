@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import random
 import tempfile
 import time
@@ -97,17 +98,18 @@ def train_mapper(config: TrainConfig) -> TrainReport:
     splits = {"train": config.train}
     if config.dev is not None and config.validation.num_mentions:
         splits["dev"] = config.dev
-    plans = {split: shards.plan_shards(uri, config.rows_per_shard, with_gold=True) for split, uri in splits.items()}
+    required = ("entity_id", *config.vision.required_columns)
+    plans = {split: shards.plan_shards(uri, config.rows_per_shard, required) for split, uri in splits.items()}
     artifacts = open_artifacts(config, verify=config.verify_artifacts)
     image_encoder = check_encoders(config, artifacts)
-    assert image_encoder is not None, "the configuration has one"
     shards.claim_output(config.output, _identity(config, plans))
     connect()
     for split, plan in plans.items():
         _prepare(config, split, plan)
     left_out = {split: _left_out(config, split) for split in splits}
     datasets = {split: _read_examples(config, split) for split in splits}
-    settings = {"config": config, "image_encoder": (image_encoder.width, image_encoder.fingerprint)}
+    fingerprint = None if image_encoder is None else image_encoder.fingerprint
+    settings = {"config": config, "image_encoder_fingerprint": fingerprint, "working_directory": os.getcwd()}
     result = _trainer(config, settings, datasets).fit()
     num_examples = sum(shard.stop - shard.start for shard in plans["train"]) - sum(left_out["train"].values())
     report = _keep_best(config, result, num_examples, left_out, time.monotonic() - started)
@@ -200,6 +202,7 @@ def _trainer(config: TrainConfig, settings: dict[str, Any], datasets: dict[str, 
 
 def _train_worker(settings: dict[str, Any]) -> None:
     """What each training worker does."""
+    os.chdir(settings["working_directory"])  # Ray Train has left it, and addresses may be relative
     config: TrainConfig = settings["config"]
     context, device = train.get_context(), get_device()
     rank, world_size = context.get_world_rank(), context.get_world_size()
@@ -214,13 +217,12 @@ def _train_worker(settings: dict[str, Any]) -> None:
     mapper = artifacts.feature_mapper
     prefix_length = config.mapper.prefix_length if mapper is None else mapper.metadata.prefix_length
     prompts = TrainingPrompts(_examples("train"), artifacts, config.prompt, prefix_length)
-    width, fingerprint = settings["image_encoder"]
     if mapper is None:
-        mapper = initial_mapper(config.mapper, config.optimisation.seed, prompts, model, width)
+        mapper = initial_mapper(config.mapper, config.optimisation.seed, prompts, model)
     mapper.metadata = replace(
         mapper.metadata,
         language_model_fingerprint=language_model_fingerprint(language_model.name),
-        image_encoder_fingerprint=fingerprint,
+        image_encoder_fingerprint=settings["image_encoder_fingerprint"],
         details={},
     )
     trainer = MapperTrainer(mapper, model, prompts, config.optimisation, rank=rank, world_size=world_size)

@@ -42,7 +42,7 @@ def test_overrides_come_last(tmp_path: Path) -> None:
         ("rows_per_shard = 0", "rows_per_shard is 0"),
         ("max_failed_fraction = 2.0", "max_failed_fraction is 2.0"),
         ("demonstrations = 'd'", "demonstrations need retrieval.mention_encoder"),
-        ("vision = { image_encoder = 'e' }", "go together"),
+        ("vision = { image_encoder = 'e' }", "needs vision.feature_mapper"),
         ("resources = { images = { max_actors = 0 } }", "min_actors 1 must be between 1 and max_actors 0"),
         ("image_source = { allowed_prefixes = ['relative'] }", "allowed_prefixes: cannot use 'relative'"),
         ("=", "is not TOML"),

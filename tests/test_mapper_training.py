@@ -60,7 +60,7 @@ def make_trainer(
 ) -> tuple[MapperTrainer, FrozenLanguageModel]:
     model = FrozenLanguageModel(str(artifacts["language_model"]), activation_checkpointing=activation_checkpointing)
     prompts = make_prompts(artifacts)
-    mapper = initial_mapper(MapperSettings(prefix_length=2, scaling="z_score"), settings.seed, prompts, model, C)
+    mapper = initial_mapper(MapperSettings(prefix_length=2, scaling="z_score"), settings.seed, prompts, model)
     return MapperTrainer(mapper, model, prompts, settings, rank=rank, world_size=world_size), model
 
 

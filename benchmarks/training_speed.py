@@ -1,0 +1,182 @@
+"""Mapper training against a plain loop, side by side in one process, and against what the machine could do at most.
+
+python benchmarks/training_speed.py [--num-mentions 64]
+
+The plain loop is written as the paper's code is: one whole prompt at a time, logits of every token, a step after 16
+prompts. Both train the emoji mapper on the same mentions; rounds alternate, and the medians are compared. The limit is
+4·N·T floating-point operations (N parameters in matrix products, T positions; forward, and backward to activations)
+at the rate of a matrix product measured between the rounds.
+
+Needs the examples that a first run of `jobs/train.py jobs/configs/emoji.toml` prepares.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections import Counter
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import torch
+import tyro
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from gemel_engine.artifacts import open_artifacts
+from gemel_engine.config import TrainConfig, load_config
+from gemel_engine.mapper_training import MapperTrainer, TrainingPrompts, epoch_order, initial_mapper, read_examples
+from gemel_engine.model import FrozenLanguageModel
+from gemel_engine.packing import LabelledPrompt, pack_prompts
+
+RESULTS = Path("benchmarks/results/training_speed.json")
+ACCUMULATION = 16
+
+logger = logging.getLogger("training_speed")
+
+
+def main(*, num_mentions: int = 64, num_rounds: int = 3) -> None:
+    """Measure and write the results.
+
+    Args:
+        num_mentions: Mentions of a round: the first of an epoch.
+        num_rounds: Rounds of either loop.
+    """
+    config = load_config(TrainConfig, Path("jobs/configs/emoji.toml"))
+    artifacts = open_artifacts(config)
+    model = FrozenLanguageModel(config.language_model.name, config.language_model.dtype)
+    files = sorted(Path("build/emoji/examples/train/data").glob("*.parquet"))
+    examples = read_examples(pq.read_table(file) for file in files)
+    order = epoch_order([item.mention.mention for item in examples], config.optimisation.mentions_per_form, "0 0")
+    examples = [examples[number] for number in order[:num_mentions]]
+    prompts = TrainingPrompts(examples, artifacts, config.prompt, config.mapper.prefix_length)
+    mapper = initial_mapper(config.mapper, 0, prompts, model)
+    settings = replace(config.optimisation, epochs=1000)
+    trainer = MapperTrainer(mapper, model, prompts, settings)
+    plain, ours, rates, num_ours = [], [], [], 0
+    for _ in range(num_rounds):
+        rates.append(matmul_rate())
+        plain.append(timed(lambda: plain_epoch(model, mapper, prompts)))
+        rates.append(matmul_rate())
+        started, num_ours = time.perf_counter(), 0
+        for _ in range(trainer.steps_per_epoch):
+            num_ours += trainer.train_step().num_tokens
+        ours.append(time.perf_counter() - started)
+        logger.info("plain %.1f s, ours %.1f s, %.0f GFLOP/s", plain[-1], ours[-1], rates[-1] / 1e9)
+    num_plain = sum(len(pack_prompts([prompts[n]], prompts.demonstration, 4).token_ids) for n in range(num_mentions))
+    parameters = matrix_parameters(model)
+    limit = 4 * parameters * num_ours / statistics.median(rates)
+    value = {
+        "plain_mentions_per_s": num_mentions / statistics.median(plain),
+        "mentions_per_s": num_mentions / statistics.median(ours),
+        "ratio": statistics.median(plain) / statistics.median(ours),
+        "plain_tokens_per_s": num_plain / statistics.median(plain),
+        "tokens_per_s": num_ours / statistics.median(ours),
+        "tokens_of_plain_loop": num_plain,
+        "tokens": num_ours,
+        "matmul_gflops": statistics.median(rates) / 1e9,
+        "share_of_matmul_limit": limit / statistics.median(ours),
+        "plain_share_of_matmul_limit": 4 * parameters * num_plain / statistics.median(rates) / statistics.median(plain),
+        "profile": step_profile(trainer),
+    }
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    result = {
+        "value": value,
+        "command": f"python benchmarks/training_speed.py --num-mentions {num_mentions} --num-rounds {num_rounds}",
+        "commit": commit,
+        "conditions": f"SmolLM2-135M {config.language_model.dtype}, 4 demonstrations with pictures, batch "
+        f"{settings.batch_size}, {os.cpu_count()} cores {platform.machine()}, load {os.getloadavg()[1]:.1f}, "
+        f"{datetime.now(UTC):%Y-%m-%d}",
+    }
+    RESULTS.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(value, indent=2))
+
+
+def plain_epoch(model: FrozenLanguageModel, mapper: nn.Module, prompts: TrainingPrompts) -> None:
+    """One pass as the paper's code makes it."""
+    optimiser = torch.optim.AdamW(mapper.parameters(), lr=0.0)
+    for number in range(len(prompts.examples)):
+        loss = plain_loss(model, mapper, prompts, prompts[number]) / ACCUMULATION
+        loss.backward()
+        if (number + 1) % ACCUMULATION == 0:
+            nn.utils.clip_grad_norm_(mapper.parameters(), 1.0)
+            optimiser.step()
+            optimiser.zero_grad()
+
+
+def plain_loss(
+    model: FrozenLanguageModel, mapper: nn.Module, prompts: TrainingPrompts, prompt: LabelledPrompt
+) -> torch.Tensor:
+    """Loss of one prompt, all of whose logits are computed."""
+    parts = []
+    for segment in (*map(prompts.demonstration, prompt.demonstrations), prompt.question):
+        if segment.picture is not None:
+            parts.append(mapper(prompts.features([segment.picture]))[0])
+        parts.append(model.embed_tokens(torch.tensor(segment.token_ids)))
+    parts.append(model.embed_tokens(torch.tensor(prompt.target)))
+    embeddings = torch.cat(parts)
+    labels = torch.full((len(embeddings),), -100)
+    labels[-len(prompt.target) :] = torch.tensor(prompt.target)
+    logits = model.module(inputs_embeds=embeddings[None], use_cache=False).logits[0]
+    return nn.functional.cross_entropy(logits[:-1].float(), labels[1:])
+
+
+def timed(run: Any) -> float:
+    """Seconds that a call takes."""
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def matmul_rate() -> float:
+    """Floating-point operations a second of the matrix products of a layer."""
+    a, b = torch.randn(1024, 576), torch.randn(576, 1536)
+    for _ in range(20):
+        a @ b
+    seconds = min(timed(lambda: [a @ b for _ in range(50)]) for _ in range(3))
+    return 50 * 2 * 1024 * 576 * 1536 / seconds
+
+
+def matrix_parameters(model: FrozenLanguageModel) -> int:
+    """Parameters that every token is multiplied by: those of linear layers but the one that makes logits."""
+    head = model.module.get_output_embeddings()
+    return sum(
+        layer.weight.numel() for layer in model.module.modules() if isinstance(layer, nn.Linear) and layer is not head
+    )
+
+
+def step_profile(trainer: MapperTrainer) -> dict[str, float]:
+    """Share of a step's time in each kind of operation."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        trainer.train_step()
+    times: Counter[str] = Counter()
+    for event in profiler.key_averages():
+        times[kind(event.key)] += event.self_cpu_time_total
+    return {name: round(share / times.total(), 4) for name, share in times.most_common()}
+
+
+def kind(operation: str) -> str:
+    """Group of an operation of torch."""
+    groups = {
+        "matrix products": ("mm", "bmm", "addmm", "linear"),
+        "attention": ("attention", "flash"),
+        "copies and layout": ("copy", "cat", "index", "clone", "empty", "fill", "zero", "select", "slice"),
+        "optimiser": ("Optimizer", "adam"),
+    }
+    for name, parts in groups.items():
+        if any(part in operation for part in parts):
+            return name
+    return "elementwise and the rest"
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    tyro.cli(main)
