@@ -28,7 +28,7 @@ import tyro
 from numpy.typing import NDArray
 
 from gemel_engine.artifacts import Artifacts, open_artifacts
-from gemel_engine.config import LinkConfig, load_config
+from gemel_engine.config import LinkConfig, VisionSettings, load_config
 from gemel_engine.feature_mapper import FeatureMapper
 from gemel_engine.generation import EntityNameGenerator
 from gemel_engine.linker import DemonstrationRetriever, load_picture_encoder
@@ -85,7 +85,7 @@ def main(
         mapper: Measure this mapper instead, and write no results: for choosing settings on dev.
     """
     config = load_config(LinkConfig, CORPUS / "link.toml")
-    bench = _Bench(replace(config, vision=replace(config.vision, feature_mapper=None)), num_mentions)
+    bench = _Bench(config, num_mentions)
     if mapper is not None:
         for split in splits:
             print(split, bench.accuracies(split, FeatureMapper.load(mapper)))
@@ -121,7 +121,7 @@ class _Bench:
     def __init__(self, config: LinkConfig, num_mentions: int) -> None:
         self._config = config
         self._num_mentions = num_mentions
-        self._artifacts = open_artifacts(config)
+        self._artifacts = open_artifacts(replace(config, vision=VisionSettings()))  # mappers come one by one
         self._engine = EntityNameGenerator.start(config, self._artifacts).engine
         self._splits: dict[str, Split] = {}
 

@@ -10,6 +10,7 @@ import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
@@ -82,14 +83,15 @@ def read_demonstrations(
 
     Args:
         mentions_uri: Parquet file or directory with the columns `mention_id`, `text`, `mention`, `entity_id`, and
-            optionally `entity_name` (for entities that `names` lacks), `image_bytes` and `image_uri`.
+            optionally `entity_name` (for entities that `names` lacks), `image_features`, and for mentions without
+            those `image_bytes` or `image_uri`.
         names: Names of entities by id.
-        pictures: Makes the image features; None for demonstrations without pictures.
+        pictures: Makes image features; None for those alone that the table brings.
 
     Raises:
         InputError: There is no such table, or it lacks a column, a `mention_id` or a text.
     """
-    optional = ("entity_name",) if pictures is None else ("entity_name", "image_bytes", "image_uri")
+    optional = ("entity_name", "image_features", *(() if pictures is None else ("image_bytes", "image_uri")))
     demonstrations: list[Demonstration] = []
     num_left_out = 0
     required = ("mention_id", "text", "mention", "entity_id")
@@ -110,9 +112,16 @@ def read_demonstrations(
 
 
 def _demonstrations(rows: list[dict[str, Any]], pictures: PictureReader | None) -> Iterator[Demonstration]:
-    features: list[Features | None] = [None] * len(rows)
+    features: list[Features | None] = [
+        None if row.get("image_features") is None else np.array(row["image_features"], np.float32) for row in rows
+    ]
     if pictures is not None:
-        features = pictures.encode([row.get("image_bytes") or row.get("image_uri") for row in rows])
+        files = [
+            None if known is not None else row.get("image_bytes") or row.get("image_uri")
+            for row, known in zip(rows, features, strict=True)
+        ]
+        encoded = pictures.encode(files)
+        features = [new if known is None else known for known, new in zip(features, encoded, strict=True)]
     for row, row_features in zip(rows, features, strict=True):
         mention_id, text = row["mention_id"], row["text"]
         if not mention_id or text is None:
@@ -123,7 +132,7 @@ def _demonstrations(rows: list[dict[str, Any]], pictures: PictureReader | None) 
 def _read_batches(
     uri: str, num_rows: int, required: Sequence[str], optional: Sequence[str] = ()
 ) -> Iterator[list[dict[str, Any]]]:
-    """Yield the rows of a Parquet table, `num_rows` at a time, all columns but pictures as strings."""
+    """Yield the rows of a Parquet table, `num_rows` at a time, identifiers and texts as strings."""
     for file in list_parquet(uri):
         filesystem, path = resolve(file.uri)
         try:
@@ -140,8 +149,9 @@ def _read_batches(
 
 
 def _values(batch: pa.RecordBatch, columns: Sequence[str]) -> Iterator[list[Any]]:
+    types = {"image_bytes": pa.binary(), "image_features": pa.list_(pa.float32())}
     for column in columns:
-        yield batch[column].cast(pa.binary() if column == "image_bytes" else pa.string()).to_pylist()
+        yield batch[column].cast(types.get(column, pa.string())).to_pylist()
 
 
 def _normalised(name: str) -> str:

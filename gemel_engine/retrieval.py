@@ -119,7 +119,6 @@ class DemonstrationIndex:
         demonstrations: Sequence[Demonstration],
         mention_encoder: MentionEncoder,
         *,
-        vision_width: int | None = None,
         image_encoder_fingerprint: str | None = None,
     ) -> Self:
         """Write an index, over one that may be there, and open it.
@@ -128,16 +127,16 @@ class DemonstrationIndex:
             directory: Made if it does not exist.
             demonstrations: In any order.
             mention_encoder: Embeds their surface forms.
-            vision_width: C; None for an index without pictures.
-            image_encoder_fingerprint: Of the encoder that made the image features.
+            image_encoder_fingerprint: Of the encoder that made the image features, where it is known.
 
         Raises:
-            InputError: There are no demonstrations, or a `mention_id` is not unique.
+            InputError: There are no demonstrations, a `mention_id` is not unique, or image features differ in width.
         """
         ordered = sorted(demonstrations, key=lambda demonstration: (demonstration.mention, demonstration.mention_id))
         if not ordered:
             raise InputError("there are no demonstrations; give training mentions whose entities have names")
         _check_unique(ordered)
+        vision_width = _vision_width(ordered)
         embeddings = mention_encoder.encode([demonstration.mention for demonstration in ordered])
         table = _table(ordered, embeddings, vision_width)
         directory.mkdir(parents=True, exist_ok=True)
@@ -263,6 +262,14 @@ def _matrix(column: pa.ChunkedArray, width: int) -> FloatArray:
     """The rows of a column of fixed-size lists, anything in place of a missing one."""
     values: FloatArray = column.combine_chunks().values.to_numpy(zero_copy_only=False)
     return values.reshape(-1, width)
+
+
+def _vision_width(demonstrations: Sequence[Demonstration]) -> int | None:
+    """C; None if no demonstration has image features."""
+    widths = {len(demonstration.features) for demonstration in demonstrations if demonstration.features is not None}
+    if len(widths) > 1:
+        raise InputError(f"image features have the widths {sorted(widths)}; use those of one image encoder")
+    return next(iter(widths), None)
 
 
 def _check_unique(demonstrations: Sequence[Demonstration]) -> None:

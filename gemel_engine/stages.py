@@ -37,7 +37,8 @@ COSTS = ("image_seconds", "retrieval_seconds", "generation_seconds", "prompt_tok
 def read_mentions(batch: pa.Table, also: Sequence[str]) -> pa.Table:
     """Read a shard, ordered by surface form, so that equal prompts' beginnings follow each other.
 
-    Reads the columns of `also` beside the small ones, where the corpus has them. Adds `shard`, `row` (in the input file) and `error` (null so far, or why the row can't be linked).
+    Reads the columns of `also` beside the small ones, where the corpus has them. Adds `shard`, `row` (in the input
+    file) and `error` (null so far, or why the row can't be linked).
     """
     (fields,) = batch.to_pylist()
     shard = Shard(**fields)

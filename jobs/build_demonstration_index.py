@@ -60,7 +60,6 @@ def main(
         output_dir,
         read_demonstrations(mentions, read_names(entities), pictures),
         MentionEncoder(mention_encoder, device=device),
-        vision_width=None if pictures is None else pictures.encoder.width,
         image_encoder_fingerprint=None if pictures is None else pictures.encoder.fingerprint,
     )
     logger.info(

@@ -174,7 +174,6 @@ def artifacts(
         directory / "demonstrations",
         demonstrations,
         MentionEncoder(str(mention_encoder_directory)),
-        vision_width=image_encoder.width,
         image_encoder_fingerprint=image_encoder.fingerprint,
     )
     FeatureMapper.random(

@@ -198,7 +198,7 @@ def build_with_features(directory: Path, encoder: MentionEncoder) -> Demonstrati
         for form in FORMS
         for features in (None, np.arange(C, dtype=np.float32) + len(form))
     ]
-    return DemonstrationIndex.build(directory, rows, encoder, vision_width=C, image_encoder_fingerprint="vision")
+    return DemonstrationIndex.build(directory, rows, encoder, image_encoder_fingerprint="vision")
 
 
 def test_open_returns_what_was_built(encoder: MentionEncoder, tmp_path: Path) -> None:

@@ -1,0 +1,153 @@
+"""Reads what GEMEL's authors released: mapper checkpoints, and mentions with CLIP features.
+
+    train.json, dev.json, test.json      one JSON object a line: `mention`, `text`, `target` (the entity's name),
+                                         `golden` (its id, or NIL), and the picture as `img_name` or `img_url`
+    clip_vit_large_patch14_1024.hdf5     one array of 1,024 numbers for each picture, under its name or address
+    *.pkl                                the linear layer's state dict: `weight` (P * D, C) and `bias` (P * D,)
+
+All of it is untrusted: a checkpoint is read without unpickling anything but tensors.
+
+C vision width, P prefix length, D language-model width.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pyarrow as pa
+import torch
+
+from gemel_engine.errors import ArtifactError, InputError
+from gemel_engine.feature_mapper import FeatureMapper, MapperMetadata
+from gemel_engine.types import Features
+
+_KEYS = ("mention", "text", "target", "golden")
+_PICTURE_KEYS = ("img_name", "img_url")
+_NIL = "NIL"
+_SCHEMA = pa.schema(
+    [
+        pa.field("mention_id", pa.string(), nullable=False),
+        pa.field("text", pa.string(), nullable=False),
+        pa.field("mention", pa.string(), nullable=False),
+        pa.field("entity_id", pa.string(), nullable=False),
+        pa.field("entity_name", pa.string(), nullable=False),
+        pa.field("image_features", pa.list_(pa.float32())),
+    ]
+)
+
+
+def import_mapper(checkpoint: Path, language_model_width: int) -> FeatureMapper:
+    """Read a released feature mapper.
+
+    Args:
+        checkpoint: The pickled state dict.
+        language_model_width: D; P follows from it.
+
+    Raises:
+        ArtifactError: The file holds anything but the weight and the bias of one linear layer, or its shapes do not
+            fit D.
+    """
+    try:
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise ArtifactError(f"{checkpoint} is no checkpoint of tensors alone ({error}); download it again") from error
+    if not isinstance(state, dict) or set(state) != {"weight", "bias"}:
+        found = sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__
+        raise ArtifactError(f"{checkpoint} holds {found}, not the weight and bias of a linear layer")
+    weight, bias = state["weight"], state["bias"]
+    if weight.ndim != 2 or bias.shape != weight.shape[:1] or weight.shape[0] % language_model_width:
+        raise ArtifactError(
+            f"{checkpoint} has a weight {tuple(weight.shape)} and a bias {tuple(bias.shape)}, which make no prefix of "
+            f"embeddings of width {language_model_width}: name the language model that it was trained for"
+        )
+    mapper = FeatureMapper(
+        MapperMetadata(
+            vision_width=weight.shape[1],
+            prefix_length=weight.shape[0] // language_model_width,
+            language_model_width=language_model_width,
+            initialisation="imported",
+            trained=True,
+        )
+    )
+    mapper.linear.load_state_dict({"weight": weight.float(), "bias": bias.float()})
+    return mapper
+
+
+def import_mentions(path: Path, features: Path | None) -> tuple[pa.Table, int]:
+    """Read a split; mentions without an entity are left out, as the authors do.
+
+    Args:
+        path: JSON lines.
+        features: HDF5 file of image features; None for text alone.
+
+    Returns:
+        Mentions with `entity_id`, `entity_name` and `image_features`, and how many were left out. A `mention_id` is
+        the file's name and the line.
+
+    Raises:
+        InputError: A line is malformed, or a picture has no features; the message names the line.
+    """
+    if features is None:
+        return _table(_rows(path, None))
+    try:
+        with h5py.File(features) as pictures:
+            return _table(_rows(path, pictures))
+    except OSError as error:
+        raise InputError(f"{features} is no readable HDF5 file ({error}); download it again") from error
+
+
+def entities_of(mentions: pa.Table) -> pa.Table:
+    """The entities that mentions refer to, with their names, as `jobs/build_knowledge_base.py` reads them."""
+    names = dict(zip(mentions["entity_id"].to_pylist(), mentions["entity_name"].to_pylist(), strict=True))
+    return pa.table({"entity_id": list(names), "name": list(names.values())}).sort_by("entity_id")
+
+
+def _table(rows: Iterator[dict[str, object] | None]) -> tuple[pa.Table, int]:
+    kept, num_left_out = [], 0
+    for row in rows:
+        if row is None:
+            num_left_out += 1
+        else:
+            kept.append(row)
+    return pa.Table.from_pylist(kept, schema=_SCHEMA), num_left_out
+
+
+def _rows(path: Path, pictures: h5py.File | None) -> Iterator[dict[str, object] | None]:
+    """A row for each line; None for a mention without an entity."""
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            where = f"{path}, line {number}"
+            try:
+                fields = json.loads(line)
+                mention, text, target, golden = (fields[key] for key in _KEYS)
+            except (ValueError, KeyError, TypeError) as error:
+                raise InputError(f"{where} is no JSON object with {', '.join(_KEYS)}: {error!r}") from error
+            if not all(isinstance(value, str) for value in (mention, text, target, golden)):
+                raise InputError(f"{where}: {', '.join(_KEYS)} must be strings; correct the line")
+            if golden == _NIL:
+                yield None
+                continue
+            picture = next((fields[key] for key in _PICTURE_KEYS if fields.get(key)), None)
+            yield {
+                "mention_id": f"{path.stem}-{number:06d}",
+                "text": text,
+                "mention": mention,
+                "entity_id": golden,
+                "entity_name": target,
+                "image_features": None if pictures is None or picture is None else _features(pictures, picture, where),
+            }
+
+
+def _features(pictures: h5py.File, name: str, where: str) -> Features:
+    item = pictures.get(name)
+    if not isinstance(item, h5py.Dataset):
+        raise InputError(f"{where}: {pictures.filename} has no features of {name!r}; use the file made for this corpus")
+    features = np.asarray(item[()], np.float32).ravel()
+    if not np.isfinite(features).all():
+        raise InputError(f"{where}: the features of {name!r} are not finite; extract them again")
+    return features
