@@ -7,11 +7,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+from inspect import signature
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.hub import cached_file
 
@@ -45,10 +53,7 @@ def language_model_width(name_or_path: str) -> int:
     Raises:
         ArtifactError: The model's configuration can't be loaded.
     """
-    try:
-        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False).get_text_config()
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"no language model can be loaded from {name_or_path!r}: {error}") from error
+    config = _load_config(name_or_path).get_text_config()
     return int(getattr(config, "word_embed_proj_dim", None) or config.hidden_size)
 
 
@@ -146,18 +151,60 @@ class FrozenLanguageModel:
         if len(packed.pictures):
             positions = torch.from_numpy(packed.picture_positions).to(self.device)
             embeddings = embeddings.index_put((positions,), visual_prefixes.to(embeddings))
-        seen = torch.from_numpy(packed.mask()).to(self.device)
-        mask = torch.zeros(seen.shape, dtype=embeddings.dtype, device=self.device)
-        mask.masked_fill_(~seen, torch.finfo(mask.dtype).min)
         output = self.module(
             inputs_embeds=embeddings[None],
-            attention_mask=mask[None, None],
+            attention_mask=self._attention_mask(packed),
             position_ids=torch.from_numpy(packed.position_ids).to(self.device)[None],
             use_cache=False,
             logits_to_keep=torch.from_numpy(packed.label_positions).to(self.device),
         )
         labels = torch.from_numpy(packed.labels).to(self.device)
         return nn.functional.cross_entropy(output.logits[0].float(), labels, reduction="none")
+
+    def _attention_mask(self, packed: PackedPrompts) -> Tensor | dict[str, Tensor]:
+        """What is added to attention scores, (1, 1, T, T); by kind of layer, where a model has several."""
+        config = self.module.config.get_text_config()
+        seen = torch.from_numpy(packed.mask()).to(self.device)
+        full = self._additive(seen)
+        if getattr(config, "sliding_window", None) is None:
+            return full
+        positions = torch.from_numpy(packed.position_ids).to(self.device)
+        near = positions[:, None] - positions[None, :] < config.sliding_window
+        windowed = self._additive(seen & near)
+        if getattr(config, "layer_types", None) is None:
+            return windowed
+        return {"full_attention": full, "sliding_attention": windowed}
+
+    def _additive(self, seen: Tensor) -> Tensor:
+        mask = torch.zeros(seen.shape, dtype=self.module.dtype, device=self.device)
+        return mask.masked_fill_(~seen, torch.finfo(mask.dtype).min)[None, None]
+
+
+def check_packable(name_or_path: str) -> None:
+    """See that a language model can be trained through: that prompts packed into one sequence are independent in it.
+
+    Raises:
+        ArtifactError: The model's configuration can't be loaded.
+        ConfigurationError: Its layers are not plain attention, or take positions from elsewhere than `position_ids`.
+    """
+    config = _load_config(name_or_path)
+    layers = set(getattr(config.get_text_config(), "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    architecture = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    if architecture is None:
+        raise ConfigurationError(f"{name_or_path} is a {type(config).__name__}: name a causal language model")
+    missing = {"inputs_embeds", "position_ids", "logits_to_keep"} - signature(architecture.forward).parameters.keys()
+    if layers or missing:
+        reason = f"has layers of {', '.join(sorted(layers))}" if layers else f"takes no {', '.join(sorted(missing))}"
+        raise ConfigurationError(
+            f"{name_or_path}, a {architecture.__name__}, {reason}: the feature mapper can't be trained through it"
+        )
+
+
+def _load_config(name_or_path: str) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"no language model can be loaded from {name_or_path!r}: {error}") from error
 
 
 def _checkpoint_layers(model: PreTrainedModel, name: str) -> None:

@@ -45,7 +45,7 @@ from gemel_engine.mapper_training import (
     initial_mapper,
     read_examples,
 )
-from gemel_engine.model import FrozenLanguageModel, language_model_fingerprint
+from gemel_engine.model import FrozenLanguageModel, check_packable, language_model_fingerprint
 from gemel_engine.prompt import PromptBuilder
 from gemel_engine.shards import Shard
 from gemel_engine.stages import CheckExamples, read_file, write_examples
@@ -94,6 +94,7 @@ def train_mapper(config: TrainConfig) -> TrainReport:
             many mentions can't be used.
     """
     started = time.monotonic()
+    check_packable(config.language_model.name)
     config = replace(config, retrieval=replace(config.retrieval, exclude_mention=True))
     splits = {"train": config.train}
     if config.dev is not None and config.validation.num_mentions:

@@ -1,0 +1,109 @@
+"""Any language model: one training step, and linking through both engines, for tiny random models of six families."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ENTITY_NAMES
+from test_engines import link, make_prompts
+from test_packing import DEMONSTRATIONS, PROMPTS, D, P, plain_losses
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+)
+
+from gemel_engine.config import EngineSettings
+from gemel_engine.errors import ConfigurationError
+from gemel_engine.model import FrozenLanguageModel, check_packable
+from gemel_engine.packing import pack_prompts
+from gemel_engine.prefix_trie import PrefixTrie
+from gemel_engine.prompt import PromptBuilder, PromptSettings, encode_text
+from gemel_engine.transformers_engine import TransformersEngine
+from gemel_engine.vllm_engine import VllmEngine
+
+WINDOW = 12  # less than a prompt, so that it shows whether sliding windows are kept
+
+
+def make_config(family: str, vocab_size: int) -> PreTrainedConfig:
+    shape = {
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "vocab_size": vocab_size,
+        "max_position_embeddings": 1024,
+        "bos_token_id": 1,
+        "eos_token_id": 0,
+    }
+    gated = shape | {"intermediate_size": 128, "num_key_value_heads": 1, "initializer_range": 0.2, "head_dim": 32}
+    if family == "opt":
+        return OPTConfig(**shape, ffn_dim=128, word_embed_proj_dim=64, init_std=0.2, pad_token_id=0)
+    if family == "gpt2":
+        return GPT2Config(
+            n_embd=64, n_layer=2, n_head=2, n_positions=1024, vocab_size=vocab_size, initializer_range=0.2,
+            bos_token_id=1, eos_token_id=0,
+        )  # fmt: skip
+    if family == "mistral":
+        return MistralConfig(**gated, sliding_window=WINDOW)
+    if family == "gemma3":
+        return Gemma3TextConfig(
+            **gated,
+            sliding_window=WINDOW,
+            layer_types=["sliding_attention", "full_attention"],
+            query_pre_attn_scalar=32,
+        )
+    return {"llama": LlamaConfig, "qwen3": Qwen3Config}[family](**gated)
+
+
+@pytest.fixture(scope="module", params=["opt", "llama", "mistral", "qwen3", "gemma3", "gpt2"])
+def model_directory(
+    request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    directory = tmp_path_factory.mktemp(request.param)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(make_config(request.param, len(tokenizer))).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def test_packed_prompts_are_independent(model_directory: Path) -> None:
+    check_packable(str(model_directory))
+    model = FrozenLanguageModel(str(model_directory))
+    prefixes = torch.randn(9, P, D, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    expected = torch.cat([plain_losses(model, prompt, prefixes, beginning=1) for prompt in PROMPTS])
+    (expected_gradient,) = torch.autograd.grad(expected.sum(), prefixes)
+    packed = pack_prompts(PROMPTS, DEMONSTRATIONS.__getitem__, P, beginning=(1,))
+    losses = model.label_losses(packed, prefixes[torch.from_numpy(packed.pictures)])
+    (gradient,) = torch.autograd.grad(losses.sum(), prefixes)
+    torch.testing.assert_close(losses, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(gradient, expected_gradient, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.heavy
+def test_both_engines_agree(model_directory: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    trie = PrefixTrie.from_sequences([encode_text(tokenizer, name) for name in ENTITY_NAMES])[0]
+    trie.save(tmp_path / "trie")
+    builder = PromptBuilder(tokenizer, PromptSettings())
+    prompts = make_prompts(tokenizer)[:4]
+    reference = TransformersEngine(FrozenLanguageModel(str(model_directory)), trie, builder.terminator, 4)
+    settings = EngineSettings(name=str(model_directory), dtype="float32", kv_cache_gib=1)
+    engine = VllmEngine(settings, tmp_path / "trie", builder.terminator, 4, 900)
+    expected = link(reference, prompts, trie, builder.terminator, 1)
+    for a, b in zip(expected, link(engine, prompts, trie, builder.terminator, 4), strict=True):
+        assert [name.name_index for name in a.names] == [name.name_index for name in b.names]
+        assert [name.log_prob for name in a.names] == pytest.approx([name.log_prob for name in b.names], abs=1e-3)
+
+
+def test_a_model_without_position_ids_is_refused(tmp_path: Path) -> None:
+    BloomConfig(hidden_size=64, n_layer=1, n_head=2).save_pretrained(tmp_path)
+    with pytest.raises(ConfigurationError, match="BloomForCausalLM, takes no position_ids"):
+        check_packable(str(tmp_path))
