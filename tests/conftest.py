@@ -29,13 +29,17 @@ from s3_server import run_s3_server  # noqa: F401
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
+    AutoModelForCausalLM,
     BertConfig,
     BertModel,
+    Gemma3TextConfig,
+    GPT2Config,
     LlamaConfig,
-    LlamaForCausalLM,
+    MistralConfig,
     OPTConfig,
-    OPTForCausalLM,
+    PreTrainedConfig,
     PreTrainedTokenizerFast,
+    Qwen3Config,
 )
 
 from gemel_engine.feature_mapper import FeatureMapper
@@ -74,39 +78,35 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return tiny_tokenizer()
 
 
+SLIDING_WINDOW = 12  # less than a prompt, so that it shows whether sliding windows are kept
+
+
+def tiny_config(family: str, vocab_size: int) -> PreTrainedConfig:
+    """A language model of two layers and width 64; its logits are wide enough to be decided."""
+    shape = {"vocab_size": vocab_size, "bos_token_id": 1, "eos_token_id": 0}
+    if family == "gpt2":
+        return GPT2Config(**shape, n_embd=64, n_layer=2, n_head=2, n_positions=1024, initializer_range=0.2)
+    shape |= {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 1024}
+    if family == "opt":
+        return OPTConfig(**shape, ffn_dim=128, word_embed_proj_dim=64, init_std=0.2, pad_token_id=0)
+    gated = shape | {"intermediate_size": 128, "num_key_value_heads": 1, "head_dim": 32, "initializer_range": 0.2}
+    if family == "mistral":
+        return MistralConfig(**gated, sliding_window=SLIDING_WINDOW)
+    if family == "gemma3":
+        layers = ["sliding_attention", "full_attention"]
+        window = {"sliding_window": SLIDING_WINDOW, "layer_types": layers}
+        return Gemma3TextConfig(**gated, **window, query_pre_attn_scalar=32)
+    return {"llama": LlamaConfig, "qwen3": Qwen3Config}[family](**gated)
+
+
 @pytest.fixture(scope="session")
 def language_models(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> dict[str, Path]:
-    """Random causal language models, with the tokenizer, as local directories; logits wide enough to be decided."""
-    llama = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=1024,
-        bos_token_id=1,
-        eos_token_id=0,
-        initializer_range=0.2,
-    )
-    opt = OPTConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        ffn_dim=128,
-        word_embed_proj_dim=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=1024,
-        bos_token_id=1,
-        eos_token_id=0,
-        pad_token_id=0,
-        init_std=0.2,
-    )
+    """Random causal language models of two architectures, with the tokenizer, as local directories."""
     directories = {}
-    for name, model_type, config in (("llama", LlamaForCausalLM, llama), ("opt", OPTForCausalLM, opt)):
+    for name in ("llama", "opt"):
         directories[name] = tmp_path_factory.mktemp(name)
         torch.manual_seed(0)
-        model_type(config).save_pretrained(directories[name])
+        AutoModelForCausalLM.from_config(tiny_config(name, len(tokenizer))).save_pretrained(directories[name])
         tokenizer.save_pretrained(directories[name])
     return directories
 

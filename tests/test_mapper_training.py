@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
 import torch
-from conftest import ENTITY_NAMES
+from conftest import ENTITY_NAMES, tiny_config
 from torch import Tensor, distributed
 from torch.multiprocessing.spawn import spawn
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from gemel_engine.artifacts import Artifacts
-from gemel_engine.config import MapperSettings, OptimisationSettings
+from gemel_engine.config import MapperSettings, OptimisationSettings, TrainConfig, load_config
 from gemel_engine.errors import ConfigurationError
 from gemel_engine.knowledge_base import KnowledgeBase
 from gemel_engine.mapper_training import MapperTrainer, TrainingExample, TrainingPrompts, epoch_order, initial_mapper
@@ -25,10 +28,13 @@ from gemel_engine.retrieval import DemonstrationIndex
 from gemel_engine.types import Mention
 
 C = 64
+PROMPT = PromptSettings(max_prompt_tokens=600, query_reserve=200)
 SETTINGS = OptimisationSettings(epochs=4, batch_size=4, mentions_per_form=2, learning_rate=1e-2)
 
 
-def make_prompts(artifacts: dict[str, Path]) -> TrainingPrompts:
+def make_prompts(
+    artifacts: dict[str, Path], prompt: PromptSettings = PROMPT, prefix_length: int = 2
+) -> TrainingPrompts:
     """Fourteen mentions of seven surface forms; every third has no picture."""
     generator = np.random.default_rng(3)
     examples = [
@@ -47,7 +53,7 @@ def make_prompts(artifacts: dict[str, Path]) -> TrainingPrompts:
         DemonstrationIndex.open(artifacts["demonstrations"]),
         None,
     )
-    return TrainingPrompts(examples, opened, PromptSettings(max_prompt_tokens=600, query_reserve=200), 2)
+    return TrainingPrompts(examples, opened, prompt, prefix_length)
 
 
 def make_trainer(
@@ -151,3 +157,24 @@ def test_the_learning_rate_rises_and_falls_linearly(artifacts: dict[str, Path]) 
     trainer, _ = make_trainer(artifacts, replace(SETTINGS, epochs=2, warmup_fraction=0.25))
     rates = [trainer.train_step().learning_rate for _ in range(trainer.num_steps)]
     assert rates == pytest.approx([0.005, 0.01, 0.01, 0.01 * 5 / 6, 0.01 * 4 / 6, 0.01 * 3 / 6, 0.01 * 2 / 6, 0.01 / 6])
+
+
+@pytest.mark.parametrize("path", sorted(Path("jobs/configs").glob("*.toml")), ids=lambda path: path.stem)
+def test_every_committed_configuration_makes_a_step(
+    path: Path, artifacts: dict[str, Path], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    config = load_config(TrainConfig, path)
+    family = {"facebook/opt-6.7b": "opt", "Qwen/Qwen3-8B-Base": "qwen3"}.get(config.language_model.name, "llama")
+    AutoModelForCausalLM.from_config(tiny_config(family, len(tokenizer))).save_pretrained(tmp_path)
+    model = FrozenLanguageModel(
+        str(tmp_path),
+        config.language_model.dtype,
+        activation_checkpointing=config.language_model.activation_checkpointing,
+    )
+    prompts = make_prompts(artifacts, config.prompt, config.mapper.prefix_length)
+    mapper = initial_mapper(config.mapper, config.optimisation.seed, prompts, model)
+    report = MapperTrainer(mapper, model, prompts, config.optimisation).train_step()
+    assert math.isfinite(report.loss)
+    assert report.gradient_norm > 0
+    if config.vision.pretrained is not None:
+        assert open_clip.get_pretrained_cfg(config.vision.image_encoder, config.vision.pretrained)

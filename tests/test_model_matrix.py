@@ -6,21 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ENTITY_NAMES
+from conftest import ENTITY_NAMES, tiny_config
 from test_engines import link, make_prompts
 from test_packing import DEMONSTRATIONS, PROMPTS, D, P, plain_losses
-from transformers import (
-    AutoModelForCausalLM,
-    BloomConfig,
-    Gemma3TextConfig,
-    GPT2Config,
-    LlamaConfig,
-    MistralConfig,
-    OPTConfig,
-    PreTrainedConfig,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-)
+from transformers import AutoModelForCausalLM, BloomConfig, PreTrainedTokenizerFast
 
 from gemel_engine.config import EngineSettings
 from gemel_engine.errors import ConfigurationError
@@ -31,38 +20,6 @@ from gemel_engine.prompt import PromptBuilder, PromptSettings, encode_text
 from gemel_engine.transformers_engine import TransformersEngine
 from gemel_engine.vllm_engine import VllmEngine
 
-WINDOW = 12  # less than a prompt, so that it shows whether sliding windows are kept
-
-
-def make_config(family: str, vocab_size: int) -> PreTrainedConfig:
-    shape = {
-        "hidden_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "vocab_size": vocab_size,
-        "max_position_embeddings": 1024,
-        "bos_token_id": 1,
-        "eos_token_id": 0,
-    }
-    gated = shape | {"intermediate_size": 128, "num_key_value_heads": 1, "initializer_range": 0.2, "head_dim": 32}
-    if family == "opt":
-        return OPTConfig(**shape, ffn_dim=128, word_embed_proj_dim=64, init_std=0.2, pad_token_id=0)
-    if family == "gpt2":
-        return GPT2Config(
-            n_embd=64, n_layer=2, n_head=2, n_positions=1024, vocab_size=vocab_size, initializer_range=0.2,
-            bos_token_id=1, eos_token_id=0,
-        )  # fmt: skip
-    if family == "mistral":
-        return MistralConfig(**gated, sliding_window=WINDOW)
-    if family == "gemma3":
-        return Gemma3TextConfig(
-            **gated,
-            sliding_window=WINDOW,
-            layer_types=["sliding_attention", "full_attention"],
-            query_pre_attn_scalar=32,
-        )
-    return {"llama": LlamaConfig, "qwen3": Qwen3Config}[family](**gated)
-
 
 @pytest.fixture(scope="module", params=["opt", "llama", "mistral", "qwen3", "gemma3", "gpt2"])
 def model_directory(
@@ -70,7 +27,7 @@ def model_directory(
 ) -> Path:
     directory = tmp_path_factory.mktemp(request.param)
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(make_config(request.param, len(tokenizer))).save_pretrained(directory)
+    AutoModelForCausalLM.from_config(tiny_config(request.param, len(tokenizer))).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
 
