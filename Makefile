@@ -21,7 +21,7 @@ export VLLM_NO_USAGE_STATS = 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-all check format lint types bench requirements clean
+.PHONY: help install demo train-demo test test-all check format lint types bench requirements clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' Makefile
@@ -31,6 +31,9 @@ install: $(INSTALLED) ## create .venv with the pinned requirements and this proj
 demo: export VLLM_LOGGING_LEVEL = WARNING
 demo: $(KNOWLEDGE_BASE) $(DEMONSTRATIONS) $(FEATURE_MAPPER) ## link a few mentions of emoji, pictures and text, with real models
 	$(BIN)/python examples/demo.py
+
+train-demo: $(KNOWLEDGE_BASE) $(DEMONSTRATIONS) ## train the emoji feature mapper: hours
+	$(BIN)/python jobs/train.py jobs/configs/emoji.toml
 
 test: $(INSTALLED) ## run the fast tests
 	$(BIN)/pytest
