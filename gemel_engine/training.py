@@ -18,6 +18,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import ray
@@ -64,7 +65,7 @@ class TrainReport:
 
     Attributes:
         steps: Gradient steps, those before an interruption included.
-        loss: Of the last report, in nats a label token; None if no step was made.
+        loss: Mean over the steps of the last report, in nats a label token; None if no step was made.
         dev_accuracy: Of the mapper that was kept; None without validation.
         kept_step: Steps that this mapper had seen.
         examples: Training mentions.
@@ -251,10 +252,9 @@ def _loop(
     validate_every = config.validation.every_steps or trainer.steps_per_epoch
     if is_new:
         _report(trainer, {"step": 0} | _accuracy(validation, trainer), with_checkpoint=is_first)
-    started, num_mentions, num_tokens = time.monotonic(), 0, 0
+    started, results = time.monotonic(), []
     while trainer.step < trainer.num_steps:
-        result = trainer.train_step()
-        num_mentions, num_tokens = num_mentions + result.num_mentions, num_tokens + result.num_tokens
+        results.append(trainer.train_step())
         if progress is not None:
             progress.update(1)
         step, is_last = trainer.step, trainer.step == trainer.num_steps
@@ -266,16 +266,16 @@ def _loop(
         metrics = {
             "step": step,
             "epoch": step / trainer.steps_per_epoch,
-            "loss": result.loss,
-            "learning_rate": result.learning_rate,
-            "gradient_norm": result.gradient_norm,
-            "mentions_per_s": num_mentions / seconds,
-            "tokens_per_s_of_worker": num_tokens / seconds,
+            "loss": mean(result.loss for result in results),
+            "learning_rate": results[-1].learning_rate,
+            "gradient_norm": mean(result.gradient_norm for result in results),
+            "mentions_per_s": sum(result.num_mentions for result in results) / seconds,
+            "tokens_per_s_of_worker": sum(result.num_tokens for result in results) / seconds,
         }
         if is_validated:
             metrics |= _accuracy(validation, trainer)
         _report(trainer, metrics, with_checkpoint=is_saved and is_first)
-        started, num_mentions, num_tokens = time.monotonic(), 0, 0
+        started, results = time.monotonic(), []
     if progress is not None:
         progress.close()
 
@@ -397,6 +397,7 @@ def _example_identity(config: TrainConfig, plan: list[Shard]) -> dict[str, Any]:
     """What the prepared examples depend on; no setting of the optimiser or the mapper."""
     settings = json.loads(config_json(config))
     vision = {key: settings["vision"][key] for key in ("image_encoder", "pretrained", "max_image_pixels")}
-    settings = {key: settings[key] for key in ("retrieval", "image_source")} | {"vision": vision}
+    prompt = {key: settings["prompt"][key] for key in ("template", "query_reserve")}
+    settings = {key: settings[key] for key in ("retrieval", "image_source")} | {"vision": vision, "prompt": prompt}
     manifests = artifact_manifests(replace(config, vision=replace(config.vision, feature_mapper=None)))
     return {"settings": settings, "plan": shards.plan_identity(plan), "artifacts": manifests}

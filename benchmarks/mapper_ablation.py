@@ -1,0 +1,142 @@
+"""One factor at a time: prefix length, start, feature scaling, demonstrations with and without their pictures.
+
+python benchmarks/mapper_ablation.py [--rows ...]
+
+Each row trains the emoji mapper for a fixed number of steps with one setting changed, and links 300 mentions of dev with it,
+over all names and, as further rows of the same run, among the entities of the surface form. Rows that
+`benchmarks/results/mapper_ablation.json` has are skipped, so that the table can be made over days.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import random
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import tyro
+from emoji_mapper import CORPUS, entities_of_forms
+
+WORK = Path("build/mapper_ablation")
+RESULTS = Path("benchmarks/results/mapper_ablation.json")
+NUM_MENTIONS = 300
+NUM_STEPS = 60  # under a quarter of an hour on two cores
+
+# Settings that training and linking share, and those of training alone, for each row.
+ROWS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "base": ((), ()),
+    "P = 1": ((), ("--mapper.prefix-length", "1")),
+    "P = 8": ((), ("--mapper.prefix-length", "8")),
+    "random start": ((), ("--mapper.initialisation", "random")),
+    "features as they are": ((), ("--mapper.scaling", "none")),
+    "features z-scored": ((), ("--mapper.scaling", "z_score")),
+    "0 demonstrations": (("--retrieval.num-demonstrations", "0"), ()),
+    **{
+        f"{number} demonstrations{what}": (("--retrieval.num-demonstrations", str(number), *flags), ())
+        for number in (2, 4, 8)
+        for what, flags in (("", ()), (" without pictures", ("--prompt.no-demonstration-pictures",)))
+        if (number, what) != (4, "")
+    },
+}
+
+logger = logging.getLogger("mapper_ablation")
+
+
+def main(*, rows: tuple[str, ...] = tuple(ROWS)) -> None:
+    """Measure the rows that have no result yet.
+
+    Args:
+        rows: Which rows of the table.
+    """
+    WORK.mkdir(parents=True, exist_ok=True)
+    gold = write_sample()
+    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for name in rows:
+        if name not in results:
+            results[name] = measure(name, gold)
+            RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+            RESULTS.with_suffix(".md").write_text(table(results))
+            logger.info("%s: %s", name, results[name]["value"])
+
+
+def write_sample() -> dict[str, str]:
+    """Mentions of dev, each once over all names and once among its surface form's entities; returns the answers."""
+    rows = pq.read_table(CORPUS / "dev.parquet")
+    drawn = random.Random(1).sample(range(len(rows)), NUM_MENTIONS)
+    sample = rows.take(sorted(drawn)).to_pylist()
+    entities = entities_of_forms()
+    doubled = [
+        row | {"mention_id": f"{row['mention_id']}/{kind}", "candidate_ids": candidates}
+        for row in sample
+        for kind, candidates in (("all", None), ("form", entities[row["mention"]]))
+    ]
+    schema = rows.schema.append(pa.field("candidate_ids", pa.list_(pa.string())))
+    pq.write_table(pa.Table.from_pylist(doubled, schema=schema), WORK / "sample.parquet")
+    return {row["mention_id"]: row["entity_id"] for row in doubled}
+
+
+def measure(name: str, gold: dict[str, str]) -> dict[str, Any]:
+    """Train and link one row."""
+    shared, own = ROWS[name]
+    directory = WORK / name.replace(" ", "_").replace("=", "is")
+    training = [
+        *("jobs/train.py", "jobs/configs/emoji.toml", "--output", f"{directory}/training", *shared, *own),
+        *("--optimisation.max-steps", str(NUM_STEPS), "--examples", f"{WORK}/examples_{'_'.join(shared[1:2]) or '4'}"),
+    ]
+    linking = [
+        *("jobs/link_corpus.py", "examples/emoji/link.toml", "--input", f"{WORK}/sample.parquet"),
+        *(
+            "--output",
+            f"{directory}/linked",
+            "--vision.feature-mapper",
+            f"{directory}/training/feature_mapper",
+            *shared,
+        ),
+    ]
+    for command in (training, linking):
+        with (WORK / "log.txt").open("a") as log:
+            subprocess.run([sys.executable, *command], check=True, stdout=log, stderr=log)
+    linked = pq.read_table(directory / "linked/data", columns=["mention_id", "entity_id"]).to_pylist()
+    right = {row["mention_id"]: gold[row["mention_id"]] == row["entity_id"] for row in linked}
+    report = json.loads((directory / "training/report.json").read_text())
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    return {
+        "value": {
+            "accuracy_all": sum(right[key] for key in right if key.endswith("/all")) / NUM_MENTIONS,
+            "accuracy_surface_form": sum(right[key] for key in right if key.endswith("/form")) / NUM_MENTIONS,
+            "steps": report["steps"],
+            "loss": report["loss"],
+        },
+        "command": " && ".join(f"python {' '.join(command)}" for command in (training, linking)),
+        "commit": commit,
+        "conditions": f"{NUM_MENTIONS} mentions of dev, seed 1, {os.cpu_count()} cores {platform.machine()}, "
+        f"load {os.getloadavg()[2]:.1f}, {datetime.now(UTC):%Y-%m-%d}",
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    """All rows in Markdown; those without a result say so."""
+    lines = ["| | all names | form's entities | steps | loss |", "|---|---|---|---|---|"]
+    for name in ROWS:
+        if name not in results:
+            lines.append(f"| {name} | not measured yet | | | |")
+            continue
+        value = results[name]["value"]
+        lines.append(
+            f"| {name} | {value['accuracy_all']:.3f} | {value['accuracy_surface_form']:.3f} | {value['steps']} "
+            f"| {value['loss']:.3f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    tyro.cli(main)
