@@ -2,8 +2,8 @@
 
 python benchmarks/mapper_ablation.py [--rows ...]
 
-Each row trains the emoji mapper for a fixed number of steps with one setting changed, and links 300 mentions of dev with it,
-over all names and, as further rows of the same run, among the entities of the surface form. Rows that
+Each row trains the emoji mapper for a fixed number of steps with one setting changed, and links 300 mentions of dev
+with it, over all names and, as further rows of the same run, among the entities of the surface form. Rows that
 `benchmarks/results/mapper_ablation.json` has are skipped, so that the table can be made over days.
 """
 
