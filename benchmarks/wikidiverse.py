@@ -48,7 +48,8 @@ class Setting:
         return f"{kind}_{self.terminator}"
 
 
-# The cheap and telling ones first.
+# The cheap and telling ones first. Random demonstrations are measured with the default terminator alone: with EOS the
+# search spends its whole budget, and neither is a setting to use.
 SETTINGS = [
     Setting(0, "similar", "newline"),
     Setting(8, "similar", "newline"),
@@ -58,8 +59,6 @@ SETTINGS = [
     Setting(8, "similar", "eos"),
     Setting(4, "similar", "eos"),
     Setting(8, "random", "newline"),
-    Setting(4, "random", "eos"),
-    Setting(8, "random", "eos"),
 ]
 
 
