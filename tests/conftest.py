@@ -137,6 +137,12 @@ def mention_encoder_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.fixture(scope="session")
+def encoder(mention_encoder_directory: Path) -> MentionEncoder:
+    """The random BERT, in batches smaller than the tests'."""
+    return MentionEncoder(str(mention_encoder_directory), batch_size=4)
+
+
 def write_image_encoder(directory: Path, vision_config: Mapping[str, object], seed: int = 0) -> Path:
     """A random open_clip model as a local directory."""
     text_config = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "layers": 1}
