@@ -11,14 +11,11 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import platform
 import random
 import subprocess
 import sys
 from collections import defaultdict
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +23,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import tyro
 from numpy.typing import NDArray
+from record import record
 
 from gemel_engine.artifacts import Artifacts, open_artifacts
 from gemel_engine.config import LinkConfig, VisionSettings, load_config
@@ -137,8 +135,8 @@ class _Bench:
             right = [self._right(split, mapper, shuffled=row == "shuffled") for mapper in mappers]
         both = np.mean(right, axis=0)  # (2, mentions)
         return {
-            "accuracy_all": record(both[0], f"{row} {name}", len(right)),
-            "accuracy_surface_form": record(both[1], f"{row} {name}", len(right)),
+            "accuracy_all": noted(both[0], row, name, len(right)),
+            "accuracy_surface_form": noted(both[1], row, name, len(right)),
         }
 
     def accuracies(self, name: str, mapper: FeatureMapper | None) -> list[float]:
@@ -230,18 +228,12 @@ def normalised(rows: NDArray[np.float32]) -> NDArray[np.float32]:
     return rows / lengths
 
 
-def record(right: NDArray[np.float64], what: str, num_mappers: int) -> dict[str, Any]:
+def noted(right: NDArray[np.float64], row: str, split: str, num_mappers: int) -> dict[str, Any]:
     """An accuracy with its bootstrap 95% interval over mentions, and what made it."""
     means = np.random.default_rng(0).choice(right, (2000, len(right))).mean(axis=1)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
-    return {
-        "value": float(right.mean()),
-        "interval": [float(bound) for bound in np.quantile(means, [0.025, 0.975])],
-        "command": f"python benchmarks/emoji_mapper.py --rows {what.split()[0]} --splits {what.split()[1]}",
-        "commit": commit,
-        "conditions": f"{len(right)} mentions, {num_mappers} mapper(s), {os.cpu_count()} cores {platform.machine()}, "
-        f"{datetime.now(UTC):%Y-%m-%d}",
-    }
+    command = f"python benchmarks/emoji_mapper.py --rows {row} --splits {split}"
+    result = record(float(right.mean()), command, f"{len(right)} mentions of {split}, {num_mappers} mapper(s)")
+    return result | {"interval": [float(bound) for bound in np.quantile(means, [0.025, 0.975])]}
 
 
 def markdown(results: dict[str, Any]) -> str:

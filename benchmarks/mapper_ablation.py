@@ -11,12 +11,9 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import platform
 import random
 import subprocess
 import sys
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +21,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tyro
 from emoji_mapper import CORPUS, entities_of_forms
+from record import record
 
 WORK = Path("build/mapper_ablation")
 RESULTS = Path("benchmarks/results/mapper_ablation.json")
 NUM_MENTIONS = 300
+SEED = 1
 NUM_STEPS = 60  # under a quarter of an hour on two cores
 
 # Settings that training and linking share, and those of training alone, for each row.
@@ -70,7 +69,7 @@ def main(*, rows: tuple[str, ...] = tuple(ROWS)) -> None:
 def write_sample() -> dict[str, str]:
     """Mentions of dev, each once over all names and once among its surface form's entities; returns the answers."""
     rows = pq.read_table(CORPUS / "dev.parquet")
-    drawn = random.Random(1).sample(range(len(rows)), NUM_MENTIONS)
+    drawn = random.Random(SEED).sample(range(len(rows)), NUM_MENTIONS)
     sample = rows.take(sorted(drawn)).to_pylist()
     entities = entities_of_forms()
     doubled = [
@@ -107,19 +106,14 @@ def measure(name: str, gold: dict[str, str]) -> dict[str, Any]:
     linked = pq.read_table(directory / "linked/data", columns=["mention_id", "entity_id"]).to_pylist()
     right = {row["mention_id"]: gold[row["mention_id"]] == row["entity_id"] for row in linked}
     report = json.loads((directory / "training/report.json").read_text())
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
-    return {
-        "value": {
-            "accuracy_all": sum(right[key] for key in right if key.endswith("/all")) / NUM_MENTIONS,
-            "accuracy_surface_form": sum(right[key] for key in right if key.endswith("/form")) / NUM_MENTIONS,
-            "steps": report["steps"],
-            "loss": report["loss"],
-        },
-        "command": " && ".join(f"python {' '.join(command)}" for command in (training, linking)),
-        "commit": commit,
-        "conditions": f"{NUM_MENTIONS} mentions of dev, seed 1, {os.cpu_count()} cores {platform.machine()}, "
-        f"load {os.getloadavg()[2]:.1f}, {datetime.now(UTC):%Y-%m-%d}",
+    value = {
+        "accuracy_all": sum(right[key] for key in right if key.endswith("/all")) / NUM_MENTIONS,
+        "accuracy_surface_form": sum(right[key] for key in right if key.endswith("/form")) / NUM_MENTIONS,
+        "steps": report["steps"],
+        "loss": report["loss"],
     }
+    commands = " && ".join(f"python {' '.join(command)}" for command in (training, linking))
+    return record(value, commands, f"{NUM_MENTIONS} mentions of dev, seed {SEED}")
 
 
 def table(results: dict[str, Any]) -> str:

@@ -14,20 +14,17 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import platform
 import statistics
-import subprocess
 import time
 from collections import Counter
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import torch
 import tyro
+from record import record
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -87,15 +84,12 @@ def main(*, num_mentions: int = 64, num_rounds: int = 3) -> None:
         "plain_share_of_matmul_limit": 4 * parameters * num_plain / statistics.median(rates) / statistics.median(plain),
         "profile": step_profile(trainer),
     }
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
-    result = {
-        "value": value,
-        "command": f"python benchmarks/training_speed.py --num-mentions {num_mentions} --num-rounds {num_rounds}",
-        "commit": commit,
-        "conditions": f"SmolLM2-135M {config.language_model.dtype}, 4 demonstrations with pictures, batch "
-        f"{settings.batch_size}, {os.cpu_count()} cores {platform.machine()}, load {os.getloadavg()[1]:.1f}, "
-        f"{datetime.now(UTC):%Y-%m-%d}",
-    }
+    command = f"python benchmarks/training_speed.py --num-mentions {num_mentions} --num-rounds {num_rounds}"
+    what = (
+        f"SmolLM2-135M {config.language_model.dtype}, {config.retrieval.num_demonstrations} demonstrations with "
+        f"pictures, batch {settings.batch_size}"
+    )
+    result = record(value, command, what)
     RESULTS.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(value, indent=2))
 
@@ -105,7 +99,7 @@ def plain_epoch(model: FrozenLanguageModel, mapper: nn.Module, prompts: Training
     optimiser = torch.optim.AdamW(mapper.parameters(), lr=0.0)
     for number in range(len(prompts.examples)):
         loss = plain_loss(model, mapper, prompts, prompts[number]) / ACCUMULATION
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         if (number + 1) % ACCUMULATION == 0:
             nn.utils.clip_grad_norm_(mapper.parameters(), 1.0)
             optimiser.step()

@@ -11,20 +11,18 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import platform
 import random
 import subprocess
 import sys
 from collections import Counter
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import tyro
+from record import record
 
 RESULTS = Path("benchmarks/results/wikidiverse.json")
 WORK = Path("build/wikidiverse")
@@ -77,11 +75,11 @@ def main(
     results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     gold = {row["mention_id"]: row["entity_id"] for row in pq.read_table(WORK / "sample.parquet").to_pylist()}
     if "baseline_without_model" not in results:
-        results["baseline_without_model"] = record({"accuracy": baseline(data)}, language_model, mention_encoder)
+        results["baseline_without_model"] = noted({"accuracy": baseline(data)}, language_model, mention_encoder)
         save(results)
     for setting in SETTINGS:
         if setting.name not in results:
-            results[setting.name] = record(measure(setting, gold), language_model, mention_encoder)
+            results[setting.name] = noted(measure(setting, gold), language_model, mention_encoder)
             save(results)
         logger.info("%s %s", setting.name, results[setting.name]["value"])
 
@@ -167,18 +165,14 @@ def run(*command: str) -> None:
         subprocess.run([sys.executable, *command], check=True, stdout=log, stderr=log)
 
 
-def record(value: dict[str, float | None], language_model: str, mention_encoder: str) -> dict[str, Any]:
+def noted(value: dict[str, float | None], language_model: str, mention_encoder: str) -> dict[str, Any]:
     """A result with what made it."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
     num_mentions = pq.read_metadata(WORK / "sample.parquet").num_rows
-    return {
-        "value": value,
-        "command": f"python benchmarks/wikidiverse.py DATA --language-model {language_model} "
-        f"--mention-encoder {mention_encoder} --num-mentions {num_mentions}",
-        "commit": commit,
-        "conditions": f"{num_mentions} mentions of dev, seed {SEED}, text only, {os.cpu_count()} cores "
-        f"{platform.machine()}, load {os.getloadavg()[2]:.1f}, {datetime.now(UTC):%Y-%m-%d}",
-    }
+    command = (
+        f"python benchmarks/wikidiverse.py DATA --language-model {language_model} "
+        f"--mention-encoder {mention_encoder} --num-mentions {num_mentions}"
+    )
+    return record(value, command, f"{num_mentions} mentions of dev, seed {SEED}, text only")
 
 
 def save(results: dict[str, Any]) -> None:

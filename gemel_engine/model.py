@@ -9,6 +9,7 @@ import hashlib
 import json
 from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -189,7 +190,7 @@ def check_packable(name_or_path: str) -> None:
     """
     config = _load_config(name_or_path)
     layers = set(getattr(config.get_text_config(), "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    architecture = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    architecture: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)
     if architecture is None:
         raise ConfigurationError(f"{name_or_path} is a {type(config).__name__}: name a causal language model")
     missing = {"inputs_embeds", "position_ids", "logits_to_keep"} - signature(architecture.forward).parameters.keys()
@@ -202,9 +203,10 @@ def check_packable(name_or_path: str) -> None:
 
 def _load_config(name_or_path: str) -> PreTrainedConfig:
     try:
-        return AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ArtifactError(f"no language model can be loaded from {name_or_path!r}: {error}") from error
+    return config
 
 
 def _checkpoint_layers(model: PreTrainedModel, name: str) -> None:

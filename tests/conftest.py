@@ -19,6 +19,7 @@ os.environ |= {
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -83,7 +84,7 @@ SLIDING_WINDOW = 12  # less than a prompt, so that it shows whether sliding wind
 
 def tiny_config(family: str, vocab_size: int) -> PreTrainedConfig:
     """A language model of two layers and width 64; its logits are wide enough to be decided."""
-    shape = {"vocab_size": vocab_size, "bos_token_id": 1, "eos_token_id": 0}
+    shape: dict[str, Any] = {"vocab_size": vocab_size, "bos_token_id": 1, "eos_token_id": 0}
     if family == "gpt2":
         return GPT2Config(**shape, n_embd=64, n_layer=2, n_head=2, n_positions=1024, initializer_range=0.2)
     shape |= {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 1024}
@@ -94,21 +95,24 @@ def tiny_config(family: str, vocab_size: int) -> PreTrainedConfig:
         return MistralConfig(**gated, sliding_window=SLIDING_WINDOW)
     if family == "gemma3":
         layers = ["sliding_attention", "full_attention"]
-        window = {"sliding_window": SLIDING_WINDOW, "layer_types": layers}
+        window: dict[str, Any] = {"sliding_window": SLIDING_WINDOW, "layer_types": layers}
         return Gemma3TextConfig(**gated, **window, query_pre_attn_scalar=32)
-    return {"llama": LlamaConfig, "qwen3": Qwen3Config}[family](**gated)
+    return LlamaConfig(**gated) if family == "llama" else Qwen3Config(**gated)
+
+
+def save_tiny_model(family: str, tokenizer: PreTrainedTokenizerFast, directory: Path) -> Path:
+    """A random language model with the tokenizer, as a local directory."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config(family, len(tokenizer)))  # type: ignore[no-untyped-call]
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
 
 
 @pytest.fixture(scope="session")
 def language_models(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> dict[str, Path]:
-    """Random causal language models of two architectures, with the tokenizer, as local directories."""
-    directories = {}
-    for name in ("llama", "opt"):
-        directories[name] = tmp_path_factory.mktemp(name)
-        torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(tiny_config(name, len(tokenizer))).save_pretrained(directories[name])
-        tokenizer.save_pretrained(directories[name])
-    return directories
+    """Random causal language models of two architectures."""
+    return {family: save_tiny_model(family, tokenizer, tmp_path_factory.mktemp(family)) for family in ("llama", "opt")}
 
 
 @pytest.fixture(scope="session")

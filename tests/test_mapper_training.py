@@ -12,10 +12,10 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from conftest import ENTITY_NAMES, tiny_config
+from conftest import ENTITY_NAMES, save_tiny_model
 from torch import Tensor, distributed
 from torch.multiprocessing.spawn import spawn
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from gemel_engine.artifacts import Artifacts
 from gemel_engine.config import MapperSettings, OptimisationSettings, TrainConfig, load_config
@@ -165,9 +165,8 @@ def test_every_committed_configuration_makes_a_step(
 ) -> None:
     config = load_config(TrainConfig, path)
     family = {"facebook/opt-6.7b": "opt", "Qwen/Qwen3-8B-Base": "qwen3"}.get(config.language_model.name, "llama")
-    AutoModelForCausalLM.from_config(tiny_config(family, len(tokenizer))).save_pretrained(tmp_path)
     model = FrozenLanguageModel(
-        str(tmp_path),
+        str(save_tiny_model(family, tokenizer, tmp_path)),
         config.language_model.dtype,
         activation_checkpointing=config.language_model.activation_checkpointing,
     )

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ENTITY_NAMES, tiny_config
+from conftest import ENTITY_NAMES, save_tiny_model
 from test_engines import link, make_prompts
 from test_packing import DEMONSTRATIONS, PROMPTS, D, P, plain_losses
-from transformers import AutoModelForCausalLM, BloomConfig, PreTrainedTokenizerFast
+from transformers import BloomConfig, PreTrainedTokenizerFast
 
 from gemel_engine.config import EngineSettings
 from gemel_engine.errors import ConfigurationError
@@ -25,11 +25,7 @@ from gemel_engine.vllm_engine import VllmEngine
 def model_directory(
     request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    directory = tmp_path_factory.mktemp(request.param)
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(tiny_config(request.param, len(tokenizer))).save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory
+    return save_tiny_model(request.param, tokenizer, tmp_path_factory.mktemp(request.param))
 
 
 def test_packed_prompts_are_independent(model_directory: Path) -> None:
