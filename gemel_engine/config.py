@@ -12,10 +12,19 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import tyro
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import (
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+)
 
 from gemel_engine.errors import ConfigurationError
 from gemel_engine.image_source import ImagePolicy
@@ -25,6 +34,7 @@ from gemel_engine.types import FeatureScaling
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Config = TypeVar("Config")
+Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,6 +214,7 @@ class TrainedModelSettings(LanguageModelSettings):
             less memory, a third more work.
     """
 
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # float16 would need its gradients scaled
     activation_checkpointing: bool = False
 
 
@@ -220,11 +231,11 @@ class MapperSettings:
         ridge_gain: Of the closed form: factor on what deviates from the mean embedding.
     """
 
-    prefix_length: int = 4
+    prefix_length: PositiveInt = 4
     initialisation: Literal["random", "ridge"] = "random"
     scaling: FeatureScaling = "none"
-    ridge_penalty: float = 1.0
-    ridge_gain: float = 1.0
+    ridge_penalty: NonNegativeFloat = 1.0
+    ridge_gain: PositiveFloat = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -246,23 +257,17 @@ class OptimisationSettings:
         seed: Of the mapper's start and of the order of the mentions.
     """
 
-    epochs: int = 5
-    learning_rate: float = 1e-6
-    warmup_fraction: float = 0.1
-    weight_decay: float = 0.01
-    adam_epsilon: float = 1e-6
-    max_gradient_norm: float = 1.0
-    batch_size: int = 16
-    mentions_per_form: int = 8
-    max_pack_tokens: int = 4096
-    max_steps: int | None = None
+    epochs: NonNegativeInt = 5
+    learning_rate: PositiveFloat = 1e-6
+    warmup_fraction: Fraction = 0.1
+    weight_decay: NonNegativeFloat = 0.01
+    adam_epsilon: PositiveFloat = 1e-6
+    max_gradient_norm: PositiveFloat = 1.0
+    batch_size: PositiveInt = 16
+    mentions_per_form: PositiveInt = 8
+    max_pack_tokens: PositiveInt = 4096
+    max_steps: PositiveInt | None = None
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        if min(self.batch_size, self.mentions_per_form, self.max_pack_tokens) < 1 or self.epochs < 0:
-            raise ValueError("batch_size, mentions_per_form and max_pack_tokens must be at least 1, epochs at least 0")
-        if not 0 <= self.warmup_fraction <= 1:
-            raise ValueError(f"warmup_fraction is {self.warmup_fraction}: it must be between 0 and 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -274,8 +279,8 @@ class ValidationSettings:
         every_steps: Between two validations; None: at the end of each epoch. The last step always validates.
     """
 
-    num_mentions: int = 200
-    every_steps: int | None = None
+    num_mentions: NonNegativeInt = 200
+    every_steps: PositiveInt | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -293,18 +298,18 @@ class WorkerSettings:
         checkpoint_every: Steps between two checkpoints; a validation always makes one.
     """
 
-    num_workers: int = 1
-    min_workers: int | None = None
-    num_cpus: float = 1.0
+    num_workers: PositiveInt = 1
+    min_workers: PositiveInt | None = None
+    num_cpus: PositiveFloat = 1.0
     use_gpu: bool = False
-    num_threads: int | None = None
+    num_threads: PositiveInt | None = None
     max_failures: int = 3
-    report_every: int = 10
-    checkpoint_every: int = 100
+    report_every: PositiveInt = 10
+    checkpoint_every: PositiveInt = 100
 
     def __post_init__(self) -> None:
-        if not 1 <= (self.min_workers or 1) <= self.num_workers:
-            raise ValueError(f"min_workers {self.min_workers} must be between 1 and num_workers {self.num_workers}")
+        if (self.min_workers or 1) > self.num_workers:
+            raise ValueError(f"min_workers is {self.min_workers}: it must not be above num_workers {self.num_workers}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -355,8 +360,8 @@ class TrainConfig:
     workers: WorkerSettings = field(default_factory=WorkerSettings)
     resources: ResourceSettings = field(default_factory=ResourceSettings)
     examples: str | None = None
-    rows_per_shard: int = 1024
-    max_failed_fraction: float = 0.01
+    rows_per_shard: PositiveInt = 1024
+    max_failed_fraction: Fraction = 0.01
     verify_artifacts: bool = True
 
     def __post_init__(self) -> None:
@@ -381,6 +386,7 @@ def load_config(config_type: type[Config], path: Path, overrides: Sequence[str] 
         config = TypeAdapter(config_type).validate_python(values)
         if overrides:
             config = tyro.cli(config_type, default=config, args=list(overrides))
+            config = TypeAdapter(config_type).validate_python(TypeAdapter(config_type).dump_python(config))
         return config
     except ValidationError as error:
         raise ConfigurationError(f"the configuration {path} is wrong: {_describe(error, config_type)}") from error

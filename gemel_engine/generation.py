@@ -25,7 +25,7 @@ from gemel_engine.prefix_trie import PrefixTrie
 from gemel_engine.prompt import Block, Prompt, PromptBuilder, PromptSettings
 from gemel_engine.search import FoundName, NameSearch, RolloutEngine, SearchResult, SearchSettings, run_searches
 from gemel_engine.transformers_engine import TransformersEngine
-from gemel_engine.types import Candidate, Features, Mention, Prediction
+from gemel_engine.types import Candidate, Features, Mention, Prediction, check_features
 
 _CACHED_BLOCKS = 1 << 16
 
@@ -142,11 +142,7 @@ class EntityNameGenerator:
         mapper = self.artifacts.feature_mapper
         if features is None or mapper is None:
             return None
-        if len(features) != mapper.metadata.vision_width or not np.isfinite(features).all():
-            raise InvalidMentionError(
-                f"image_features holds {len(features)} numbers, of which {np.isfinite(features).sum()} are finite: "
-                f"the feature mapper takes {mapper.metadata.vision_width}"
-            )
+        check_features(features, mapper.metadata.vision_width)
         prefix: Tensor = mapper(torch.from_numpy(np.array(features))[None])[0]
         return prefix
 

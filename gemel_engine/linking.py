@@ -191,7 +191,7 @@ def _report(
     costs: Counter[str],
     seconds: float,
 ) -> LinkReport:
-    table = shards.summarise(config.output, ("error", "certified", "num_rollouts"))
+    table = shards.read_columns(f"{config.output}/data", ("error", "certified", "num_rollouts"))
     linked = table.filter(pc.is_null(table["error"]))
     rows_now = sum(shard.stop - shard.start for shard in remaining)
     mapper = artifacts.feature_mapper

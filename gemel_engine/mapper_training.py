@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -159,7 +160,7 @@ def initial_mapper(
         model: The language model, for its embeddings.
 
     Raises:
-        InputError: No example has a picture.
+        InputError: No example has a picture, or their image features differ in width.
     """
     numbers = [number for number, example in enumerate(prompts.examples) if example.features is not None]
     if not numbers:
@@ -228,13 +229,16 @@ class MapperTrainer:
         self._prompts = prompts
         self._settings = settings
         self._rank, self._world_size = rank, world_size
-        self._module: nn.Module = self.mapper if world_size == 1 else DistributedDataParallel(self.mapper)
+        self._module: nn.Module = self.mapper
+        if world_size > 1:
+            self._module = DistributedDataParallel(self.mapper, broadcast_buffers=False)
         decayed = [parameter for name, parameter in self.mapper.named_parameters() if name.endswith("weight")]
         others = [parameter for name, parameter in self.mapper.named_parameters() if not name.endswith("weight")]
         self._optimiser = torch.optim.AdamW(
             [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}],
             eps=settings.adam_epsilon,
         )
+        self._started_trained = mapper.metadata.trained
         self.step = 0
         self.steps_per_epoch = math.ceil(len(prompts.examples) / settings.batch_size)
         self.num_steps = settings.epochs * self.steps_per_epoch
@@ -252,7 +256,9 @@ class MapperTrainer:
             group["lr"] = learning_rate
         self._optimiser.zero_grad()
         loss, num_tokens = self._backward(share, num_labels)
-        gradient_norm = nn.utils.clip_grad_norm_(self.mapper.parameters(), self._settings.max_gradient_norm)
+        gradient_norm = nn.utils.clip_grad_norm_(
+            self.mapper.parameters(), self._settings.max_gradient_norm, error_if_nonfinite=True
+        )
         self._optimiser.step()
         self.step += 1
         if self._world_size > 1:
@@ -261,7 +267,7 @@ class MapperTrainer:
 
     def save(self, directory: Path) -> None:
         """Write a checkpoint: the mapper, the optimiser's state, and last `training.json`."""
-        self.mapper.metadata = replace(self.mapper.metadata, trained=self.step > 0)
+        self.mapper.metadata = replace(self.mapper.metadata, trained=self._started_trained or self.step > 0)
         self.mapper.save(directory)
         state = {
             f"{name}.{key}": value.detach().cpu().contiguous()
@@ -269,8 +275,8 @@ class MapperTrainer:
             for key, value in self._optimiser.state.get(parameter, {}).items()
         }
         save_file(state, directory / _OPTIMISER)
-        settings = asdict(self._settings)
-        write_manifest(directory / _STATE, {"step": self.step, "settings": settings, "format_version": FORMAT_VERSION})
+        manifest = {"step": self.step, "settings": self._trajectory(), "format_version": FORMAT_VERSION}
+        write_manifest(directory / _STATE, manifest)
 
     def load(self, directory: Path) -> None:
         """Go on from a checkpoint.
@@ -282,7 +288,7 @@ class MapperTrainer:
         manifest = read_manifest(directory / _STATE, FORMAT_VERSION)
         mapper = FeatureMapper.load(directory)
         ours = replace(self.mapper.metadata, trained=mapper.metadata.trained)
-        if manifest["settings"] != asdict(self._settings) or mapper.metadata != ours:
+        if manifest["settings"] != self._trajectory() or mapper.metadata != ours:
             raise ConfigurationError(f"the checkpoint {directory} is of another run: choose another output")
         self.mapper.load_state_dict(mapper.state_dict())
         self.mapper.metadata = mapper.metadata
@@ -298,12 +304,16 @@ class MapperTrainer:
             if on_device:
                 self._optimiser.state[parameter] = on_device
 
+    def _trajectory(self) -> dict[str, Any]:
+        """Settings that a continuation has to share; how a batch is cut into passes may change."""
+        return {name: value for name, value in asdict(self._settings).items() if name != "max_pack_tokens"}
+
     def _backward(self, share: Sequence[int], num_labels: int) -> tuple[Tensor, int]:
         """Add up the gradients of a share of the batch; returns its part of the loss, and the positions computed."""
         prompts = self._prompts
         labelled = sorted((prompts[number] for number in share), key=lambda prompt: prompt.demonstrations)
         limit, length = self._settings.max_pack_tokens, prompts.prefix_length
-        packs = list(split_into_packs(labelled, prompts.demonstration, length, limit))
+        packs = list(split_into_packs(labelled, prompts.demonstration, length, limit - len(prompts.builder.beginning)))
         loss, num_tokens = torch.zeros((), device=self._model.device), 0
         for number, pack in enumerate(packs):
             packed = pack_prompts(pack, prompts.demonstration, length, prompts.builder.beginning)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
-    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -96,7 +97,6 @@ class FrozenLanguageModel:
 
     Raises:
         ArtifactError: There is no such model.
-        ConfigurationError: It can't compute its layers again.
     """
 
     def __init__(
@@ -107,15 +107,22 @@ class FrozenLanguageModel:
         *,
         activation_checkpointing: bool = False,
     ) -> None:
+        config = _load_config(name_or_path)
+        if activation_checkpointing:
+            _remove_dropout(config)
         try:
-            model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=DTYPES[dtype], trust_remote_code=False)
+            model = AutoModelForCausalLM.from_pretrained(
+                name_or_path, config=config, dtype=DTYPES[dtype], trust_remote_code=False
+            )
         except (OSError, ValueError) as error:
             raise ArtifactError(f"no language model can be loaded from {name_or_path!r}: {error}") from error
         self.module = model.eval().requires_grad_(False)  # type: ignore[no-untyped-call]
         self.module.to(torch.device(device))
         self._embedding = model.get_input_embeddings()
+        self._checkpointed: list[nn.Module] = []
         if activation_checkpointing:
-            _checkpoint_layers(model, name_or_path)
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            self._checkpointed = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
 
     @property
     def device(self) -> torch.device:
@@ -152,15 +159,27 @@ class FrozenLanguageModel:
         if len(packed.pictures):
             positions = torch.from_numpy(packed.picture_positions).to(self.device)
             embeddings = embeddings.index_put((positions,), visual_prefixes.to(embeddings))
-        output = self.module(
-            inputs_embeds=embeddings[None],
-            attention_mask=self._attention_mask(packed),
-            position_ids=torch.from_numpy(packed.position_ids).to(self.device)[None],
-            use_cache=False,
-            logits_to_keep=torch.from_numpy(packed.label_positions).to(self.device),
-        )
+        with self._checkpointing():
+            output = self.module(
+                inputs_embeds=embeddings[None],
+                attention_mask=self._attention_mask(packed),
+                position_ids=torch.from_numpy(packed.position_ids).to(self.device)[None],
+                use_cache=False,
+                logits_to_keep=torch.from_numpy(packed.label_positions).to(self.device),
+            )
         labels = torch.from_numpy(packed.labels).to(self.device)
         return nn.functional.cross_entropy(output.logits[0].float(), labels, reduction="none")
+
+    @contextmanager
+    def _checkpointing(self) -> Iterator[None]:
+        """Have layers keep their inputs alone, if that is asked for: transformers goes by each layer's own flag."""
+        for layer in self._checkpointed:
+            layer.training = True
+        try:
+            yield
+        finally:
+            for layer in self._checkpointed:
+                layer.training = False
 
     def _attention_mask(self, packed: PackedPrompts) -> Tensor | dict[str, Tensor]:
         """What is added to attention scores, (1, 1, T, T); by kind of layer, where a model has several."""
@@ -181,24 +200,44 @@ class FrozenLanguageModel:
         return mask.masked_fill_(~seen, torch.finfo(mask.dtype).min)[None, None]
 
 
-def check_packable(name_or_path: str) -> None:
-    """See that a language model can be trained through: that prompts packed into one sequence are independent in it.
+def check_trainable(name_or_path: str, *, activation_checkpointing: bool = False) -> None:
+    """See that a feature mapper can be trained through a language model.
+
+    Prompts are packed into one sequence, in which they have to be independent of each other.
 
     Raises:
         ArtifactError: The model's configuration can't be loaded.
-        ConfigurationError: Its layers are not plain attention, or take positions from elsewhere than `position_ids`.
+        ConfigurationError: Its layers are not plain attention, take positions from elsewhere than `position_ids`, or
+            can't be computed again in the backward pass.
     """
     config = _load_config(name_or_path)
-    layers = set(getattr(config.get_text_config(), "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     architecture: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)
     if architecture is None:
         raise ConfigurationError(f"{name_or_path} is a {type(config).__name__}: name a causal language model")
+    text_config = config.get_text_config()
+    kinds = {*_listed(text_config, "layer_types"), *_listed(text_config, "block_types")}
+    layers = kinds - {"full_attention", "sliding_attention"} | {"local"} & {*_listed(text_config, "attention_layers")}
     missing = {"inputs_embeds", "position_ids", "logits_to_keep"} - signature(architecture.forward).parameters.keys()
-    if layers or missing:
-        reason = f"has layers of {', '.join(sorted(layers))}" if layers else f"takes no {', '.join(sorted(missing))}"
+    reason = None
+    if layers:
+        reason = f"has layers of {', '.join(sorted(layers))}"
+    elif missing:
+        reason = f"takes no {', '.join(sorted(missing))}"
+    elif getattr(text_config, "alibi", False):
+        reason = "takes positions from attention biases"
+    if reason is not None:
         raise ConfigurationError(
             f"{name_or_path}, a {architecture.__name__}, {reason}: the feature mapper can't be trained through it"
         )
+    if activation_checkpointing and not architecture.supports_gradient_checkpointing:
+        raise ConfigurationError(
+            f"{name_or_path}, a {architecture.__name__}, has no activation checkpointing: unset "
+            "language_model.activation_checkpointing"
+        )
+
+
+def _listed(config: PreTrainedConfig, name: str) -> Sequence[str]:
+    return getattr(config, name, None) or ()
 
 
 def _load_config(name_or_path: str) -> PreTrainedConfig:
@@ -209,18 +248,9 @@ def _load_config(name_or_path: str) -> PreTrainedConfig:
     return config
 
 
-def _checkpoint_layers(model: PreTrainedModel, name: str) -> None:
-    """Have each layer keep its input alone; the model stays in evaluation mode, without dropout."""
-    if not model.supports_gradient_checkpointing:
-        raise ConfigurationError(
-            f"{name} has no activation checkpointing: unset language_model.activation_checkpointing"
-        )
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    for layer in model.modules():
-        if isinstance(layer, GradientCheckpointingLayer):
-            for child in layer.modules():
-                if isinstance(child, nn.Dropout):
-                    child.p = 0.0
-            layer.training = True  # of this module alone: it is what transformers asks before it checkpoints
-            if hasattr(layer, "dropout"):
-                setattr(layer, "dropout", 0.0)  # noqa: B010 - OPT's layers ask the same flag for a dropout of their own
+def _remove_dropout(config: PreTrainedConfig) -> None:
+    """Set every dropout to zero: where a layer's flag says training, it would ask the same flag."""
+    text_config = config.get_text_config()
+    for name, value in vars(text_config).items():
+        if isinstance(value, float) and ("dropout" in name or name.endswith("pdrop")):
+            setattr(text_config, name, 0.0)

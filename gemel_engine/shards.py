@@ -165,10 +165,10 @@ def commit_shard(output: str, shard: Shard, part_uris: Sequence[str]) -> bool:
     )
 
 
-def summarise(output: str, columns: Sequence[str]) -> pa.Table:
-    """Small columns of all finished shards."""
+def read_columns(directory: str, columns: Sequence[str]) -> pa.Table:
+    """Small columns of all Parquet files of a directory."""
     tables = []
-    for file in storage.list_parquet(f"{output}/data"):
+    for file in storage.list_parquet(directory):
         file_system, path = storage.resolve(file.uri)
         tables.append(pq.read_table(path, columns=list(columns), filesystem=file_system, partitioning=None))
     return pa.concat_tables(tables)

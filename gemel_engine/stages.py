@@ -25,7 +25,7 @@ from gemel_engine.errors import ImageFetchError, MentionError
 from gemel_engine.image_source import ImagePolicy, fetch_image
 from gemel_engine.shards import Shard
 from gemel_engine.storage import download_directory
-from gemel_engine.types import Mention, Prediction, predictions_to_table
+from gemel_engine.types import Mention, Prediction, check_features, predictions_to_table
 
 _COLUMNS = ("mention_id", "text", "mention", "mention_start", "candidate_ids")
 IMAGE_COLUMNS = ("image_bytes", "image_uri")
@@ -162,41 +162,53 @@ class GenerateEntityNames:
 
 
 class CheckExamples:
-    """Sets the `error` of mentions that can't be trained on: of an unknown entity, or with too long a text."""
+    """Sets the `error` of mentions that can't be trained on: an unknown entity, too long a text, bad features."""
 
     def __init__(self, config: TrainConfig) -> None:
-        from gemel_engine.knowledge_base import KnowledgeBase
-        from gemel_engine.model import load_tokenizer
+        import torch
+
+        from gemel_engine.artifacts import open_artifacts
         from gemel_engine.prompt import PromptBuilder
 
-        self._knowledge_base = KnowledgeBase.open(download_directory(config.knowledge_base))
-        self._builder = PromptBuilder(load_tokenizer(config.language_model.name), config.prompt)
+        artifacts = open_artifacts(config)
+        mapper, index = artifacts.feature_mapper, artifacts.index
+        self._knowledge_base = artifacts.knowledge_base
+        self._builder = PromptBuilder(artifacts.tokenizer, config.prompt)
+        prefix_length = config.mapper.prefix_length if mapper is None else mapper.metadata.prefix_length
+        self._stand_in = torch.empty(prefix_length, 0)
+        self._width = mapper.metadata.vision_width if mapper is not None else index and index.metadata.vision_width
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Check a batch."""
         errors = batch["error"].to_pylist()
         entity_ids = [entity_id or "" for entity_id in batch["entity_id"].to_pylist()]
         names = self._knowledge_base.names_of_entities(entity_ids)
-        for row, (mention, name) in enumerate(zip(_mentions(batch), names, strict=True)):
+        features = _column(batch, "image_features")
+        for row, mention in enumerate(_mentions(batch)):
             if mention is None:
                 continue
-            if name is None:
+            if names[row] is None:
                 errors[row] = f"unknown_entity: {entity_ids[row]!r} is not in the knowledge base"
                 continue
             try:
-                self._builder.question(mention.text, mention.mention, None)
+                self._check(mention, features[row])
             except MentionError as error:
                 errors[row] = str(error)
         return _with_errors(batch, errors)
 
+    def _check(self, mention: Mention, features: list[float] | None) -> None:
+        self._builder.question(mention.text, mention.mention, None if features is None else self._stand_in)
+        if features is not None:
+            check_features(np.array(features, np.float32), self._width or len(features))
+
 
 def write_examples(batch: pa.Table, directory: str) -> pa.Table:
     """Store prepared mentions; returns a receipt."""
-    first = batch.slice(0, 1).to_pylist()[0]
-    storage.write_bytes(
-        f"{directory}/shard-{first['shard']:05d}-{first['row']:08d}.parquet", shards.parquet_bytes(batch)
-    )
-    return pa.table({"num_rows": [batch.num_rows]})
+    (first,) = batch.select(["shard", "row"]).slice(0, 1).to_pylist()
+    name = f"shard-{first['shard']:05d}-{first['row']:08d}.parquet"
+    storage.write_bytes(f"{directory}/{name}", shards.parquet_bytes(batch))
+    usable = pc.and_(pc.is_null(batch["error"]), pc.is_valid(batch["image_features"]))
+    return pa.table({"num_rows": [batch.num_rows], "num_pictures": [pc.sum(usable).as_py() or 0]})
 
 
 def read_file(batch: pa.Table) -> pa.Table:

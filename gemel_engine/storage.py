@@ -63,7 +63,7 @@ def local_path(uri: str) -> Path | None:
 def resolve(uri: str) -> tuple[FileSystem, str]:
     """Return the pyarrow file system of an address and the path inside it, for pyarrow's own readers and writers.
 
-    The S3 file system must not be sent to another process: call `resolve` there.
+    The S3 file system holds no secret: it is built from the environment, also where it is sent to another process.
     """
     path = local_path(uri)
     if path is not None:

@@ -14,6 +14,7 @@ import os
 import random
 import tempfile
 import time
+import uuid
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -34,7 +35,7 @@ from torch import distributed
 from gemel_engine import shards, storage
 from gemel_engine.artifacts import Artifacts, open_artifacts
 from gemel_engine.config import TrainConfig, config_json
-from gemel_engine.errors import InputError, TooManyFailuresError
+from gemel_engine.errors import ConfigurationError, InputError, TooManyFailuresError
 from gemel_engine.feature_mapper import FeatureMapper
 from gemel_engine.generation import EntityNameGenerator
 from gemel_engine.linker import check_encoders
@@ -46,7 +47,7 @@ from gemel_engine.mapper_training import (
     initial_mapper,
     read_examples,
 )
-from gemel_engine.model import FrozenLanguageModel, check_packable, language_model_fingerprint
+from gemel_engine.model import FrozenLanguageModel, check_trainable, language_model_fingerprint
 from gemel_engine.prompt import PromptBuilder
 from gemel_engine.shards import Shard
 from gemel_engine.stages import CheckExamples, read_file, write_examples
@@ -54,9 +55,12 @@ from gemel_engine.transformers_engine import TransformersEngine
 
 logger = logging.getLogger(__name__)
 
-# Settings that may differ between a run and its continuation.
+# Settings that may differ between a run and its continuation, with two that save memory: see `_identity`.
 _NOT_IDENTITY = ("resources", "workers", "output", "examples", "max_failed_fraction", "verify_artifacts")
 _ACCURACY = "dev_accuracy"
+_SCORE = (
+    "checkpoint_score"  # what Ray Train keeps a checkpoint by: the dev accuracy, or less than any where it is unknown
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,24 +99,25 @@ def train_mapper(config: TrainConfig) -> TrainReport:
             many mentions can't be used.
     """
     started = time.monotonic()
-    check_packable(config.language_model.name)
+    check_trainable(config.language_model.name, activation_checkpointing=config.language_model.activation_checkpointing)
     config = replace(config, retrieval=replace(config.retrieval, exclude_mention=True))
     splits = {"train": config.train}
     if config.dev is not None and config.validation.num_mentions:
         splits["dev"] = config.dev
-    required = ("entity_id", *config.vision.required_columns)
+    required = ("entity_id", *(("image_features",) if config.vision.image_encoder is None else ()))
     plans = {split: shards.plan_shards(uri, config.rows_per_shard, required) for split, uri in splits.items()}
     artifacts = open_artifacts(config, verify=config.verify_artifacts)
     image_encoder = check_encoders(config, artifacts)
+    fingerprint = None if image_encoder is None else image_encoder.fingerprint
     shards.claim_output(config.output, _identity(config, plans))
     connect()
-    for split, plan in plans.items():
-        _prepare(config, split, plan)
-    left_out = {split: _left_out(config, split) for split in splits}
-    datasets = {split: _read_examples(config, split) for split in splits}
-    fingerprint = None if image_encoder is None else image_encoder.fingerprint
-    settings = {"config": config, "image_encoder_fingerprint": fingerprint, "working_directory": os.getcwd()}
-    result = _trainer(config, settings, datasets).fit()
+    _check_resources(config)
+    prepared = {split: _prepare(config, split, plan, fingerprint) for split, plan in plans.items()}
+    if not prepared["train"].num_pictures:
+        raise InputError(f"no mention of {config.train} has a usable picture: there is nothing to train on")
+    left_out = {split: _left_out(config, split, examples) for split, examples in prepared.items()}
+    datasets = {split: _read_examples(examples) for split, examples in prepared.items()}
+    result = _trainer(config, {"config": config, "image_encoder_fingerprint": fingerprint}, datasets).fit()
     num_examples = sum(shard.stop - shard.start for shard in plans["train"]) - sum(left_out["train"].values())
     report = _keep_best(config, result, num_examples, left_out, time.monotonic() - started)
     storage.write_bytes(f"{config.output}/report.json", json.dumps(asdict(report), indent=2).encode())
@@ -120,47 +125,80 @@ def train_mapper(config: TrainConfig) -> TrainReport:
     return report
 
 
-def _prepare(config: TrainConfig, split: str, plan: list[Shard]) -> None:
-    """Encode the pictures of a split and retrieve its demonstrations, unless that was done before."""
-    directory = _examples_directory(config, split)
-    shards.claim_output(directory, _example_identity(config, plan))
-    if storage.exists(f"{directory}/_SUCCESS"):
-        return
-    storage.remove_tree(f"{directory}/data")
-    dataset = encode_and_retrieve(config, plan, with_gold=True)
-    dataset = dataset.map_batches(
-        CheckExamples, fn_constructor_args=(config,), **actor_pool(config.resources.retrieval)
-    )
-    receipts = dataset.map_batches(
-        partial(write_examples, directory=f"{directory}/data"),
-        batch_size=None,
-        batch_format="pyarrow",
-        num_cpus=0.25,
-    ).take_all()
-    logger.info("prepared %d %s mentions in %s", sum(row["num_rows"] for row in receipts), split, directory)
-    storage.write_bytes(f"{directory}/_SUCCESS", b"")
+def _check_resources(config: TrainConfig) -> None:
+    """See that this machine has room for the workers; a cluster may grow."""
+    num_cpus = ray.cluster_resources().get("CPU", 0.0)
+    asked = (config.workers.min_workers or config.workers.num_workers) * config.workers.num_cpus
+    if "RAY_ADDRESS" not in os.environ and asked > num_cpus:
+        raise ConfigurationError(
+            f"the workers ask for {asked:g} CPUs, and this machine's Ray has {num_cpus:g}: lower workers.num_workers "
+            "or workers.num_cpus"
+        )
 
 
-def _examples_directory(config: TrainConfig, split: str) -> str:
-    return f"{config.examples or f'{config.output}/examples'}/{split}"
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Prepared:
+    """Prepared mentions of a split.
+
+    Attributes:
+        directory: Of the Parquet files.
+        num_rows: Mentions, unusable ones included.
+        num_pictures: Usable mentions with image features.
+    """
+
+    directory: str
+    num_rows: int
+    num_pictures: int
 
 
-def _read_examples(config: TrainConfig, split: str) -> Dataset:
-    """The prepared mentions of a split, a block for each file."""
-    files = storage.list_parquet(f"{_examples_directory(config, split)}/data")
+def _prepare(config: TrainConfig, split: str, plan: list[Shard], fingerprint: str | None) -> _Prepared:
+    """Encode the pictures of a split and retrieve its demonstrations, unless that was done before.
+
+    Several runs may prepare the same examples at once: each writes a directory of its own, and the first that is
+    complete is everybody's.
+    """
+    root = f"{config.examples or f'{config.output}/examples'}/{split}"
+    shards.claim_output(root, _example_identity(config, plan, fingerprint))
+    done = f"{root}/_prepared.json"
+    if not storage.exists(done):
+        directory = f"{root}/data-{uuid.uuid4().hex}"
+        dataset = encode_and_retrieve(config, plan, with_gold=True)
+        pool = actor_pool(config.resources.retrieval)
+        receipts = (
+            dataset.map_batches(CheckExamples, fn_constructor_args=(config,), **pool)
+            .map_batches(
+                partial(write_examples, directory=directory), batch_size=None, batch_format="pyarrow", num_cpus=0.25
+            )
+            .take_all()
+        )
+        counts = {name: sum(receipt[name] for receipt in receipts) for name in ("num_rows", "num_pictures")}
+        storage.create_exclusive(done, json.dumps({"directory": directory.rpartition("/")[2]} | counts).encode())
+    found = json.loads(storage.read_bytes(done))
+    return _Prepared(**found | {"directory": f"{root}/{found['directory']}"})
+
+
+def _read_examples(prepared: _Prepared) -> Dataset:
+    """Prepared mentions, a block for each file."""
+    files = storage.list_parquet(prepared.directory)
     dataset = ray.data.from_items([{"uri": file.uri} for file in files], override_num_blocks=len(files))
-    return dataset.map_batches(read_file, batch_size=1, batch_format="pyarrow", num_cpus=0.25)
+    # Workers may hold all CPUs while they read.
+    return dataset.map_batches(read_file, batch_size=1, batch_format="pyarrow", num_cpus=0)
 
 
-def _left_out(config: TrainConfig, split: str) -> dict[str, int]:
+def _left_out(config: TrainConfig, split: str, prepared: _Prepared) -> dict[str, int]:
     """Mentions of a split that can't be used, by reason.
 
     Raises:
-        InputError: None can be used.
+        InputError: None can be used, or not all prepared ones are to be seen from here.
         TooManyFailuresError: More of them than `max_failed_fraction` allows; an entity that the knowledge base lacks
             is no failure.
     """
-    table = shards.summarise(_examples_directory(config, split), ("error",))
+    table = shards.read_columns(prepared.directory, ("error",))
+    if len(table) != prepared.num_rows:
+        raise InputError(
+            f"{prepared.directory} shows {len(table)} of {prepared.num_rows} prepared mentions: set `output` or "
+            "`examples` to a place that all nodes share, such as s3://"
+        )
     reasons = Counter(error.partition(":")[0] for error in table["error"].drop_null().to_pylist())
     if reasons:
         logger.warning("%d of %d %s mentions are left out: %s", reasons.total(), len(table), split, dict(reasons))
@@ -170,13 +208,14 @@ def _left_out(config: TrainConfig, split: str) -> dict[str, int]:
     if num_failed > config.max_failed_fraction * len(table):
         raise TooManyFailuresError(
             f"{num_failed} of {len(table)} {split} mentions failed ({dict(reasons)}), more than max_failed_fraction "
-            f"{config.max_failed_fraction} allows: see the column `error` of {_examples_directory(config, split)}/data"
+            f"{config.max_failed_fraction} allows: see the column `error` in {prepared.directory}"
         )
     return dict(reasons)
 
 
 def _trainer(config: TrainConfig, settings: dict[str, Any], datasets: dict[str, Dataset]) -> TorchTrainer:
     workers = config.workers
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # addresses in a configuration may be relative
     file_system, path = storage.resolve(config.output)
     threads = {} if workers.num_threads is None else {"OMP_NUM_THREADS": str(workers.num_threads)}
     return TorchTrainer(
@@ -192,8 +231,8 @@ def _trainer(config: TrainConfig, settings: dict[str, Any], datasets: dict[str, 
             storage_path=path,
             storage_filesystem=file_system,
             failure_config=FailureConfig(max_failures=workers.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=2, checkpoint_score_attribute=_ACCURACY),
-            callbacks=[_TensorBoard(f"{config.output}/tensorboard")],
+            checkpoint_config=CheckpointConfig(num_to_keep=2, checkpoint_score_attribute=_SCORE),
+            callbacks=[_TensorBoard(f"{storage.local_path(config.output) or config.output}/tensorboard")],
             worker_runtime_env={"env_vars": threads},
         ),
         datasets=datasets,
@@ -204,7 +243,6 @@ def _trainer(config: TrainConfig, settings: dict[str, Any], datasets: dict[str, 
 
 def _train_worker(settings: dict[str, Any]) -> None:
     """What each training worker does."""
-    os.chdir(settings["working_directory"])  # Ray Train has left it, and addresses may be relative
     config: TrainConfig = settings["config"]
     context, device = train.get_context(), get_device()
     rank, world_size = context.get_world_rank(), context.get_world_size()
@@ -216,7 +254,7 @@ def _train_worker(settings: dict[str, Any]) -> None:
         str(device),
         activation_checkpointing=language_model.activation_checkpointing,
     )
-    mapper = artifacts.feature_mapper
+    mapper, fingerprint = artifacts.feature_mapper, settings["image_encoder_fingerprint"]
     prefix_length = config.mapper.prefix_length if mapper is None else mapper.metadata.prefix_length
     prompts = TrainingPrompts(_examples("train"), artifacts, config.prompt, prefix_length)
     if mapper is None:
@@ -224,7 +262,7 @@ def _train_worker(settings: dict[str, Any]) -> None:
     mapper.metadata = replace(
         mapper.metadata,
         language_model_fingerprint=language_model_fingerprint(language_model.name),
-        image_encoder_fingerprint=settings["image_encoder_fingerprint"],
+        image_encoder_fingerprint=fingerprint or mapper.metadata.image_encoder_fingerprint,
         details={},
     )
     trainer = MapperTrainer(mapper, model, prompts, config.optimisation, rank=rank, world_size=world_size)
@@ -282,6 +320,7 @@ def _loop(
 
 def _report(trainer: MapperTrainer, metrics: dict[str, Any], *, with_checkpoint: bool) -> None:
     """Report to Ray Train, which waits for all workers."""
+    metrics = metrics | {_SCORE: metrics.get(_ACCURACY, -1.0)}
     if not with_checkpoint:
         train.report(metrics)
         return
@@ -346,13 +385,15 @@ class _TensorBoard(UserCallback):  # type: ignore[misc]
     def after_report(self, run_context: object, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None) -> None:
         if self._writer is None:
             self._writer = SummaryWriter(tempfile.mkdtemp(prefix="gemel-tensorboard-"))
-        first = dict(metrics[0])
-        step = first.pop("step")
-        for name, value in first.items():
-            self._writer.add_scalar(name, value, step)
+        first = metrics[0]
+        for name in first.keys() - {"step", _SCORE}:
+            self._writer.add_scalar(name, first[name], first["step"])
         self._writer.flush()
         for path in Path(self._writer.logdir).iterdir():
-            storage.write_bytes(f"{self._uri}/{path.name}", path.read_bytes())
+            try:
+                storage.write_bytes(f"{self._uri}/{path.name}", path.read_bytes())
+            except OSError as error:  # it would end the training; the next report copies the file again
+                logger.warning("no TensorBoard events in %s for now: %s", self._uri, error)
 
 
 def _keep_best(
@@ -389,15 +430,17 @@ def _keep_best(
 def _identity(config: TrainConfig, plans: dict[str, list[Shard]]) -> dict[str, Any]:
     """What makes up a run: settings, input files and artifacts."""
     settings = {key: value for key, value in json.loads(config_json(config)).items() if key not in _NOT_IDENTITY}
+    del settings["optimisation"]["max_pack_tokens"], settings["language_model"]["activation_checkpointing"]
     plan = {split: shards.plan_identity(plan) for split, plan in plans.items()}
     return {"settings": settings, "plan": plan, "artifacts": artifact_manifests(config)}
 
 
-def _example_identity(config: TrainConfig, plan: list[Shard]) -> dict[str, Any]:
+def _example_identity(config: TrainConfig, plan: list[Shard], fingerprint: str | None) -> dict[str, Any]:
     """What the prepared examples depend on; no setting of the optimiser or the mapper."""
     settings = json.loads(config_json(config))
-    vision = {key: settings["vision"][key] for key in ("image_encoder", "pretrained", "max_image_pixels")}
+    vision = {"image_encoder": fingerprint, "max_image_pixels": config.vision.max_image_pixels}
     prompt = {key: settings["prompt"][key] for key in ("template", "query_reserve")}
     settings = {key: settings[key] for key in ("retrieval", "image_source")} | {"vision": vision, "prompt": prompt}
+    settings["prefix_length"] = config.mapper.prefix_length
     manifests = artifact_manifests(replace(config, vision=replace(config.vision, feature_mapper=None)))
     return {"settings": settings, "plan": shards.plan_identity(plan), "artifacts": manifests}

@@ -75,13 +75,13 @@ class TransformersEngine:
         What the prompt has in common with the one before it is not computed again.
         """
         if self._prefilled is None or self._prefilled[0] is not prompt:
-            # Without the model's configuration every layer keeps all positions, so that any number can be cut off.
-            cache: Cache = DynamicCache()
-            num_known = 0
-            if self._prefilled is not None:
-                num_known = _common_length(self._prefilled[0], prompt)
+            num_known = 0 if self._prefilled is None else _common_length(self._prefilled[0], prompt)
+            if self._prefilled is None or num_known == 0:
+                # Without the model's configuration every layer keeps all positions, so that any number can be cut off.
+                cache: Cache = DynamicCache()
+            else:
                 cache = self._prefilled[1]
-                cache.crop(num_known)
+                cache.crop(num_known - cache.get_seq_length())  # minus the number of positions to remove
             embeddings = self._model.embed_prompt(prompt)[num_known:].unsqueeze(0)  # (1, T - known, D)
             output = self._model.module(
                 inputs_embeds=embeddings, past_key_values=cache, use_cache=True, logits_to_keep=1

@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from gemel_engine.errors import InvalidMentionError
+
 FeatureScaling = Literal["none", "z_score", "z_score_norm"]
 Features = npt.NDArray[np.float32]  # of one picture (C,), or of a batch (B, C)
 
@@ -94,6 +96,19 @@ class Prediction:
     num_demonstrations_dropped: int | None = None
     num_rollouts: int | None = None
     error: str | None = None
+
+
+def check_features(features: Features, width: int) -> None:
+    """See that image features are of a feature mapper's width, and numbers.
+
+    Raises:
+        InvalidMentionError: They are not.
+    """
+    if features.shape != (width,) or not np.isfinite(features).all():
+        raise InvalidMentionError(
+            f"image_features holds {len(features)} numbers, {np.isfinite(features).sum()} of them finite: give the "
+            f"{width} that the feature mapper takes"
+        )
 
 
 PREDICTION_SCHEMA = pa.schema(

@@ -107,6 +107,37 @@ def test_vllm_equals_transformers(
     assert uncached.cache_statistics.num_cached_tokens == 0
 
 
+@pytest.mark.parametrize("activation_checkpointing", [False, True])
+def test_the_reference_forgets_what_two_prompts_do_not_share(
+    language_models: dict[str, Path],
+    trie: PrefixTrie,
+    tokenizer: PreTrainedTokenizerFast,
+    activation_checkpointing: bool,
+) -> None:
+    builder = PromptBuilder(tokenizer, PromptSettings())
+    pictures = [torch.randn(PREFIX_LENGTH, WIDTH, generator=torch.Generator().manual_seed(n)) * 0.3 for n in range(3)]
+    prompts = [
+        builder.build(
+            [builder.demonstration("A bear.", "bear", "brown bear", first)],
+            builder.question(f"They drew a {name}.", name, second),
+        )
+        for first, second, name in [
+            (pictures[0], pictures[1], "bear"),
+            (pictures[0], pictures[2], "bear"),
+            (pictures[1], pictures[2], "train"),  # another picture at the very beginning
+            (None, None, "train"),
+            (pictures[1], None, "train"),
+        ]
+    ]
+    model = FrozenLanguageModel(str(language_models["llama"]), activation_checkpointing=activation_checkpointing)
+    kept = TransformersEngine(model, trie, builder.terminator, NUM_CHILDREN)
+    plain = FrozenLanguageModel(str(language_models["llama"]))
+    for prompt in prompts:
+        fresh = TransformersEngine(plain, trie, builder.terminator, NUM_CHILDREN)
+        (expected,) = link(fresh, [prompt], trie, builder.terminator, max_in_flight=1)
+        assert_equal_results(link(kept, [prompt], trie, builder.terminator, max_in_flight=1), [expected])
+
+
 def test_pictures_never_share_a_cached_block(
     vllm_engines: tuple[Path, VllmEngine, VllmEngine], trie: PrefixTrie, tokenizer: PreTrainedTokenizerFast
 ) -> None:

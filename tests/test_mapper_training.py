@@ -102,6 +102,15 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(artifacts: dict[str, 
     assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(second), strict=True))
 
 
+def test_a_run_goes_on_with_smaller_packs(artifacts: dict[str, Path], tmp_path: Path) -> None:
+    first, _ = make_trainer(artifacts)
+    losses(first, 2)
+    first.save(tmp_path)
+    second, _ = make_trainer(artifacts, replace(SETTINGS, max_pack_tokens=60))
+    second.load(tmp_path)
+    assert losses(second, 2) == pytest.approx(losses(first, 2), abs=1e-4)
+
+
 def test_a_checkpoint_of_another_run_is_refused(artifacts: dict[str, Path], tmp_path: Path) -> None:
     trainer, _ = make_trainer(artifacts)
     trainer.save(tmp_path)
@@ -121,9 +130,20 @@ def test_neither_packs_nor_activation_checkpointing_change_a_step(artifacts: dic
             torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-3)
 
 
+def test_a_step_without_any_picture_changes_nothing(artifacts: dict[str, Path]) -> None:
+    trainer, _ = make_trainer(artifacts, replace(SETTINGS, batch_size=1, weight_decay=0.0))
+    before = weights(trainer)
+    trainer._prompts.examples = [
+        replace(example, features=None, demonstrations=()) for example in trainer._prompts.examples
+    ]
+    assert trainer.train_step().gradient_norm == 0
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(trainer), strict=True))
+
+
 def run_worker(rank: int, artifacts: dict[str, Path], output: Path) -> None:
     distributed.init_process_group("gloo", init_method=f"file://{output}.rendezvous", rank=rank, world_size=3)
-    trainer, _ = make_trainer(artifacts, rank=rank, world_size=3)
+    # Small packs, so that workers make several passes for a gradient, and not equally many.
+    trainer, _ = make_trainer(artifacts, replace(SETTINGS, max_pack_tokens=60), rank=rank, world_size=3)
     curve = losses(trainer, 8)
     if rank == 0:
         torch.save([torch.tensor(curve), *weights(trainer)], output)

@@ -13,7 +13,7 @@ from transformers import BloomConfig, PreTrainedTokenizerFast
 
 from gemel_engine.config import EngineSettings
 from gemel_engine.errors import ConfigurationError
-from gemel_engine.model import FrozenLanguageModel, check_packable
+from gemel_engine.model import FrozenLanguageModel, check_trainable
 from gemel_engine.packing import pack_prompts
 from gemel_engine.prefix_trie import PrefixTrie
 from gemel_engine.prompt import PromptBuilder, PromptSettings, encode_text
@@ -29,7 +29,7 @@ def model_directory(
 
 
 def test_packed_prompts_are_independent(model_directory: Path) -> None:
-    check_packable(str(model_directory))
+    check_trainable(str(model_directory))
     model = FrozenLanguageModel(str(model_directory))
     prefixes = torch.randn(9, P, D, generator=torch.Generator().manual_seed(0)).requires_grad_()
     expected = torch.cat([plain_losses(model, prompt, prefixes, beginning=1) for prompt in PROMPTS])
@@ -59,4 +59,4 @@ def test_both_engines_agree(model_directory: Path, tokenizer: PreTrainedTokenize
 def test_a_model_without_position_ids_is_refused(tmp_path: Path) -> None:
     BloomConfig(hidden_size=64, n_layer=1, n_head=2).save_pretrained(tmp_path)
     with pytest.raises(ConfigurationError, match="BloomForCausalLM, takes no position_ids"):
-        check_packable(str(tmp_path))
+        check_trainable(str(tmp_path))
