@@ -14,6 +14,7 @@ import logging
 import random
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,8 @@ ROWS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         if (number, what) != (4, "")
     },
 }
+
+_EXAMPLE_SETTINGS = ("--retrieval.num-demonstrations", "--mapper.prefix-length")
 
 logger = logging.getLogger("mapper_ablation")
 
@@ -78,7 +81,8 @@ def write_sample() -> dict[str, str]:
         for kind, candidates in (("all", None), ("form", entities[row["mention"]]))
     ]
     schema = rows.schema.append(pa.field("candidate_ids", pa.list_(pa.string())))
-    pq.write_table(pa.Table.from_pylist(doubled, schema=schema), WORK / "sample.parquet")
+    if not (WORK / "sample.parquet").exists():  # a run that was interrupted goes on with the file that it began with
+        pq.write_table(pa.Table.from_pylist(doubled, schema=schema), WORK / "sample.parquet")
     return {row["mention_id"]: row["entity_id"] for row in doubled}
 
 
@@ -86,9 +90,11 @@ def measure(name: str, gold: dict[str, str]) -> dict[str, Any]:
     """Train and link one row."""
     shared, own = ROWS[name]
     directory = WORK / name.replace(" ", "_").replace("=", "is")
+    # Runs share prepared examples where those do not differ: in the number of demonstrations and the prefix length.
+    examples = "_".join(value for key, value in pairwise((*shared, *own)) if key in _EXAMPLE_SETTINGS) or "base"
     training = [
         *("jobs/train.py", "jobs/configs/emoji.toml", "--output", f"{directory}/training", *shared, *own),
-        *("--optimisation.max-steps", str(NUM_STEPS), "--examples", f"{WORK}/examples_{'_'.join(shared[1:2]) or '4'}"),
+        *("--optimisation.max-steps", str(NUM_STEPS), "--examples", f"{WORK}/examples/{examples}"),
     ]
     linking = [
         *("jobs/link_corpus.py", "examples/emoji/link.toml", "--input", f"{WORK}/sample.parquet"),

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import h5py
@@ -60,7 +61,14 @@ def import_mapper(checkpoint: Path, language_model_width: int) -> FeatureMapper:
         found = sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__
         raise ArtifactError(f"{checkpoint} holds {found}, not the weight and bias of a linear layer")
     weight, bias = state["weight"], state["bias"]
-    if weight.ndim != 2 or bias.shape != weight.shape[:1] or weight.shape[0] % language_model_width:
+    if not all(isinstance(tensor, torch.Tensor) and torch.isfinite(tensor).all() for tensor in (weight, bias)):
+        raise ArtifactError(f"{checkpoint} holds a weight or bias that is no tensor of finite numbers")
+    if (
+        not weight.numel()
+        or weight.ndim != 2
+        or bias.shape != weight.shape[:1]
+        or weight.shape[0] % language_model_width
+    ):
         raise ArtifactError(
             f"{checkpoint} has a weight {tuple(weight.shape)} and a bias {tuple(bias.shape)}, which make no prefix of "
             f"embeddings of width {language_model_width}: name the language model that it was trained for"
@@ -92,13 +100,9 @@ def import_mentions(path: Path, features: Path | None) -> tuple[pa.Table, int]:
     Raises:
         InputError: A line is malformed, or a picture has no features; the message names the line.
     """
-    if features is None:
-        return _table(_rows(path, None))
-    try:
-        with h5py.File(features) as pictures:
-            return _table(_rows(path, pictures))
-    except OSError as error:
-        raise InputError(f"{features} is no readable HDF5 file ({error}); download it again") from error
+    with ExitStack() as files:
+        pictures = None if features is None else files.enter_context(_open_features(features))
+        return _table(_rows(path, pictures))
 
 
 def entities_of(mentions: pa.Table) -> pa.Table:
@@ -117,22 +121,33 @@ def _table(rows: Iterator[dict[str, object] | None]) -> tuple[pa.Table, int]:
     return pa.Table.from_pylist(kept, schema=_SCHEMA), num_left_out
 
 
+def _open_features(path: Path) -> h5py.File:
+    try:
+        return h5py.File(path)
+    except OSError as error:
+        raise InputError(f"{path} is no readable HDF5 file ({error}); download it again") from error
+
+
 def _rows(path: Path, pictures: h5py.File | None) -> Iterator[dict[str, object] | None]:
     """A row for each line; None for a mention without an entity."""
-    with path.open(encoding="utf-8") as lines:
+    try:
+        lines = path.open("rb")
+    except OSError as error:
+        raise InputError(f"{path} can't be read: {error}") from error
+    with lines:
         for number, line in enumerate(lines, start=1):
             where = f"{path}, line {number}"
             try:
-                fields = json.loads(line)
+                fields = json.loads(line)  # UnicodeDecodeError is a ValueError
                 mention, text, target, golden = (fields[key] for key in _KEYS)
             except (ValueError, KeyError, TypeError) as error:
                 raise InputError(f"{where} is no JSON object with {', '.join(_KEYS)}: {error!r}") from error
-            if not all(isinstance(value, str) for value in (mention, text, target, golden)):
-                raise InputError(f"{where}: {', '.join(_KEYS)} must be strings; correct the line")
+            picture = next((fields[key] for key in _PICTURE_KEYS if fields.get(key)), None)
+            if not all(isinstance(value, str) for value in (mention, text, target, golden, picture or "")):
+                raise InputError(f"{where}: {', '.join((*_KEYS, *_PICTURE_KEYS))} must be strings; correct the line")
             if golden == _NIL:
                 yield None
                 continue
-            picture = next((fields[key] for key in _PICTURE_KEYS if fields.get(key)), None)
             yield {
                 "mention_id": f"{path.stem}-{number:06d}",
                 "text": text,
@@ -144,7 +159,9 @@ def _rows(path: Path, pictures: h5py.File | None) -> Iterator[dict[str, object] 
 
 
 def _features(pictures: h5py.File, name: str, where: str) -> Features:
-    item = pictures.get(name)
+    # A link could lead out of the file.
+    linked = isinstance(pictures.get(name, getlink=True, default=None), h5py.ExternalLink)
+    item = None if linked else pictures.get(name)
     if not isinstance(item, h5py.Dataset):
         raise InputError(f"{where}: {pictures.filename} has no features of {name!r}; use the file made for this corpus")
     features = np.asarray(item[()], np.float32).ravel()

@@ -127,7 +127,7 @@ def train_mapper(config: TrainConfig) -> TrainReport:
 
 def _check_resources(config: TrainConfig) -> None:
     """See that this machine has room for the workers; a cluster may grow."""
-    num_cpus = ray.cluster_resources().get("CPU", 0.0)
+    num_cpus: float = ray.cluster_resources().get("CPU", 0.0)  # type: ignore[no-untyped-call]
     asked = (config.workers.min_workers or config.workers.num_workers) * config.workers.num_cpus
     if "RAY_ADDRESS" not in os.environ and asked > num_cpus:
         raise ConfigurationError(

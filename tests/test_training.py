@@ -136,31 +136,38 @@ def test_a_killed_worker_and_a_killed_job_change_nothing(config_path: Path, tmp_
     assert run_job(config_path, "--output", plain, *options).returncode == 0
     command = [sys.executable, "jobs/train.py", str(config_path), "--output", disturbed, *options]
     job = subprocess.Popen(command, cwd=ROOT, env=os.environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    kill_worker(wait_for_checkpoint(disturbed, 2))
+    wait_for_checkpoint(disturbed, 2)
+    kill_workers(job.pid)
     wait_for_checkpoint(disturbed, 4)
     job.send_signal(signal.SIGKILL)
     job.wait()
     assert run_job(config_path, "--output", disturbed, *options).returncode == 0
     a, b = (FeatureMapper.load(f"{output}/feature_mapper") for output in (plain, disturbed))
     assert torch.equal(a.linear.weight, b.linear.weight)
-    assert report(plain).steps == report(disturbed).steps == 60
+    found = [report(output) for output in (plain, disturbed)]
+    assert [item.steps for item in found] == [60, 60]
+    assert found[0].dev_accuracy == found[1].dev_accuracy
+    assert found[0].kept_step == found[1].kept_step
+    assert run_job(config_path, "--output", disturbed, *options).returncode == 0, "a finished run can be run again"
 
 
-def wait_for_checkpoint(output: str, count: int) -> str:
+def wait_for_checkpoint(output: str, count: int) -> None:
     seen: set[str] = set()
     deadline = time.monotonic() + 300
     while len(seen) < count:
         assert time.monotonic() < deadline, f"no {count} checkpoints in {output}"
         seen |= {path.name for path in Path(output, "checkpoints").glob("checkpoint_*")}
         time.sleep(0.05)
-    return output
 
 
-def kill_worker(output: str) -> None:
-    """Kill the training workers of the job with this output."""
-    for process in psutil.process_iter(["cmdline"]):
-        if any("RayTrainWorker" in part for part in process.info["cmdline"] or ()):
+def kill_workers(job: int) -> None:
+    """Kill the training workers of a job, and no others."""
+    killed = 0
+    for process in psutil.Process(job).children(recursive=True):
+        if "RayTrainWorker" in " ".join(process.cmdline()):
             process.kill()
+            killed += 1
+    assert killed, "no training worker to kill"
 
 
 @pytest.mark.heavy
