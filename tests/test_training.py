@@ -95,6 +95,7 @@ def report(output: str) -> TrainReport:
     return TrainReport(**json.loads(storage.read_bytes(f"{output}/report.json")))
 
 
+@pytest.mark.heavy
 def test_the_job_trains_a_mapper_on_two_workers(config_path: Path) -> None:
     finished = run_job(config_path, "--workers.num-workers", "2")
     assert finished.returncode == 0, finished.stderr[-5000:]
@@ -111,22 +112,31 @@ def test_the_job_trains_a_mapper_on_two_workers(config_path: Path) -> None:
     assert list(Path(config.output, "tensorboard").glob("events*"))
 
 
-def test_bad_input_stops_the_job_before_training(local_ray: None, config_path: Path, tmp_path: Path) -> None:
+def test_a_corpus_or_a_setting_that_is_wrong_stops_the_job_at_once(config_path: Path, tmp_path: Path) -> None:
     config = load_config(TrainConfig, config_path)
     no_gold = pq.read_table(config.train).drop_columns(["entity_id"])
     pq.write_table(no_gold, tmp_path / "no_gold.parquet")
     with pytest.raises(InputError, match="no column 'entity_id'"):
         train_mapper(replace(config, train=str(tmp_path / "no_gold.parquet")))
+    with pytest.raises(InputError, match="no column 'image_features'"):
+        train_mapper(replace(config, vision=replace(config.vision, image_encoder=None)))
     assert not storage.exists(config.output)
+    with pytest.raises(ConfigurationError, match=r"optimisation\.batch_size: .*greater than 0 \(got 0\)"):
+        load_config(TrainConfig, config_path, ["--optimisation.batch-size", "0"])
+
+
+@pytest.mark.heavy
+def test_mentions_that_cannot_be_used_are_counted(local_ray: None, config_path: Path, tmp_path: Path) -> None:
+    config = load_config(TrainConfig, config_path)
     strangers = write_split(tmp_path / "strangers.parquet", 4, entity_id=["X1"] * 4)
-    with pytest.raises(InputError, match=r"none of the 4 train mentions can be used: \{'unknown_entity': 4\}"):
-        train_mapper(replace(config, train=str(strangers), output=str(tmp_path / "strangers")))
+    other = replace(config, train=str(strangers), output=str(tmp_path / "strangers"))
+    with pytest.raises(InputError, match="no mention of .* has a usable picture"):
+        train_mapper(other)
+    with pytest.raises(ConfigurationError, match=r"differs in .*settings\.mapper\.prefix_length"):
+        train_mapper(replace(other, mapper=replace(config.mapper, prefix_length=3)))
     damaged = write_split(tmp_path / "damaged.parquet", 4, image_bytes=[picture("red"), b"?", None, None])
     with pytest.raises(TooManyFailuresError, match=r"1 of 4 train mentions failed \(\{'image': 1\}\)"):
         train_mapper(replace(config, train=str(damaged), output=str(tmp_path / "damaged")))
-    other = replace(config, output=str(tmp_path / "strangers"), train=str(strangers))
-    with pytest.raises(ConfigurationError, match=r"differs in .*settings\.mapper\.prefix_length"):
-        train_mapper(replace(other, mapper=replace(config.mapper, prefix_length=3)))
 
 
 @pytest.mark.heavy
