@@ -130,7 +130,7 @@ def test_mentions_that_cannot_be_used_are_counted(local_ray: None, config_path: 
     config = load_config(TrainConfig, config_path)
     strangers = write_split(tmp_path / "strangers.parquet", 4, entity_id=["X1"] * 4)
     other = replace(config, train=str(strangers), output=str(tmp_path / "strangers"))
-    with pytest.raises(InputError, match="no mention of .* has a usable picture"):
+    with pytest.raises(InputError, match=r"no mention of .* has a usable picture"):
         train_mapper(other)
     with pytest.raises(ConfigurationError, match=r"differs in .*settings\.mapper\.prefix_length"):
         train_mapper(replace(other, mapper=replace(config.mapper, prefix_length=3)))
