@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch._dynamo
 from torch import Tensor
 from vllm import EngineArgs, LLMEngine, SamplingParams
 from vllm.config import VllmConfig
@@ -71,6 +72,9 @@ class VllmEngine:
         self.cache_statistics = CacheStatistics()
         _set_environment(settings)
         on_cpu = not torch.cuda.is_available()
+        if on_cpu:
+            # Compiling the sampler's one small function costs a process more than a small job has to compute.
+            torch._dynamo.config.disable = True
         self._engine = LLMEngine.from_engine_args(
             EngineArgs(
                 model=settings.name,
