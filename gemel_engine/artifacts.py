@@ -4,33 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from transformers import PreTrainedTokenizerFast
 
-from gemel_engine.config import LanguageModelSettings, VisionSettings
+from gemel_engine.config import JobConfig
 from gemel_engine.errors import ArtifactError
 from gemel_engine.feature_mapper import FeatureMapper
 from gemel_engine.knowledge_base import KnowledgeBase, tokenizer_fingerprint
 from gemel_engine.model import language_model_fingerprint, language_model_width, load_tokenizer
-from gemel_engine.prompt import PromptBuilder, PromptSettings
+from gemel_engine.prompt import PromptBuilder
 from gemel_engine.retrieval import DemonstrationIndex
 from gemel_engine.storage import download_directory
-
-
-class NamesArtifacts(Protocol):
-    """A configuration that names artifacts: of linking, or of training."""
-
-    @property
-    def knowledge_base(self) -> str: ...  # noqa: D102
-    @property
-    def demonstrations(self) -> str | None: ...  # noqa: D102
-    @property
-    def language_model(self) -> LanguageModelSettings: ...  # noqa: D102
-    @property
-    def vision(self) -> VisionSettings: ...  # noqa: D102
-    @property
-    def prompt(self) -> PromptSettings: ...  # noqa: D102
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +34,7 @@ class Artifacts:
     feature_mapper: FeatureMapper | None
 
 
-def open_artifacts(config: NamesArtifacts, *, verify: bool = False) -> Artifacts:
+def open_artifacts(config: JobConfig, *, verify: bool = False) -> Artifacts:
     """Open what a configuration names; a directory in S3 is copied to this node once.
 
     Args:
@@ -80,7 +64,7 @@ def open_artifacts(config: NamesArtifacts, *, verify: bool = False) -> Artifacts
     return Artifacts(tokenizer, knowledge_base, directory / "trie", index, mapper)
 
 
-def _check_mapper(config: NamesArtifacts, mapper: FeatureMapper, index: DemonstrationIndex | None) -> None:
+def _check_mapper(config: JobConfig, mapper: FeatureMapper, index: DemonstrationIndex | None) -> None:
     name, metadata = f"the feature mapper {config.vision.feature_mapper}", mapper.metadata
     width = language_model_width(config.language_model.name)
     if metadata.language_model_width != width:

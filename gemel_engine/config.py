@@ -158,33 +158,31 @@ class ResourceSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LinkConfig:
-    """One run of the linking job.
+class JobConfig:
+    """What every job over a corpus of mentions is told.
 
     Attributes:
-        input: Parquet file or directory of mentions, local or `s3://`.
-        output: Directory for predictions and the report, local or `s3://`.
+        output: Directory for what the job makes, local or `s3://`.
         knowledge_base: Directory made by `jobs/build_knowledge_base.py`.
         demonstrations: Directory made by `jobs/build_demonstration_index.py`; None: no demonstrations.
-        language_model: The frozen language model and its engine.
+        language_model: The frozen language model.
         retrieval: Which demonstrations precede a question.
         vision: How pictures become visual prefixes.
         image_source: Which image addresses may be read.
         prompt: How prompts are laid out.
         search: How far decoding searches.
         resources: The stages' actor pools.
-        rows_per_shard: Rows of one output file, the unit of work that a rerun skips or repeats.
-        max_failed_fraction: The job fails at its end when more rows than this end in an `error`.
+        rows_per_shard: Rows that are worked on at a time.
+        max_failed_fraction: The job fails when more rows than this end in an `error`.
         verify_artifacts: Check the artifacts' checksums before starting.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")  # also for the settings within
 
-    input: str
     output: str
     knowledge_base: str
     demonstrations: str | None = None
-    language_model: EngineSettings
+    language_model: LanguageModelSettings
     retrieval: RetrievalSettings = field(default_factory=RetrievalSettings)
     vision: VisionSettings = field(default_factory=VisionSettings)
     image_source: ImagePolicy = field(default_factory=ImagePolicy)
@@ -196,13 +194,32 @@ class LinkConfig:
     verify_artifacts: bool = True
 
     def __post_init__(self) -> None:
-        _check_retrieval(self.demonstrations, self.retrieval)
-        if self.vision.image_encoder is not None and self.vision.feature_mapper is None:
-            raise ValueError("vision.image_encoder needs vision.feature_mapper: set both, or neither")
+        if self.demonstrations is not None and self.retrieval.mention_encoder is None:
+            raise ValueError(
+                "demonstrations need retrieval.mention_encoder, the encoder that their index was built with"
+            )
         if self.rows_per_shard < 1:
             raise ValueError(f"rows_per_shard is {self.rows_per_shard}: it must be at least 1")
         if not 0 <= self.max_failed_fraction <= 1:
             raise ValueError(f"max_failed_fraction is {self.max_failed_fraction}: it must be between 0 and 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkConfig(JobConfig):
+    """One run of the linking job; a shard of `rows_per_shard` rows is one output file, which a rerun skips or repeats.
+
+    Attributes:
+        input: Parquet file or directory of mentions, local or `s3://`.
+        language_model: The frozen language model and its engine.
+    """
+
+    input: str
+    language_model: EngineSettings
+
+    def __post_init__(self) -> None:
+        JobConfig.__post_init__(self)  # super() does not know a class with slots
+        if self.vision.image_encoder is not None and self.vision.feature_mapper is None:
+            raise ValueError("vision.image_encoder needs vision.feature_mapper: set both, or neither")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -313,59 +330,31 @@ class WorkerSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TrainConfig:
-    """One run of the training job.
+class TrainConfig(JobConfig):
+    """One run of the training job; `prompt` is to be the same in linking, and a mention is never its own demonstration.
 
     Attributes:
         train: Parquet file or directory of mentions with `entity_id`, local or `s3://`.
         dev: The same, to validate on; None to do without.
-        output: Directory for the mapper, checkpoints and the report, local or `s3://`.
-        knowledge_base: Directory made by `jobs/build_knowledge_base.py`; the names to learn.
-        demonstrations: Directory made by `jobs/build_demonstration_index.py`, usually from `train`; None: none.
         language_model: The frozen language model.
-        retrieval: Which demonstrations precede a question; a mention is never its own.
         vision: The image encoder, None for features that the mentions bring; a `feature_mapper` here is where
             training starts.
-        image_source: Which image addresses may be read.
-        prompt: How prompts are laid out; to be the same in linking.
         mapper: The feature mapper before its first step.
         optimisation: Optimiser and schedule.
         validation: Decoding of dev mentions during training.
-        search: How far that decoding searches.
         workers: Training workers.
-        resources: Actor pools that encode pictures and retrieve demonstrations.
         examples: Directory for the prepared training examples, which runs with the same encoders and retrieval may
             share; None: in the output.
-        rows_per_shard: Rows that are prepared at a time.
-        max_failed_fraction: The job fails when more of the mentions than this can't be used.
-        verify_artifacts: Check the artifacts' checksums before starting.
     """
-
-    __pydantic_config__ = ConfigDict(extra="forbid")
 
     train: str
     dev: str | None = None
-    output: str
-    knowledge_base: str
-    demonstrations: str | None = None
     language_model: TrainedModelSettings
-    retrieval: RetrievalSettings = field(default_factory=RetrievalSettings)
-    vision: VisionSettings = field(default_factory=VisionSettings)
-    image_source: ImagePolicy = field(default_factory=ImagePolicy)
-    prompt: PromptSettings = field(default_factory=PromptSettings)
     mapper: MapperSettings = field(default_factory=MapperSettings)
     optimisation: OptimisationSettings = field(default_factory=OptimisationSettings)
     validation: ValidationSettings = field(default_factory=ValidationSettings)
-    search: SearchSettings = field(default_factory=SearchSettings)
     workers: WorkerSettings = field(default_factory=WorkerSettings)
-    resources: ResourceSettings = field(default_factory=ResourceSettings)
     examples: str | None = None
-    rows_per_shard: PositiveInt = 1024
-    max_failed_fraction: Fraction = 0.01
-    verify_artifacts: bool = True
-
-    def __post_init__(self) -> None:
-        _check_retrieval(self.demonstrations, self.retrieval)
 
 
 def load_config(config_type: type[Config], path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -395,11 +384,6 @@ def load_config(config_type: type[Config], path: Path, overrides: Sequence[str] 
 def config_json(config: object) -> str:
     """The resolved settings as canonical JSON: what is saved with an output."""
     return json.dumps(TypeAdapter(type(config)).dump_python(config, mode="json"), indent=2, sort_keys=True)
-
-
-def _check_retrieval(demonstrations: str | None, retrieval: RetrievalSettings) -> None:
-    if demonstrations is not None and retrieval.mention_encoder is None:
-        raise ValueError("demonstrations need retrieval.mention_encoder, the encoder that their index was built with")
 
 
 def _describe(error: ValidationError, config_type: type[Any]) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from gemel_engine.artifacts import Artifacts, open_artifacts
-from gemel_engine.config import LinkConfig, RetrievalSettings, TrainConfig, VisionSettings
+from gemel_engine.config import JobConfig, LinkConfig, RetrievalSettings, VisionSettings
 from gemel_engine.errors import ArtifactError, ConfigurationError, ImageError
 from gemel_engine.generation import EntityNameGenerator
 from gemel_engine.mention_encoder import MentionEncoder
@@ -57,7 +57,7 @@ def load_picture_encoder(settings: VisionSettings) -> PictureEncoder:
     return PictureEncoder(encoder, settings.max_image_pixels, settings.batch_size)
 
 
-def check_encoders(config: LinkConfig | TrainConfig, artifacts: Artifacts) -> ImageEncoder | None:
+def check_encoders(config: JobConfig, artifacts: Artifacts) -> ImageEncoder | None:
     """Load the encoders once, to see that they are the ones that the artifacts were made with.
 
     Returns:

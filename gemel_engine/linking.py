@@ -23,7 +23,7 @@ import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 
 from gemel_engine import shards, storage
-from gemel_engine.config import LinkConfig, PoolSettings, TrainConfig, config_json
+from gemel_engine.config import JobConfig, LinkConfig, PoolSettings, config_json
 from gemel_engine.errors import TooManyFailuresError
 from gemel_engine.shards import Shard
 from gemel_engine.stages import (
@@ -130,7 +130,7 @@ def stream_parts(config: LinkConfig, remaining: Sequence[Shard]) -> Dataset:
     )
 
 
-def encode_and_retrieve(config: LinkConfig | TrainConfig, plan: Sequence[Shard], *, with_gold: bool = False) -> Dataset:
+def encode_and_retrieve(config: JobConfig, plan: Sequence[Shard], *, with_gold: bool = False) -> Dataset:
     """Mentions with their image features and the rows of their demonstrations; `with_gold` keeps `entity_id`."""
     with_pictures = config.vision.image_encoder is not None
     columns = ("image_features", *(IMAGE_COLUMNS if with_pictures else ()), *(("entity_id",) if with_gold else ()))
@@ -226,7 +226,7 @@ def _identity(config: LinkConfig, plan: Sequence[Shard]) -> dict[str, Any]:
     return {"settings": settings, "plan": shards.plan_identity(plan), "artifacts": artifact_manifests(config)}
 
 
-def artifact_manifests(config: LinkConfig | TrainConfig) -> dict[str, Any]:
+def artifact_manifests(config: JobConfig) -> dict[str, Any]:
     """What the artifacts of a run say of themselves, checksums included."""
     manifests = {
         "knowledge_base": f"{config.knowledge_base}/knowledge_base.json",

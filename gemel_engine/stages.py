@@ -1,4 +1,4 @@
-"""What the linking job does to a block of rows: tables in, tables out.
+"""What the linking and training jobs do to a block of rows: tables in, tables out.
 
 Each function or class is one stage; it adapts columns, and what it does stands in other modules, which are imported
 where they run: a process that only reads rows does not load four libraries of models. A row that fails carries its
@@ -164,19 +164,17 @@ class GenerateEntityNames:
 class CheckExamples:
     """Sets the `error` of mentions that can't be trained on: an unknown entity, too long a text, bad features."""
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, prefix_length: int, vision_width: int | None) -> None:
         import torch
 
-        from gemel_engine.artifacts import open_artifacts
+        from gemel_engine.knowledge_base import KnowledgeBase
+        from gemel_engine.model import load_tokenizer
         from gemel_engine.prompt import PromptBuilder
 
-        artifacts = open_artifacts(config)
-        mapper, index = artifacts.feature_mapper, artifacts.index
-        self._knowledge_base = artifacts.knowledge_base
-        self._builder = PromptBuilder(artifacts.tokenizer, config.prompt)
-        prefix_length = config.mapper.prefix_length if mapper is None else mapper.metadata.prefix_length
+        self._knowledge_base = KnowledgeBase.open(download_directory(config.knowledge_base))
+        self._builder = PromptBuilder(load_tokenizer(config.language_model.name), config.prompt)
         self._stand_in = torch.empty(prefix_length, 0)
-        self._width = mapper.metadata.vision_width if mapper is not None else index and index.metadata.vision_width
+        self._width = vision_width
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Check a batch."""

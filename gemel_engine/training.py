@@ -58,9 +58,8 @@ logger = logging.getLogger(__name__)
 # Settings that may differ between a run and its continuation, with two that save memory: see `_identity`.
 _NOT_IDENTITY = ("resources", "workers", "output", "examples", "max_failed_fraction", "verify_artifacts")
 _ACCURACY = "dev_accuracy"
-_SCORE = (
-    "checkpoint_score"  # what Ray Train keeps a checkpoint by: the dev accuracy, or less than any where it is unknown
-)
+# What Ray Train keeps a checkpoint by: its dev accuracy, or less than any where that is unknown.
+_SCORE = "checkpoint_score"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +111,7 @@ def train_mapper(config: TrainConfig) -> TrainReport:
     shards.claim_output(config.output, _identity(config, plans))
     connect()
     _check_resources(config)
-    prepared = {split: _prepare(config, split, plan, fingerprint) for split, plan in plans.items()}
+    prepared = {split: _prepare(config, split, plan, artifacts, fingerprint) for split, plan in plans.items()}
     if not prepared["train"].num_pictures:
         raise InputError(f"no mention of {config.train} has a usable picture: there is nothing to train on")
     left_out = {split: _left_out(config, split, examples) for split, examples in prepared.items()}
@@ -151,21 +150,26 @@ class _Prepared:
     num_pictures: int
 
 
-def _prepare(config: TrainConfig, split: str, plan: list[Shard], fingerprint: str | None) -> _Prepared:
+def _prepare(
+    config: TrainConfig, split: str, plan: list[Shard], artifacts: Artifacts, fingerprint: str | None
+) -> _Prepared:
     """Encode the pictures of a split and retrieve its demonstrations, unless that was done before.
 
     Several runs may prepare the same examples at once: each writes a directory of its own, and the first that is
     complete is everybody's.
     """
     root = f"{config.examples or f'{config.output}/examples'}/{split}"
-    shards.claim_output(root, _example_identity(config, plan, fingerprint))
+    mapper, index = artifacts.feature_mapper, artifacts.index
+    prefix_length = _prefix_length(config, mapper)
+    vision_width = mapper.metadata.vision_width if mapper is not None else index and index.metadata.vision_width
+    shards.claim_output(root, _example_identity(config, plan, prefix_length, fingerprint))
     done = f"{root}/_prepared.json"
     if not storage.exists(done):
         directory = f"{root}/data-{uuid.uuid4().hex}"
         dataset = encode_and_retrieve(config, plan, with_gold=True)
         pool = actor_pool(config.resources.retrieval)
         receipts = (
-            dataset.map_batches(CheckExamples, fn_constructor_args=(config,), **pool)
+            dataset.map_batches(CheckExamples, fn_constructor_args=(config, prefix_length, vision_width), **pool)
             .map_batches(
                 partial(write_examples, directory=directory), batch_size=None, batch_format="pyarrow", num_cpus=0.25
             )
@@ -255,8 +259,7 @@ def _train_worker(settings: dict[str, Any]) -> None:
         activation_checkpointing=language_model.activation_checkpointing,
     )
     mapper, fingerprint = artifacts.feature_mapper, settings["image_encoder_fingerprint"]
-    prefix_length = config.mapper.prefix_length if mapper is None else mapper.metadata.prefix_length
-    prompts = TrainingPrompts(_examples("train"), artifacts, config.prompt, prefix_length)
+    prompts = TrainingPrompts(_examples("train"), artifacts, config.prompt, _prefix_length(config, mapper))
     if mapper is None:
         mapper = initial_mapper(config.mapper, config.optimisation.seed, prompts, model)
     mapper.metadata = replace(
@@ -274,6 +277,10 @@ def _train_worker(settings: dict[str, Any]) -> None:
     if config.dev is not None and config.validation.num_mentions:
         validation = _Validation(config, artifacts, model, _examples("dev"), rank, world_size)
     _loop(config, trainer, validation, is_first=rank == 0, is_new=checkpoint is None)
+
+
+def _prefix_length(config: TrainConfig, starting_mapper: FeatureMapper | None) -> int:
+    return config.mapper.prefix_length if starting_mapper is None else starting_mapper.metadata.prefix_length
 
 
 def _examples(split: str) -> list[TrainingExample]:
@@ -435,12 +442,14 @@ def _identity(config: TrainConfig, plans: dict[str, list[Shard]]) -> dict[str, A
     return {"settings": settings, "plan": plan, "artifacts": artifact_manifests(config)}
 
 
-def _example_identity(config: TrainConfig, plan: list[Shard], fingerprint: str | None) -> dict[str, Any]:
+def _example_identity(
+    config: TrainConfig, plan: list[Shard], prefix_length: int, fingerprint: str | None
+) -> dict[str, Any]:
     """What the prepared examples depend on; no setting of the optimiser or the mapper."""
     settings = json.loads(config_json(config))
     vision = {"image_encoder": fingerprint, "max_image_pixels": config.vision.max_image_pixels}
     prompt = {key: settings["prompt"][key] for key in ("template", "query_reserve")}
     settings = {key: settings[key] for key in ("retrieval", "image_source")} | {"vision": vision, "prompt": prompt}
-    settings["prefix_length"] = config.mapper.prefix_length
+    settings["prefix_length"] = prefix_length
     manifests = artifact_manifests(replace(config, vision=replace(config.vision, feature_mapper=None)))
     return {"settings": settings, "plan": shards.plan_identity(plan), "artifacts": manifests}

@@ -165,7 +165,7 @@ class PictureEncoder:
         }
         results = {digest: self._known[digest] for digest in files if digest in self._known}
         new = iter([(digest, data) for digest, data in files.items() if digest not in results])
-        for batch in iter(lambda: dict(islice(new, self._batch_size)), {}):
+        while batch := dict(islice(new, self._batch_size)):
             results |= self._encode(batch)
         for digest, result in results.items():
             self._known[digest] = result

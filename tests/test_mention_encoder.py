@@ -25,7 +25,7 @@ def test_embeddings_have_unit_length(encoder: MentionEncoder) -> None:
     assert encoder.encode([]).shape == (0, encoder.width)
 
 
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(batch=st.lists(st.sampled_from(FORMS), min_size=1, max_size=9))
 def test_embedding_does_not_depend_on_the_batch(encoder: MentionEncoder, batch: list[str]) -> None:
     alone = np.concatenate([encoder.encode([form]) for form in batch])

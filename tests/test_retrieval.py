@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gemel_engine.errors import ArtifactError, InputError
@@ -54,7 +54,6 @@ def brute_force(
     return [row.mention_id for row in reversed(kept)]
 
 
-@settings(deadline=None)
 @given(
     points=st.lists(st.tuples(*[st.integers(-2, 2)] * 2), min_size=1, max_size=8),
     forms=st.lists(st.integers(0, 7), min_size=1, max_size=20),

@@ -97,7 +97,7 @@ def solve(
 
 
 @pytest.mark.parametrize("objective", ["sum", "mean"])
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=1000)
 @given(problem=problems, width=st.integers(1, 6))
 def test_certified_names_are_the_best_of_all(problem: dict[str, Any], width: int, objective: Objective) -> None:
     unlimited = SearchSettings(objective=objective, num_to_certify=5, width=width, max_rollouts=10_000)
@@ -109,7 +109,7 @@ def test_certified_names_are_the_best_of_all(problem: dict[str, Any], width: int
 
 
 @pytest.mark.parametrize("objective", ["sum", "mean"])
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(problem=problems, budget=st.integers(1, 6), num_to_certify=st.integers(1, 5))
 def test_a_budget_never_makes_a_false_claim(
     problem: dict[str, Any], budget: int, num_to_certify: int, objective: Objective
@@ -126,7 +126,7 @@ def test_a_budget_never_makes_a_false_claim(
         assert math.fsum(math.exp(scorer.name_log_prob(name)) for name in missing) <= result.unexplored_mass + 1e-9
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(problem=problems)
 def test_one_rollout_of_greedy_decoding_comes_first(problem: dict[str, Any]) -> None:
     _, result, scorer = solve(problem, SearchSettings(max_rollouts=1))

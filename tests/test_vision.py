@@ -90,7 +90,7 @@ def test_truncated_bytes_are_an_image_error(image_format: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # Pillow warns about damaged metadata that it can do without
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     image_format=st.sampled_from(ACCEPTED_FORMATS),
     changes=st.lists(st.tuples(st.integers(0, 2_000), st.integers(0, 255)), min_size=1, max_size=20),
