@@ -6,8 +6,6 @@ The plain loop is written as the paper's code is: one whole prompt at a time, lo
 prompts. Both train the emoji mapper on the same mentions; rounds alternate, and the medians are compared. The limit is
 4·N·T floating-point operations (N parameters in matrix products, T positions; forward, and backward to activations)
 at the rate of a matrix product measured between the rounds.
-
-Needs the examples that a first run of `jobs/train.py jobs/configs/emoji.toml` prepares.
 """
 
 from __future__ import annotations
@@ -21,18 +19,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import torch
 import tyro
 from record import record
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from gemel_engine.artifacts import open_artifacts
+from gemel_engine.artifacts import Artifacts, open_artifacts
 from gemel_engine.config import TrainConfig, load_config
-from gemel_engine.mapper_training import MapperTrainer, TrainingPrompts, epoch_order, initial_mapper, read_examples
+from gemel_engine.linker import DemonstrationRetriever
+from gemel_engine.mapper_training import MapperTrainer, TrainingExample, TrainingPrompts, epoch_order, initial_mapper
 from gemel_engine.model import FrozenLanguageModel
 from gemel_engine.packing import LabelledPrompt, pack_prompts
+from gemel_engine.types import Mention
 
 RESULTS = Path("benchmarks/results/training_speed.json")
 ACCUMULATION = 16
@@ -50,8 +49,7 @@ def main(*, num_mentions: int = 64, num_rounds: int = 3) -> None:
     config = load_config(TrainConfig, Path("jobs/configs/emoji.toml"))
     artifacts = open_artifacts(config)
     model = FrozenLanguageModel(config.language_model.name, config.language_model.dtype)
-    files = sorted(Path("build/emoji/examples/train/data").glob("*.parquet"))
-    examples = read_examples(pq.read_table(file) for file in files)
+    examples = training_examples(config, artifacts)
     order = epoch_order([item.mention.mention for item in examples], config.optimisation.mentions_per_form, "0 0")
     examples = [examples[number] for number in order[:num_mentions]]
     prompts = TrainingPrompts(examples, artifacts, config.prompt, config.mapper.prefix_length)
@@ -92,6 +90,19 @@ def main(*, num_mentions: int = 64, num_rounds: int = 3) -> None:
     result = record(value, command, what)
     RESULTS.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(value, indent=2))
+
+
+def training_examples(config: TrainConfig, artifacts: Artifacts) -> list[TrainingExample]:
+    """The training split, all of which is in the index of the demonstrations, pictures included."""
+    index = artifacts.index
+    assert index is not None, "the emoji configuration has demonstrations"
+    items = [index[row] for row in range(len(index))]
+    mentions = [Mention(item.mention_id, item.text, item.mention, group=item.group) for item in items]
+    retriever = DemonstrationRetriever(replace(config.retrieval, exclude_group=True), index)
+    return [
+        TrainingExample(mention, item.entity_id, item.features, tuple(rows))
+        for mention, item, rows in zip(mentions, items, retriever.retrieve(mentions), strict=True)
+    ]
 
 
 def plain_epoch(model: FrozenLanguageModel, mapper: nn.Module, prompts: TrainingPrompts) -> None:

@@ -86,14 +86,15 @@ class RetrievalSettings:
         num_demonstrations: K; GEMEL uses 16.
         policy: `similar` takes those whose surface form is most similar, `random` draws them, seeded by the surface
             form: a baseline.
-        exclude_mention: Leave the mention itself out of its demonstrations; for linking the demonstrations' own corpus.
+        exclude_group: Leave a mention's own group, which may be it alone, out of its demonstrations; for linking the
+            demonstrations' own corpus.
         mention_encoder: Sentence encoder of surface forms; local directory, or name on the model hub.
         seed: Of the policy `random`.
     """
 
     num_demonstrations: int = 8
     policy: Literal["similar", "random"] = "similar"
-    exclude_mention: bool = False
+    exclude_group: bool = False
     mention_encoder: str | None = None
     seed: int = 0
 
@@ -251,8 +252,8 @@ class MapperSettings:
     prefix_length: PositiveInt = 4
     initialisation: Literal["random", "ridge"] = "random"
     scaling: FeatureScaling = "none"
-    ridge_penalty: NonNegativeFloat = 1.0
-    ridge_gain: PositiveFloat = 1.0
+    ridge_penalty: NonNegativeFloat = 0.1
+    ridge_gain: PositiveFloat = 1.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

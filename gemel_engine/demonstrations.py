@@ -83,15 +83,15 @@ def read_demonstrations(
 
     Args:
         mentions_uri: Parquet file or directory with the columns `mention_id`, `text`, `mention`, `entity_id`, and
-            optionally `entity_name` (for entities that `names` lacks), `image_features`, and for mentions without
-            those `image_bytes` or `image_uri`.
+            optionally `entity_name` (for entities that `names` lacks), `group`, `image_features`, and for mentions
+            without those `image_bytes` or `image_uri`.
         names: Names of entities by id.
         pictures: Makes image features; None for those alone that the table brings.
 
     Raises:
         InputError: There is no such table, or it lacks a column, a `mention_id` or a text.
     """
-    optional = ("entity_name", "image_features", *(() if pictures is None else ("image_bytes", "image_uri")))
+    optional = ("entity_name", "group", "image_features", *(() if pictures is None else ("image_bytes", "image_uri")))
     demonstrations: list[Demonstration] = []
     num_left_out = 0
     required = ("mention_id", "text", "mention", "entity_id")
@@ -126,7 +126,8 @@ def _demonstrations(rows: list[dict[str, Any]], pictures: PictureReader | None) 
         mention_id, text = row["mention_id"], row["text"]
         if not mention_id or text is None:
             raise InputError(f"mention {mention_id!r} with text {text!r}: give every mention an id and a text")
-        yield Demonstration(mention_id, text, row["mention"], row["entity_id"], row["name"], row_features)
+        group = row.get("group") or mention_id
+        yield Demonstration(mention_id, text, row["mention"], row["entity_id"], row["name"], group, row_features)
 
 
 def _read_batches(

@@ -34,11 +34,11 @@ class DemonstrationRetriever:
     def retrieve(self, mentions: Sequence[Mention]) -> list[list[int]]:
         """Row numbers for each of B mentions, the most similar last."""
         settings = self._settings
-        excluded = [mention.mention_id if settings.exclude_mention else None for mention in mentions]
+        excluded = [mention.group or mention.mention_id if settings.exclude_group else None for mention in mentions]
         if settings.policy == "random":
             return [
-                self._index.sample(mention.mention, settings.num_demonstrations, settings.seed, mention_id)
-                for mention, mention_id in zip(mentions, excluded, strict=True)
+                self._index.sample(mention.mention, settings.num_demonstrations, settings.seed, group)
+                for mention, group in zip(mentions, excluded, strict=True)
             ]
         embeddings = self.encoder.encode([mention.mention for mention in mentions])
         return self._index.retrieve(embeddings, settings.num_demonstrations, excluded)

@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def read_examples(tables: Iterable[pa.Table]) -> list[TrainingExample]:
             features = row.get("image_features")
             if row["error"] is None:
                 examples[row["mention_id"]] = TrainingExample(
-                    Mention(row["mention_id"], row["text"], row["mention"]),
+                    Mention(row["mention_id"], row["text"], row["mention"], group=row.get("group")),
                     row["entity_id"],
                     None if features is None else np.array(features, np.float32),
                     tuple(row.get("demonstrations") or ()),
@@ -151,7 +152,7 @@ def initial_mapper(
     """The mapper before its first step: random, or in closed form from the training pictures.
 
     In the closed form the visual prefix of a picture stands for the embeddings of the first P tokens of its entity's
-    name, those of terminators where the name is shorter.
+    name, written over and over where it is shorter.
 
     Args:
         settings: What is asked for.
@@ -171,8 +172,7 @@ def initial_mapper(
     )
     mapper.fit_scaling(features)
     if settings.initialisation == "ridge":
-        padding = [prompts.builder.terminator] * settings.prefix_length
-        tokens = [(prompts.name_tokens(number) + padding)[: settings.prefix_length] for number in numbers]
+        tokens = [list(islice(cycle(prompts.name_tokens(number)), settings.prefix_length)) for number in numbers]
         embeddings = model.embed_tokens(torch.tensor(tokens)).float().cpu()
         mapper.fit_ridge(features, embeddings, settings.ridge_penalty, settings.ridge_gain)
     return mapper

@@ -1,14 +1,18 @@
 """Demonstrations: training mentions chosen by the similarity of their surface forms, and their directory on disk.
 
     index.json                  counts, widths, checksum and fingerprints; written last
-    demonstrations.parquet      one row for each demonstration, sorted by surface form, then by `mention_id`
+    demonstrations.parquet      one row for each demonstration, sorted by surface form
 
 GEMEL (section 3.3) retrieves by the surface form alone, so mentions with equal surface forms can share their
 demonstrations and, in the engine, the key-value cache of that part of the prompt. That needs equal lists for equal
 surface forms, in every batch and every process. Three things see to it: the encoder runs on batches of one size,
-without padding; each query is searched on its own; similarities are rounded before ties are broken by surface form and
-`mention_id`. What remains is a similarity so close to a rounding boundary that another device or thread count moves it
-across: it may cost a cache hit, never a wrong answer.
+without padding; each query is searched on its own; similarities are rounded before ties are broken by surface form.
+What remains is a similarity so close to a rounding boundary that another device or thread count moves it across: it may
+cost a cache hit, never a wrong answer.
+
+All demonstrations of one surface form are equally similar, so there is a choice: one of each of its entities first,
+then a second one of each. The prompt shows what the surface form can mean; which of it is meant is for the text and the
+picture to say.
 
 Shapes: B batch, N demonstrations, M distinct surface forms, E width of the mention encoder, C vision width.
 """
@@ -16,10 +20,11 @@ Shapes: B batch, N demonstrations, M distinct surface forms, E width of the ment
 from __future__ import annotations
 
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice, pairwise
+from hashlib import sha256
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -35,10 +40,10 @@ from gemel_engine.errors import ArtifactError, InputError
 from gemel_engine.manifest import file_sha256, read_manifest, write_manifest
 from gemel_engine.mention_encoder import MentionEncoder
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _METADATA = "index.json"
 _TABLE = "demonstrations.parquet"
-_TEXT_COLUMNS = ("mention_id", "text", "mention", "entity_id", "entity_name")
+_TEXT_COLUMNS = ("mention_id", "text", "mention", "entity_id", "entity_name", "group")
 _SIMILARITY_DECIMALS = 5
 
 FloatArray = NDArray[np.float32]
@@ -53,6 +58,7 @@ class Demonstration:
         mention_id: Unique among the demonstrations.
         mention: The surface form.
         name: The entity's name, the target.
+        group: Mentions of this group do not get it in training; its `mention_id` where it has no other.
         features: Image features of shape (C,), read-only; None without a usable picture.
     """
 
@@ -61,6 +67,7 @@ class Demonstration:
     mention: str
     entity_id: str
     name: str
+    group: str
     features: FloatArray | None = None
 
 
@@ -93,7 +100,7 @@ class IndexMetadata:
 class DemonstrationIndex:
     """Demonstrations and an exact search by inner product over their distinct surface forms.
 
-    A demonstration is known by its row number; rows are in the order of (surface form, `mention_id`).
+    A demonstration is known by its row number; those of a surface form stand together, in a fixed random order.
 
     Attributes:
         metadata: What the directory says of itself.
@@ -102,7 +109,9 @@ class DemonstrationIndex:
     def __init__(self, metadata: IndexMetadata, table: pa.Table) -> None:
         self.metadata = metadata
         self._table = table
-        self._mention_ids: list[str] = table["mention_id"].to_pylist()
+        self._entity_ids: list[str] = table["entity_id"].to_pylist()
+        self._groups: list[str] = table["group"].to_pylist()
+        self._group_sizes = Counter(self._groups)
         forms = np.array(table["mention"].to_pylist(), dtype=object)
         starts = np.flatnonzero(np.concatenate([[True], forms[1:] != forms[:-1]]))
         self._first_row = [*starts.tolist(), len(forms)]  # of each distinct surface form, and the end
@@ -132,7 +141,7 @@ class DemonstrationIndex:
         Raises:
             InputError: There are no demonstrations, a `mention_id` is not unique, or image features differ in width.
         """
-        ordered = sorted(demonstrations, key=lambda demonstration: (demonstration.mention, demonstration.mention_id))
+        ordered = sorted(demonstrations, key=_shuffled_by_form)
         if not ordered:
             raise InputError("there are no demonstrations; give training mentions whose entities have names")
         _check_unique(ordered)
@@ -182,38 +191,62 @@ class DemonstrationIndex:
         return self.metadata.num_demonstrations
 
     def __getitem__(self, row: int) -> Demonstration:
-        mention_id, text, mention, entity_id, name = (self._table[column][row].as_py() for column in _TEXT_COLUMNS)
+        texts = (self._table[column][row].as_py() for column in _TEXT_COLUMNS)
         has_features = self._features is not None and self._table["image_features"][row].is_valid
-        features = self._features[row] if self._features is not None and has_features else None
-        return Demonstration(mention_id, text, mention, entity_id, name, features)
+        return Demonstration(*texts, self._features[row] if self._features is not None and has_features else None)
 
     def retrieve(
-        self, embeddings: FloatArray, k: int, exclude_mention_ids: Sequence[str | None] | None = None
+        self, embeddings: FloatArray, k: int, exclude_groups: Sequence[str | None] | None = None
     ) -> list[list[int]]:
         """Find the `k` demonstrations with the most similar surface forms, exactly.
 
-        Surface forms are taken by falling similarity, rounded to 5 decimals, then by code points; the demonstrations of
-        one surface form by their `mention_id`.
+        Surface forms are taken by falling similarity, rounded to 5 decimals, then by code points. Of one surface form
+        there is first a demonstration of each entity, then a second one of each, and so on; entities that have more
+        demonstrations come first.
 
         Args:
             embeddings: Of the queries' surface forms, shape (B, E).
             k: Fewer are returned only if there are fewer.
-            exclude_mention_ids: For each query a demonstration that it must not get: itself, in training.
+            exclude_groups: For each query a group whose demonstrations it must not get: its own, in training.
 
         Returns:
             Row numbers for each query, the most similar last.
         """
-        excluded = [None] * len(embeddings) if exclude_mention_ids is None else exclude_mention_ids
+        excluded = [None] * len(embeddings) if exclude_groups is None else exclude_groups
         distinct, query_of_row = np.unique(embeddings, axis=0, return_inverse=True)
-        nearest = [self._nearest_forms(query, k + 1) for query in distinct]
-        return [
-            self._rows(nearest[query], k, mention_id) for query, mention_id in zip(query_of_row, excluded, strict=True)
-        ]
+        asked = list(zip(query_of_row.tolist(), excluded, strict=True))
+        found = {(query, group): self._retrieve_one(distinct[query], k, group) for query, group in dict.fromkeys(asked)}
+        return [found[query] for query in asked]
 
-    def sample(self, surface_form: str, k: int, seed: int, exclude_mention_id: str | None = None) -> list[int]:
+    def sample(self, surface_form: str, k: int, seed: int, exclude_group: str | None = None) -> list[int]:
         """Draw `k` demonstrations at random, the same ones for equal surface forms: the baseline for `retrieve`."""
-        drawn = random.Random(f"{seed} {surface_form}").sample(range(len(self)), min(k + 1, len(self)))
-        return [row for row in drawn if self._mention_ids[row] != exclude_mention_id][:k]
+        generator = random.Random(f"{seed} {surface_form}")
+        num_drawn = min(k, len(self) - (0 if exclude_group is None else self._group_sizes[exclude_group]))
+        drawn: dict[int, None] = {}  # in the order in which they were drawn
+        while len(drawn) < num_drawn:
+            row = generator.randrange(len(self))
+            if self._groups[row] != exclude_group:
+                drawn[row] = None
+        return list(drawn)
+
+    def _retrieve_one(self, query: FloatArray, k: int, excluded: str | None) -> list[int]:
+        num_forms = k + 1
+        while True:
+            forms = self._nearest_forms(query, num_forms)
+            rows = list(chain.from_iterable(self._in_rounds(form, excluded) for form in forms))
+            if len(rows) >= k or len(forms) == self._search.ntotal:
+                return rows[:k][::-1]
+            num_forms *= 2  # whole surface forms are excluded
+
+    def _in_rounds(self, form: int, excluded: str | None) -> list[int]:
+        """Rows of a surface form: one of each entity, then a second one of each; frequent entities first."""
+        rows_of_entity = defaultdict(list)
+        for row in range(self._first_row[form], self._first_row[form + 1]):
+            rows_of_entity[self._entity_ids[row]].append(row)
+        # By frequency before the exclusion: the entity of an excluded mention must not be known by its place.
+        by_frequency = sorted(rows_of_entity.values(), key=len, reverse=True)
+        kept = [[row for row in rows if self._groups[row] != excluded] for rows in by_frequency]
+        return [row for row in chain.from_iterable(zip_longest(*kept)) if row is not None]
 
     def _nearest_forms(self, query: FloatArray, num_forms: int) -> list[int]:
         """Numbers of the most similar surface forms, the most similar first."""
@@ -228,9 +261,10 @@ class DemonstrationIndex:
                 return nearest
             num_searched = min(2 * num_searched, self._search.ntotal)
 
-    def _rows(self, forms: list[int], k: int, excluded: str | None) -> list[int]:
-        rows = (row for form in forms for row in range(self._first_row[form], self._first_row[form + 1]))
-        return list(islice((row for row in rows if self._mention_ids[row] != excluded), k))[::-1]
+
+def _shuffled_by_form(demonstration: Demonstration) -> tuple[str, bytes]:
+    """Sort key; neighbours in a corpus often come from one document, so their order is not taken over."""
+    return demonstration.mention, sha256(demonstration.mention_id.encode()).digest()
 
 
 def _schema(surface_width: int, vision_width: int | None) -> pa.Schema:
@@ -248,6 +282,7 @@ def _table(demonstrations: Sequence[Demonstration], embeddings: FloatArray, visi
         pa.array([d.mention for d in demonstrations]),
         pa.array([d.entity_id for d in demonstrations]),
         pa.array([d.name for d in demonstrations]),
+        pa.array([d.group for d in demonstrations]),
         pa.FixedSizeListArray.from_arrays(embeddings.ravel(), embeddings.shape[1]),
     ]
     if vision_width is not None:
@@ -285,9 +320,9 @@ def _check(table: pa.Table, metadata: IndexMetadata, path: Path) -> None:
         raise ArtifactError(f"{path} has the columns {table.schema}, not {schema}; build the index again")
     if len(table) != metadata.num_demonstrations:
         raise ArtifactError(f"{path} has {len(table)} rows, not {metadata.num_demonstrations}; build the index again")
-    keys = zip(table["mention"].to_pylist(), table["mention_id"].to_pylist(), strict=True)
-    if not all(before < after for before, after in pairwise(keys)):
-        raise ArtifactError(f"{path} is not sorted by mention and mention_id; build the index again")
+    forms = table["mention"].to_pylist()
+    if forms != sorted(forms):
+        raise ArtifactError(f"{path} is not sorted by mention; build the index again")
     for column in table.schema.names[len(_TEXT_COLUMNS) :]:
         values = table[column].drop_null().combine_chunks().flatten().to_numpy(zero_copy_only=False)
         if not np.isfinite(values).all():

@@ -39,6 +39,7 @@ _TYPE_CHECKS = {
         "list of floats",
         lambda t: pa.types.is_nested(t) and hasattr(t, "value_type") and pa.types.is_floating(t.value_type),
     ),
+    "group": ("string", lambda t: pa.types.is_string(t) or pa.types.is_large_string(t)),
     "candidate_ids": ("list of strings", lambda t: pa.types.is_list(t) or pa.types.is_large_list(t)),
 }
 

@@ -27,7 +27,7 @@ from gemel_engine.shards import Shard
 from gemel_engine.storage import download_directory
 from gemel_engine.types import Mention, Prediction, check_features, predictions_to_table
 
-_COLUMNS = ("mention_id", "text", "mention", "mention_start", "candidate_ids")
+_COLUMNS = ("mention_id", "text", "mention", "mention_start", "candidate_ids", "group")
 IMAGE_COLUMNS = ("image_bytes", "image_uri")
 _FETCH_THREADS = 16
 # What a stage spent on a batch, spread evenly over its rows, so that it can be summed wherever the rows end up.

@@ -99,7 +99,7 @@ def train_mapper(config: TrainConfig) -> TrainReport:
     """
     started = time.monotonic()
     check_trainable(config.language_model.name, activation_checkpointing=config.language_model.activation_checkpointing)
-    config = replace(config, retrieval=replace(config.retrieval, exclude_mention=True))
+    config = replace(config, retrieval=replace(config.retrieval, exclude_group=True))
     splits = {"train": config.train}
     if config.dev is not None and config.validation.num_mentions:
         splits["dev"] = config.dev

@@ -24,6 +24,7 @@ MENTION_OPTIONAL_COLUMNS = (
     "image_uri",
     "image_features",
     "candidate_ids",
+    "group",
     "entity_id",
 )
 
@@ -38,6 +39,8 @@ class Mention:
         mention: The surface form; occurs in `text`.
         mention_start: Character offset of the surface form in `text`, where known.
         candidate_ids: Decoding is restricted to these entities; None means the whole knowledge base.
+        group: What mentions that must not be each other's demonstrations in training have in common, such as a
+            document, or the artist of their pictures; None: the mention is a group of its own.
     """
 
     mention_id: str
@@ -45,6 +48,7 @@ class Mention:
     mention: str
     mention_start: int | None = None
     candidate_ids: tuple[str, ...] | None = None
+    group: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -182,7 +182,7 @@ def artifacts(
     image_encoder = ImageEncoder(str(image_encoder_directory))
     features = np.random.default_rng(0).normal(size=(len(ids), image_encoder.width)).astype(np.float32)
     demonstrations = [
-        Demonstration(f"d{n}", f"There was a {name}.", name, entity_id, name, features[n] if n % 2 else None)
+        Demonstration(f"d{n}", f"There was a {name}.", name, entity_id, name, f"d{n}", features[n] if n % 2 else None)
         for n, (entity_id, name) in enumerate(zip(ids, ENTITY_NAMES, strict=True))
     ]
     DemonstrationIndex.build(

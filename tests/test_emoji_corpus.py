@@ -20,11 +20,6 @@ EMOJI = Path(__file__).parents[1] / "examples" / "emoji"
 SPLITS = ("train", "dev", "test", "test_unseen")
 
 
-def artist(mention: dict[str, Any]) -> str:
-    _, _, rest = mention["mention_id"].partition("-")
-    return str(rest.rpartition("-")[0])
-
-
 @pytest.fixture(scope="module")
 def entities() -> dict[str, dict[str, Any]]:
     return {entity["entity_id"]: entity for entity in pq.read_table(EMOJI / "entities.parquet").to_pylist()}
@@ -70,7 +65,7 @@ def test_text_alone_cannot_decide(entities: dict[str, dict[str, Any]], splits: d
 
 
 def test_each_split_has_its_own_artists(splits: dict[str, list[dict[str, Any]]]) -> None:
-    artists = {split: {artist(row) for row in rows} for split, rows in splits.items()}
+    artists = {split: {row["group"] for row in rows} for split, rows in splits.items()}
     assert artists == {
         "train": set(TRAIN_ARTISTS),
         "dev": {DEV_ARTIST},
@@ -100,7 +95,7 @@ def test_unseen_entities_are_unseen_and_all_others_complete(splits: dict[str, li
     assert seen["test_unseen"].isdisjoint(seen["train"])
     artists = defaultdict(set)
     for row in splits["train"]:
-        artists[row["entity_id"]].add(artist(row))
+        artists[row["entity_id"]].add(row["group"])
     assert min(map(len, artists.values())) >= 2
 
 

@@ -35,8 +35,11 @@ class TableEncoder:
         return np.array([self.embeddings[form] for form in surface_forms], np.float32)
 
 
-def demonstrations(forms: Sequence[str]) -> list[Demonstration]:
-    return [Demonstration(f"m{i:03}", f"about {form}", form, f"Q{i}", f"name {i}") for i, form in enumerate(forms)]
+def demonstrations(forms: Sequence[str], num_entities: int = 1000, num_groups: int = 1000) -> list[Demonstration]:
+    return [
+        Demonstration(f"m{i:03}", f"about {form}", form, f"Q{i % num_entities}", f"name {i}", f"g{i % num_groups}")
+        for i, form in enumerate(forms)
+    ]
 
 
 def ids(index: DemonstrationIndex, rows: Sequence[int]) -> list[str]:
@@ -46,19 +49,26 @@ def ids(index: DemonstrationIndex, rows: Sequence[int]) -> list[str]:
 def brute_force(
     rows: Sequence[Demonstration], embeddings: dict[str, list[float]], form: str, k: int, excluded: str | None
 ) -> list[str]:
-    def order(row: Demonstration) -> tuple[float, str, str]:
-        similarity = round(float(np.dot(embeddings[row.mention], embeddings[form])), 5)
-        return -similarity, row.mention, row.mention_id
+    """What `retrieve` is to return, of rows in the order of the index."""
+    meanings = [(row.mention, row.entity_id) for row in rows]
 
-    kept = sorted((row for row in rows if row.mention_id != excluded), key=order)[:k]
-    return [row.mention_id for row in reversed(kept)]
+    def order(number: int) -> tuple[float, str, int, int, int]:
+        row, meaning = rows[number], meanings[number]
+        similarity = round(float(np.dot(embeddings[row.mention], embeddings[form])), 5)
+        num_before = sum(meanings[i] == meaning and rows[i].group != excluded for i in range(number))
+        return -similarity, row.mention, num_before, -meanings.count(meaning), meanings.index(meaning)
+
+    kept = sorted((number for number, row in enumerate(rows) if row.group != excluded), key=order)[:k]
+    return [rows[number].mention_id for number in reversed(kept)]
 
 
 @given(
     points=st.lists(st.tuples(*[st.integers(-2, 2)] * 2), min_size=1, max_size=8),
     forms=st.lists(st.integers(0, 7), min_size=1, max_size=20),
-    queries=st.lists(st.tuples(st.integers(0, 7), st.none() | st.integers(0, 19)), max_size=5),
+    queries=st.lists(st.tuples(st.integers(0, 7), st.none() | st.integers(0, 5)), max_size=5),
     k=st.integers(0, 25),
+    num_entities=st.integers(1, 20),
+    num_groups=st.integers(1, 5) | st.just(20),
 )
 def test_retrieve_equals_brute_force(
     tmp_path_factory: pytest.TempPathFactory,
@@ -66,17 +76,31 @@ def test_retrieve_equals_brute_force(
     forms: list[int],
     queries: list[tuple[int, int | None]],
     k: int,
+    num_entities: int,
+    num_groups: int,
 ) -> None:
     """Few points on a grid: many surface forms with equal similarities, many demonstrations of one surface form."""
     embeddings = {chr(ord("a") + i): [float(x) for x in points[i % len(points)]] for i in range(8)}
-    rows = demonstrations([chr(ord("a") + form) for form in forms])
+    rows = demonstrations([chr(ord("a") + form) for form in forms], num_entities, num_groups)
     table = TableEncoder(embeddings)
     index = DemonstrationIndex.build(tmp_path_factory.mktemp("index"), rows, table)  # type: ignore[arg-type]
     asked = [chr(ord("a") + form) for form, _ in queries]
-    excluded = [None if i is None else f"m{i:03}" for _, i in queries]
+    excluded = [None if i is None else f"g{i}" for _, i in queries]
     found = index.retrieve(table.encode(asked).reshape(-1, 2), k, excluded)
-    expected = [brute_force(rows, embeddings, *query) for query in zip(asked, [k] * len(asked), excluded, strict=True)]
+    ordered = [index[row] for row in range(len(index))]
+    expected = [brute_force(ordered, embeddings, form, k, group) for form, group in zip(asked, excluded, strict=True)]
     assert [ids(index, rows) for rows in found] == expected
+
+
+def test_each_entity_of_a_surface_form_comes_before_a_second_of_any(encoder: MentionEncoder, tmp_path: Path) -> None:
+    entities = ["Q1"] * 5 + ["Q2"] * 2 + ["Q3"]
+    rows = [Demonstration(f"m{i}", "text", "bear", entity, "name", f"g{i % 2}") for i, entity in enumerate(entities)]
+    index = DemonstrationIndex.build(tmp_path, [*rows, *demonstrations(["beer"])], encoder)
+    query = encoder.encode(["bear"])
+    (found,) = index.retrieve(query, 9)
+    assert [index[row].entity_id for row in found[::-1]] == ["Q1", "Q2", "Q3", "Q1", "Q2", "Q1", "Q1", "Q1", "Q0"]
+    (found,) = index.retrieve(query, 9, ["g0"])
+    assert {index[row].mention_id for row in found} == {"m1", "m3", "m5", "m7"}  # that of "beer" is of the group too
 
 
 def test_list_does_not_depend_on_the_last_bits(tmp_path: Path) -> None:
@@ -103,9 +127,10 @@ def test_sample_depends_on_surface_form_and_seed_only(encoder: MentionEncoder, t
     assert len(set(drawn)) == 4
     assert len({tuple(index.sample("bear", 4, seed=seed)) for seed in range(20)}) > 10
     assert len({tuple(index.sample(f"bear {i}", 4, seed=1)) for i in range(20)}) > 10
-    without = index.sample("bear", 4, seed=1, exclude_mention_id=index[drawn[0]].mention_id)
+    without = index.sample("bear", 4, seed=1, exclude_group=index[drawn[0]].group)
     assert without[:3] == drawn[1:]
     assert len(without) == 4
+    assert len(index.sample("bear", 99, seed=1, exclude_group="g0")) == len(FORMS) - 1
     assert sorted(index.sample("bear", 99, seed=1)) == list(range(len(FORMS)))
 
 
@@ -115,7 +140,7 @@ def test_sample_depends_on_surface_form_and_seed_only(encoder: MentionEncoder, t
 def build_with_features(directory: Path, encoder: MentionEncoder) -> DemonstrationIndex:
     numbers = count()
     rows = [
-        Demonstration(f"m{next(numbers)}", "text", form, "Q1", "name", features)
+        Demonstration(f"m{next(numbers)}", "text", form, "Q1", "name", "group", features)
         for form in FORMS
         for features in (None, np.arange(C, dtype=np.float32) + len(form))
     ]
@@ -177,7 +202,7 @@ def test_missing_or_truncated_file_is_refused(encoder: MentionEncoder, tmp_path:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"format_version": 2},
+        {"format_version": 1},
         {"surface_width": 31},
         {"surface_width": 1 << 40},
         {"vision_width": None},

@@ -92,6 +92,7 @@ MENTION_SCHEMA = pa.schema(
         pa.field("mention_start", pa.int32(), nullable=False),
         pa.field("image_bytes", pa.binary(), nullable=False),
         pa.field("entity_id", pa.string(), nullable=False),
+        pa.field("group", pa.string(), nullable=False),
     ]
 )
 
@@ -221,12 +222,12 @@ def split_mentions(emoji: list[Emoji], sentences: list[str]) -> dict[str, list[d
             for tag in rng.sample(entity.tags, min(max_tags, len(entity.tags))):
                 before, after = rng.choice(sentences).split("{}")
                 yield {
-                    "artist": artist,
                     "text": before + tag + after,
                     "mention": tag,
                     "mention_start": len(before),
                     "image_bytes": entity.pictures[artist],
                     "entity_id": entity.entity_id,
+                    "group": artist,
                 }
 
     every_tag, some_tags = max(len(one.tags) for one in emoji), MAX_TAGS_PER_HELD_OUT_PICTURE
@@ -239,7 +240,7 @@ def split_mentions(emoji: list[Emoji], sentences: list[str]) -> dict[str, list[d
     for split, rows in splits.items():
         rng.shuffle(rows)
         for number, row in enumerate(rows):
-            row["mention_id"] = f"{split}-{row.pop('artist')}-{number:05d}"
+            row["mention_id"] = f"{split}-{row['group']}-{number:05d}"
     splits["sample"] = rng.sample(splits["test"], NUM_SAMPLE_MENTIONS)
     return splits
 
