@@ -21,12 +21,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gemel_engine.errors import ArtifactError
-from gemel_engine.manifest import read_manifest, write_manifest
+from gemel_engine.manifest import file_sha256, read_manifest, write_manifest
 from gemel_engine.types import FeatureScaling
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _WEIGHTS = "mapper.safetensors"
 _METADATA = "mapper.json"
+_CHECKSUM = "weights_sha256"
 
 Width = Annotated[int, Field(gt=0, le=1 << 20)]
 
@@ -156,7 +157,8 @@ class FeatureMapper(nn.Module):
         (directory / _METADATA).unlink(missing_ok=True)
         tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in self.state_dict().items()}
         save_file(tensors, directory / _WEIGHTS)
-        write_manifest(directory / _METADATA, asdict(self.metadata))
+        checksum = {_CHECKSUM: file_sha256(directory / _WEIGHTS)}
+        write_manifest(directory / _METADATA, asdict(self.metadata) | checksum)
 
     @classmethod
     def load(cls, directory: str | Path) -> Self:
@@ -164,10 +166,11 @@ class FeatureMapper(nn.Module):
 
         Raises:
             ArtifactError: A file is missing or damaged, of another format version, or the weights do not have the
-                shapes that `mapper.json` gives, are not finite, or hold a deviation that is not positive.
+                shapes and the checksum that `mapper.json` gives, are not finite, or hold a deviation that is not
+                positive.
         """
         directory = Path(directory)
-        metadata = _read_metadata(directory / _METADATA)
+        metadata, checksum = _read_metadata(directory / _METADATA)
         with torch.device("meta"):  # shapes without memory: the description is not to be trusted yet
             mapper = cls(metadata)
         path = directory / _WEIGHTS
@@ -184,12 +187,17 @@ class FeatureMapper(nn.Module):
                 raise ArtifactError(f"{path}: {name} has values that are not finite; go back to an earlier checkpoint")
         if not (weights["feature_std"] > 0).all():
             raise ArtifactError(f"{path}: feature_std must be positive; fit the scaling again")
+        if file_sha256(path) != checksum:
+            raise ArtifactError(f"{path} has another checksum than {_METADATA} gives; save the feature mapper again")
         mapper.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
         return mapper
 
 
-def _read_metadata(path: Path) -> MapperMetadata:
+def _read_metadata(path: Path) -> tuple[MapperMetadata, str | None]:
+    """What the file says of the weights, and their checksum."""
+    manifest = read_manifest(path, FORMAT_VERSION)
+    checksum = manifest.pop(_CHECKSUM, None)
     try:
-        return MapperMetadata(**read_manifest(path, FORMAT_VERSION))
+        return MapperMetadata(**manifest), checksum
     except ValidationError as error:
         raise ArtifactError(f"{path} does not describe a feature mapper ({error}); save the mapper again") from error

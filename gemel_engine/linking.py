@@ -61,7 +61,8 @@ class LinkReport:
         mentions_per_second: Rows over seconds, start-up included.
         stage_seconds: Time that each stage's actors were busy.
         prefix_cache_hit_rate: Share of the prompt tokens sent to the engine that it had in its cache.
-        feature_mapper: `trained`, `untrained` (random weights) or `none`.
+        feature_mapper: `trained`, or what its weights were set to: `ridge` (in closed form), `random`, `imported`; or
+            `none`.
     """
 
     rows: int
@@ -207,7 +208,7 @@ def _report(
         mentions_per_second=rows_now / seconds,
         stage_seconds={name.removesuffix("_seconds"): costs[name] for name in COSTS if name.endswith("_seconds")},
         prefix_cache_hit_rate=costs["cached_tokens"] / costs["prompt_tokens"] if costs["prompt_tokens"] else None,
-        feature_mapper="none" if mapper is None else "trained" if mapper.metadata.trained else "untrained",
+        feature_mapper="none" if mapper is None else "trained" if mapper.metadata.trained else mapper.metadata.initialisation,
     )
 
 

@@ -191,9 +191,12 @@ class DemonstrationIndex:
         return self.metadata.num_demonstrations
 
     def __getitem__(self, row: int) -> Demonstration:
-        texts = (self._table[column][row].as_py() for column in _TEXT_COLUMNS)
+        mention_id, text, mention, entity_id, name, group = (
+            self._table[column][row].as_py() for column in _TEXT_COLUMNS
+        )
         has_features = self._features is not None and self._table["image_features"][row].is_valid
-        return Demonstration(*texts, self._features[row] if self._features is not None and has_features else None)
+        features = self._features[row] if self._features is not None and has_features else None
+        return Demonstration(mention_id, text, mention, entity_id, name, group, features)
 
     def retrieve(
         self, embeddings: FloatArray, k: int, exclude_groups: Sequence[str | None] | None = None

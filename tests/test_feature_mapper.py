@@ -103,7 +103,7 @@ def test_missing_or_damaged_file_is_refused(directory: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 2}, "format version 2"),
+        ({"format_version": 1}, "format version 1"),
         ({"vision_width": C + 1}, "asks for"),
         ({"prefix_length": 0}, "prefix_length"),
         ({"trained": "yes"}, "trained"),
@@ -132,6 +132,13 @@ def test_unusable_weights_are_refused(directory: Path, name: str, value: float) 
     weights[name].view(-1)[0] = value
     save_file(weights, directory / "mapper.safetensors")
     with pytest.raises(ArtifactError, match=name):
+        FeatureMapper.load(directory)
+
+
+def test_other_weights_are_refused(directory: Path) -> None:
+    weights = load_file(directory / "mapper.safetensors")
+    save_file(weights | {"linear.bias": weights["linear.bias"] + 1}, directory / "mapper.safetensors")
+    with pytest.raises(ArtifactError, match="checksum"):
         FeatureMapper.load(directory)
 
 

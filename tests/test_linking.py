@@ -147,7 +147,7 @@ def test_every_row_comes_out_once_in_order(linked: tuple[LinkConfig, LinkReport]
     assert {row["entity_name"] for row in rows} <= set(ENTITY_NAMES)
     assert all(len(row["demonstration_ids"]) == 2 for row in rows)
     assert all(0 < row["probability"] <= 1 and 0 <= row["unexplored_mass"] <= 1 for row in rows)
-    assert (report.rows, report.errors, report.shards, report.feature_mapper) == (9, {}, 3, "untrained")
+    assert (report.rows, report.errors, report.shards, report.feature_mapper) == (9, {}, 3, "random")
     assert set(report.stage_seconds) == {"image", "retrieval", "generation"}
     assert json.loads(storage.read_bytes(f"{config.output}/report.json")) == asdict(report)
     assert not storage.exists(f"{config.output}/_parts")
