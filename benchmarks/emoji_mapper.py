@@ -152,15 +152,28 @@ class _Bench:
         features: list[Features] = list(split.features)
         if shuffled:
             random.Random(0).shuffle(features)
-        right: list[list[bool]] = []
-        for restricted in (False, True):
-            mentions = [
-                replace(mention, candidate_ids=candidates) if restricted else mention
-                for mention, candidates in zip(split.mentions, split.candidates, strict=True)
+        of_all = generator.generate(split.mentions, features, split.demonstrations)
+        found = [prediction.entity_id for prediction in of_all]
+        # The best of all names, where it is proved and one of the surface form's, is the best of these too.
+        rows = [
+            row
+            for row, prediction in enumerate(of_all)
+            if not (prediction.certified and prediction.entity_id in split.candidates[row])
+        ]
+        restricted = generator.generate(
+            [replace(split.mentions[row], candidate_ids=split.candidates[row]) for row in rows],
+            [features[row] for row in rows],
+            [split.demonstrations[row] for row in rows],
+        )
+        found_of_form = list(found)
+        for row, prediction in zip(rows, restricted, strict=True):
+            found_of_form[row] = prediction.entity_id
+        return np.array(
+            [
+                [entity_id == gold for entity_id, gold in zip(ids, split.entity_ids, strict=True)]
+                for ids in (found, found_of_form)
             ]
-            predictions = generator.generate(mentions, features, split.demonstrations)
-            right.append([p.entity_id == gold for p, gold in zip(predictions, split.entity_ids, strict=True)])
-        return np.array(right)
+        )
 
     def _split(self, name: str) -> Split:
         if name not in self._splits:

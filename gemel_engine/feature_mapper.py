@@ -62,6 +62,11 @@ class MapperMetadata:
     details: dict[str, str | float | int] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
+    @property
+    def origin(self) -> str:
+        """`trained`, or else what the weights were set to."""
+        return "trained" if self.trained else self.initialisation
+
 
 class FeatureMapper(nn.Module):
     """One linear layer from image features, scaled or not, to P embeddings (GEMEL, section 3.2).

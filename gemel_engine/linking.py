@@ -208,7 +208,7 @@ def _report(
         mentions_per_second=rows_now / seconds,
         stage_seconds={name.removesuffix("_seconds"): costs[name] for name in COSTS if name.endswith("_seconds")},
         prefix_cache_hit_rate=costs["cached_tokens"] / costs["prompt_tokens"] if costs["prompt_tokens"] else None,
-        feature_mapper="none" if mapper is None else "trained" if mapper.metadata.trained else mapper.metadata.initialisation,
+        feature_mapper="none" if mapper is None else mapper.metadata.origin,
     )
 
 

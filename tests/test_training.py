@@ -140,6 +140,7 @@ def test_mentions_that_cannot_be_used_are_counted(local_ray: None, config_path: 
 
 
 @pytest.mark.heavy
+@pytest.mark.timeout(1800)
 def test_a_killed_worker_and_a_killed_job_change_nothing(config_path: Path, tmp_path: Path) -> None:
     plain, disturbed = str(tmp_path / "plain"), str(tmp_path / "disturbed")
     options = ("--optimisation.epochs", "20", "--validation.every-steps", "30")
@@ -163,7 +164,7 @@ def test_a_killed_worker_and_a_killed_job_change_nothing(config_path: Path, tmp_
 
 def wait_for_checkpoint(output: str, count: int) -> None:
     seen: set[str] = set()
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 600
     while len(seen) < count:
         assert time.monotonic() < deadline, f"no {count} checkpoints in {output}"
         seen |= {path.name for path in Path(output, "checkpoints").glob("checkpoint_*")}
