@@ -8,7 +8,6 @@ INSTALLED := .venv/.installed
 MODELS := build/models.stamp
 KNOWLEDGE_BASE := build/emoji/knowledge_base.stamp
 DEMONSTRATIONS := build/emoji/demonstrations.stamp
-FEATURE_MAPPER := build/emoji/feature_mapper.stamp
 
 # Python may keep what it has compiled: every stage of a job is a process that imports torch.
 unexport PYTHONDONTWRITEBYTECODE
@@ -29,11 +28,12 @@ help: ## list the targets
 install: $(INSTALLED) ## create .venv with the pinned requirements and this project
 
 demo: export VLLM_LOGGING_LEVEL = WARNING
-demo: $(KNOWLEDGE_BASE) $(DEMONSTRATIONS) $(FEATURE_MAPPER) ## link a few mentions of emoji, pictures and text, with real models
+demo: $(KNOWLEDGE_BASE) $(DEMONSTRATIONS) ## link a few mentions of emoji, pictures and text, with real models
 	$(BIN)/python examples/demo.py
 
-train-demo: $(KNOWLEDGE_BASE) $(DEMONSTRATIONS) ## train the emoji feature mapper: hours
+train-demo: $(KNOWLEDGE_BASE) $(DEMONSTRATIONS) ## make the demo's feature mapper anew
 	$(BIN)/python jobs/train.py jobs/configs/emoji.toml
+	cp build/emoji/training/feature_mapper/mapper.* examples/emoji/feature_mapper/
 
 test: $(INSTALLED) ## run the fast tests
 	$(BIN)/pytest
@@ -88,9 +88,4 @@ $(DEMONSTRATIONS): jobs/build_demonstration_index.py examples/emoji/train.parque
 	rm -rf $(basename $@)
 	$(BIN)/python jobs/build_demonstration_index.py examples/emoji/train.parquet examples/emoji/entities.parquet \
 		$(basename $@) --mention-encoder build/models/minilm --image-encoder build/models/efficientnet-lite2
-	touch $@
-
-$(FEATURE_MAPPER): jobs/initialise_mapper.py $(MODELS)
-	$(BIN)/python jobs/initialise_mapper.py $(basename $@) --language-model build/models/smollm2-135m \
-		--image-encoder build/models/efficientnet-lite2
 	touch $@

@@ -94,7 +94,8 @@ def measure(name: str, gold: dict[str, str]) -> dict[str, Any]:
     examples = "_".join(value for key, value in pairwise((*shared, *own)) if key in _EXAMPLE_SETTINGS) or "base"
     training = [
         *("jobs/train.py", "jobs/configs/emoji.toml", "--output", f"{directory}/training", *shared, *own),
-        *("--optimisation.max-steps", str(NUM_STEPS), "--examples", f"{WORK}/examples/{examples}"),
+        *("--optimisation.epochs", "1", "--optimisation.max-steps", str(NUM_STEPS)),
+        *("--examples", f"{WORK}/examples/{examples}"),
     ]
     linking = [
         *("jobs/link_corpus.py", "examples/emoji/link.toml", "--input", f"{WORK}/sample.parquet"),

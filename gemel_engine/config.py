@@ -247,6 +247,7 @@ class MapperSettings:
         scaling: What is done to image features first; see `MapperMetadata`.
         ridge_penalty: Of the closed form, in units of the mean variance of a feature.
         ridge_gain: Of the closed form: factor on what deviates from the mean embedding.
+        saved_dtype: Of the mapper that the run ends with; checkpoints and steps are in float32.
     """
 
     prefix_length: PositiveInt = 4
@@ -254,6 +255,7 @@ class MapperSettings:
     scaling: FeatureScaling = "none"
     ridge_penalty: NonNegativeFloat = 0.1
     ridge_gain: PositiveFloat = 1.5
+    saved_dtype: Literal["float32", "bfloat16"] = "float32"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

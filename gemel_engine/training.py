@@ -47,7 +47,7 @@ from gemel_engine.mapper_training import (
     initial_mapper,
     read_examples,
 )
-from gemel_engine.model import FrozenLanguageModel, check_trainable, language_model_fingerprint
+from gemel_engine.model import DTYPES, FrozenLanguageModel, check_trainable, language_model_fingerprint
 from gemel_engine.prompt import PromptBuilder
 from gemel_engine.shards import Shard
 from gemel_engine.stages import CheckExamples, read_file, write_examples
@@ -420,7 +420,7 @@ def _keep_best(
         details[_ACCURACY] = accuracy
     mapper.metadata = replace(mapper.metadata, details=details)
     with tempfile.TemporaryDirectory() as directory:
-        mapper.save(directory)
+        mapper.save(directory, DTYPES[config.mapper.saved_dtype])
         for path in sorted(Path(directory).iterdir(), key=lambda path: path.suffix == ".json"):
             storage.write_bytes(f"{config.output}/feature_mapper/{path.name}", path.read_bytes())
     return TrainReport(

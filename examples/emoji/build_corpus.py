@@ -241,7 +241,10 @@ def split_mentions(emoji: list[Emoji], sentences: list[str]) -> dict[str, list[d
         rng.shuffle(rows)
         for number, row in enumerate(rows):
             row["mention_id"] = f"{split}-{row['group']}-{number:05d}"
-    splits["sample"] = rng.sample(splits["test"], NUM_SAMPLE_MENTIONS)
+    # Whole surface forms, as a corpus has them: their mentions share demonstrations.
+    forms = sorted({row["mention"] for row in splits["test"]})
+    rank = {form: position for position, form in enumerate(rng.sample(forms, len(forms)))}
+    splits["sample"] = sorted(splits["test"], key=lambda row: rank[row["mention"]])[:NUM_SAMPLE_MENTIONS]
     return splits
 
 
