@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
@@ -47,11 +48,16 @@ class TokenisedNames:
     @classmethod
     def tokenise(cls, names: pa.ChunkedArray, tokenizer: PreTrainedTokenizerFast) -> Self:
         """Tokenise names without special tokens; what looks like one in a name becomes ordinary tokens."""
+        # The tokenizer's own library, without the wrapper around it: more than twice as fast.
+        backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        backend.no_padding()
+        backend.no_truncation()
+        backend.encode_special_tokens = True
         token_ids, lengths, is_decodable = [], [], []
         for start in tqdm(range(0, len(names), _CHUNK_SIZE), "tokenising names", disable=None):
             chunk = names.slice(start, _CHUNK_SIZE).to_pylist()
-            ids = tokenizer(chunk, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-            decoded = tokenizer.batch_decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            ids = [encoding.ids for encoding in backend.encode_batch_fast(chunk, add_special_tokens=False)]
+            decoded = backend.decode_batch(ids, skip_special_tokens=False)
             token_ids.append(np.fromiter(chain.from_iterable(ids), np.uint32))
             lengths.append(np.fromiter(map(len, ids), np.int64))
             is_decodable.append(np.array(decoded, object) == np.array(chunk, object))
