@@ -32,6 +32,7 @@ demo: $(KNOWLEDGE_BASE) $(DEMONSTRATIONS) ## link a few mentions of emoji, pictu
 	$(BIN)/python examples/demo.py
 
 train-demo: $(KNOWLEDGE_BASE) $(DEMONSTRATIONS) ## make the demo's feature mapper anew
+	rm -rf build/emoji/training build/emoji/examples
 	$(BIN)/python jobs/train.py jobs/configs/emoji.toml
 	cp build/emoji/training/feature_mapper/mapper.* examples/emoji/feature_mapper/
 
@@ -55,7 +56,7 @@ lint: $(INSTALLED) ## check format, lint rules and import layers
 types: $(INSTALLED) ## check types
 	$(BIN)/mypy
 
-bench: $(MODELS) ## run every benchmark; WIKIDIVERSE=DIRECTORY holds that corpus
+bench: $(MODELS) ## measure accuracy on WikiDiverse; WIKIDIVERSE=DIRECTORY holds that corpus
 	$(BIN)/python benchmarks/wikidiverse.py $(WIKIDIVERSE) --language-model build/models/smollm2-135m \
 		--mention-encoder build/models/minilm
 

@@ -58,7 +58,7 @@ def three_times(mentions: pa.Table) -> pa.Table:
     pictures = mentions["image_bytes"].combine_chunks()
     order = list(range(len(mentions)))
     random.Random(0).shuffle(order)
-    taken_from = dict(zip(order, order[1:] + order[:1], strict=True))  # one cycle: nobody keeps a picture
+    taken_from = dict(zip(order, order[1:] + order[:1], strict=True))  # one cycle: every picture moves
     variants = {
         WITH: pictures,
         WITHOUT: pa.nulls(len(mentions), pictures.type),

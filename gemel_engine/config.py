@@ -174,7 +174,8 @@ class JobConfig:
         search: How far decoding searches.
         resources: The stages' actor pools.
         rows_per_shard: Rows that are worked on at a time.
-        max_failed_fraction: The job fails when more rows than this end in an `error`.
+        max_failed_fraction: The job fails when more rows than this end in an `error`; in training, an entity that the
+            knowledge base lacks does not count.
         verify_artifacts: Check the artifacts' checksums before starting.
     """
 
@@ -190,8 +191,8 @@ class JobConfig:
     prompt: PromptSettings = field(default_factory=PromptSettings)
     search: SearchSettings = field(default_factory=SearchSettings)
     resources: ResourceSettings = field(default_factory=ResourceSettings)
-    rows_per_shard: int = 1024
-    max_failed_fraction: float = 0.01
+    rows_per_shard: PositiveInt = 1024
+    max_failed_fraction: Fraction = 0.01
     verify_artifacts: bool = True
 
     def __post_init__(self) -> None:
@@ -199,10 +200,6 @@ class JobConfig:
             raise ValueError(
                 "demonstrations need retrieval.mention_encoder, the encoder that their index was built with"
             )
-        if self.rows_per_shard < 1:
-            raise ValueError(f"rows_per_shard is {self.rows_per_shard}: it must be at least 1")
-        if not 0 <= self.max_failed_fraction <= 1:
-            raise ValueError(f"max_failed_fraction is {self.max_failed_fraction}: it must be between 0 and 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -247,14 +244,14 @@ class MapperSettings:
         scaling: What is done to image features first; see `MapperMetadata`.
         ridge_penalty: Of the closed form, in units of the mean variance of a feature.
         ridge_gain: Of the closed form: factor on what deviates from the mean embedding.
-        saved_dtype: Of the mapper that the run ends with; checkpoints and steps are in float32.
+        saved_dtype: Of the mapper that the run ends with, wherever it started; checkpoints and steps are in float32.
     """
 
     prefix_length: PositiveInt = 4
     initialisation: Literal["random", "ridge"] = "random"
     scaling: FeatureScaling = "none"
-    ridge_penalty: NonNegativeFloat = 0.1
-    ridge_gain: PositiveFloat = 1.5
+    ridge_penalty: NonNegativeFloat = 1.0
+    ridge_gain: PositiveFloat = 1.0
     saved_dtype: Literal["float32", "bfloat16"] = "float32"
 
 
@@ -334,7 +331,7 @@ class WorkerSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig(JobConfig):
-    """One run of the training job; `prompt` is to be the same in linking, and a mention is never its own demonstration.
+    """One run of the training job; `prompt` is to be the same in linking, and a mention's group never demonstrates it.
 
     Attributes:
         train: Parquet file or directory of mentions with `entity_id`, local or `s3://`.

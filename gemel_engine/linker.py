@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from gemel_engine.artifacts import Artifacts, open_artifacts
 from gemel_engine.config import JobConfig, LinkConfig, RetrievalSettings, VisionSettings
-from gemel_engine.errors import ArtifactError, ConfigurationError, ImageError
+from gemel_engine.errors import ArtifactError, ConfigurationError, ImageError, InputError
 from gemel_engine.generation import EntityNameGenerator
 from gemel_engine.mention_encoder import MentionEncoder
 from gemel_engine.retrieval import DemonstrationIndex
@@ -32,16 +32,29 @@ class DemonstrationRetriever:
         self.encoder = MentionEncoder(settings.mention_encoder)
 
     def retrieve(self, mentions: Sequence[Mention]) -> list[list[int]]:
-        """Row numbers for each of B mentions, the most similar last."""
-        settings = self._settings
+        """Row numbers for each of B mentions, the most similar last.
+
+        Raises:
+            InputError: A mention would be its own demonstration though its group is left out.
+        """
+        settings, index = self._settings, self._index
         excluded = [mention.group or mention.mention_id if settings.exclude_group else None for mention in mentions]
         if settings.policy == "random":
-            return [
-                self._index.sample(mention.mention, settings.num_demonstrations, settings.seed, group)
+            found = [
+                index.sample(mention.mention, settings.num_demonstrations, settings.seed, group)
                 for mention, group in zip(mentions, excluded, strict=True)
             ]
-        embeddings = self.encoder.encode([mention.mention for mention in mentions])
-        return self._index.retrieve(embeddings, settings.num_demonstrations, excluded)
+        else:
+            embeddings = self.encoder.encode([mention.mention for mention in mentions])
+            found = index.retrieve(embeddings, settings.num_demonstrations, excluded)
+        if settings.exclude_group:
+            for mention, rows in zip(mentions, found, strict=True):
+                if mention.mention_id in (index[row].mention_id for row in rows):
+                    raise InputError(
+                        f"mention {mention.mention_id!r} of group {mention.group!r} has another group in the index of "
+                        "demonstrations: build the index again from the same table"
+                    )
+        return found
 
 
 def load_picture_encoder(settings: VisionSettings) -> PictureEncoder:

@@ -47,7 +47,7 @@ class TrainingExample:
 
     Attributes:
         features: Image features (C,); None without a picture.
-        demonstrations: Rows of the demonstration index, the most similar last; the mention itself is not among them.
+        demonstrations: Rows of the demonstration index, the most similar last; none of the mention's own group.
     """
 
     mention: Mention
@@ -64,7 +64,7 @@ def read_examples(tables: Iterable[pa.Table]) -> list[TrainingExample]:
             features = row.get("image_features")
             if row["error"] is None:
                 examples[row["mention_id"]] = TrainingExample(
-                    Mention(row["mention_id"], row["text"], row["mention"], group=row.get("group")),
+                    Mention(row["mention_id"], row["text"], row["mention"]),
                     row["entity_id"],
                     None if features is None else np.array(features, np.float32),
                     tuple(row.get("demonstrations") or ()),

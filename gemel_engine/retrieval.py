@@ -24,7 +24,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
-from itertools import chain, zip_longest
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -217,14 +217,23 @@ class DemonstrationIndex:
         """
         excluded = [None] * len(embeddings) if exclude_groups is None else exclude_groups
         distinct, query_of_row = np.unique(embeddings, axis=0, return_inverse=True)
-        asked = list(zip(query_of_row.tolist(), excluded, strict=True))
-        found = {(query, group): self._retrieve_one(distinct[query], k, group) for query, group in dict.fromkeys(asked)}
-        return [found[query] for query in asked]
+        unrestricted = [self._retrieve_one(query, k, None) for query in distinct]
+        found: dict[tuple[int, str | None], list[int]] = {}
+        for asked in zip(query_of_row.tolist(), excluded, strict=True):
+            query, group = asked
+            if asked not in found:
+                # What stands behind the last row moves nothing before it.
+                is_concerned = any(self._groups[row] == group for row in unrestricted[query])
+                found[asked] = self._retrieve_one(distinct[query], k, group) if is_concerned else unrestricted[query]
+        return [found[asked] for asked in zip(query_of_row.tolist(), excluded, strict=True)]
 
     def sample(self, surface_form: str, k: int, seed: int, exclude_group: str | None = None) -> list[int]:
-        """Draw `k` demonstrations at random, the same ones for equal surface forms: the baseline for `retrieve`."""
+        """Draw `k` demonstrations, or all if they are fewer, in random order, the same for equal surface forms.
+
+        The baseline for `retrieve`.
+        """
         generator = random.Random(f"{seed} {surface_form}")
-        num_drawn = min(k, len(self) - (0 if exclude_group is None else self._group_sizes[exclude_group]))
+        num_drawn = min(k, self._num_allowed(exclude_group))
         drawn: dict[int, None] = {}  # in the order in which they were drawn
         while len(drawn) < num_drawn:
             row = generator.randrange(len(self))
@@ -233,13 +242,16 @@ class DemonstrationIndex:
         return list(drawn)
 
     def _retrieve_one(self, query: FloatArray, k: int, excluded: str | None) -> list[int]:
-        num_forms = k + 1
+        num_rows, num_forms = min(k, self._num_allowed(excluded)), max(k, 1)
         while True:
             forms = self._nearest_forms(query, num_forms)
-            rows = list(chain.from_iterable(self._in_rounds(form, excluded) for form in forms))
-            if len(rows) >= k or len(forms) == self._search.ntotal:
-                return rows[:k][::-1]
+            rows = list(islice(chain.from_iterable(self._in_rounds(form, excluded) for form in forms), num_rows))
+            if len(rows) == num_rows:
+                return rows[::-1]
             num_forms *= 2  # whole surface forms are excluded
+
+    def _num_allowed(self, excluded: str | None) -> int:
+        return len(self) - (0 if excluded is None else self._group_sizes[excluded])
 
     def _in_rounds(self, form: int, excluded: str | None) -> list[int]:
         """Rows of a surface form: one of each entity, then a second one of each; frequent entities first."""

@@ -1,6 +1,6 @@
 """The training job: Ray Data prepares the mentions once, Ray Train fits the feature mapper on them.
 
-    read mentions → EncodeImages → RetrieveDemonstrations (never the mention itself) → CheckExamples → OUTPUT/examples
+    read mentions → EncodeImages → RetrieveDemonstrations (not of its own group) → CheckExamples → OUTPUT/examples
     workers: frozen language model, feature mapper under DDP → OUTPUT/checkpoints → OUTPUT/feature_mapper
 
 A rerun of the same command goes on from the last checkpoint, whatever ended the run before it.
@@ -161,8 +161,9 @@ def _prepare(
     root = f"{config.examples or f'{config.output}/examples'}/{split}"
     mapper, index = artifacts.feature_mapper, artifacts.index
     prefix_length = _prefix_length(config, mapper)
-    vision_width = mapper.metadata.vision_width if mapper is not None else index and index.metadata.vision_width
-    shards.claim_output(root, _example_identity(config, plan, prefix_length, fingerprint))
+    sized = mapper or index
+    vision_width = None if sized is None else sized.metadata.vision_width
+    shards.claim_output(root, _example_identity(config, plan, prefix_length, vision_width, fingerprint))
     done = f"{root}/_prepared.json"
     if not storage.exists(done):
         directory = f"{root}/data-{uuid.uuid4().hex}"
@@ -443,13 +444,13 @@ def _identity(config: TrainConfig, plans: dict[str, list[Shard]]) -> dict[str, A
 
 
 def _example_identity(
-    config: TrainConfig, plan: list[Shard], prefix_length: int, fingerprint: str | None
+    config: TrainConfig, plan: list[Shard], prefix_length: int, vision_width: int | None, fingerprint: str | None
 ) -> dict[str, Any]:
     """What the prepared examples depend on; no setting of the optimiser or the mapper."""
     settings = json.loads(config_json(config))
     vision = {"image_encoder": fingerprint, "max_image_pixels": config.vision.max_image_pixels}
     prompt = {key: settings["prompt"][key] for key in ("template", "query_reserve")}
     settings = {key: settings[key] for key in ("retrieval", "image_source")} | {"vision": vision, "prompt": prompt}
-    settings["prefix_length"] = prefix_length
+    settings |= {"prefix_length": prefix_length, "vision_width": vision_width}
     manifests = artifact_manifests(replace(config, vision=replace(config.vision, feature_mapper=None)))
     return {"settings": settings, "plan": shards.plan_identity(plan), "artifacts": manifests}

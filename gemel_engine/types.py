@@ -18,15 +18,6 @@ FeatureScaling = Literal["none", "z_score", "z_score_norm"]
 Features = npt.NDArray[np.float32]  # of one picture (C,), or of a batch (B, C)
 
 MENTION_REQUIRED_COLUMNS = ("mention_id", "text", "mention")
-MENTION_OPTIONAL_COLUMNS = (
-    "mention_start",
-    "image_bytes",
-    "image_uri",
-    "image_features",
-    "candidate_ids",
-    "group",
-    "entity_id",
-)
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,7 +38,8 @@ def main(
 
     Args:
         mentions: Parquet file, or directory of them; local or s3://bucket/prefix. Columns `mention_id`, `text`,
-            `mention`, `entity_id`, and optionally `entity_name`, `image_bytes`, `image_uri`.
+            `mention`, `entity_id`, and optionally `entity_name`, `group`, `image_features`, `image_bytes`,
+            `image_uri`.
         entities: Parquet file, or directory of them, with the columns `entity_id` and `name`.
         output_dir: Local directory; an index that is there is replaced.
         mention_encoder: Sentence encoder of surface forms; local directory, or name on the model hub.

@@ -52,6 +52,13 @@ def test_names_are_normalised(tmp_path: Path) -> None:
     assert read_names(write(tmp_path / "entities.parquet", rows)) == {"Q1": "Café"}
 
 
+def test_a_mention_without_a_group_is_its_own(tmp_path: Path) -> None:
+    mention = {"text": "t", "mention": "x", "entity_id": "Q1", "entity_name": "name"}
+    rows = [{**mention, "mention_id": name, "group": group} for name, group in (("a", "g"), ("b", None), ("c", ""))]
+    found = read_demonstrations(write(tmp_path / "train.parquet", rows), {})
+    assert [(item.mention_id, item.group) for item in found] == [("a", "g"), ("b", "b"), ("c", "c")]
+
+
 def test_mentions_without_a_target_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows = [
         {"mention_id": "a", "text": "t", "mention": "x", "entity_id": "Q1", "entity_name": "ignored"},

@@ -76,6 +76,13 @@ def test_the_closed_form_recovers_a_linear_map_and_shrinks_with_its_penalty() ->
     torch.testing.assert_close(mapper(features).mean(0), embeddings.mean(0), atol=1e-4, rtol=1e-4)
 
 
+def test_the_demo_has_a_mapper() -> None:
+    directory = Path(__file__).parents[1] / "examples" / "emoji" / "feature_mapper"
+    metadata = FeatureMapper.load(directory).metadata
+    assert (metadata.vision_width, metadata.prefix_length, metadata.language_model_width) == (1280, 4, 576)
+    assert metadata.origin == "ridge"
+
+
 def test_load_returns_what_was_saved(mapper: FeatureMapper, tmp_path: Path) -> None:
     mapper.metadata = replace(mapper.metadata, trained=True, details={"steps": 12, "loss": 0.5, "start": "random"})
     mapper.save(tmp_path)

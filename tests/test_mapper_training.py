@@ -56,6 +56,20 @@ def make_prompts(
     return TrainingPrompts(examples, opened, prompt, prefix_length)
 
 
+def test_the_closed_form_writes_a_short_name_over_and_over(artifacts: dict[str, Path]) -> None:
+    prefix_length = 40
+    prompts = make_prompts(artifacts, prefix_length=prefix_length)
+    model = FrozenLanguageModel(str(artifacts["language_model"]))
+    settings = MapperSettings(prefix_length=prefix_length, initialisation="ridge", ridge_penalty=1e-6)
+    mapper = initial_mapper(settings, 0, prompts, model)
+    assert mapper.metadata.origin == "ridge"
+    name = prompts.name_tokens(1)
+    assert len(name) < prefix_length
+    expected = model.embed_tokens(torch.tensor((name * prefix_length)[:prefix_length]))
+    # With fewer pictures than features the regression passes through every one.
+    torch.testing.assert_close(mapper(prompts.features([1]))[0], expected, atol=1e-3, rtol=1e-3)
+
+
 def make_trainer(
     artifacts: dict[str, Path],
     settings: OptimisationSettings = SETTINGS,

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -14,9 +15,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gemel_engine.config import RetrievalSettings
 from gemel_engine.errors import ArtifactError, InputError
+from gemel_engine.linker import DemonstrationRetriever
 from gemel_engine.mention_encoder import MentionEncoder
 from gemel_engine.retrieval import Demonstration, DemonstrationIndex, FloatArray
+from gemel_engine.types import Mention
 
 FORMS = ["bear", "Bear", "train", "paris", "a bear on a train", "[SEP]", "北京", "x"]
 C = 3
@@ -132,6 +136,22 @@ def test_sample_depends_on_surface_form_and_seed_only(encoder: MentionEncoder, t
     assert len(without) == 4
     assert len(index.sample("bear", 99, seed=1, exclude_group="g0")) == len(FORMS) - 1
     assert sorted(index.sample("bear", 99, seed=1)) == list(range(len(FORMS)))
+
+
+@pytest.mark.parametrize("policy", ["similar", "random"])
+def test_a_mention_is_not_shown_its_own_group(
+    mention_encoder_directory: Path, encoder: MentionEncoder, tmp_path: Path, policy: Literal["similar", "random"]
+) -> None:
+    rows = demonstrations(["bear", "bear", "bear", "beer"], num_groups=2)
+    index = DemonstrationIndex.build(tmp_path, rows, encoder)
+    settings = RetrievalSettings(
+        num_demonstrations=4, policy=policy, exclude_group=True, mention_encoder=str(mention_encoder_directory)
+    )
+    retriever = DemonstrationRetriever(settings, index)
+    found = retriever.retrieve([Mention("m000", "text", "bear", group="g0"), Mention("new", "text", "bear")])
+    assert [sorted(ids(index, rows)) for rows in found] == [["m001", "m003"], ["m000", "m001", "m002", "m003"]]
+    with pytest.raises(InputError, match=r"'m000' of group None has another group"):
+        retriever.retrieve([Mention("m000", "text", "bear")])
 
 
 # The directory
