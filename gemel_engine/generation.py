@@ -128,7 +128,7 @@ class EntityNameGenerator:
     def mention_ids(self, rows: Sequence[int]) -> tuple[str, ...]:
         """The `mention_id`s of demonstrations."""
         index = self.artifacts.index
-        return () if index is None else tuple(index[row].mention_id for row in rows)
+        return () if index is None else index.mention_ids(rows)
 
     def _make_demonstration_block(self, row: int) -> Block:
         assert self.artifacts.index is not None, "demonstrations without an index"

@@ -49,7 +49,7 @@ class DemonstrationRetriever:
             found = index.retrieve(embeddings, settings.num_demonstrations, excluded)
         if settings.exclude_group:
             for mention, rows in zip(mentions, found, strict=True):
-                if mention.mention_id in (index[row].mention_id for row in rows):
+                if mention.mention_id in index.mention_ids(rows):
                     raise InputError(
                         f"mention {mention.mention_id!r} of group {mention.group!r} has another group in the index of "
                         "demonstrations: build the index again from the same table"

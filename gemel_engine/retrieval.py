@@ -31,6 +31,7 @@ from typing import Annotated, Self
 import faiss
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import ConfigDict, Field, PositiveInt, ValidationError
@@ -198,6 +199,11 @@ class DemonstrationIndex:
         features = self._features[row] if self._features is not None and has_features else None
         return Demonstration(mention_id, text, mention, entity_id, name, group, features)
 
+    def mention_ids(self, rows: Sequence[int]) -> tuple[str, ...]:
+        """The `mention_id`s of demonstrations."""
+        column = self._table["mention_id"]
+        return tuple(column[row].as_py() for row in rows)
+
     def retrieve(
         self, embeddings: FloatArray, k: int, exclude_groups: Sequence[str | None] | None = None
     ) -> list[list[int]]:
@@ -217,15 +223,15 @@ class DemonstrationIndex:
         """
         excluded = [None] * len(embeddings) if exclude_groups is None else exclude_groups
         distinct, query_of_row = np.unique(embeddings, axis=0, return_inverse=True)
+        asked = list(zip(query_of_row.tolist(), excluded, strict=True))
         unrestricted = [self._retrieve_one(query, k, None) for query in distinct]
-        found: dict[tuple[int, str | None], list[int]] = {}
-        for asked in zip(query_of_row.tolist(), excluded, strict=True):
-            query, group = asked
-            if asked not in found:
-                # What stands behind the last row moves nothing before it.
-                is_concerned = any(self._groups[row] == group for row in unrestricted[query])
-                found[asked] = self._retrieve_one(distinct[query], k, group) if is_concerned else unrestricted[query]
-        return [found[asked] for asked in zip(query_of_row.tolist(), excluded, strict=True)]
+        found = {}
+        for query, group in dict.fromkeys(asked):
+            rows = unrestricted[query]
+            if any(self._groups[row] == group for row in rows):  # one behind the last moves nothing before it
+                rows = self._retrieve_one(distinct[query], k, group)
+            found[query, group] = rows
+        return [found[key] for key in asked]
 
     def sample(self, surface_form: str, k: int, seed: int, exclude_group: str | None = None) -> list[int]:
         """Draw `k` demonstrations, or all if they are fewer, in random order, the same for equal surface forms.
@@ -338,6 +344,8 @@ def _check(table: pa.Table, metadata: IndexMetadata, path: Path) -> None:
     forms = table["mention"].to_pylist()
     if forms != sorted(forms):
         raise ArtifactError(f"{path} is not sorted by mention; build the index again")
+    if pc.count_distinct(table["mention_id"]).as_py() < len(table):
+        raise ArtifactError(f"{path} repeats a mention_id; build the index again")
     for column in table.schema.names[len(_TEXT_COLUMNS) :]:
         values = table[column].drop_null().combine_chunks().flatten().to_numpy(zero_copy_only=False)
         if not np.isfinite(values).all():
