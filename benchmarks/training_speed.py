@@ -101,7 +101,9 @@ def training_examples(config: TrainConfig, artifacts: Artifacts) -> list[Trainin
     retriever = DemonstrationRetriever(replace(config.retrieval, exclude_group=True), index)
     return [
         TrainingExample(mention, item.entity_id, item.features, tuple(rows))
-        for mention, item, rows in zip(mentions, items, retriever.retrieve(mentions), strict=True)
+        for mention, item, rows in zip(
+            mentions, items, retriever.retrieve(mentions, [item.features for item in items]), strict=True
+        )
     ]
 
 

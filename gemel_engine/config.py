@@ -84,6 +84,9 @@ class RetrievalSettings:
 
     Attributes:
         num_demonstrations: K; GEMEL uses 16.
+        num_similar_pictures: For a mention with a picture, so many demonstrations stand once more behind the K, where
+            they weigh most: those of the most similar surface form whose pictures are most like its own. The K before
+            them stay the same for all mentions of a surface form, and so in the engine's cache.
         policy: `similar` takes those whose surface form is most similar, `random` draws them, seeded by the surface
             form: a baseline.
         exclude_group: Leave a mention's own group, which may be it alone, out of its demonstrations; for linking the
@@ -92,7 +95,8 @@ class RetrievalSettings:
         seed: Of the policy `random`.
     """
 
-    num_demonstrations: int = 8
+    num_demonstrations: NonNegativeInt = 8
+    num_similar_pictures: NonNegativeInt = 0
     policy: Literal["similar", "random"] = "similar"
     exclude_group: bool = False
     mention_encoder: str | None = None

@@ -18,7 +18,7 @@ from gemel_engine.errors import ArtifactError, ConfigurationError, ImageError, I
 from gemel_engine.generation import EntityNameGenerator
 from gemel_engine.mention_encoder import MentionEncoder
 from gemel_engine.retrieval import DemonstrationIndex
-from gemel_engine.types import Mention, Prediction
+from gemel_engine.types import Features, Mention, Prediction
 from gemel_engine.vision import ImageEncoder, PictureEncoder
 
 
@@ -31,8 +31,12 @@ class DemonstrationRetriever:
         assert settings.mention_encoder is not None, "checked by the configuration"
         self.encoder = MentionEncoder(settings.mention_encoder)
 
-    def retrieve(self, mentions: Sequence[Mention]) -> list[list[int]]:
-        """Row numbers for each of B mentions, the most similar last.
+    def retrieve(self, mentions: Sequence[Mention], features: Sequence[Features | None]) -> list[list[int]]:
+        """Row numbers for each of B mentions, the most similar last; those of similar pictures behind all others.
+
+        Args:
+            mentions: What to find demonstrations for.
+            features: Image features (C,) of each mention, None without a picture.
 
         Raises:
             InputError: A mention would be its own demonstration though its group is left out.
@@ -47,6 +51,10 @@ class DemonstrationRetriever:
         else:
             embeddings = self.encoder.encode([mention.mention for mention in mentions])
             found = index.retrieve(embeddings, settings.num_demonstrations, excluded)
+        found = [
+            [*rows, *self._similar_pictures(rows, item, group)]
+            for rows, item, group in zip(found, features, excluded, strict=True)
+        ]
         if settings.exclude_group:
             for mention, rows in zip(mentions, found, strict=True):
                 if mention.mention_id in index.mention_ids(rows):
@@ -55,6 +63,11 @@ class DemonstrationRetriever:
                         "demonstrations: build the index again from the same table"
                     )
         return found
+
+    def _similar_pictures(self, rows: list[int], features: Features | None, excluded: str | None) -> list[int]:
+        if not rows or features is None or features.shape != (self._index.metadata.vision_width,):
+            return []  # features that don't fit are an error of the mention, which generation reports
+        return self._index.similar_pictures(rows[-1], features, self._settings.num_similar_pictures, excluded)
 
 
 def load_picture_encoder(settings: VisionSettings) -> PictureEncoder:
@@ -128,8 +141,8 @@ class Linker:
     def link(self, mentions: Sequence[Mention], pictures: Sequence[bytes | None]) -> list[Prediction]:
         """Link B mentions with their picture files; a bad one becomes a prediction with an `error`."""
         encoded = self._pictures.encode(pictures) if self._pictures is not None else [None] * len(mentions)
-        rows = self._retriever.retrieve(mentions) if self._retriever is not None else [[] for _ in mentions]
         features = [None if isinstance(item, ImageError) else item for item in encoded]
+        rows = self._retriever.retrieve(mentions, features) if self._retriever is not None else [[] for _ in mentions]
         predictions = self.generator.generate(mentions, features, rows)
         return [
             Prediction(mention.mention_id, error=str(item)) if isinstance(item, ImageError) else prediction

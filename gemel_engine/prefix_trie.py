@@ -193,10 +193,11 @@ class PrefixTrie:
             The rows' tokens one after another, ascending in each row, and where each row starts; (B + 1,).
         """
         starts = self.first_child[nodes].astype(np.int64)
-        counts = self.first_child[np.asarray(nodes) + 1] - starts
-        row_offsets = np.concatenate([[0], np.cumsum(counts)])
-        children = np.arange(row_offsets[-1]) + np.repeat(starts - row_offsets[:-1], counts)
-        return self.tokens[children], row_offsets
+        stops = self.first_child[np.asarray(nodes) + 1].astype(np.int64)
+        # Slices, because some nodes have thousands of children: copying a range is much faster than gathering it.
+        spans = [self.tokens[start:stop] for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)]
+        row_offsets = np.concatenate([[0], np.cumsum(stops - starts)])
+        return np.concatenate([self.tokens[:0], *spans]), row_offsets
 
     def save(self, directory: Path) -> None:
         """Write one ``.npy`` file for each array, then ``trie.json``; replaces what is there."""

@@ -20,9 +20,11 @@ Shapes: B batch, N demonstrations, M distinct surface forms, E width of the ment
 from __future__ import annotations
 
 import random
+from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from hashlib import sha256
 from itertools import chain, islice, zip_longest
 from pathlib import Path
@@ -233,6 +235,29 @@ class DemonstrationIndex:
             found[query, group] = rows
         return [found[key] for key in asked]
 
+    def similar_pictures(self, row: int, features: FloatArray, k: int, exclude_group: str | None = None) -> list[int]:
+        """Find the demonstrations of one surface form whose pictures are most like a given one.
+
+        Likeness is the cosine of features standardised over all demonstrations, rounded to 5 decimals.
+
+        Args:
+            row: A demonstration of the surface form.
+            features: Of the given picture, shape (C,).
+            k: Fewer are returned only if there are fewer.
+            exclude_group: A group whose demonstrations are left out.
+
+        Returns:
+            Row numbers, the most similar last, ties by number.
+        """
+        if self._features is None or not k:
+            return []
+        form = bisect_right(self._first_row, row) - 1
+        span = range(self._first_row[form], self._first_row[form + 1])
+        rows = [row for row in span if self._is_pictured[row] and self._groups[row] != exclude_group]
+        standardised = self._standardise(self._features[rows])
+        likeness = np.round(standardised @ self._standardise(features), _SIMILARITY_DECIMALS)
+        return [rows[place] for place in np.argsort(likeness, kind="stable")[max(0, len(rows) - k) :]]
+
     def sample(self, surface_form: str, k: int, seed: int, exclude_group: str | None = None) -> list[int]:
         """Draw `k` demonstrations, or all if they are fewer, in random order, the same for equal surface forms.
 
@@ -246,6 +271,25 @@ class DemonstrationIndex:
             if self._groups[row] != exclude_group:
                 drawn[row] = None
         return list(drawn)
+
+    @cached_property
+    def _is_pictured(self) -> NDArray[np.bool_]:
+        is_pictured: NDArray[np.bool_] = self._table["image_features"].is_valid().to_numpy()
+        return is_pictured
+
+    @cached_property
+    def _moments(self) -> tuple[FloatArray, FloatArray]:
+        """Mean and standard deviation of the image features, each (C,)."""
+        assert self._features is not None
+        pictured = self._features[self._is_pictured]
+        return pictured.mean(axis=0), pictured.std(axis=0)
+
+    def _standardise(self, features: FloatArray) -> FloatArray:
+        """Image features (..., C), each centred and scaled, and rows brought to length 1."""
+        mean, deviation = self._moments
+        centred = (features - mean) / np.maximum(deviation, 1e-6)
+        standardised: FloatArray = centred / np.maximum(np.linalg.norm(centred, axis=-1, keepdims=True), 1e-6)
+        return standardised
 
     def _retrieve_one(self, query: FloatArray, k: int, excluded: str | None) -> list[int]:
         num_rows, num_forms = min(k, self._num_allowed(excluded)), max(k, 1)

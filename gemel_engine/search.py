@@ -33,6 +33,8 @@ from gemel_engine.prompt import Prompt
 Objective = Literal["sum", "mean"]
 Key = TypeVar("Key", bound=Hashable)
 
+_ROUNDING = 1e-5  # by how much a sum of probabilities, computed in float32, may fall short
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchSettings:
@@ -152,7 +154,7 @@ class NameSearch:
         requests = []
         while (
             self._frontier
-            and len(self._in_flight) < self._settings.width
+            and len(self._in_flight) < min(self._settings.width, max(1, self._num_rollouts))
             and self._num_rollouts < self._settings.max_rollouts
             and -self._frontier[0].negative_bound > self._score_to_beat
         ):
@@ -236,8 +238,10 @@ class NameSearch:
         if num_left == 0:
             return
         excluded_mass = item.excluded_mass + math.fsum(map(math.exp, log_probs))
-        mass_left = min(num_left * math.exp(log_probs[-1]), max(0.0, 1.0 - excluded_mass))
-        bound = self._bound(item.log_prob + log_probs[-1], len(item.path), item.node)
+        not_reported = max(0.0, 1.0 - excluded_mass) + _ROUNDING
+        mass_left = min(num_left * math.exp(log_probs[-1]), not_reported)
+        highest = min(log_probs[-1], math.log(not_reported))  # of one child: the K-th, or all that is left
+        bound = self._bound(item.log_prob + highest, len(item.path), item.node)
         remainder = _OpenItem(
             -bound, item.path, item.node, item.log_prob, math.exp(item.log_prob) * mass_left, excluded, excluded_mass
         )

@@ -25,7 +25,7 @@ from gemel_engine.errors import ImageFetchError, MentionError
 from gemel_engine.image_source import ImagePolicy, fetch_image
 from gemel_engine.shards import Shard
 from gemel_engine.storage import download_directory
-from gemel_engine.types import Mention, Prediction, check_features, predictions_to_table
+from gemel_engine.types import Features, Mention, Prediction, check_features, predictions_to_table
 
 _COLUMNS = ("mention_id", "text", "mention", "mention_start", "candidate_ids", "group")
 IMAGE_COLUMNS = ("image_bytes", "image_uri")
@@ -115,9 +115,14 @@ class RetrieveDemonstrations:
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Retrieve a batch's demonstrations."""
         started = time.monotonic()
-        mentions = _mentions(batch)
-        found = iter(self._retriever.retrieve([mention for mention in mentions if mention is not None]))
-        retrieved = [[] if mention is None else next(found) for mention in mentions]
+        mentions, features = _mentions(batch), _features(batch)
+        rows = [row for row, mention in enumerate(mentions) if mention is not None]
+        found = self._retriever.retrieve(
+            [mention for mention in mentions if mention is not None], [features[row] for row in rows]
+        )
+        retrieved: list[list[int]] = [[] for _ in mentions]
+        for row, demonstrations in zip(rows, found, strict=True):
+            retrieved[row] = demonstrations
         batch = batch.append_column("demonstrations", pa.array(retrieved, pa.list_(pa.int32())))
         return _with_cost(batch, "retrieval_seconds", time.monotonic() - started)
 
@@ -134,9 +139,8 @@ class GenerateEntityNames:
         """Link a batch; keeps `shard`, `row` and the costs."""
         started = time.monotonic()
         prompt_tokens, cached_tokens = self._cache_counts()
-        mentions = _mentions(batch)
+        mentions, features = _mentions(batch), _features(batch)
         rows = [row for row, mention in enumerate(mentions) if mention is not None]
-        features = [None if item is None else np.array(item, np.float32) for item in _column(batch, "image_features")]
         demonstrations = [item or [] for item in _column(batch, "demonstrations")]
         linked = self._generator.generate(
             [mention for mention in mentions if mention is not None],
@@ -246,6 +250,11 @@ def _mentions(batch: pa.Table) -> list[Mention | None]:
             row["candidate_ids"] = tuple(row["candidate_ids"])
     errors = batch["error"].to_pylist()
     return [Mention(**row) if error is None else None for row, error in zip(rows, errors, strict=True)]
+
+
+def _features(batch: pa.Table) -> list[Features | None]:
+    """The image features (C,) of each row, None without a picture."""
+    return [None if item is None else np.array(item, np.float32) for item in _column(batch, "image_features")]
 
 
 def _column(batch: pa.Table, name: str) -> list[Any]:

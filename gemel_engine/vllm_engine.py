@@ -4,18 +4,19 @@ The prefix trie acts as a logits processor. It turns a row of logits into log-pr
 disallowed tokens at minus infinity; vLLM, asked for `processed_logits`, then takes the best and reports the K best of
 exactly these. A prompt is sent again with every rollout of its mention: all but its last block is a cache hit.
 
-B rows of a batch, D language-model width, P prefix length, T tokens, V vocabulary, N allowed tokens of all rows.
+B rows of a batch, D language-model width, P prefix length, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
 import math
 import os
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch._dynamo
 from torch import Tensor
@@ -31,9 +32,8 @@ from gemel_engine.errors import GemelError
 from gemel_engine.model import DTYPES, language_model_width
 from gemel_engine.prefix_trie import PrefixTrie
 from gemel_engine.prompt import Prompt
-from gemel_engine.search import Rollout, RolloutRequest, allowed_next_tokens
-
-_LOWEST_LOG_PROB = -1e9  # of an allowed token, to tell it from a disallowed one
+from gemel_engine.search import Rollout, RolloutRequest
+from gemel_engine.trie_mask import TrieTensors, constrain
 
 
 @dataclass(slots=True)
@@ -161,6 +161,8 @@ class TrieLogitsProcessor(LogitsProcessor):
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
         additional: Any = vllm_config.additional_config
         self._trie = PrefixTrie.open(Path(additional["prefix_trie"]))
+        self._tensors = TrieTensors.of(self._trie, device)
+        self._device = device
         self._terminator: int = additional["terminator"]
         self._cursors: dict[int, TrieCursor] = {}
 
@@ -189,14 +191,25 @@ class TrieLogitsProcessor(LogitsProcessor):
         """Constrain the batch's logits (B, V)."""
         if not self._cursors:
             return logits
-        rows = sorted(self._cursors)
-        allowed = [self._cursors[row].allowed_tokens(self._terminator) for row in rows]
-        return constrain(logits, np.repeat(rows, [len(tokens) for tokens in allowed]), np.concatenate(allowed))
+        of_trie: dict[int, list[tuple[int, TrieCursor]]] = defaultdict(list)
+        for row, cursor in self._cursors.items():
+            of_trie[id(cursor.tensors)].append((row, cursor))
+        rows, tokens = [], []
+        for cursors in of_trie.values():
+            row_numbers = torch.tensor([row for row, _ in cursors]).to(logits.device)
+            nodes = torch.tensor([cursor.advance() for _, cursor in cursors]).to(logits.device)
+            found, allowed = cursors[0][1].tensors.allowed(nodes, self._terminator)
+            rows.append(row_numbers[found])
+            tokens.append(allowed)
+        excluded = [(row, token) for row, cursor in self._cursors.items() for token in cursor.excluded]
+        return constrain(logits, torch.cat(rows), torch.cat(tokens), excluded)
 
     def _cursor(self, extra_args: dict[str, Any], output_tokens: list[int]) -> TrieCursor:
-        candidates = extra_args["candidates"]
-        trie = self._trie if candidates is None else PrefixTrie.from_sequences(candidates)[0]
-        return TrieCursor(trie, trie.walk(extra_args["path"]), frozenset(extra_args["excluded"]), output_tokens)
+        candidates, trie, tensors = extra_args["candidates"], self._trie, self._tensors
+        if candidates is not None:
+            trie = PrefixTrie.from_sequences(candidates)[0]
+            tensors = TrieTensors.of(trie, self._device)
+        return TrieCursor(trie, tensors, trie.walk(extra_args["path"]), extra_args["excluded"], output_tokens)
 
 
 @dataclass(slots=True)
@@ -204,40 +217,21 @@ class TrieCursor:
     """Where one request stands in its trie; moves on as `output_tokens`, a live list, grows."""
 
     trie: PrefixTrie
+    tensors: TrieTensors
     node: int
-    excluded: frozenset[int]
+    excluded: Sequence[int]
     output_tokens: list[int]
     num_seen: int = field(default=0)
 
-    def allowed_tokens(self, terminator: int) -> np.ndarray:
-        """Tokens that may come next; (N,) int64."""
+    def advance(self) -> int:
+        """The node behind all tokens so far."""
         for token in self.output_tokens[self.num_seen :]:
             child = self.trie.child(self.node, token)
             if child is None:
                 break  # the terminator of a request that is about to leave the batch
-            self.node, self.excluded = child, frozenset()
+            self.node, self.excluded = child, ()
             self.num_seen += 1
-        return allowed_next_tokens(self.trie, self.node, terminator, self.excluded)
-
-
-def constrain(logits: Tensor, rows: np.ndarray, tokens: np.ndarray) -> Tensor:
-    """Log-probs under the full softmax, disallowed tokens at minus infinity.
-
-    Args:
-        logits: (B, V).
-        rows: (N,) row of each allowed token; rows that don't occur stay as they are.
-        tokens: (N,) allowed tokens.
-
-    Returns:
-        (B, V), float32.
-    """
-    row_index = torch.from_numpy(rows).to(logits.device)
-    token_index = torch.from_numpy(tokens).to(logits.device)
-    logits = logits.float()
-    log_probs = logits[row_index, token_index] - logits.logsumexp(dim=-1)[row_index]
-    logits[row_index] = -math.inf
-    logits[row_index, token_index] = log_probs.clamp_(min=_LOWEST_LOG_PROB)
-    return logits
+        return self.node
 
 
 def _to_rollout(output: RequestOutput) -> Rollout:

@@ -107,6 +107,72 @@ def test_each_entity_of_a_surface_form_comes_before_a_second_of_any(encoder: Men
     assert {index[row].mention_id for row in found} == {"m1", "m3", "m5", "m7"}  # that of "beer" is of the group too
 
 
+@given(
+    rows=st.lists(
+        st.tuples(
+            st.sampled_from(["bear", "beer"]), st.integers(0, 3), st.none() | st.tuples(*[st.integers(-2, 2)] * C)
+        ),
+        min_size=1,
+        max_size=12,
+    ),
+    query=st.tuples(*[st.integers(-2, 2)] * C),
+    k=st.integers(0, 5),
+    excluded=st.none() | st.integers(0, 3),
+)
+def test_similar_pictures_equal_brute_force(
+    tmp_path_factory: pytest.TempPathFactory,
+    rows: list[tuple[str, int, tuple[int, ...] | None]],
+    query: tuple[int, ...],
+    k: int,
+    excluded: int | None,
+) -> None:
+    table = TableEncoder({"bear": [1.0, 0.0], "beer": [0.0, 1.0]})
+    given_rows = [
+        Demonstration(
+            f"m{i}", "text", form, "Q1", "name", f"g{group}", None if picture is None else np.array(picture, np.float32)
+        )
+        for i, (form, group, picture) in enumerate(rows)
+    ]
+    index = DemonstrationIndex.build(tmp_path_factory.mktemp("index"), given_rows, table)  # type: ignore[arg-type]
+    ordered = [index[row] for row in range(len(index))]
+    pictured = [item.features for item in ordered if item.features is not None]
+    group = None if excluded is None else f"g{excluded}"
+    first = next(row for row, item in enumerate(ordered) if item.mention == rows[0][0])
+    found = index.similar_pictures(first, np.array(query, np.float32), k, group)
+    kept = [
+        row
+        for row, item in enumerate(ordered)
+        if item.mention == rows[0][0] and item.group != group and item.features is not None
+    ]
+
+    def likeness(row: int) -> float:
+        mean, deviation = np.mean(pictured, axis=0), np.maximum(np.std(pictured, axis=0), 1e-6)
+        vectors = [(np.array(features) - mean) / deviation for features in (ordered[row].features, query)]
+        lengths = [max(float(np.linalg.norm(vector)), 1e-6) for vector in vectors]
+        return float(vectors[0] @ vectors[1]) / lengths[0] / lengths[1]
+
+    assert len(found) == min(k, len(kept))
+    assert set(found) <= set(kept)
+    values = [likeness(row) for row in found]
+    assert values == pytest.approx(sorted(map(likeness, kept))[len(kept) - len(found) :], abs=1e-4)
+
+
+def test_similar_pictures_stand_behind_the_others(
+    mention_encoder_directory: Path, encoder: MentionEncoder, tmp_path: Path
+) -> None:
+    pictures = [np.array(row, np.float32) for row in ([1, 0, 0], [0, 1, 0], [0, 0, 1], [0, 1, 0.1])]
+    rows = [Demonstration(f"m{i}", "text", "bear", f"Q{i}", "name", f"g{i}", item) for i, item in enumerate(pictures)]
+    index = DemonstrationIndex.build(tmp_path, rows, encoder)
+    settings = RetrievalSettings(
+        num_demonstrations=2, num_similar_pictures=1, mention_encoder=str(mention_encoder_directory)
+    )
+    retriever = DemonstrationRetriever(settings, index)
+    mentions = [Mention(str(i), "text", "bear") for i in range(3)]
+    without, like_m1, unfit = retriever.retrieve(mentions, [None, pictures[1], np.zeros(7, np.float32)])
+    assert without == unfit == like_m1[:2]
+    assert ids(index, like_m1[2:]) == ["m1"]
+
+
 def test_list_does_not_depend_on_the_last_bits(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     base = rng.standard_normal(8)
@@ -148,10 +214,11 @@ def test_a_mention_is_not_shown_its_own_group(
         num_demonstrations=4, policy=policy, exclude_group=True, mention_encoder=str(mention_encoder_directory)
     )
     retriever = DemonstrationRetriever(settings, index)
-    found = retriever.retrieve([Mention("m000", "text", "bear", group="g0"), Mention("new", "text", "bear")])
+    mentions = [Mention("m000", "text", "bear", group="g0"), Mention("new", "text", "bear")]
+    found = retriever.retrieve(mentions, [None, None])
     assert [sorted(ids(index, rows)) for rows in found] == [["m001", "m003"], ["m000", "m001", "m002", "m003"]]
     with pytest.raises(InputError, match=r"'m000' of group None has another group"):
-        retriever.retrieve([Mention("m000", "text", "bear")])
+        retriever.retrieve([Mention("m000", "text", "bear")], [None])
 
 
 # The directory
