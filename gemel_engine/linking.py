@@ -1,6 +1,6 @@
 """The linking job: Ray Data streams shards of mentions through actors that encode, retrieve and generate.
 
-    read mentions → EncodeImages → RetrieveDemonstrations → GenerateEntityNames → write parts → commit shards
+    sort → read mentions → EncodeImages → RetrieveDemonstrations → GenerateEntityNames → write parts → commit shards
 
 One block is one shard, or a part of it. The stages stand in `stages.py` and know nothing of this file.
 """
@@ -11,12 +11,14 @@ import json
 import logging
 import os
 import time
+import uuid
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
@@ -33,6 +35,8 @@ from gemel_engine.stages import (
     GenerateEntityNames,
     RetrieveDemonstrations,
     read_mentions,
+    read_with_places,
+    write_ordered,
     write_parts,
 )
 
@@ -43,6 +47,7 @@ logger = logging.getLogger(__name__)
 
 # Settings that may differ between a run and its continuation: they change no row of the output.
 _NOT_IDENTITY = ("resources", "output", "max_failed_fraction", "verify_artifacts")
+_MAX_SORTED_BLOCKS = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +107,7 @@ def link_corpus(config: LinkConfig) -> LinkReport:
     artifacts = open_artifacts(config, verify=config.verify_artifacts)
     check_encoders(config, artifacts)
     shards.claim_output(config.output, _identity(config, plan))
+    plan = ordered_plan(config, plan)
     finished = shards.finished_shards(config.output)
     remaining = [shard for shard in plan if shard.name not in finished]
     costs: Counter[str] = Counter()
@@ -115,6 +121,40 @@ def link_corpus(config: LinkConfig) -> LinkReport:
     logger.info("linked %s: %s", config.output, report.summary())
     _check_failures(config, report)
     return report
+
+
+def ordered_plan(config: LinkConfig, plan: list[Shard]) -> list[Shard]:
+    """Sort the corpus by surface form, so that equal beginnings of prompts meet in one shard, and cut it anew.
+
+    The sorted rows are written to the output; a continued run takes those of the first. A corpus that holds pictures or
+    image features, or is of one shard, stays as it is.
+    """
+    if (ordered := shards.load_plan(config.output)) is not None:
+        return ordered
+    if len(plan) == 1 or (places := shards.order_by_surface_form(plan)) is None:
+        return plan
+    connect()
+    # A sort moves a piece from each block to each other: few blocks, and several shards in each of a large corpus.
+    rows_per_block = config.rows_per_shard * -(-len(places) // (config.rows_per_shard * _MAX_SORTED_BLOCKS))
+    starts = np.cumsum([0] + [shard.stop - shard.start for shard in plan])
+    table = pa.Table.from_pylist([asdict(shard) for shard in plan])
+    table = table.append_column("places", pa.LargeListArray.from_arrays(starts, places))
+    rows_per_task = -(-len(plan) // _MAX_SORTED_BLOCKS)
+    tasks = [table.slice(first, rows_per_task) for first in range(0, len(table), rows_per_task)]
+    directory = f"{config.output}/_ordered/{uuid.uuid4().hex}"
+    dataset: Dataset = ray.data.from_arrow(tasks)
+    dataset = dataset.map_batches(read_with_places, batch_size=1, batch_format="pyarrow", num_cpus=0.25)
+    dataset = dataset.sort("place", boundaries=list(range(rows_per_block, len(places), rows_per_block)))
+    dataset = dataset.map_batches(
+        partial(write_ordered, directory=directory, rows_per_shard=config.rows_per_shard),
+        batch_size=None,
+        batch_format="pyarrow",
+        num_cpus=0.25,
+    )
+    num_written = sum(row["num_rows"] for row in _rows(dataset.iter_batches(batch_size=None, batch_format="pyarrow")))
+    assert num_written == len(places), f"{num_written} of {len(places)} rows were sorted"
+    shards.save_plan(config.output, shards.plan_shards(directory, config.rows_per_shard))
+    return shards.load_plan(config.output) or plan
 
 
 def stream_parts(config: LinkConfig, remaining: Sequence[Shard]) -> Dataset:

@@ -5,8 +5,12 @@
     OUTPUT/data/shard-00003.parquet         exists if and only if the shard is complete; created exclusively
     OUTPUT/report.json
 
-A shard is a range of rows of one input file. `data/` is a plain Parquet directory at every moment and holds no row
-twice: whoever finishes a shard first wins, and a rerun skips the finished ones.
+    OUTPUT/_plan.json                       the shards, where they are not those of the input files; created exclusively
+    OUTPUT/_ordered/...                     the corpus in the order of its surface forms, without pictures
+
+A shard is a range of rows of one file: of the input, or of the ordered corpus where that was written. `data/` is a
+plain Parquet directory at every moment and holds no row twice: whoever finishes a shard first wins, and a rerun skips
+the finished ones.
 """
 
 from __future__ import annotations
@@ -19,9 +23,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from gemel_engine import storage
 from gemel_engine.errors import ConfigurationError, InputError
@@ -87,6 +93,40 @@ def plan_shards(input_uri: str, rows_per_shard: int, also_required: Sequence[str
             shards.append(Shard(len(shards), file.uri, file.version, start, stop))
     _check_ids(input_uri, ids)
     return shards
+
+
+def order_by_surface_form(plan: Sequence[Shard]) -> NDArray[np.int64] | None:
+    """The place of each row, in the order of the plan, in the corpus sorted by surface form and `mention_id`.
+
+    Only these two columns are read. None if a file holds pictures or image features: rows of that size stay where they
+    are.
+    """
+    tables = []
+    for shard in plan:
+        file_system, path = storage.resolve(shard.uri)
+        if shard.start == 0:
+            with pq.ParquetFile(path, filesystem=file_system) as parquet:
+                if not {"image_bytes", "image_features"}.isdisjoint(parquet.schema_arrow.names):
+                    return None
+                table = parquet.read(["mention", "mention_id"])
+                tables.append(table.cast(pa.schema([(name, pa.large_string()) for name in table.schema.names])))
+    order = pc.sort_indices(
+        pa.concat_tables(tables), sort_keys=[("mention", "ascending"), ("mention_id", "ascending")]
+    ).to_numpy()
+    places = np.empty(len(order), np.int64)
+    places[order] = np.arange(len(order))
+    return places
+
+
+def save_plan(output: str, plan: Sequence[Shard]) -> None:
+    """Note the shards of a run, unless another run was first."""
+    storage.create_exclusive(f"{output}/_plan.json", json.dumps(plan_identity(plan)).encode())
+
+
+def load_plan(output: str) -> list[Shard] | None:
+    """The shards that `save_plan` noted, if it did."""
+    uri = f"{output}/_plan.json"
+    return [Shard(**fields) for fields in json.loads(storage.read_bytes(uri))] if storage.exists(uri) else None
 
 
 def read_rows(shard: Shard, columns: Sequence[str]) -> pa.Table:
@@ -180,10 +220,10 @@ def plan_identity(shards: Sequence[Shard]) -> list[dict[str, Any]]:
     return [asdict(shard) for shard in shards]
 
 
-def parquet_bytes(table: pa.Table) -> bytes:
+def parquet_bytes(table: pa.Table, row_group_size: int | None = None) -> bytes:
     """A Parquet file of a table."""
     sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd")
+    pq.write_table(table, sink, compression="zstd", row_group_size=row_group_size)
     return sink.getvalue()
 
 

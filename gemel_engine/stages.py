@@ -29,6 +29,18 @@ from gemel_engine.types import Features, Mention, Prediction, check_features, pr
 
 _COLUMNS = ("mention_id", "text", "mention", "mention_start", "candidate_ids", "group")
 IMAGE_COLUMNS = ("image_bytes", "image_uri")
+# Of a corpus that is small enough to be sorted as a whole.
+_ORDERED_SCHEMA = pa.schema(
+    [
+        pa.field("mention_id", pa.large_string()),
+        pa.field("text", pa.large_string()),
+        pa.field("mention", pa.large_string()),
+        pa.field("mention_start", pa.int64()),
+        pa.field("candidate_ids", pa.list_(pa.large_string())),
+        pa.field("group", pa.large_string()),
+        pa.field("image_uri", pa.large_string()),
+    ]
+)
 _FETCH_THREADS = 16
 # What a stage spent on a batch, spread evenly over its rows, so that it can be summed wherever the rows end up.
 COSTS = ("image_seconds", "retrieval_seconds", "generation_seconds", "prompt_tokens", "cached_tokens")
@@ -49,6 +61,25 @@ def read_mentions(batch: pa.Table, also: Sequence[str]) -> pa.Table:
     errors = [_fault(row) for row in table.select([c for c in _COLUMNS if c in table.column_names]).to_pylist()]
     table = table.append_column("error", pa.array(errors, pa.string()))
     return table.sort_by([("mention", "ascending"), ("row", "ascending")])
+
+
+def read_with_places(batch: pa.Table) -> pa.Table:
+    """Read a range of rows; adds `place`, that of each row in the ordered corpus, which the batch brings."""
+    (fields,) = batch.drop_columns(["places"]).to_pylist()
+    table = shards.read_rows(Shard(**fields), _ORDERED_SCHEMA.names)
+    columns = [
+        table[field.name].cast(field.type) if field.name in table.column_names else pa.nulls(len(table), field.type)
+        for field in _ORDERED_SCHEMA
+    ]
+    return pa.table(columns, schema=_ORDERED_SCHEMA).append_column("place", batch["places"].combine_chunks().flatten())
+
+
+def write_ordered(batch: pa.Table, directory: str, rows_per_shard: int) -> pa.Table:
+    """Store a block of the ordered corpus, each shard a row group; returns a receipt."""
+    first = batch["place"][0].as_py()
+    data = shards.parquet_bytes(batch.drop_columns(["place"]), rows_per_shard)
+    storage.write_bytes(f"{directory}/{first:012d}.parquet", data)
+    return pa.table({"num_rows": [batch.num_rows]})
 
 
 class EncodeImages:

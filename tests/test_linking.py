@@ -153,6 +153,30 @@ def test_every_row_comes_out_once_in_order(linked: tuple[LinkConfig, LinkReport]
     assert not storage.exists(f"{config.output}/_parts")
 
 
+def test_equal_surface_forms_meet_in_one_shard(config: LinkConfig, local_ray: None, tmp_path: Path) -> None:
+    """Two files of other types and columns, surface forms that take turns, and a row without any."""
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    rows = [
+        {"mention_id": f"m{n:02}", "text": f"Look at the {name} over there.", "mention": name}
+        for n, name in enumerate(ENTITY_NAMES[:3] * 6)
+    ]
+    rows[7]["mention"] = None
+    pq.write_table(pa.Table.from_pylist(rows[:10]), corpus / "a.parquet")
+    large = pa.schema([(name, pa.large_string()) for name in (*rows[0], "image_uri")])
+    pq.write_table(pa.Table.from_pylist(rows[10:], schema=large), corpus / "b.parquet")
+    config = replace(config, input=str(corpus), rows_per_shard=6, max_failed_fraction=0.1)
+    report = link_corpus(config)
+    assert (report.rows, report.shards, report.errors) == (18, 3, {"invalid_mention": 1})
+    found = [row["mention_id"] for row in predictions(config.output)]
+    expected = sorted(rows, key=lambda row: (row["mention"] is None, row["mention"] or "", row["mention_id"]))
+    assert found == [row["mention_id"] for row in expected]
+
+    (Path(config.output) / "data/shard-00001.parquet").unlink()
+    assert link_corpus(config).shards_skipped == 2
+    assert [row["mention_id"] for row in predictions(config.output)] == found
+
+
 def test_the_linker_without_ray_gives_the_same(linked: tuple[LinkConfig, LinkReport]) -> None:
     config, _ = linked
     linker = Linker(config)
