@@ -20,7 +20,7 @@ export VLLM_NO_USAGE_STATS = 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo train-demo test test-all check format lint types bench requirements clean
+.PHONY: help install demo train-demo test test-all check format lint types bench bench-decode requirements clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' Makefile
@@ -59,6 +59,9 @@ types: $(INSTALLED) ## check types
 bench: $(MODELS) ## measure accuracy on WikiDiverse; WIKIDIVERSE=DIRECTORY holds that corpus
 	$(BIN)/python benchmarks/wikidiverse.py $(WIKIDIVERSE) --language-model build/models/smollm2-135m \
 		--mention-encoder build/models/minilm
+
+bench-decode: $(MODELS) ## measure decoding; WIKIDIVERSE as for bench, which goes first, TITLES=FILE: a Parquet file of names
+	$(BIN)/python benchmarks/decode.py $(WIKIDIVERSE) $(TITLES)
 
 requirements: $(INSTALLED) ## resolve requirements-cpu.txt anew
 	$(BIN)/uv pip compile --quiet --upgrade --extra cpu --extra demo --extra dev --no-annotate --no-header \

@@ -46,7 +46,7 @@ class SearchSettings:
         num_candidates: Names to return.
         num_to_certify: Stop once this many of the best names are proved. At most `num_candidates`.
         num_children: K, the log-probs asked for at each step of a rollout.
-        width: Rollouts of one mention that may be in flight at once.
+        width: Rollouts of one mention that may be in flight at once; at first no more than it has had already.
         max_rollouts: Budget; when it is spent the best name found so far is returned, uncertified.
     """
 

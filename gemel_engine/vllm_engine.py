@@ -25,6 +25,7 @@ from vllm.config import VllmConfig
 from vllm.inputs import EmbedsPrompt, TokensPrompt
 from vllm.logprobs import FlatLogprobs
 from vllm.outputs import RequestOutput
+from vllm.sampling_params import RequestOutputKind
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
 from gemel_engine.config import EngineSettings
@@ -111,6 +112,7 @@ class VllmEngine:
             detokenize=False,
             logprobs=self._num_children,
             flat_logprobs=True,
+            output_kind=RequestOutputKind.FINAL_ONLY,
             extra_args={
                 "path": list(request.path),
                 "excluded": list(request.excluded),
@@ -128,10 +130,9 @@ class VllmEngine:
         finished = []
         for output in self._engine.step():
             assert isinstance(output, RequestOutput)
-            if output.finished:
-                self.cache_statistics.num_prompt_tokens += len(output.prompt_token_ids or ())
-                self.cache_statistics.num_cached_tokens += output.num_cached_tokens or 0
-                finished.append((output.request_id, _to_rollout(output)))
+            self.cache_statistics.num_prompt_tokens += len(output.prompt_token_ids or ())
+            self.cache_statistics.num_cached_tokens += output.num_cached_tokens or 0
+            finished.append((output.request_id, _to_rollout(output)))
         return finished
 
     def _vllm_prompt(self, prompt: Prompt, path: tuple[int, ...]) -> EmbedsPrompt | TokensPrompt:
