@@ -148,8 +148,9 @@ class _Bench:
     def _right(self, split: Split, mapper: FeatureMapper | None, *, shuffled: bool = False) -> NDArray[np.bool_]:
         artifacts = replace(self._artifacts, feature_mapper=mapper)
         config = self._config
+        max_in_flight, num_shared = config.language_model.max_num_seqs, config.retrieval.num_demonstrations
         generator = EntityNameGenerator(
-            artifacts, self._engine, config.prompt, config.search, config.language_model.max_num_seqs
+            artifacts, self._engine, config.prompt, config.search, max_in_flight, num_shared
         )
         features: list[Features | None] = [None if mapper is None else item for item in split.features]
         if shuffled:

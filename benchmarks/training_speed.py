@@ -52,7 +52,9 @@ def main(*, num_mentions: int = 64, num_rounds: int = 3) -> None:
     examples = training_examples(config, artifacts)
     order = epoch_order([item.mention.mention for item in examples], config.optimisation.mentions_per_form, "0 0")
     examples = [examples[number] for number in order[:num_mentions]]
-    prompts = TrainingPrompts(examples, artifacts, config.prompt, config.mapper.prefix_length)
+    prompts = TrainingPrompts(
+        examples, artifacts, config.prompt, config.mapper.prefix_length, config.retrieval.num_demonstrations
+    )
     mapper = initial_mapper(config.mapper, 0, prompts, model)
     settings = replace(config.optimisation, epochs=1000)
     trainer = MapperTrainer(mapper, model, prompts, settings)

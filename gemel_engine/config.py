@@ -84,9 +84,9 @@ class RetrievalSettings:
 
     Attributes:
         num_demonstrations: K; GEMEL uses 16.
-        num_similar_pictures: For a mention with a picture, so many demonstrations stand once more behind the K, where
-            they weigh most: those of the most similar surface form whose pictures are most like its own. The K before
-            them stay the same for all mentions of a surface form, and so in the engine's cache.
+        num_similar_pictures: For a mention with a picture, so many demonstrations stand behind the K, where they weigh
+            most, even if they are among the K: those of the most similar surface form whose pictures are most like its
+            own. The K before them stay the same for all mentions of a surface form, and so in the engine's cache.
         policy: `similar` takes those whose surface form is most similar, `random` draws them, seeded by the surface
             form: a baseline.
         exclude_group: Leave a mention's own group, which may be it alone, out of its demonstrations; for linking the
@@ -101,6 +101,13 @@ class RetrievalSettings:
     exclude_group: bool = False
     mention_encoder: str | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.num_similar_pictures and (self.policy == "random" or not self.num_demonstrations):
+            raise ValueError(
+                f"num_similar_pictures is {self.num_similar_pictures}: it needs the policy similar and at least one of "
+                "num_demonstrations; set it to 0, or change these"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

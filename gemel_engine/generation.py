@@ -39,6 +39,7 @@ class EntityNameGenerator:
         prompt: How prompts are laid out.
         search: How far decoding searches.
         max_in_flight: Mentions that are searched at once.
+        num_shared: So many demonstrations are the same for all mentions of a surface form; None: all of them.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class EntityNameGenerator:
         prompt: PromptSettings,
         search: SearchSettings,
         max_in_flight: int = 1,
+        num_shared: int | None = None,
     ) -> None:
         self.artifacts = artifacts
         self.engine = engine
@@ -55,6 +57,7 @@ class EntityNameGenerator:
         self._with_pictures = prompt.demonstration_pictures
         self._search = search
         self._max_in_flight = max_in_flight
+        self._num_shared = num_shared
         self._demonstration_block = lru_cache(_CACHED_BLOCKS)(self._make_demonstration_block)
 
     @classmethod
@@ -62,7 +65,8 @@ class EntityNameGenerator:
         """Start the engine of a run; the artifacts are opened here if they are not given."""
         artifacts = artifacts or open_artifacts(config)
         max_in_flight = config.language_model.max_num_seqs if config.language_model.engine == "vllm" else 1
-        return cls(artifacts, _start_engine(config, artifacts), config.prompt, config.search, max_in_flight)
+        engine, num_shared = _start_engine(config, artifacts), config.retrieval.num_demonstrations
+        return cls(artifacts, engine, config.prompt, config.search, max_in_flight, num_shared)
 
     def generate(
         self,
@@ -95,8 +99,9 @@ class EntityNameGenerator:
         """
         question = self._builder.question(mention.text, mention.mention, self._visual_prefix(features))
         blocks = [self._demonstration_block(row) for row in demonstrations]
-        num_dropped = self._builder.num_dropped(blocks)
-        return self._builder.build(blocks[num_dropped:], question), list(demonstrations[num_dropped:])
+        places = self._builder.fitting(blocks, self._num_shared, question)
+        prompt = self._builder.build([blocks[place] for place in places], question)
+        return prompt, [demonstrations[place] for place in places]
 
     def search(self, mention: Mention) -> tuple[NameSearch, PrefixTrie | None, NDArray[np.intp] | None]:
         """The search for a mention; with candidates also their trie, and the name index of each of its names.

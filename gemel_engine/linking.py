@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
+from numpy.typing import NDArray
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 
 from gemel_engine import shards, storage
@@ -48,6 +49,7 @@ logger = logging.getLogger(__name__)
 # Settings that may differ between a run and its continuation: they change no row of the output.
 _NOT_IDENTITY = ("resources", "output", "max_failed_fraction", "verify_artifacts")
 _MAX_SORTED_BLOCKS = 256
+_ROWS_PER_RANGE = 1 << 18  # read at once to be sorted: row groups may be as large, and are read whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,17 +136,14 @@ def ordered_plan(config: LinkConfig, plan: list[Shard]) -> list[Shard]:
     if len(plan) == 1 or (places := shards.order_by_surface_form(plan)) is None:
         return plan
     connect()
-    # A sort moves a piece from each block to each other: few blocks, and several shards in each of a large corpus.
+    # A sort moves a piece from each block to each other: few blocks, with several shards in each of a large corpus.
     rows_per_block = config.rows_per_shard * -(-len(places) // (config.rows_per_shard * _MAX_SORTED_BLOCKS))
-    starts = np.cumsum([0] + [shard.stop - shard.start for shard in plan])
-    table = pa.Table.from_pylist([asdict(shard) for shard in plan])
-    table = table.append_column("places", pa.LargeListArray.from_arrays(starts, places))
-    rows_per_task = -(-len(plan) // _MAX_SORTED_BLOCKS)
-    tasks = [table.slice(first, rows_per_task) for first in range(0, len(table), rows_per_task)]
-    directory = f"{config.output}/_ordered/{uuid.uuid4().hex}"
-    dataset: Dataset = ray.data.from_arrow(tasks)
+    boundaries: list[int | float] = [*range(rows_per_block, len(places), rows_per_block)]
+    name = uuid.uuid4().hex
+    directory = f"{config.output}/_ordered/{name}"
+    dataset: Dataset = ray.data.from_arrow(_placed_ranges(plan, places))
     dataset = dataset.map_batches(read_with_places, batch_size=1, batch_format="pyarrow", num_cpus=0.25)
-    dataset = dataset.sort("place", boundaries=list(range(rows_per_block, len(places), rows_per_block)))
+    dataset = dataset.sort("place", boundaries=boundaries or [len(places)])  # Ray would guess, if none
     dataset = dataset.map_batches(
         partial(write_ordered, directory=directory, rows_per_shard=config.rows_per_shard),
         batch_size=None,
@@ -153,8 +152,21 @@ def ordered_plan(config: LinkConfig, plan: list[Shard]) -> list[Shard]:
     )
     num_written = sum(row["num_rows"] for row in _rows(dataset.iter_batches(batch_size=None, batch_format="pyarrow")))
     assert num_written == len(places), f"{num_written} of {len(places)} rows were sorted"
-    shards.save_plan(config.output, shards.plan_shards(directory, config.rows_per_shard))
-    return shards.load_plan(config.output) or plan
+    ordered = shards.save_plan(config.output, shards.plan_shards(directory, config.rows_per_shard))
+    if name not in ordered[0].uri:
+        storage.remove_tree(directory)  # another run of the same command was first
+    return ordered
+
+
+def _placed_ranges(plan: Sequence[Shard], places: NDArray[np.int64]) -> list[pa.Table]:
+    """The input's files in ranges, each as a table of one row with the places of its rows."""
+    tables, first = [], 0
+    for shard in shards.recut(plan, _ROWS_PER_RANGE):
+        num_rows = shard.stop - shard.start
+        of_rows = pa.LargeListArray.from_arrays([0, num_rows], places[first : first + num_rows])
+        tables.append(pa.Table.from_pylist([asdict(shard)]).append_column("places", of_rows))
+        first += num_rows
+    return tables
 
 
 def stream_parts(config: LinkConfig, remaining: Sequence[Shard]) -> Dataset:

@@ -82,13 +82,20 @@ class TrainingPrompts:
         artifacts: Names, demonstrations and tokenizer.
         settings: How prompts are laid out.
         prefix_length: P.
+        num_shared: So many demonstrations are the same for all mentions of a surface form; None: all of them.
     """
 
     def __init__(
-        self, examples: Sequence[TrainingExample], artifacts: Artifacts, settings: PromptSettings, prefix_length: int
+        self,
+        examples: Sequence[TrainingExample],
+        artifacts: Artifacts,
+        settings: PromptSettings,
+        prefix_length: int,
+        num_shared: int | None = None,
     ) -> None:
         self.examples = examples
         self.prefix_length = prefix_length
+        self._num_shared = num_shared
         self.builder = PromptBuilder(artifacts.tokenizer, settings)
         self._index = artifacts.index
         self._names = artifacts.knowledge_base.names_of_entities([example.entity_id for example in examples])
@@ -103,7 +110,8 @@ class TrainingPrompts:
         picture = None if example.features is None else number
         question = self.builder.question(example.mention.text, example.mention.mention, self._prefix(picture))
         blocks = [self._block(self.demonstration(row)) for row in example.demonstrations]
-        kept = example.demonstrations[self.builder.num_dropped(blocks) :]
+        places = self.builder.fitting(blocks, self._num_shared, question)
+        kept = tuple(example.demonstrations[place] for place in places)
         return LabelledPrompt(kept, Segment(question.token_ids, picture), self.target(number))
 
     def target(self, number: int) -> tuple[int, ...]:

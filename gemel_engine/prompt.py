@@ -119,14 +119,21 @@ class PromptBuilder:
         answer = encode_text(self._tokenizer, name) + self._newline
         return Block(self._question_tokens(text, mention) + answer, visual_prefix)
 
-    def num_dropped(self, demonstrations: Sequence[Block]) -> int:
-        """How many of the first, least similar demonstrations have to go for the prompt to stay in its limit."""
+    def fitting(self, demonstrations: Sequence[Block], num_shared: int | None, question: Block) -> list[int]:
+        """Places of the demonstrations that a prompt has room for; the first, least similar ones have to go.
+
+        Args:
+            demonstrations: All that were retrieved.
+            num_shared: So many first ones are those of all mentions of a surface form: which of them stay does not
+                depend on the question. The others share the question's reserve. None: all of them.
+            question: What stands behind them.
+        """
         room = self._settings.max_prompt_tokens - self._settings.query_reserve - len(self.beginning)
-        for num_kept, block in enumerate(reversed(demonstrations)):
-            room -= len(block)
-            if room < 0:
-                return len(demonstrations) - num_kept
-        return 0
+        shared = _last_that_fit(demonstrations[:num_shared], room)
+        own = demonstrations[len(demonstrations[:num_shared]) :]
+        room = self._settings.query_reserve - len(question)
+        num_own = len(_last_that_fit(own, room))
+        return [*shared, *range(len(demonstrations) - num_own, len(demonstrations))]
 
     def build(self, demonstrations: Sequence[Block], question: Block) -> Prompt:
         """Lay the blocks out one after the other, each behind its visual prefix."""
@@ -155,6 +162,15 @@ class PromptBuilder:
                 'use "eos"'
             )
         return self._newline[0]
+
+
+def _last_that_fit(blocks: Sequence[Block], room: int) -> range:
+    """Places of the last blocks that take no more than `room` tokens."""
+    first = len(blocks)
+    while first and len(blocks[first - 1]) <= room:
+        first -= 1
+        room -= len(blocks[first])
+    return range(first, len(blocks))
 
 
 def _check(settings: PromptSettings) -> None:

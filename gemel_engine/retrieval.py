@@ -120,6 +120,7 @@ class DemonstrationIndex:
         self._first_row = [*starts.tolist(), len(forms)]  # of each distinct surface form, and the end
         self._search = faiss.IndexFlatIP(metadata.surface_width)
         self._search.add(_matrix(table["surface_embedding"], metadata.surface_width)[starts])
+        self._last_pictures: tuple[int, list[int], FloatArray] | None = None
         self._features: FloatArray | None = None
         if metadata.vision_width is not None:
             self._features = _matrix(table["image_features"], metadata.vision_width)
@@ -247,16 +248,14 @@ class DemonstrationIndex:
             exclude_group: A group whose demonstrations are left out.
 
         Returns:
-            Row numbers, the most similar last, ties by number.
+            Row numbers, the most similar last.
         """
         if self._features is None or not k:
             return []
-        form = bisect_right(self._first_row, row) - 1
-        span = range(self._first_row[form], self._first_row[form + 1])
-        rows = [row for row in span if self._is_pictured[row] and self._groups[row] != exclude_group]
-        standardised = self._standardise(self._features[rows])
-        likeness = np.round(standardised @ self._standardise(features), _SIMILARITY_DECIMALS)
-        return [rows[place] for place in np.argsort(likeness, kind="stable")[max(0, len(rows) - k) :]]
+        rows, pictures = self._pictures_of_form(bisect_right(self._first_row, row) - 1)
+        likeness = np.round(pictures @ self._standardise(features), _SIMILARITY_DECIMALS)
+        by_likeness = (rows[place] for place in np.argsort(-likeness, kind="stable"))
+        return list(islice((row for row in by_likeness if self._groups[row] != exclude_group), k))[::-1]
 
     def sample(self, surface_form: str, k: int, seed: int, exclude_group: str | None = None) -> list[int]:
         """Draw `k` demonstrations, or all if they are fewer, in random order, the same for equal surface forms.
@@ -271,6 +270,15 @@ class DemonstrationIndex:
             if self._groups[row] != exclude_group:
                 drawn[row] = None
         return list(drawn)
+
+    def _pictures_of_form(self, form: int) -> tuple[list[int], FloatArray]:
+        """Rows of a surface form that have pictures, and their standardised features; mentions come by surface form."""
+        if self._last_pictures is None or self._last_pictures[0] != form:
+            assert self._features is not None
+            span = range(self._first_row[form], self._first_row[form + 1])
+            rows = [row for row in span if self._is_pictured[row]]
+            self._last_pictures = form, rows, self._standardise(self._features[rows])
+        return self._last_pictures[1:]
 
     @cached_property
     def _is_pictured(self) -> NDArray[np.bool_]:

@@ -46,7 +46,7 @@ class SearchSettings:
         num_candidates: Names to return.
         num_to_certify: Stop once this many of the best names are proved. At most `num_candidates`.
         num_children: K, the log-probs asked for at each step of a rollout.
-        width: Rollouts of one mention that may be in flight at once; at first no more than it has had already.
+        width: Rollouts of one mention that may be in flight at once; no more than were answered before.
         max_rollouts: Budget; when it is spent the best name found so far is returned, uncertified.
     """
 
@@ -152,9 +152,10 @@ class NameSearch:
     def next_requests(self) -> list[RolloutRequest]:
         """Rollouts worth having now: open items that can still hold one of the names to certify, best bound first."""
         requests = []
+        num_answered = self._num_rollouts - len(self._in_flight)
         while (
             self._frontier
-            and len(self._in_flight) < min(self._settings.width, max(1, self._num_rollouts))
+            and len(self._in_flight) < min(self._settings.width, max(1, num_answered))
             and self._num_rollouts < self._settings.max_rollouts
             and -self._frontier[0].negative_bound > self._score_to_beat
         ):
@@ -240,7 +241,9 @@ class NameSearch:
         excluded_mass = item.excluded_mass + math.fsum(map(math.exp, log_probs))
         not_reported = max(0.0, 1.0 - excluded_mass) + _ROUNDING
         mass_left = min(num_left * math.exp(log_probs[-1]), not_reported)
-        highest = min(log_probs[-1], math.log(not_reported))  # of one child: the K-th, or all that is left
+        # One child has at most the K-th log-prob, and at most all that is left. The latter holds within one step of the
+        # model: what another step saw of the same node may differ in the last bits, of which little may be left.
+        highest = log_probs[-1] if item.excluded else min(log_probs[-1], math.log(not_reported))
         bound = self._bound(item.log_prob + highest, len(item.path), item.node)
         remainder = _OpenItem(
             -bound, item.path, item.node, item.log_prob, math.exp(item.log_prob) * mass_left, excluded, excluded_mass

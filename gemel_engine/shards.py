@@ -21,6 +21,7 @@ import uuid
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -88,9 +89,7 @@ def plan_shards(input_uri: str, rows_per_shard: int, also_required: Sequence[str
                 ids.append(parquet.read(["mention_id"])["mention_id"].cast(pa.large_string()))
         except pa.ArrowInvalid as error:
             raise InputError(f"{file.uri} is not a Parquet file: {error}") from error
-        for start in range(0, num_rows, rows_per_shard):
-            stop = min(start + rows_per_shard, num_rows)
-            shards.append(Shard(len(shards), file.uri, file.version, start, stop))
+        shards += _cut(file.uri, file.version, num_rows, rows_per_shard, len(shards))
     _check_ids(input_uri, ids)
     return shards
 
@@ -101,15 +100,13 @@ def order_by_surface_form(plan: Sequence[Shard]) -> NDArray[np.int64] | None:
     Only these two columns are read. None if a file holds pictures or image features: rows of that size stay where they
     are.
     """
-    tables = []
-    for shard in plan:
-        file_system, path = storage.resolve(shard.uri)
-        if shard.start == 0:
-            with pq.ParquetFile(path, filesystem=file_system) as parquet:
-                if not {"image_bytes", "image_features"}.isdisjoint(parquet.schema_arrow.names):
-                    return None
-                table = parquet.read(["mention", "mention_id"])
-                tables.append(table.cast(pa.schema([(name, pa.large_string()) for name in table.schema.names])))
+    schema, tables = pa.schema([("mention", pa.large_string()), ("mention_id", pa.large_string())]), []
+    for uri in dict.fromkeys(shard.uri for shard in plan):
+        file_system, path = storage.resolve(uri)
+        with pq.ParquetFile(path, filesystem=file_system) as parquet:
+            if not {"image_bytes", "image_features"}.isdisjoint(parquet.schema_arrow.names):
+                return None
+            tables.append(parquet.read(schema.names).select(schema.names).cast(schema))
     order = pc.sort_indices(
         pa.concat_tables(tables), sort_keys=[("mention", "ascending"), ("mention_id", "ascending")]
     ).to_numpy()
@@ -118,9 +115,20 @@ def order_by_surface_form(plan: Sequence[Shard]) -> NDArray[np.int64] | None:
     return places
 
 
-def save_plan(output: str, plan: Sequence[Shard]) -> None:
-    """Note the shards of a run, unless another run was first."""
+def recut(plan: Sequence[Shard], rows_per_shard: int) -> list[Shard]:
+    """The same rows in the same order, in shards of another size."""
+    recut: list[Shard] = []
+    for (uri, version), of_file in groupby(plan, key=lambda shard: (shard.uri, shard.version)):
+        recut += _cut(uri, version, list(of_file)[-1].stop, rows_per_shard, len(recut))
+    return recut
+
+
+def save_plan(output: str, plan: Sequence[Shard]) -> list[Shard]:
+    """Note the shards of a run, unless another run was first; returns those that are noted."""
     storage.create_exclusive(f"{output}/_plan.json", json.dumps(plan_identity(plan)).encode())
+    noted = load_plan(output)
+    assert noted is not None, "created just now, or before"
+    return noted
 
 
 def load_plan(output: str) -> list[Shard] | None:
@@ -225,6 +233,13 @@ def parquet_bytes(table: pa.Table, row_group_size: int | None = None) -> bytes:
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd", row_group_size=row_group_size)
     return sink.getvalue()
+
+
+def _cut(uri: str, version: str, num_rows: int, rows_per_shard: int, first_index: int) -> list[Shard]:
+    return [
+        Shard(index, uri, version, start, min(start + rows_per_shard, num_rows))
+        for index, start in enumerate(range(0, num_rows, rows_per_shard), first_index)
+    ]
 
 
 def _check_schema(uri: str, schema: pa.Schema, also_required: Sequence[str]) -> None:

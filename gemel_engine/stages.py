@@ -29,7 +29,7 @@ from gemel_engine.types import Features, Mention, Prediction, check_features, pr
 
 _COLUMNS = ("mention_id", "text", "mention", "mention_start", "candidate_ids", "group")
 IMAGE_COLUMNS = ("image_bytes", "image_uri")
-# Of a corpus that is small enough to be sorted as a whole.
+# What is sorted of a corpus; one with pictures or image features is not.
 _ORDERED_SCHEMA = pa.schema(
     [
         pa.field("mention_id", pa.large_string()),
@@ -49,8 +49,8 @@ COSTS = ("image_seconds", "retrieval_seconds", "generation_seconds", "prompt_tok
 def read_mentions(batch: pa.Table, also: Sequence[str]) -> pa.Table:
     """Read a shard, ordered by surface form, so that equal prompts' beginnings follow each other.
 
-    Reads the columns of `also` beside the small ones, where the corpus has them. Adds `shard`, `row` (in the input
-    file) and `error` (null so far, or why the row can't be linked).
+    Reads the columns of `also` beside the small ones, where the corpus has them. Adds `shard`, `row` (in the
+    shard's file) and `error` (null so far, or why the row can't be linked).
     """
     (fields,) = batch.to_pylist()
     shard = Shard(**fields)

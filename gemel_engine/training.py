@@ -260,7 +260,8 @@ def _train_worker(settings: dict[str, Any]) -> None:
         activation_checkpointing=language_model.activation_checkpointing,
     )
     mapper, fingerprint = artifacts.feature_mapper, settings["image_encoder_fingerprint"]
-    prompts = TrainingPrompts(_examples("train"), artifacts, config.prompt, _prefix_length(config, mapper))
+    num_shared = config.retrieval.num_demonstrations
+    prompts = TrainingPrompts(_examples("train"), artifacts, config.prompt, _prefix_length(config, mapper), num_shared)
     if mapper is None:
         mapper = initial_mapper(config.mapper, config.optimisation.seed, prompts, model)
     mapper.metadata = replace(
@@ -368,7 +369,14 @@ class _Validation:
     def accuracy(self, mapper: FeatureMapper) -> float:
         """Share of the sample whose entity's name is generated."""
         artifacts = replace(self._artifacts, feature_mapper=mapper)
-        generator = EntityNameGenerator(artifacts, self._engine, self._config.prompt, self._config.search)
+        config = self._config
+        generator = EntityNameGenerator(
+            artifacts,
+            self._engine,
+            config.prompt,
+            config.search,
+            num_shared=config.retrieval.num_demonstrations,
+        )
         predictions = generator.generate(
             [example.mention for example in self._sample],
             [example.features for example in self._sample],

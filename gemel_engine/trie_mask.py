@@ -80,7 +80,9 @@ def constrain(logits: Tensor, rows: Tensor, tokens: Tensor, excluded: Sequence[t
     """
     logits = logits.float()
     log_probs = logits[rows, tokens] - logits.logsumexp(dim=-1)[rows]
-    logits[rows] = -math.inf
+    is_constrained = torch.zeros(len(logits), 1, dtype=torch.bool, device=logits.device)
+    is_constrained[rows] = True
+    logits.masked_fill_(is_constrained, -math.inf)
     logits[rows, tokens] = log_probs.clamp_(min=_LOWEST_LOG_PROB)
     if excluded:
         pairs = torch.tensor(excluded).to(logits.device)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +32,7 @@ from gemel_engine.errors import GemelError
 from gemel_engine.model import DTYPES, language_model_width
 from gemel_engine.prefix_trie import PrefixTrie
 from gemel_engine.prompt import Prompt
-from gemel_engine.search import Rollout, RolloutRequest
+from gemel_engine.search import Rollout, RolloutRequest, allowed_next_tokens
 from gemel_engine.trie_mask import TrieTensors, constrain
 
 
@@ -163,7 +162,6 @@ class TrieLogitsProcessor(LogitsProcessor):
         additional: Any = vllm_config.additional_config
         self._trie = PrefixTrie.open(Path(additional["prefix_trie"]))
         self._tensors = TrieTensors.of(self._trie, device)
-        self._device = device
         self._terminator: int = additional["terminator"]
         self._cursors: dict[int, TrieCursor] = {}
 
@@ -192,25 +190,27 @@ class TrieLogitsProcessor(LogitsProcessor):
         """Constrain the batch's logits (B, V)."""
         if not self._cursors:
             return logits
-        of_trie: dict[int, list[tuple[int, TrieCursor]]] = defaultdict(list)
+        nodes, own_rows, own_tokens = {}, [], []
         for row, cursor in self._cursors.items():
-            of_trie[id(cursor.tensors)].append((row, cursor))
-        rows, tokens = [], []
-        for cursors in of_trie.values():
-            row_numbers = torch.tensor([row for row, _ in cursors]).to(logits.device)
-            nodes = torch.tensor([cursor.advance() for _, cursor in cursors]).to(logits.device)
-            found, allowed = cursors[0][1].tensors.allowed(nodes, self._terminator)
-            rows.append(row_numbers[found])
-            tokens.append(allowed)
+            node = cursor.advance()
+            if cursor.trie is self._trie:
+                nodes[row] = node
+            else:  # a mention's few candidates
+                allowed = allowed_next_tokens(cursor.trie, node, self._terminator, frozenset())
+                own_rows += [row] * len(allowed)
+                own_tokens += allowed.tolist()
+        pairs = torch.tensor([own_rows, own_tokens], dtype=torch.long).to(logits.device)
+        places, tokens = self._tensors.allowed(
+            torch.tensor(list(nodes.values()), dtype=torch.long).to(logits.device), self._terminator
+        )
+        rows = torch.tensor(list(nodes), dtype=torch.long).to(logits.device)[places]
         excluded = [(row, token) for row, cursor in self._cursors.items() for token in cursor.excluded]
-        return constrain(logits, torch.cat(rows), torch.cat(tokens), excluded)
+        return constrain(logits, torch.cat([rows, pairs[0]]), torch.cat([tokens, pairs[1]]), excluded)
 
     def _cursor(self, extra_args: dict[str, Any], output_tokens: list[int]) -> TrieCursor:
-        candidates, trie, tensors = extra_args["candidates"], self._trie, self._tensors
-        if candidates is not None:
-            trie = PrefixTrie.from_sequences(candidates)[0]
-            tensors = TrieTensors.of(trie, self._device)
-        return TrieCursor(trie, tensors, trie.walk(extra_args["path"]), extra_args["excluded"], output_tokens)
+        candidates = extra_args["candidates"]
+        trie = self._trie if candidates is None else PrefixTrie.from_sequences(candidates)[0]
+        return TrieCursor(trie, trie.walk(extra_args["path"]), extra_args["excluded"], output_tokens)
 
 
 @dataclass(slots=True)
@@ -218,7 +218,6 @@ class TrieCursor:
     """Where one request stands in its trie; moves on as `output_tokens`, a live list, grows."""
 
     trie: PrefixTrie
-    tensors: TrieTensors
     node: int
     excluded: Sequence[int]
     output_tokens: list[int]

@@ -31,7 +31,8 @@ from gemel_engine.errors import (
 )
 from gemel_engine.feature_mapper import FeatureMapper
 from gemel_engine.linker import Linker
-from gemel_engine.linking import LinkReport, link_corpus
+from gemel_engine.linking import LinkReport, link_corpus, ordered_plan
+from gemel_engine.shards import plan_shards
 from gemel_engine.types import PREDICTION_SCHEMA
 
 ROOT = Path(__file__).parent.parent
@@ -157,7 +158,7 @@ def test_equal_surface_forms_meet_in_one_shard(config: LinkConfig, local_ray: No
     """Two files of other types and columns, surface forms that take turns, and a row without any."""
     corpus = tmp_path / "corpus"
     corpus.mkdir()
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"mention_id": f"m{n:02}", "text": f"Look at the {name} over there.", "mention": name}
         for n, name in enumerate(ENTITY_NAMES[:3] * 6)
     ]
@@ -175,6 +176,20 @@ def test_equal_surface_forms_meet_in_one_shard(config: LinkConfig, local_ray: No
     (Path(config.output) / "data/shard-00001.parquet").unlink()
     assert link_corpus(config).shards_skipped == 2
     assert [row["mention_id"] for row in predictions(config.output)] == found
+
+
+def test_many_small_files_become_few_shards(config: LinkConfig, local_ray: None, tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for n, name in enumerate(["b", "a", "c", "a"]):
+        row = {"mention_id": f"m{n}", "text": f"Look at {name}.", "mention": name}
+        pq.write_table(pa.Table.from_pylist([row]), corpus / f"{n}.parquet")
+    config = replace(config, input=str(corpus), rows_per_shard=3)
+    plan = ordered_plan(config, plan_shards(config.input, config.rows_per_shard))
+    assert [(shard.start, shard.stop) for shard in plan] == [(0, 3), (0, 1)]
+    plan = ordered_plan(replace(config, output=f"{config.output}-large", rows_per_shard=9), plan)
+    assert [(shard.start, shard.stop) for shard in plan] == [(0, 4)]
+    assert pq.read_table(plan[0].uri)["mention_id"].to_pylist() == ["m1", "m3", "m0", "m2"]
 
 
 def test_the_linker_without_ray_gives_the_same(linked: tuple[LinkConfig, LinkReport]) -> None:

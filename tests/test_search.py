@@ -135,6 +135,21 @@ def test_one_rollout_of_greedy_decoding_comes_first(problem: dict[str, Any]) -> 
     assert scorer.trie.name_index(node) in {name.name_index for name in result.names}
 
 
+def test_speculation_grows_with_the_search() -> None:
+    """No more rollouts are in flight than were answered before, and never more than `width`."""
+    sequences = [[a, b, c] for a in range(6) for b in range(6) for c in range(6)]
+    trie, _ = PrefixTrie.from_sequences(sequences)
+    scorer = RandomScorer(trie, seed=0, temperature=5.0, num_children=3)
+    search = NameSearch(trie, TERMINATOR, SearchSettings(width=4))
+    waves = []
+    while not search.is_done and (requests := search.next_requests()):
+        waves.append(len(requests))
+        for request in requests:
+            search.observe(request, scorer.rollout(request, trie))
+    assert waves[:5] == [1, 1, 2, 4, 4]
+    assert max(waves) == 4
+
+
 def test_many_searches_share_an_engine() -> None:
     sequences = [[a, b] for a in range(5) for b in range(5)]
     trie, _ = PrefixTrie.from_sequences(sequences)
