@@ -79,7 +79,7 @@ def constrain(logits: Tensor, rows: Tensor, tokens: Tensor, excluded: Sequence[t
         (B, V), float32.
     """
     logits = logits.float()
-    log_probs = logits[rows, tokens] - logits.logsumexp(dim=-1)[rows]
+    log_probs = logits.log_softmax(dim=-1)[rows, tokens]  # on a CPU many times faster than with logsumexp
     is_constrained = torch.zeros(len(logits), 1, dtype=torch.bool, device=logits.device)
     is_constrained[rows] = True
     logits.masked_fill_(is_constrained, -math.inf)
