@@ -285,7 +285,10 @@ def _mentions(batch: pa.Table) -> list[Mention | None]:
 
 def _features(batch: pa.Table) -> list[Features | None]:
     """The image features (C,) of each row, None without a picture."""
-    return [None if item is None else np.array(item, np.float32) for item in _column(batch, "image_features")]
+    if "image_features" not in batch.column_names:
+        return [None] * batch.num_rows
+    vectors = (row.values for row in batch["image_features"])  # arrays, not lists of Python's numbers
+    return [None if row is None else row.to_numpy(zero_copy_only=False).astype(np.float32) for row in vectors]
 
 
 def _column(batch: pa.Table, name: str) -> list[Any]:
