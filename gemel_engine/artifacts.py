@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
-from gemel_engine.config import JobConfig
+from gemel_engine.calibration import Calibration
+from gemel_engine.config import JobConfig, LinkConfig, config_json
 from gemel_engine.errors import ArtifactError
 from gemel_engine.feature_mapper import FeatureMapper
 from gemel_engine.knowledge_base import KnowledgeBase, tokenizer_fingerprint
@@ -62,6 +64,20 @@ def open_artifacts(config: JobConfig, *, verify: bool = False) -> Artifacts:
     if mapper is not None:
         _check_mapper(config, mapper, index)
     return Artifacts(tokenizer, knowledge_base, directory / "trie", index, mapper)
+
+
+def open_calibration(config: LinkConfig) -> Calibration | None:
+    """Open the calibration of a run, if it has one.
+
+    Raises:
+        ArtifactError: It is missing or damaged.
+        ConfigurationError: It was fitted on a run with other settings.
+    """
+    if config.calibration is None:
+        return None
+    calibration = Calibration.open(download_directory(config.calibration))
+    calibration.check_scoring(json.loads(config_json(config)))
+    return calibration
 
 
 def _check_mapper(config: JobConfig, mapper: FeatureMapper, index: DemonstrationIndex | None) -> None:

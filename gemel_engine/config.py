@@ -220,10 +220,12 @@ class LinkConfig(JobConfig):
     Attributes:
         input: Parquet file or directory of mentions, local or `s3://`.
         language_model: The frozen language model and its engine.
+        calibration: Directory made by `jobs/calibrate.py`, for `confidence` and `is_nil`; None: without them.
     """
 
     input: str
     language_model: EngineSettings
+    calibration: str | None = None
 
     def __post_init__(self) -> None:
         JobConfig.__post_init__(self)  # super() does not know a class with slots

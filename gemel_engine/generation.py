@@ -17,7 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gemel_engine.artifacts import Artifacts, open_artifacts
+from gemel_engine.artifacts import Artifacts, open_artifacts, open_calibration
+from gemel_engine.calibration import Calibration
 from gemel_engine.config import LinkConfig
 from gemel_engine.errors import InvalidMentionError, MentionError
 from gemel_engine.model import FrozenLanguageModel
@@ -40,6 +41,7 @@ class EntityNameGenerator:
         search: How far decoding searches.
         max_in_flight: Mentions that are searched at once.
         num_shared: So many demonstrations are the same for all mentions of a surface form; None: all of them.
+        calibration: Gives predictions their confidence.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class EntityNameGenerator:
         search: SearchSettings,
         max_in_flight: int = 1,
         num_shared: int | None = None,
+        calibration: Calibration | None = None,
     ) -> None:
         self.artifacts = artifacts
         self.engine = engine
@@ -58,6 +61,7 @@ class EntityNameGenerator:
         self._search = search
         self._max_in_flight = max_in_flight
         self._num_shared = num_shared
+        self._calibration = calibration
         self._demonstration_block = lru_cache(_CACHED_BLOCKS)(self._make_demonstration_block)
 
     @classmethod
@@ -66,7 +70,8 @@ class EntityNameGenerator:
         artifacts = artifacts or open_artifacts(config)
         max_in_flight = config.language_model.max_num_seqs if config.language_model.engine == "vllm" else 1
         engine, num_shared = _start_engine(config, artifacts), config.retrieval.num_demonstrations
-        return cls(artifacts, engine, config.prompt, config.search, max_in_flight, num_shared)
+        calibration = open_calibration(config)
+        return cls(artifacts, engine, config.prompt, config.search, max_in_flight, num_shared, calibration)
 
     def generate(
         self,
@@ -87,7 +92,8 @@ class EntityNameGenerator:
         tasks = _Tasks(self, mentions, features, demonstrations)
         for position, result in run_searches(self.engine, tasks.searches(), self._max_in_flight):
             tasks.finish(position, result)
-        return tasks.predictions()
+        predictions = tasks.predictions()
+        return predictions if self._calibration is None else self._calibration.apply(predictions)
 
     def prompt(
         self, mention: Mention, features: Features | None, demonstrations: Sequence[int]

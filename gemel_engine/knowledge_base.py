@@ -150,6 +150,12 @@ class KnowledgeBase:
         columns = ("entity_id", "name", "description", "popularity")
         return Entity(*(self._entities[column][row].as_py() for column in columns))
 
+    def records(self, entity_ids: pa.ChunkedArray, names: pa.ChunkedArray) -> pa.Table:
+        """`entity_id`, `name` and `popularity` of the entities with one of these ids or one of these names."""
+        table = pa.Table.from_batches([self._entities.select(["entity_id", "name", "popularity"])])
+        has_id = pc.is_in(table["entity_id"], entity_ids.combine_chunks())
+        return table.filter(pc.or_(has_id, pc.is_in(table["name"], names.combine_chunks())))
+
     def entities_of_name(self, name_index: int) -> range:
         """Rows of the entities of a name: the most popular first, unknown popularity last, ties by id."""
         return range(bisect_left(self._name_index, name_index), bisect_right(self._name_index, name_index))

@@ -101,13 +101,14 @@ def link_corpus(config: LinkConfig) -> LinkReport:
         GemelError: The configuration, the input or an artifact is unusable (nothing has been started then), or more
             rows failed than `max_failed_fraction` allows (the output is complete then).
     """
-    from gemel_engine.artifacts import open_artifacts
+    from gemel_engine.artifacts import open_artifacts, open_calibration
     from gemel_engine.linker import check_encoders
 
     started = time.monotonic()
     plan = shards.plan_shards(config.input, config.rows_per_shard, config.vision.required_columns)
     artifacts = open_artifacts(config, verify=config.verify_artifacts)
     check_encoders(config, artifacts)
+    open_calibration(config)
     shards.claim_output(config.output, _identity(config, plan))
     plan = ordered_plan(config, plan)
     finished = shards.finished_shards(config.output)
@@ -281,10 +282,12 @@ def _identity(config: LinkConfig, plan: Sequence[Shard]) -> dict[str, Any]:
 
 def artifact_manifests(config: JobConfig) -> dict[str, Any]:
     """What the artifacts of a run say of themselves, checksums included."""
+    calibration = config.calibration if isinstance(config, LinkConfig) else None
     manifests = {
         "knowledge_base": f"{config.knowledge_base}/knowledge_base.json",
         "demonstrations": config.demonstrations and f"{config.demonstrations}/index.json",
         "feature_mapper": config.vision.feature_mapper and f"{config.vision.feature_mapper}/mapper.json",
+        "calibration": calibration and f"{calibration}/calibration.json",
     }
     return {name: json.loads(storage.read_bytes(uri)) for name, uri in manifests.items() if uri}
 

@@ -65,11 +65,15 @@ class Prediction:
         log_prob: Log-probability of the best name, in nats (a sum over its tokens and the terminator).
         probability: The best name's share of the probability mass of all names, as a lower bound: what was not
             explored counts against it. Not calibrated.
+        confidence: Probability that the entity is the right one; None without a calibration.
+        nil_probability: Probability that the knowledge base lacks the mention's entity; None without a calibration, or
+            one that was fitted without such mentions.
         unexplored_mass: Upper bound of the probability of all names that the search did not reach.
         margin: Objective of the best name minus that of the second; None when only one name was found.
         certified: The best name is proved to be the argmax over all allowed names.
         num_certified: How many of the leading candidate names are proved to be in their place.
-        is_nil: The mention refers to no entity of the knowledge base; None until a threshold is calibrated.
+        is_nil: The mention refers to no entity of the knowledge base, says the calibration; None like
+            `nil_probability`. The best entity is given all the same.
         candidates: The best first; entities that share a name follow each other.
         demonstration_ids: `mention_id`s of the demonstrations in the prompt, the most similar last.
         num_demonstrations_dropped: How many were left out because the prompt would have been too long.
@@ -81,6 +85,8 @@ class Prediction:
     entity_name: str | None = None
     log_prob: float | None = None
     probability: float | None = None
+    confidence: float | None = None
+    nil_probability: float | None = None
     unexplored_mass: float | None = None
     margin: float | None = None
     certified: bool | None = None
@@ -113,6 +119,8 @@ PREDICTION_SCHEMA = pa.schema(
         pa.field("entity_name", pa.string()),
         pa.field("log_prob", pa.float64()),
         pa.field("probability", pa.float64()),
+        pa.field("confidence", pa.float64()),
+        pa.field("nil_probability", pa.float64()),
         pa.field("unexplored_mass", pa.float64()),
         pa.field("margin", pa.float64()),
         pa.field("certified", pa.bool_()),

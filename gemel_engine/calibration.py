@@ -1,0 +1,300 @@
+"""Turns what a search says of its answer into the probability that the answer is right, and into NIL.
+
+    calibration.json    two logistic regressions, the threshold of NIL, the settings of the run that they were fitted on
+
+Fitted on linked mentions with gold labels. The evidence of an answer is in its row of the output, so fitting needs no
+model and applying costs nothing. What the search calls `probability` is the share of a name among names; how often
+the best name is the right one is another question, and has to be learnt from mentions of which one knows.
+
+N mentions, F pieces of evidence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from pydantic import ConfigDict, ValidationError
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+
+from gemel_engine.errors import ArtifactError, ConfigurationError, InputError
+from gemel_engine.manifest import read_manifest, write_manifest
+from gemel_engine.types import Prediction, predictions_to_table
+
+FORMAT_VERSION = 1
+EVIDENCE = ("logit_probability", "log_prob", "log_unexplored_mass", "margin", "has_margin", "log_name_length")
+
+_MANIFEST = "calibration.json"
+_NUM_BINS = 10
+_NUM_FOLDS = 5
+_LEAST = 20  # mentions of each outcome, below which nothing is fitted
+_HIGHEST_MARGIN = 10.0  # nats; what lies above says no more
+
+Numbers = npt.NDArray[np.float64]
+Outcomes = npt.NDArray[np.bool_]
+
+
+@pydantic_dataclass(frozen=True, slots=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
+class LogisticModel:
+    """A logistic regression on standardised evidence, one number for each of `EVIDENCE`.
+
+    Attributes:
+        mean: Of the evidence where it was fitted.
+        scale: Its deviations, positive.
+        weights: Of the standardised evidence.
+        bias: Log-odds where all evidence is at its mean.
+    """
+
+    mean: tuple[float, ...]
+    scale: tuple[float, ...]
+    weights: tuple[float, ...]
+    bias: float
+
+    def __post_init__(self) -> None:
+        if {len(self.mean), len(self.scale), len(self.weights)} != {len(EVIDENCE)}:
+            raise ValueError(f"mean, scale and weights must be {len(EVIDENCE)} numbers each")
+        if min(self.scale) <= 0:
+            raise ValueError(f"scale is {self.scale}: it must be positive")
+
+    @classmethod
+    def fit(cls, evidence: Numbers, outcomes: Outcomes) -> Self:
+        """Fit to evidence (N, F) and outcomes (N,)."""
+        from sklearn.linear_model import LogisticRegression  # takes a second to import, and only fitting needs it
+
+        mean, scale = evidence.mean(axis=0), evidence.std(axis=0)
+        scale = np.where(scale > 0, scale, 1.0)
+        fitted = LogisticRegression(max_iter=1000).fit((evidence - mean) / scale, outcomes)
+        return cls(
+            mean=tuple(mean.tolist()),
+            scale=tuple(scale.tolist()),
+            weights=tuple(fitted.coef_[0].tolist()),
+            bias=float(fitted.intercept_[0]),
+        )
+
+    def __call__(self, evidence: Numbers) -> Numbers:
+        """Probabilities (N,) for evidence (N, F)."""
+        log_odds = (evidence - self.mean) / self.scale @ np.array(self.weights) + self.bias
+        return np.asarray(1 / (1 + np.exp(-np.clip(log_odds, -700, 700))), np.float64)
+
+
+@pydantic_dataclass(frozen=True, slots=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class Calibration:
+    """What was fitted.
+
+    Attributes:
+        right: Probability that the entity is the right one.
+        nil: Probability that the knowledge base lacks the mention's entity; None if no mention taught it.
+        nil_threshold: `is_nil` is true from this probability on.
+        scoring: Settings that shape the evidence; see `scoring_settings`.
+        fitted_on: Counts, and how well it did on mentions left out of fitting in turn.
+    """
+
+    right: LogisticModel
+    nil: LogisticModel | None
+    nil_threshold: float | None
+    scoring: dict[str, Any]
+    fitted_on: dict[str, float]
+
+    @classmethod
+    def fit(
+        cls,
+        predictions: pa.Table,
+        is_right: Outcomes,
+        is_nil: Outcomes,
+        *,
+        nil_precision: float = 0.8,
+        scoring: Mapping[str, Any] | None = None,
+        seed: int = 0,
+    ) -> Self:
+        """Fit to a run over mentions with gold labels.
+
+        Args:
+            predictions: N rows of `PREDICTION_SCHEMA`; those with an error are left out.
+            is_right: Whether each answer is right (N,).
+            is_nil: Whether each mention's entity is not in the knowledge base (N,).
+            nil_precision: The share of `is_nil` that shall be true, on mentions left out of fitting.
+            scoring: `scoring_settings` of the run.
+            seed: Of the folds.
+
+        Raises:
+            InputError: There are too few mentions of an outcome.
+            ConfigurationError: No threshold reaches that precision.
+        """
+        usable = np.array(predictions["error"].is_null())
+        evidence, is_right, is_nil = evidence_of(predictions.filter(usable)), is_right[usable], is_nil[usable]
+        if min(is_right.sum(), (~is_right).sum()) < _LEAST:
+            raise InputError(
+                f"{is_right.sum()} of {len(is_right)} answers are right: calibration needs at least {_LEAST} right and "
+                f"{_LEAST} wrong ones; link more mentions with gold labels"
+            )
+        judged = quality(_left_out(evidence, is_right, seed), is_right)
+        fitted_on = {
+            "num_mentions": float(len(is_right)),
+            "accuracy": float(is_right.mean()),
+            "expected_calibration_error": judged.expected_calibration_error,
+            "brier_score": judged.brier_score,
+        }
+        nil, threshold = None, None
+        if is_nil.sum() >= _LEAST:
+            threshold, reached = _threshold(_left_out(evidence, is_nil, seed), is_nil, nil_precision)
+            nil = LogisticModel.fit(evidence, is_nil)
+            fitted_on |= {"num_nil": float(is_nil.sum()), **reached}
+        return cls(
+            right=LogisticModel.fit(evidence, is_right),
+            nil=nil,
+            nil_threshold=threshold,
+            scoring=dict(scoring or {}),
+            fitted_on=fitted_on,
+        )
+
+    def apply(self, predictions: Sequence[Prediction]) -> list[Prediction]:
+        """Set `confidence`, `nil_probability` and `is_nil` of all predictions without an error."""
+        usable = [prediction for prediction in predictions if prediction.error is None]
+        evidence = evidence_of(predictions_to_table(usable))
+        right = self.right(evidence).tolist()
+        nil = self.nil(evidence).tolist() if self.nil is not None else [None] * len(usable)
+        judged = iter(
+            replace(
+                prediction,
+                confidence=confidence,
+                nil_probability=nil_probability,
+                is_nil=None if nil_probability is None else nil_probability >= self.nil_threshold,
+            )
+            for prediction, confidence, nil_probability in zip(usable, right, nil, strict=True)
+        )
+        return [next(judged) if prediction.error is None else prediction for prediction in predictions]
+
+    def save(self, directory: Path) -> None:
+        """Write `calibration.json`."""
+        directory.mkdir(parents=True, exist_ok=True)
+        write_manifest(directory / _MANIFEST, {"format_version": FORMAT_VERSION, **asdict(self)})
+
+    @classmethod
+    def open(cls, directory: Path) -> Self:
+        """Read what `save` wrote.
+
+        Raises:
+            ArtifactError: It is missing, damaged or of another format version.
+        """
+        manifest = read_manifest(directory / _MANIFEST, FORMAT_VERSION)
+        del manifest["format_version"]
+        try:
+            return cls(**manifest)
+        except ValidationError as error:
+            raise ArtifactError(f"{directory / _MANIFEST} is no calibration ({error}); fit it again") from error
+
+    def check_scoring(self, settings: Mapping[str, Any]) -> None:
+        """See that a run gives the evidence that this was fitted on.
+
+        Raises:
+            ConfigurationError: The run has other settings.
+        """
+        ours, theirs = self.scoring, scoring_settings(settings)
+        differences = [
+            f"{section}.{key}"
+            for section in theirs
+            for key in theirs[section]
+            if ours.get(section, {}).get(key) != theirs[section][key]
+        ]
+        if ours and differences:
+            raise ConfigurationError(
+                f"the calibration was fitted on a run with other settings of {', '.join(differences)}: fit it again on "
+                "a run with these, or leave it out"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConfidenceQuality:
+    """How well a score tells right answers from wrong ones, on mentions that it was not fitted on.
+
+    Attributes:
+        expected_calibration_error: Mean distance of confidence and accuracy over 10 bins of equal mass.
+        brier_score: Mean squared distance of confidence and outcome.
+        area_under_risk_coverage: Mean error rate of the k most confident answers, over all k.
+        reliability: (mean confidence, accuracy, mentions) of each bin.
+        risk_coverage: (share of mentions answered, error rate among them), the most confident first.
+    """
+
+    expected_calibration_error: float
+    brier_score: float
+    area_under_risk_coverage: float
+    reliability: tuple[tuple[float, float, int], ...]
+    risk_coverage: tuple[tuple[float, float], ...]
+
+
+def scoring_settings(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Those of a run's settings, as in its `_run.json`, on which its evidence depends; no addresses."""
+    retrieval = {key: value for key, value in settings["retrieval"].items() if key != "mention_encoder"}
+    model = {"name": Path(settings["language_model"]["name"]).name}
+    search = {key: value for key, value in settings["search"].items() if key != "width"}
+    return {"language_model": model, "prompt": settings["prompt"], "retrieval": retrieval, "search": search}
+
+
+def evidence_of(predictions: pa.Table) -> Numbers:
+    """What an answer's row says for and against it, (N, F) in the order of `EVIDENCE`."""
+    columns = {name: np.array(predictions[name].to_numpy(), np.float64) for name in ("probability", "log_prob")}
+    probability = np.clip(columns["probability"], 1e-9, 1 - 1e-9)
+    unexplored = np.clip(np.array(predictions["unexplored_mass"].to_numpy(), np.float64), 1e-9, 1.0)
+    margin = np.array(predictions["margin"].to_numpy(), np.float64)  # NaN where one name was found
+    has_margin = ~np.isnan(margin)
+    lengths = np.array([len(name) for name in predictions["entity_name"].to_pylist()], np.float64)
+    return np.column_stack(
+        [
+            np.log(probability / (1 - probability)),
+            columns["log_prob"],
+            np.log(unexplored),
+            np.where(has_margin, np.minimum(margin, _HIGHEST_MARGIN), 0.0),
+            has_margin,
+            np.log(np.maximum(lengths, 1.0)),
+        ]
+    ).reshape(-1, len(EVIDENCE))
+
+
+def quality(confidence: Numbers, is_right: Outcomes) -> ConfidenceQuality:
+    """Judge a score between 0 and 1 (N,) by the outcomes (N,); ties keep their order."""
+    order = np.argsort(-confidence, kind="stable")
+    bins = [part for part in np.array_split(order, _NUM_BINS) if len(part)]
+    reliability = tuple((float(confidence[part].mean()), float(is_right[part].mean()), len(part)) for part in bins)
+    risk = np.cumsum(~is_right[order]) / np.arange(1, len(order) + 1)
+    points = np.unique(np.linspace(0, len(order) - 1, min(len(order), 200)).astype(int))
+    return ConfidenceQuality(
+        expected_calibration_error=sum(abs(mean - accuracy) * n for mean, accuracy, n in reliability) / len(order),
+        brier_score=float(np.mean((confidence - is_right) ** 2)),
+        area_under_risk_coverage=float(risk.mean()),
+        reliability=reliability,
+        risk_coverage=tuple((float((point + 1) / len(order)), float(risk[point])) for point in points),
+    )
+
+
+def _left_out(evidence: Numbers, outcomes: Outcomes, seed: int) -> Numbers:
+    """The probability of each mention by a model that was fitted without it."""
+    from sklearn.model_selection import StratifiedKFold
+
+    probabilities = np.empty(len(outcomes))
+    for fitted, judged in StratifiedKFold(_NUM_FOLDS, shuffle=True, random_state=seed).split(evidence, outcomes):
+        probabilities[judged] = LogisticModel.fit(evidence[fitted], outcomes[fitted])(evidence[judged])
+    return probabilities
+
+
+def _threshold(probabilities: Numbers, is_nil: Outcomes, wanted: float) -> tuple[float, dict[str, float]]:
+    """The lowest threshold of that precision, and what is reached with it."""
+    from sklearn.metrics import precision_recall_curve, roc_auc_score
+
+    precision, recall, thresholds = precision_recall_curve(is_nil, probabilities)
+    reaching = np.flatnonzero(precision[:-1] >= wanted)
+    if not len(reaching):
+        raise ConfigurationError(
+            f"no threshold finds NIL with precision {wanted}; the highest precision on these mentions is "
+            f"{precision[:-1].max():.2f}: ask for less"
+        )
+    first = reaching[0]
+    return float(thresholds[first]), {
+        "nil_auc": float(roc_auc_score(is_nil, probabilities)),
+        "nil_precision": float(precision[first]),
+        "nil_recall": float(recall[first]),
+    }

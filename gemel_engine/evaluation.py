@@ -1,0 +1,343 @@
+"""Judges predictions by gold labels: accuracy with intervals, by kind of mention; two runs side by side; leaks.
+
+A prediction is right under one of three protocols, which are never mixed in one evaluation:
+
+    entity      the entity's id, of all entities of the knowledge base
+    name        the entity's name, exactly, of all names (GEMEL's protocol)
+    candidates  the entity's id, of the mention's own candidates alone
+
+Mentions without a gold entity (NIL) have no part in them. A row with an `error` is a wrong answer. Knows no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import ArrayLike, NDArray
+from scipy.stats import binomtest
+
+from gemel_engine.errors import InputError
+
+Protocol = Literal["entity", "name", "candidates"]
+
+_NUM_RESAMPLES = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A mean over mentions with its 95% bootstrap interval (percentiles)."""
+
+    value: float
+    low: float
+    high: float
+    num_mentions: int
+
+    @classmethod
+    def of(cls, values: ArrayLike, seed: int = 0) -> Figure:
+        """The mean of one number a mention; at least one.
+
+        Drawing n mentions with replacement is a multinomial draw of how often each distinct value comes, so that the
+        cost does not grow with the mentions.
+        """
+        numbers = np.asarray(values, np.float64)
+        distinct, counts = np.unique(numbers, return_counts=True)
+        drawn = np.random.default_rng(seed).multinomial(len(numbers), counts / len(numbers), _NUM_RESAMPLES)
+        low, high = np.percentile(drawn @ distinct / len(numbers), [2.5, 97.5])
+        return cls(float(numbers.mean()), float(low), float(high), len(numbers))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """How good a run is.
+
+    Attributes:
+        protocol: When an answer is right.
+        num_mentions: Mentions with a gold entity.
+        num_nil: Mentions without one, or with one that the knowledge base lacks where it is given; not judged.
+        num_errors: Judged mentions that ended in an error.
+        num_without_gold: Predictions for which there is no gold row; not judged.
+        accuracy: Share of right answers.
+        hits_at_5: Share of mentions with the gold entity among the first five candidates.
+        mean_reciprocal_rank: Of the gold entity among the candidates, 0 where it is none of them.
+        certified_share: Share of answers that are proved to be the argmax.
+        baseline: Accuracy without a model: the commonest training entity of the surface form, else the entity of that
+            name; None without a training split.
+        buckets: Accuracy by kind of mention, as far as the tables given tell the kinds apart.
+    """
+
+    protocol: Protocol
+    num_mentions: int
+    num_nil: int
+    num_errors: int
+    num_without_gold: int
+    accuracy: Figure
+    hits_at_5: Figure
+    mean_reciprocal_rank: Figure
+    certified_share: Figure
+    baseline: Figure | None
+    buckets: dict[str, dict[str, Figure]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """Two runs on the same mentions.
+
+    Attributes:
+        difference: Accuracy of the second less that of the first, with a paired interval.
+        num_changed: Mentions with another answer.
+        won: Their ids where only the second is right.
+        lost: Their ids where only the first is right.
+        p_value: McNemar's exact test, two-sided: how likely so uneven a count of wins and losses is by chance.
+    """
+
+    difference: Figure
+    num_changed: int
+    won: tuple[str, ...]
+    lost: tuple[str, ...]
+    p_value: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeakAudit:
+    """What a test split has in common with the training split: mentions of the test split, by what they share.
+
+    Attributes:
+        num_mentions: Of the test split.
+        mention_ids: With an id of the training split.
+        texts: With a text of the training split.
+        mentions_in_texts: With surface form and text of a training mention.
+        pictures: With a picture (the same bytes, or the same address) of the training split; None if there are none.
+    """
+
+    num_mentions: int
+    mention_ids: int
+    texts: int
+    mentions_in_texts: int
+    pictures: int | None
+
+
+class Judge:
+    """Gold labels, and what tells kinds of mentions apart.
+
+    Args:
+        gold: Columns `mention_id`, `entity_id` (null: NIL), and optionally `mention`, `candidate_ids` and
+            `has_picture`.
+        entities: Columns `entity_id`, `name` and optionally `popularity`; needed for the protocol `name`. A mention of
+            an entity that is not among them counts as NIL.
+        train: Columns `mention` and `entity_id` of the training split.
+        protocol: When an answer is right.
+
+    Raises:
+        InputError: A table lacks what the protocol needs.
+    """
+
+    def __init__(
+        self,
+        gold: pa.Table,
+        *,
+        entities: pa.Table | None = None,
+        train: pa.Table | None = None,
+        protocol: Protocol = "entity",
+    ) -> None:
+        self.protocol = protocol
+        self._gold = _frame(gold, ("mention_id", "entity_id"), "gold")
+        self._entities = None if entities is None else _frame(entities, ("entity_id", "name"), "entities")
+        self._train = None if train is None else _frame(train, ("mention", "entity_id"), "train")
+        self._check_protocol()
+        if self._entities is not None:
+            known = self._gold["entity_id"].isin(self._entities["entity_id"])
+            self._gold.loc[~known, "entity_id"] = None
+
+    def judge(self, predictions: pa.Table) -> pd.DataFrame:
+        """The gold mentions that are not NIL with what a run says of them, in the order of the gold table.
+
+        Returns:
+            Columns of both tables, `answer` and `wanted` (ids, or names in the protocol `name`), and `rank`: from 1,
+            the place of the wanted entity among the candidates, 0 where it is none of them.
+
+        Raises:
+            InputError: A mention has no prediction, or there is nothing to judge.
+        """
+        predicted = _frame(predictions, ("mention_id", "entity_id", "candidates", "error"), "predictions")
+        judged = self._gold[self._gold["entity_id"].notna()].merge(
+            predicted, on="mention_id", how="left", suffixes=("_gold", ""), indicator=True
+        )
+        missing = judged.loc[judged["_merge"] == "left_only", "mention_id"]
+        if len(missing):
+            raise InputError(
+                f"{len(missing)} gold mentions have no prediction, such as {list(missing[:3])}: link them all, or give "
+                "the gold labels of the linked mentions alone"
+            )
+        if judged.empty:
+            raise InputError("no mention has a gold entity that the knowledge base knows: there is nothing to judge")
+        judged["wanted"] = self._answers(judged["entity_id_gold"])
+        judged["answer"] = self._answers(judged["entity_id"])
+        candidates = [
+            self._answers(pd.Series([item["entity_id"] for item in row], dtype=object)) if row is not None else []
+            for row in judged["candidates"]
+        ]
+        judged["rank"] = [
+            next((rank for rank, found in enumerate(dict.fromkeys(row), 1) if found == wanted), 0)
+            for row, wanted in zip(candidates, judged["wanted"], strict=True)
+        ]
+        return judged
+
+    def outcomes(self, predictions: pa.Table) -> tuple[pa.Table, NDArray[np.bool_], NDArray[np.bool_]]:
+        """All labelled mentions of a run, NIL ones too.
+
+        Returns:
+            Their predictions (N rows), whether each answer is right (N,), and whether each mention is NIL (N,).
+        """
+        labelled = predictions.filter(pc.is_in(predictions["mention_id"], pa.array(self._gold["mention_id"])))
+        wanted = labelled["mention_id"].to_pandas().map(self._gold.set_index("mention_id")["entity_id"])
+        is_right = self._answers(labelled["entity_id"].to_pandas()) == self._answers(wanted)
+        return labelled, (wanted.notna() & is_right).to_numpy(), wanted.isna().to_numpy()
+
+    def evaluate(self, predictions: pa.Table) -> Evaluation:
+        """Judge a run.
+
+        Raises:
+            InputError: A mention has no prediction.
+        """
+        judged = self.judge(predictions)
+        right = judged["rank"] == 1
+        found = judged["rank"].to_numpy()
+        guesses = self._guesses(judged)
+        return Evaluation(
+            protocol=self.protocol,
+            num_mentions=len(judged),
+            num_nil=len(self._gold) - len(judged),
+            num_errors=int(judged["error"].notna().sum()),
+            num_without_gold=len(set(predictions["mention_id"].to_pylist()) - set(self._gold["mention_id"])),
+            accuracy=Figure.of(right),
+            hits_at_5=Figure.of((found >= 1) & (found <= 5)),
+            mean_reciprocal_rank=Figure.of(np.divide(1.0, found, where=found > 0, out=np.zeros(len(found)))),
+            certified_share=Figure.of(judged["certified"].fillna(False).astype(bool)),
+            baseline=None if guesses is None else Figure.of(guesses.to_numpy() == judged["wanted"].to_numpy()),
+            buckets={
+                kind: {str(label): Figure.of(of_label) for label, of_label in right.groupby(kinds, observed=True)}
+                for kind, kinds in self._kinds(judged)
+                if kinds.nunique() > 1
+            },
+        )
+
+    def compare(self, first: pa.Table, second: pa.Table) -> Comparison:
+        """Two runs on the same mentions.
+
+        Raises:
+            InputError: A mention has no prediction in one of them.
+        """
+        one, two = self.judge(first), self.judge(second)
+        right_one, right_two = (one["rank"] == 1).to_numpy(), (two["rank"] == 1).to_numpy()
+        won, lost = right_two & ~right_one, right_one & ~right_two
+        num_won, num_uneven = int(won.sum()), int((won | lost).sum())
+        return Comparison(
+            difference=Figure.of(right_two.astype(float) - right_one),
+            num_changed=int((one["answer"].fillna("") != two["answer"].fillna("")).sum()),
+            won=tuple(one["mention_id"][won]),
+            lost=tuple(one["mention_id"][lost]),
+            p_value=float(binomtest(num_won, num_uneven).pvalue) if num_uneven else 1.0,
+        )
+
+    def _check_protocol(self) -> None:
+        if self.protocol == "name" and self._entities is None:
+            raise InputError("the protocol name needs the entities' names: give the table of entities")
+        has_candidates = "candidate_ids" in self._gold and self._gold["candidate_ids"].notna()
+        if self.protocol == "candidates" and not np.all(has_candidates):
+            raise InputError("the protocol candidates needs candidate_ids for every mention: use the protocol entity")
+        if self.protocol != "candidates" and np.any(has_candidates):
+            raise InputError(
+                f"some mentions have candidate_ids, so the protocol {self.protocol} would mix two kinds of answers: "
+                "use the protocol candidates, or link without candidates"
+            )
+
+    def _answers(self, entity_ids: pd.Series) -> pd.Series:
+        """What is compared under the protocol: ids, or the names of these."""
+        return entity_ids.map(self._names()) if self.protocol == "name" else entity_ids
+
+    def _names(self) -> pd.Series:
+        assert self._entities is not None, "checked with the protocol"
+        return self._entities.drop_duplicates("entity_id").set_index("entity_id")["name"]
+
+    def _guesses(self, judged: pd.DataFrame) -> pd.Series | None:
+        """What one would answer without a model."""
+        if self._train is None or "mention" not in judged:
+            return None
+        counts = self._train.groupby(["mention", "entity_id"]).size().rename("count").reset_index()
+        commonest = counts.sort_values("count", kind="stable", ascending=False).drop_duplicates("mention")
+        guesses = judged["mention"].map(commonest.set_index("mention")["entity_id"])
+        if self._entities is not None:
+            of_name = self._entities.drop_duplicates("name").set_index("name")["entity_id"]
+            guesses = guesses.fillna(judged["mention"].map(of_name))
+        return self._answers(guesses)
+
+    def _kinds(self, judged: pd.DataFrame) -> Iterator[tuple[str, pd.Series]]:
+        """Name of each way to divide mentions, and the kind of each mention as an ordered category."""
+        if "has_picture" in judged:
+            yield "picture", _either(judged["has_picture"], "with", "without")
+        if self._entities is not None and "mention" in judged:
+            is_name = judged["mention"].str.casefold() == judged["entity_id_gold"].map(self._names()).str.casefold()
+            yield "surface form", _either(is_name, "is the name", "is another")
+        if self._train is not None:
+            frequency = judged["entity_id_gold"].map(self._train["entity_id"].value_counts()).fillna(0)
+            yield "entity in training", _either(frequency > 0, "seen", "never seen")
+            yield (
+                "training mentions of the entity",
+                _grouped(frequency, [0, 2, 9], ["0", "1 to 2", "3 to 9", "10 or more"]),
+            )
+            if "mention" in judged:
+                meanings = self._train.groupby("mention")["entity_id"].nunique()
+                num_meanings = judged["mention"].map(meanings).fillna(0)
+                labels = ["never seen", "one entity", "several entities"]
+                yield "surface form in training", _grouped(num_meanings, [0, 1], labels)
+        if self._entities is not None and "popularity" in self._entities and self._entities["popularity"].notna().any():
+            popularity = self._entities.drop_duplicates("entity_id").set_index("entity_id")["popularity"]
+            of_mention = judged["entity_id_gold"].map(popularity)
+            ranks = of_mention.rank(pct=True).fillna(0)
+            labels = ["unknown", "lowest quarter", "second", "third", "highest quarter"]
+            yield "popularity of the entity", _grouped(ranks, [0, 0.25, 0.5, 0.75], labels)
+
+
+def audit_leaks(train: pa.Table, test: pa.Table) -> LeakAudit:
+    """Count mentions of a test split that share something with the training split.
+
+    Args:
+        train: Columns `mention_id`, `text`, `mention` and optionally `image_bytes` or `image_uri`.
+        test: The same.
+    """
+    seen, asked = (
+        _frame(table, ("mention_id", "text", "mention"), name) for table, name in ((train, "train"), (test, "test"))
+    )
+    keys = ["mention", "text"]
+    pictures = [column for column in ("image_bytes", "image_uri") if column in seen and column in asked]
+    shared = [asked[column].notna() & asked[column].isin(seen[column].dropna()) for column in pictures]
+    return LeakAudit(
+        num_mentions=len(asked),
+        mention_ids=int(asked["mention_id"].isin(seen["mention_id"]).sum()),
+        texts=int(asked["text"].isin(seen["text"]).sum()),
+        mentions_in_texts=int(pd.MultiIndex.from_frame(asked[keys]).isin(pd.MultiIndex.from_frame(seen[keys])).sum()),
+        pictures=int(np.logical_or.reduce(shared).sum()) if shared else None,
+    )
+
+
+def _frame(table: pa.Table, required: tuple[str, ...], what: str) -> pd.DataFrame:
+    missing = [column for column in required if column not in table.column_names]
+    if missing:
+        raise InputError(f"the table of {what} has no column {', '.join(missing)}: add it")
+    frame: pd.DataFrame = table.to_pandas()
+    return frame
+
+
+def _either(holds: pd.Series, yes: str, no: str) -> pd.Series:
+    return pd.Series(pd.Categorical(np.where(holds, yes, no), [yes, no]), index=holds.index)
+
+
+def _grouped(values: pd.Series, highest: list[float], labels: list[str]) -> pd.Series:
+    """Groups of numbers: up to each of `highest`, and above the last."""
+    return pd.cut(values, [-np.inf, *highest, np.inf], labels=labels)

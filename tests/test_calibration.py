@@ -1,0 +1,132 @@
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import brier_score_loss
+from sklearn.preprocessing import StandardScaler
+
+from gemel_engine.calibration import Calibration, LogisticModel, evidence_of, quality, scoring_settings
+from gemel_engine.errors import ArtifactError, ConfigurationError, InputError
+from gemel_engine.types import Prediction, predictions_to_table
+
+RNG = np.random.default_rng(0)
+SHARES = RNG.uniform(0.01, 0.99, 600)
+IS_RIGHT = RNG.uniform(size=600) < SHARES**2  # overconfident
+IS_NIL = ~IS_RIGHT & (RNG.uniform(size=600) < 0.5)
+PREDICTIONS = [
+    Prediction(
+        str(row),
+        entity_id="Q1",
+        entity_name="a bear",
+        log_prob=float(np.log(share)),
+        probability=float(share),
+        unexplored_mass=float(1 - share),
+        margin=None if row % 2 else 1.5,
+        certified=True,
+    )
+    for row, share in enumerate(SHARES)
+]
+SCORING = {
+    "language_model": {"name": "models/lm"},
+    "prompt": {"terminator": "newline"},
+    "retrieval": {"num_demonstrations": 8, "mention_encoder": "models/encoder"},
+    "search": {"objective": "sum", "width": 4},
+}
+
+
+@pytest.fixture(scope="module")
+def calibration() -> Calibration:
+    return Calibration.fit(predictions_to_table(PREDICTIONS), IS_RIGHT, IS_NIL, nil_precision=0.4)
+
+
+def test_evidence_is_read_from_the_rows() -> None:
+    rows = [replace(PREDICTIONS[0], probability=0.5, log_prob=-2.0, unexplored_mass=0.0, margin=None), PREDICTIONS[2]]
+    evidence = evidence_of(predictions_to_table(rows))
+    assert evidence[0] == pytest.approx([0.0, -2.0, np.log(1e-9), 0.0, 0.0, np.log(6)])
+    assert evidence[1, 3:5] == pytest.approx([1.5, 1.0])
+    assert evidence_of(predictions_to_table([])).shape == (0, 6)
+
+
+def test_the_model_is_scikit_learns() -> None:
+    evidence = evidence_of(predictions_to_table(PREDICTIONS))
+    standardised = StandardScaler().fit_transform(evidence)
+    expected = LogisticRegression(max_iter=1000).fit(standardised, IS_RIGHT).predict_proba(standardised)[:, 1]
+    assert LogisticModel.fit(evidence, IS_RIGHT)(evidence) == pytest.approx(expected, abs=1e-6)
+
+
+def test_fitted_probabilities_are_calibrated_where_raw_ones_are_not(calibration: Calibration) -> None:
+    shares = RNG.uniform(0.01, 0.99, 4000)
+    is_right = RNG.uniform(size=4000) < shares**2
+    fresh = [
+        replace(PREDICTIONS[0], probability=float(p), log_prob=float(np.log(p)), unexplored_mass=float(1 - p))
+        for p in shares
+    ]
+    confidence = np.array([prediction.confidence for prediction in calibration.apply(fresh)])
+    raw, fitted = quality(shares, is_right), quality(confidence, is_right)
+    assert raw.expected_calibration_error > 0.1
+    assert fitted.expected_calibration_error < 0.05
+    assert fitted.brier_score == pytest.approx(brier_score_loss(is_right, confidence))
+
+
+def test_quality_is_what_one_counts_by_hand() -> None:
+    confidence, is_right = np.array([0.9, 0.8, 0.4, 0.1]), np.array([True, False, True, False])
+    found = quality(confidence, is_right)
+    assert found.expected_calibration_error == pytest.approx((0.1 + 0.8 + 0.6 + 0.1) / 4)
+    assert found.area_under_risk_coverage == pytest.approx((0 + 1 / 2 + 1 / 3 + 2 / 4) / 4)
+    assert found.risk_coverage[-1] == (1.0, 0.5)
+    assert [n for _, _, n in found.reliability] == [1, 1, 1, 1]
+
+
+def test_rows_with_an_error_stay_as_they_are(calibration: Calibration) -> None:
+    broken = Prediction("x", error="image: broken")
+    first, second, third = calibration.apply([PREDICTIONS[0], broken, PREDICTIONS[1]])
+    assert second == broken
+    assert first.confidence is not None
+    assert third.nil_probability is not None
+    assert third.is_nil == (third.nil_probability >= (calibration.nil_threshold or 0))
+    assert calibration.apply([]) == []
+
+
+def test_nil_has_the_precision_that_was_asked_for(calibration: Calibration) -> None:
+    assert calibration.fitted_on["nil_precision"] >= 0.4
+    called = np.array([bool(prediction.is_nil) for prediction in calibration.apply(PREDICTIONS)])
+    assert IS_NIL[called].mean() == pytest.approx(0.4, abs=0.05)
+    with pytest.raises(ConfigurationError, match="ask for less"):
+        Calibration.fit(predictions_to_table(PREDICTIONS), IS_RIGHT, IS_NIL, nil_precision=1.0)
+    without = Calibration.fit(predictions_to_table(PREDICTIONS), IS_RIGHT, np.zeros(600, bool))
+    assert without.nil is None
+    assert without.apply(PREDICTIONS[:1])[0].is_nil is None
+
+
+def test_it_comes_back_from_disk(calibration: Calibration, tmp_path: Path) -> None:
+    calibration.save(tmp_path)
+    assert Calibration.open(tmp_path) == calibration
+
+
+@pytest.mark.parametrize(
+    ("found", "damaged"),
+    [('"scale": [', '"scale": [0.0, '), ('"bias": ', '"bias": NaN, "b": '), ('"right"', '"left"'), ("{", "[")],
+)
+def test_damaged_files_are_refused_by_name(calibration: Calibration, tmp_path: Path, found: str, damaged: str) -> None:
+    calibration.save(tmp_path)
+    path = tmp_path / "calibration.json"
+    path.write_text(path.read_text().replace(found, damaged, 1))
+    with pytest.raises(ArtifactError, match=r"calibration\.json"):
+        Calibration.open(tmp_path)
+
+
+def test_another_search_needs_another_calibration() -> None:
+    table = predictions_to_table(PREDICTIONS)
+    fitted = Calibration.fit(table, IS_RIGHT, IS_NIL, nil_precision=0.4, scoring=scoring_settings(SCORING))
+    fitted.check_scoring(SCORING | {"language_model": {"name": "elsewhere/lm"}, "search": {"objective": "sum"}})
+    with pytest.raises(ConfigurationError, match=r"search\.objective"):
+        fitted.check_scoring(SCORING | {"search": {"objective": "mean"}})
+
+
+def test_too_few_outcomes_are_refused() -> None:
+    rows = pa.concat_tables([predictions_to_table(PREDICTIONS[:30])])
+    with pytest.raises(InputError, match="0 of 30 answers are right"):
+        Calibration.fit(rows, np.zeros(30, bool), np.zeros(30, bool))
