@@ -1,0 +1,183 @@
+"""How good the fitted probabilities are, and how well mentions outside the knowledge base are found.
+
+python benchmarks/calibration.py WIKIDIVERSE
+
+WIKIDIVERSE holds `train.parquet`, `dev.parquet` and `entities.parquet`. Needs what `make demo` and
+`benchmarks/wikidiverse.py` build. The dev splits of WikiDiverse (text) and of the emoji corpus are linked by the linking
+job twice: to their knowledge bases, and to what is left of these, and of the demonstrations, without a random fifth of
+the entities. Surface forms are then divided into two halves: on one the calibration is fitted, on the other it is judged.
+An interrupted run goes on. Results go to `benchmarks/results/calibration.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import tyro
+from numpy.typing import NDArray
+from record import record
+from sklearn.metrics import roc_auc_score
+
+from gemel_engine.calibration import Calibration, ConfidenceQuality, evidence_of, quality
+from gemel_engine.config import LinkConfig, load_config
+from gemel_engine.evaluation import Judge
+from gemel_engine.linked_run import LinkedRun, entities_to_judge, read_gold
+
+WORK = Path("build/calibration")
+RESULTS = Path("benchmarks/results/calibration.json")
+SEED = 0
+REMOVED_SHARE = 0.2
+NIL_PRECISION = 0.8
+
+logger = logging.getLogger("calibration")
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """A corpus with the configuration that links it."""
+
+    name: str
+    directory: Path
+    config: Path
+
+    @property
+    def settings(self) -> LinkConfig:
+        """The linking run of its dev split."""
+        return replace(load_config(LinkConfig, self.config), input=str(self.directory / "dev.parquet"))
+
+
+def main(wikidiverse: tyro.conf.Positional[Path]) -> None:
+    """Link what is not linked yet, then fit and judge.
+
+    Args:
+        wikidiverse: Directory of that corpus.
+    """
+    WORK.mkdir(parents=True, exist_ok=True)
+    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for corpus in (
+        Corpus("wikidiverse", wikidiverse, Path("build/wikidiverse/link.toml")),
+        Corpus("emoji", Path("examples/emoji"), Path("examples/emoji/link.toml")),
+    ):
+        whole, reduced = WORK / f"{corpus.name}_whole", WORK / f"{corpus.name}_reduced"
+        link(corpus, whole)
+        remove_entities(corpus, reduced)
+        link(corpus, reduced, "--knowledge-base", f"{reduced}/kb", "--demonstrations", f"{reduced}/demonstrations")
+        results[corpus.name] = judged(whole) | nil_found(reduced)
+        RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+        for name, result in results[corpus.name].items():
+            logger.info("%s %s: %s", corpus.name, name, result["value"])
+
+
+def link(corpus: Corpus, directory: Path, *overrides: str) -> None:
+    """Run the linking job, unless it has finished."""
+    if (directory / "linked/report.json").exists():
+        return
+    arguments = ("--input", corpus.settings.input, "--output", f"{directory}/linked", *overrides)
+    run("jobs/link_corpus.py", str(corpus.config), *arguments)
+
+
+def remove_entities(corpus: Corpus, directory: Path) -> None:
+    """Build a knowledge base without a fifth of the entities, and demonstrations without their mentions."""
+    if (directory / "demonstrations/index.json").exists():
+        return
+    directory.mkdir(exist_ok=True)
+    entities = pq.read_table(corpus.directory / "entities.parquet")
+    ids = sorted(entities["entity_id"].to_pylist())
+    kept = pa.array(random.Random(SEED).sample(ids, round(len(ids) * (1 - REMOVED_SHARE))))
+    pq.write_table(entities.filter(pc.is_in(entities["entity_id"], kept)), directory / "entities.parquet")
+    train = pq.read_table(corpus.directory / "train.parquet")
+    pq.write_table(train.filter(pc.is_in(train["entity_id"], kept)), directory / "train.parquet")
+    settings, entities_path = corpus.settings, f"{directory}/entities.parquet"
+    model = settings.language_model.name
+    run("jobs/build_knowledge_base.py", entities_path, f"{directory}/kb", "--tokenizer", model)
+    encoders = ["--mention-encoder", str(settings.retrieval.mention_encoder)]
+    if settings.vision.image_encoder is not None:
+        encoders += ["--image-encoder", settings.vision.image_encoder]
+    index = f"{directory}/demonstrations"
+    run("jobs/build_demonstration_index.py", f"{directory}/train.parquet", entities_path, index, *encoders)
+
+
+def judged(directory: Path) -> dict[str, Any]:
+    """Calibration fitted on one half and judged on the other, beside the raw score and a constant."""
+    predictions, is_right, is_nil, in_first = outcomes(directory)
+    fitted = Calibration.fit(predictions.filter(in_first), is_right[in_first], is_nil[in_first])
+    rest, right = predictions.filter(~in_first), is_right[~in_first]
+    scores = {
+        "": fitted.right(evidence_of(rest)),
+        "raw_": np.array(rest["probability"]),
+        "constant_": np.full(len(right), is_right[in_first].mean()),
+    }
+    what = f"fitted on {in_first.sum()} mentions of dev, judged on {len(right)} with other surface forms"
+    results = {}
+    for prefix, score in scores.items():
+        found: ConfidenceQuality = quality(score, right)
+        for name in ("expected_calibration_error", "brier_score", "area_under_risk_coverage"):
+            results[f"{prefix}{name}"] = noted(getattr(found, name), what)
+    # All ties: whichever is answered first, the risk expected is the error rate.
+    results["constant_area_under_risk_coverage"] = noted(float(1 - right.mean()), what)
+    return results | {"accuracy": noted(float(right.mean()), what)}
+
+
+def nil_found(directory: Path) -> dict[str, Any]:
+    """How well mentions of removed entities are told, fitted on one half and judged on the other."""
+    predictions, is_right, is_nil, in_first = outcomes(directory)
+    half = predictions.filter(in_first), is_right[in_first], is_nil[in_first]
+    fitted = Calibration.fit(*half, nil_precision=NIL_PRECISION)
+    rest, nil, right = predictions.filter(~in_first), is_nil[~in_first], is_right[~in_first]
+    assert fitted.nil is not None and fitted.nil_threshold is not None, "a fifth of the entities was removed"
+    probability = fitted.nil(evidence_of(rest))
+    called = probability >= fitted.nil_threshold
+    what = (
+        f"{REMOVED_SHARE:.0%} of the entities removed; fitted on {in_first.sum()} mentions of dev, judged on {len(nil)} "
+        f"with other surface forms, {nil.sum()} of them NIL"
+    )
+    confidence = fitted.right(evidence_of(rest))
+    return {
+        "nil_auc": noted(float(roc_auc_score(nil, probability)), what),
+        "raw_nil_auc": noted(float(roc_auc_score(nil, 1 - np.array(rest["probability"]))), what),
+        "nil_precision": noted(float(nil[called].mean()) if called.any() else None, f"{what}, {NIL_PRECISION} wanted"),
+        "nil_recall": noted(float(called[nil].mean()), f"{what}, {NIL_PRECISION} wanted"),
+        "expected_calibration_error_with_nil": noted(quality(confidence, right).expected_calibration_error, what),
+    }
+
+
+def outcomes(directory: Path) -> tuple[pa.Table, NDArray[np.bool_], NDArray[np.bool_], NDArray[np.bool_]]:
+    """Predictions, whether they are right, whether their mentions are NIL, and whether they are of the first half."""
+    linked = LinkedRun.open(f"{directory}/linked")
+    gold = read_gold(linked.settings["input"])
+    entities = entities_to_judge(linked.open_knowledge_base(), gold, [linked.predictions])
+    predictions, is_right, is_nil = Judge(gold, entities=entities).outcomes(linked.predictions)
+    usable = np.array(predictions["error"].is_null())
+    predictions, is_right, is_nil = predictions.filter(usable), is_right[usable], is_nil[usable]
+    forms = sorted(set(gold["mention"].to_pylist()))
+    first = set(random.Random(SEED).sample(forms, len(forms) // 2))
+    form_of = dict(zip(gold["mention_id"].to_pylist(), gold["mention"].to_pylist(), strict=True))
+    in_first = np.array([form_of[mention_id] in first for mention_id in predictions["mention_id"].to_pylist()])
+    return predictions, is_right, is_nil, in_first
+
+
+def noted(value: object, what: str) -> dict[str, Any]:
+    """A result with what made it."""
+    return record(value, "python benchmarks/calibration.py WIKIDIVERSE", what)
+
+
+def run(*command: str) -> None:
+    """Run a script of the project with this Python; its output goes to the log of the benchmark."""
+    with (WORK / "log.txt").open("a") as log:
+        subprocess.run([sys.executable, *command], check=True, stdout=log, stderr=log)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    tyro.cli(main)
