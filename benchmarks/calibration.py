@@ -3,10 +3,10 @@
 python benchmarks/calibration.py WIKIDIVERSE
 
 WIKIDIVERSE holds `train.parquet`, `dev.parquet` and `entities.parquet`. Needs what `make demo` and
-`benchmarks/wikidiverse.py` build. The dev splits of WikiDiverse (text) and of the emoji corpus are linked by the linking
-job twice: to their knowledge bases, and to what is left of these, and of the demonstrations, without a random fifth of
-the entities. Surface forms are then divided into two halves: on one the calibration is fitted, on the other it is judged.
-An interrupted run goes on. Results go to `benchmarks/results/calibration.json`.
+`benchmarks/wikidiverse.py` build. The dev splits of WikiDiverse (text) and of the emoji corpus are linked by the
+linking job twice: to their knowledge bases, and to what is left of these, and of the demonstrations, without a random
+fifth of the entities. Surface forms are then divided into two halves: on one the calibration is fitted, on the other it
+is judged. An interrupted run goes on. Results go to `benchmarks/results/calibration.json`.
 """
 
 from __future__ import annotations
@@ -135,12 +135,13 @@ def nil_found(directory: Path) -> dict[str, Any]:
     half = predictions.filter(in_first), is_right[in_first], is_nil[in_first]
     fitted = Calibration.fit(*half, nil_precision=NIL_PRECISION)
     rest, nil, right = predictions.filter(~in_first), is_nil[~in_first], is_right[~in_first]
-    assert fitted.nil is not None and fitted.nil_threshold is not None, "a fifth of the entities was removed"
+    assert fitted.nil is not None, "a fifth of the entities was removed"
+    assert fitted.nil_threshold is not None, "fitted with it"
     probability = fitted.nil(evidence_of(rest))
     called = probability >= fitted.nil_threshold
     what = (
-        f"{REMOVED_SHARE:.0%} of the entities removed; fitted on {in_first.sum()} mentions of dev, judged on {len(nil)} "
-        f"with other surface forms, {nil.sum()} of them NIL"
+        f"{REMOVED_SHARE:.0%} of the entities removed; fitted on {in_first.sum()} mentions of dev, judged on "
+        f"{len(nil)} with other surface forms, {nil.sum()} of them NIL"
     )
     confidence = fitted.right(evidence_of(rest))
     return {
