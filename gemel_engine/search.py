@@ -48,6 +48,8 @@ class SearchSettings:
         num_children: K, the log-probs asked for at each step of a rollout.
         width: Rollouts of one mention that may be in flight at once; no more than were answered before.
         max_rollouts: Budget; when it is spent the best name found so far is returned, uncertified.
+        max_tokens: The same in tokens that a mention's rollouts have decoded, terminators included; a rollout that has
+            begun is finished. None: no such limit.
     """
 
     objective: Objective = "sum"
@@ -56,11 +58,13 @@ class SearchSettings:
     num_children: int = 10
     width: int = 4
     max_rollouts: int = 64
+    max_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("num_candidates", "num_children", "width", "max_rollouts"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        for name in ("num_candidates", "num_children", "width", "max_rollouts", "max_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}: it must be at least 1")
         if not 1 <= self.num_to_certify <= self.num_candidates:
             raise ValueError(f"num_to_certify is {self.num_to_certify}: it must be from 1 to {self.num_candidates}")
 
@@ -148,6 +152,7 @@ class NameSearch:
         self._in_flight: dict[RolloutRequest, _OpenItem] = {}
         self._found: list[tuple[float, tuple[int, ...], FoundName]] = []  # ascending (-score, path)
         self._num_rollouts = 0
+        self._num_tokens = 0
 
     def next_requests(self) -> list[RolloutRequest]:
         """Rollouts worth having now: open items that can still hold one of the names to certify, best bound first."""
@@ -156,7 +161,7 @@ class NameSearch:
         while (
             self._frontier
             and len(self._in_flight) < min(self._settings.width, max(1, num_answered))
-            and self._num_rollouts < self._settings.max_rollouts
+            and not self._is_spent
             and -self._frontier[0].negative_bound > self._score_to_beat
         ):
             item = heapq.heappop(self._frontier)
@@ -169,6 +174,7 @@ class NameSearch:
     def observe(self, request: RolloutRequest, rollout: Rollout) -> None:
         """Take in the answer to a request: the names it finished, and the open items beside its way."""
         item = self._in_flight.pop(request)
+        self._num_tokens += len(rollout.tokens)
         for tokens, log_probs in zip(rollout.tokens, rollout.log_probs, strict=True):
             self._open_remainder(item, tokens, log_probs)
             children = [self._child(item, *child) for child in zip(tokens, log_probs, strict=True)]
@@ -184,7 +190,7 @@ class NameSearch:
         """Whether the names asked for are proved, nothing is left to explore, or the budget is spent."""
         if self._highest_bound <= self._score_to_beat:
             return True
-        return not self._in_flight and self._num_rollouts >= self._settings.max_rollouts
+        return not self._in_flight and self._is_spent
 
     def result(self) -> SearchResult:
         """The best names found so far; valid at any time after the first `observe`."""
@@ -196,6 +202,13 @@ class NameSearch:
             log_explored_mass=_log_sum_exp([found.log_prob for _, _, found in self._found]),
             unexplored_mass=min(1.0, sum(item.mass for item in open_items)),
             num_rollouts=self._num_rollouts,
+        )
+
+    @property
+    def _is_spent(self) -> bool:
+        max_tokens = self._settings.max_tokens
+        return self._num_rollouts >= self._settings.max_rollouts or (
+            max_tokens is not None and self._num_tokens >= max_tokens
         )
 
     @property

@@ -110,11 +110,18 @@ def test_certified_names_are_the_best_of_all(problem: dict[str, Any], width: int
 
 @pytest.mark.parametrize("objective", ["sum", "mean"])
 @settings(max_examples=500)
-@given(problem=problems, budget=st.integers(1, 6), num_to_certify=st.integers(1, 5))
+@given(
+    problem=problems,
+    budget=st.integers(1, 6),
+    num_tokens=st.none() | st.integers(1, 20),
+    num_to_certify=st.integers(1, 5),
+)
 def test_a_budget_never_makes_a_false_claim(
-    problem: dict[str, Any], budget: int, num_to_certify: int, objective: Objective
+    problem: dict[str, Any], budget: int, num_tokens: int | None, num_to_certify: int, objective: Objective
 ) -> None:
-    limited = SearchSettings(objective=objective, num_to_certify=num_to_certify, width=2, max_rollouts=budget)
+    limited = SearchSettings(
+        objective=objective, num_to_certify=num_to_certify, width=2, max_rollouts=budget, max_tokens=num_tokens
+    )
     truth, result, scorer = solve(problem, limited)
     assert 1 <= result.num_rollouts <= budget
     proved = result.names[: result.num_certified]
@@ -133,6 +140,17 @@ def test_one_rollout_of_greedy_decoding_comes_first(problem: dict[str, Any]) -> 
     greedy = scorer.rollout(RolloutRequest(()), scorer.trie)
     node = scorer.trie.walk([step[0] for step in greedy.tokens[:-1]])
     assert scorer.trie.name_index(node) in {name.name_index for name in result.names}
+
+
+def test_the_token_budget_ends_a_search_after_the_rollout_that_spends_it() -> None:
+    sequences = [[a, b, c] for a in range(6) for b in range(6) for c in range(6)]
+    trie, _ = PrefixTrie.from_sequences(sequences)
+    scorer = RandomScorer(trie, seed=0, temperature=5.0, num_children=3)
+    limited = SearchSettings(max_rollouts=1000, max_tokens=10, width=1)
+    ((_, result),) = run_searches(scorer, [("key", PROMPT, NameSearch(trie, TERMINATOR, limited), None)], 1)
+    # A first rollout is of three tokens and the terminator, the others of what is left of that.
+    assert result.num_certified == 0
+    assert 3 <= result.num_rollouts <= 10
 
 
 def test_speculation_grows_with_the_search() -> None:
