@@ -1,0 +1,63 @@
+"""vLLM's own beam search, constrained to a choice of names by its structured outputs."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+from decode_systems import CONFIG, NUM_BEAMS, Systems
+from vllm import LLM
+from vllm.inputs import TokensPrompt
+from vllm.sampling_params import BeamSearchParams, StructuredOutputsParams
+
+from gemel_engine.config import LinkConfig, load_config
+
+_NUM_NAMES = (10, 100, 1000, 7642)
+_NUM_MENTIONS = 3
+_PATIENCE = 60.0  # seconds a mention, beyond which no more names are tried
+
+logger = logging.getLogger("decode")
+
+
+def vllm_beams(wikidiverse: Path) -> dict[str, tuple[Any, str]]:
+    """Seconds a mention by number of names; the mentions' own names are among them."""
+    systems = Systems(wikidiverse)
+    mentions = systems.sample(_NUM_MENTIONS)
+    prompts = systems.prompts(mentions)
+    ours = systems.ours(mentions)[0].seconds / len(mentions)
+    settings = load_config(LinkConfig, CONFIG).language_model
+    engine = LLM(
+        settings.name,
+        dtype=settings.dtype,
+        enforce_eager=True,
+        block_size=32,
+        max_model_len=2048,
+        max_logprobs=2 * NUM_BEAMS,
+        enable_prefix_caching=True,
+        disable_log_stats=True,
+    )
+    entities = pq.read_table(wikidiverse / "entities.parquet", columns=["entity_id", "name"]).to_pylist()
+    gold = {systems.gold[mention.mention_id] for mention in mentions}
+    names = [row["name"] for row in sorted(entities, key=lambda row: row["entity_id"] not in gold)]
+    table = []
+    for num_names in _NUM_NAMES:
+        parameters = BeamSearchParams(
+            beam_width=NUM_BEAMS,
+            max_tokens=40,
+            structured_outputs=StructuredOutputsParams(choice=names[:num_names]),
+        )
+        started = time.perf_counter()
+        for prompt in prompts:
+            engine.beam_search([TokensPrompt(prompt_token_ids=list(prompt))], parameters)
+        seconds = (time.perf_counter() - started) / len(prompts)
+        table.append({"names": num_names, "seconds_per_mention": seconds})
+        logger.info("vLLM's beam search over %d names: %.1f s a mention", num_names, seconds)
+        if seconds > _PATIENCE:
+            break
+    what = (
+        f"{_NUM_MENTIONS} mentions of dev, {NUM_BEAMS} beams, float32; ours took {ours:.2f} s a mention over all names"
+    )
+    return {"vllm_beam_search": (table, what)}

@@ -1,0 +1,101 @@
+"""A corpus in which a few surface forms are very common: what it gains to have it in order."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from decode_systems import Beams, Systems
+
+from gemel_engine.types import Mention
+
+_CACHE_GIB = 1
+_NUM_PAPER = 12  # mentions for the paper's loop
+
+
+def zipf(wikidiverse: Path, num_mentions: int = 1000) -> dict[str, tuple[Any, str]]:
+    """A corpus in which a few surface forms are very common, ordered by surface form against random order."""
+    systems = Systems(wikidiverse, kv_cache_gib=_CACHE_GIB)
+    corpus = zipf_corpus(systems.dev, num_mentions)
+    ordered = sorted(corpus, key=lambda mention: (mention.mention, mention.mention_id))
+    prompts = systems.prompts(corpus)
+    in_order, _ = systems.ours(ordered)
+    at_random, _ = systems.ours(corpus)
+    few = prompts[:: num_mentions // _NUM_PAPER]
+    paper_loop = Beams(systems).paper_loop(few).seconds / len(few)
+    what = (
+        f"{num_mentions} mentions, surface forms drawn with probability 1/rank, "
+        f"{len({mention.mention for mention in corpus})} distinct, 1 GiB of cache, float32, one run of each"
+    )
+    num_tokens = sum(map(len, prompts))
+    curve = cache_curve(prompts, [prompts[corpus.index(mention)] for mention in ordered])
+    (of_this_size,) = (point for point in curve if point["gib"] == _CACHE_GIB)
+    return {
+        "zipf_gain_from_ordering": (at_random.seconds / in_order.seconds, what),
+        "zipf_seconds_per_mention": (
+            {"ordered": in_order.seconds / num_mentions, "random": at_random.seconds / num_mentions},
+            what,
+        ),
+        "zipf_prompt_tokens": (
+            {"ordered": in_order.num_computed, "random": at_random.num_computed, "without_cache": num_tokens},
+            f"{what}; computed, of the first rollouts' prompts and of the others'; without a cache: of one prompt each",
+        ),
+        "zipf_speedup_over_paper_loop": (
+            paper_loop / (in_order.seconds / num_mentions),
+            f"{what}; the paper's loop on {len(few)} of them",
+        ),
+        "zipf_ceiling_of_gain": (
+            of_this_size["random"] / curve[-1]["ordered"],
+            f"{what}; first prompts alone: tokens computed at random with this cache, by those in order with a large one",
+        ),
+        "zipf_cache_curve": (curve, f"{what}; simulated, first prompts alone"),
+    }
+
+
+def zipf_corpus(rows: Sequence[dict[str, Any]], num_mentions: int) -> list[Mention]:
+    """Mentions whose surface forms are drawn with probability 1/rank, with captions that differ; in random order."""
+    rng = random.Random(0)
+    of_form: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        of_form.setdefault(row["mention"], []).append(row)
+    forms = sorted(of_form)
+    rng.shuffle(forms)
+    drawn = rng.choices(forms, [1 / rank for rank in range(1, len(forms) + 1)], k=num_mentions)
+    return [
+        Mention(f"z{number}", f"{rng.choice(of_form[form])['text']} (photo {number})", form)
+        for number, form in enumerate(drawn)
+    ]
+
+
+def cache_curve(at_random: Sequence[tuple[int, ...]], ordered: Sequence[tuple[int, ...]]) -> list[dict[str, float]]:
+    """Prompt tokens computed by cache size: least recently used blocks of 32 tokens leave first."""
+    bytes_per_token = 30 * 2 * 3 * 64 * 4  # SmolLM2-135M: layers, keys and values, heads, width, float32
+    return [
+        {
+            "gib": gib,
+            "random": float(computed_tokens(at_random, int(gib * 2**30 / bytes_per_token / 32))),
+            "ordered": float(computed_tokens(ordered, int(gib * 2**30 / bytes_per_token / 32))),
+        }
+        for gib in (0.25, 0.5, 1, 2, 4, 8)
+    ]
+
+
+def computed_tokens(prompts: Sequence[tuple[int, ...]], num_blocks: int, block_size: int = 32) -> int:
+    """Tokens of prompts, read one after another, that a cache of so many blocks does not hold."""
+    cache: dict[int, None] = {}
+    computed = 0
+    for prompt in prompts:
+        keys, key = [], 0
+        for start in range(0, (len(prompt) - 1) // block_size * block_size, block_size):
+            key = hash((key, prompt[start : start + block_size]))
+            keys.append(key)
+        num_hits = next((number for number, key in enumerate(keys) if key not in cache), len(keys))
+        computed += len(prompt) - num_hits * block_size
+        for key in reversed(keys):
+            cache.pop(key, None)
+            cache[key] = None
+        while len(cache) > num_blocks:
+            del cache[next(iter(cache))]
+    return computed
