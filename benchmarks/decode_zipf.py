@@ -48,7 +48,7 @@ def zipf(wikidiverse: Path, num_mentions: int = 1000) -> dict[str, tuple[Any, st
         ),
         "zipf_ceiling_of_gain": (
             of_this_size["random"] / curve[-1]["ordered"],
-            f"{what}; first prompts alone: tokens computed at random with this cache, by those in order with a large one",
+            f"{what}; first prompts: tokens computed at random with this cache by those in order with a large one",
         ),
         "zipf_cache_curve": (curve, f"{what}; simulated, first prompts alone"),
     }
