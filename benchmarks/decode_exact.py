@@ -79,7 +79,7 @@ def score_all_names(model: FrozenLanguageModel, prompt: Sequence[int], trie: Pre
         sees = torch.cat([torch.ones(len(piece), len(prompt), dtype=torch.bool), sees], dim=1)
         mask = torch.zeros(sees.shape).masked_fill(~sees, torch.finfo(torch.float32).min)[None, None]
         output = model.module(ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
-        cache.crop(len(prompt))
+        cache.crop(len(prompt) - cache.get_seq_length())  # minus the positions to remove
         log_probs = output.logits[0].float().log_softmax(-1)
         reached = np.empty(len(piece))
         for row, (node, token, _, parent) in enumerate(piece):
