@@ -221,11 +221,13 @@ class LinkConfig(JobConfig):
         input: Parquet file or directory of mentions, local or `s3://`.
         language_model: The frozen language model and its engine.
         calibration: Directory made by `jobs/calibrate.py`, for `confidence` and `is_nil`; None: without them.
+        dry_run: Check everything, say how many rows are to be linked, and do nothing.
     """
 
     input: str
     language_model: EngineSettings
     calibration: str | None = None
+    dry_run: bool = False
 
     def __post_init__(self) -> None:
         JobConfig.__post_init__(self)  # super() does not know a class with slots

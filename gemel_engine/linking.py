@@ -10,13 +10,16 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
+import sys
+import threading
 import time
 import uuid
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import pyarrow as pa
@@ -47,7 +50,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Settings that may differ between a run and its continuation: they change no row of the output.
-_NOT_IDENTITY = ("resources", "output", "max_failed_fraction", "verify_artifacts")
+_NOT_IDENTITY = ("resources", "output", "max_failed_fraction", "verify_artifacts", "dry_run")
 _MAX_SORTED_BLOCKS = 256
 _ROWS_PER_RANGE = 1 << 18  # read at once to be sorted: row groups may be as large, and are read whole
 
@@ -101,14 +104,8 @@ def link_corpus(config: LinkConfig) -> LinkReport:
         GemelError: The configuration, the input or an artifact is unusable (nothing has been started then), or more
             rows failed than `max_failed_fraction` allows (the output is complete then).
     """
-    from gemel_engine.artifacts import open_artifacts, open_calibration
-    from gemel_engine.linker import check_encoders
-
     started = time.monotonic()
-    plan = shards.plan_shards(config.input, config.rows_per_shard, config.vision.required_columns)
-    artifacts = open_artifacts(config, verify=config.verify_artifacts)
-    check_encoders(config, artifacts)
-    open_calibration(config)
+    plan, artifacts = _checked_plan(config)
     shards.claim_output(config.output, _identity(config, plan))
     plan = ordered_plan(config, plan)
     finished = shards.finished_shards(config.output)
@@ -118,12 +115,31 @@ def link_corpus(config: LinkConfig) -> LinkReport:
         connect()
         receipts = stream_parts(config, remaining).iter_batches(batch_size=None, batch_format="pyarrow")
         costs = _commit_as_completed(config.output, remaining, receipts)
-    storage.remove_tree(f"{config.output}/_parts")
+    for working_files in ("_parts", "_marks"):
+        storage.remove_tree(f"{config.output}/{working_files}")
     report = _report(config, artifacts, plan, remaining, costs, time.monotonic() - started)
     storage.write_bytes(f"{config.output}/report.json", json.dumps(asdict(report), indent=2).encode())
     logger.info("linked %s: %s", config.output, report.summary())
     _check_failures(config, report)
     return report
+
+
+def describe_run(config: LinkConfig) -> str:
+    """What `link_corpus` would do, after all checks that it makes before any work.
+
+    Raises:
+        GemelError: The configuration, the input or an artifact is unusable.
+    """
+    plan = _checked_plan(config)[0]
+    if shards.is_claimed(config.output):
+        shards.check_claim(config.output, _identity(config, plan))
+        plan = shards.load_plan(config.output) or plan
+    remaining = [shard for shard in plan if shard.name not in shards.finished_shards(config.output)]
+    num_rows, num_left = (sum(shard.stop - shard.start for shard in part) for part in (plan, remaining))
+    return (
+        f"{config.output}: {num_left} of {num_rows} rows are to be linked, in {len(remaining)} of {len(plan)} shards; "
+        "nothing has been done"
+    )
 
 
 def ordered_plan(config: LinkConfig, plan: list[Shard]) -> list[Shard]:
@@ -159,6 +175,18 @@ def ordered_plan(config: LinkConfig, plan: list[Shard]) -> list[Shard]:
     return ordered
 
 
+def _checked_plan(config: LinkConfig) -> tuple[list[Shard], Artifacts]:
+    """The corpus in shards, and the artifacts, all found to be usable and to belong together."""
+    from gemel_engine.artifacts import open_artifacts, open_calibration
+    from gemel_engine.linker import check_encoders
+
+    plan = shards.plan_shards(config.input, config.rows_per_shard, config.vision.required_columns)
+    artifacts = open_artifacts(config, verify=config.verify_artifacts)
+    check_encoders(config, artifacts)
+    open_calibration(config)
+    return plan, artifacts
+
+
 def _placed_ranges(plan: Sequence[Shard], places: NDArray[np.int64]) -> list[pa.Table]:
     """The input's files in ranges, each as a table of one row with the places of its rows."""
     tables, first = [], 0
@@ -192,9 +220,8 @@ def encode_and_retrieve(config: JobConfig, plan: Sequence[Shard], *, with_gold: 
     read = partial(read_mentions, also=columns)
     dataset = dataset.map_batches(read, batch_size=1, batch_format="pyarrow", num_cpus=0.25)
     if with_pictures:
-        arguments: tuple[Any, ...] = (config.vision, config.image_source)
         pool = actor_pool(config.resources.images)
-        dataset = dataset.map_batches(EncodeImages, fn_constructor_args=arguments, **pool)
+        dataset = dataset.map_batches(EncodeImages, fn_constructor_args=(config,), **pool)
     if config.demonstrations is not None and config.retrieval.num_demonstrations:
         arguments = (config.demonstrations, config.retrieval)
         pool = actor_pool(config.resources.retrieval)
@@ -211,6 +238,14 @@ def connect() -> None:
     else:
         ray.init(address="local", num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False)
     DataContext.get_current().enable_rich_progress_bars = False
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _stop)  # after ray.init, which sets its own
+
+
+def _stop(number: int, _: object) -> NoReturn:
+    """What `ray job stop` asks for, some seconds before it kills."""
+    logger.warning("stopped; the same command goes on from the shards that are finished")
+    sys.exit(128 + number)
 
 
 def _commit_as_completed(output: str, remaining: Sequence[Shard], receipts: Iterable[pa.Table]) -> Counter[str]:

@@ -172,11 +172,23 @@ def claim_output(output: str, identity: dict[str, Any]) -> None:
         ConfigurationError: The output belongs to a run that differs; the message names where.
     """
     data = json.dumps(identity, indent=2, sort_keys=True).encode()
-    uri = f"{output}/_run.json"
-    if storage.create_exclusive(uri, data):
-        return
-    existing = json.loads(storage.read_bytes(uri))
-    if existing != json.loads(data):
+    if not storage.create_exclusive(f"{output}/_run.json", data):
+        check_claim(output, identity)
+
+
+def is_claimed(output: str) -> bool:
+    """Whether the output is a run's already."""
+    return storage.exists(f"{output}/_run.json")
+
+
+def check_claim(output: str, identity: dict[str, Any]) -> None:
+    """See that the output, which is a run's, is this run's.
+
+    Raises:
+        ConfigurationError: It belongs to a run that differs; the message names where.
+    """
+    existing = json.loads(storage.read_bytes(f"{output}/_run.json"))
+    if existing != json.loads(json.dumps(identity)):
         raise ConfigurationError(
             f"{output} holds a run that differs in {', '.join(_differences(existing, identity))}: "
             "choose another output, or remove it"

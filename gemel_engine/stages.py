@@ -20,9 +20,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gemel_engine import shards, storage
-from gemel_engine.config import LinkConfig, RetrievalSettings, TrainConfig, VisionSettings
+from gemel_engine.config import JobConfig, LinkConfig, RetrievalSettings, TrainConfig
 from gemel_engine.errors import ImageFetchError, MentionError
-from gemel_engine.image_source import ImagePolicy, fetch_image
+from gemel_engine.image_source import fetch_image
+from gemel_engine.poison import isolate, marks_of
 from gemel_engine.shards import Shard
 from gemel_engine.storage import download_directory
 from gemel_engine.types import Features, Mention, Prediction, check_features, predictions_to_table
@@ -85,14 +86,18 @@ def write_ordered(batch: pa.Table, directory: str, rows_per_shard: int) -> pa.Ta
 class EncodeImages:
     """Adds `image_features` (C,), null without a picture; drops the picture. Features that a row has already stay."""
 
-    def __init__(self, vision: VisionSettings, image_source: ImagePolicy) -> None:
+    def __init__(self, config: JobConfig) -> None:
         from gemel_engine.linker import load_picture_encoder
 
-        self._policy = image_source
-        self._encoder = load_picture_encoder(vision)
+        self._output = config.output
+        self._policy = config.image_source
+        self._encoder = load_picture_encoder(config.vision)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Encode a batch's pictures."""
+        return isolate(self._encode, batch, marks_of(batch, self._output, "images"))
+
+    def _encode(self, batch: pa.Table) -> pa.Table:
         started = time.monotonic()
         errors = batch["error"].to_pylist()
         features = _column(batch, "image_features")
@@ -164,10 +169,14 @@ class GenerateEntityNames:
     def __init__(self, config: LinkConfig) -> None:
         from gemel_engine.generation import EntityNameGenerator
 
+        self._output = config.output
         self._generator = EntityNameGenerator.start(config)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Link a batch; keeps `shard`, `row` and the costs."""
+        return isolate(self._generate, batch, marks_of(batch, self._output, "generation"))
+
+    def _generate(self, batch: pa.Table) -> pa.Table:
         started = time.monotonic()
         prompt_tokens, cached_tokens = self._cache_counts()
         mentions, features = _mentions(batch), _features(batch)

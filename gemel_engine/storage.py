@@ -90,6 +90,12 @@ def list_parquet(uri: str) -> list[InputFile]:
     return sorted(files, key=lambda file: file.uri)
 
 
+def list_files(uri: str) -> list[str]:
+    """The addresses of all files under a directory, relative to it; none if it does not exist."""
+    root = _normalised(uri)
+    return [_relative(file, root) for file in _walk(root)]
+
+
 def exists(uri: str) -> bool:
     """Tell whether there is a file at the address, or any file under it; an empty directory does not count."""
     root = _normalised(uri)

@@ -177,6 +177,7 @@ def _prepare(
             .take_all()
         )
         counts = {name: sum(receipt[name] for receipt in receipts) for name in ("num_rows", "num_pictures")}
+        storage.remove_tree(f"{config.output}/_marks")
         storage.create_exclusive(done, json.dumps({"directory": directory.rpartition("/")[2]} | counts).encode())
     found = json.loads(storage.read_bytes(done))
     return _Prepared(**found | {"directory": f"{root}/{found['directory']}"})

@@ -1,0 +1,107 @@
+"""Rows that end the process which works on them: by an exception that nobody catches here, and by a real kill."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Collection
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gemel_engine import storage
+from gemel_engine.poison import isolate, marks_of
+
+
+class ProcessEndedError(BaseException):
+    """Stands for the end of a process: what comes after it in the process is not done."""
+
+
+def batch_of(num_rows: int) -> pa.Table:
+    return pa.table({"shard": [3] * num_rows, "row": list(range(num_rows)), "error": pa.nulls(num_rows, pa.string())})
+
+
+def worked_on(marks: str, num_rows: int, deadly: set[int], killed_at: Collection[int] = ()) -> tuple[pa.Table, int]:
+    """The result after as many processes as it takes, and how many of these ended early.
+
+    Args:
+        marks: Directory.
+        num_rows: Of the batch.
+        deadly: Rows that end every process.
+        killed_at: Numbers of calls at which somebody ends the process.
+    """
+    num_calls = 0
+
+    def work(rows: pa.Table) -> pa.Table:
+        nonlocal num_calls
+        num_calls += 1
+        for row, error in zip(rows["row"].to_pylist(), rows["error"].to_pylist(), strict=True):
+            if row in deadly and error is None:
+                raise ProcessEndedError
+        if num_calls in killed_at:
+            raise ProcessEndedError
+        return rows
+
+    for num_ended in range(200):
+        try:
+            return isolate(work, batch_of(num_rows), marks), num_ended
+        except ProcessEndedError:
+            continue
+    raise AssertionError("it never ends")
+
+
+@given(num_rows=st.integers(1, 20), deadly=st.sets(st.integers(0, 19), max_size=3))
+def test_deadly_rows_and_no_others_become_errors(num_rows: int, deadly: set[int]) -> None:
+    with TemporaryDirectory() as marks:
+        result, num_ended = worked_on(marks, num_rows, deadly)
+        assert result["row"].to_pylist() == list(range(num_rows))
+        poisoned = {row for row, error in enumerate(result["error"].to_pylist()) if error is not None}
+        assert poisoned == {row for row in deadly if row < num_rows}
+        assert all(error.startswith("poison: 3 processes") for error in result["error"].drop_null().to_pylist())
+        assert num_ended <= len(poisoned) * 8  # halving 20 rows five times, then three times alone
+        assert storage.list_files(marks) == []
+
+
+@given(num_rows=st.integers(4, 20), killed_at=st.sets(st.integers(1, 12), max_size=4))
+def test_a_few_kills_from_outside_make_no_row_poison(num_rows: int, killed_at: set[int]) -> None:
+    with TemporaryDirectory() as marks:
+        result, num_ended = worked_on(marks, num_rows, set(), killed_at)
+        assert result.equals(batch_of(num_rows))
+        assert num_ended <= len(killed_at)
+
+
+def test_each_batch_has_marks_of_its_own() -> None:
+    assert marks_of(batch_of(5).slice(2), "out", "images") == "out/_marks/images/3-2-3"
+
+
+WORKER = """
+import os, signal, sys
+import pyarrow as pa, pyarrow.parquet as pq
+from gemel_engine.poison import isolate
+
+def work(rows):
+    if any(row == 2 and error is None for row, error in zip(rows["row"].to_pylist(), rows["error"].to_pylist())):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return rows
+
+batch = pa.table({"row": list(range(5)), "error": pa.nulls(5, pa.string())})
+pq.write_table(isolate(work, batch, sys.argv[1]), sys.argv[2])
+"""
+
+
+@pytest.mark.heavy
+def test_a_killed_process_leaves_its_mark(tmp_path: Path) -> None:
+    marks, result = tmp_path / "marks", tmp_path / "result.parquet"
+    returned = [-signal.SIGKILL]
+    while returned[-1] == -signal.SIGKILL and len(returned) < 20:
+        command = [sys.executable, "-c", WORKER, str(marks), str(result)]
+        returned.append(subprocess.run(command, check=False).returncode)
+    assert returned[-1] == 0
+    errors = pq.read_table(result)["error"].to_pylist()
+    assert [error is not None for error in errors] == [False, False, True, False, False]
