@@ -1,44 +1,50 @@
-"""What the scripts in `jobs/` have in common: arguments from a function's signature, errors as exit codes."""
+"""What all commands do with a command line: read the configuration that it names, and end with an error's exit code."""
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import tyro
 
-from gemel_engine.config import Config, load_config
 from gemel_engine.errors import ConfigurationError, GemelError
 
+Config = TypeVar("Config")
 
-def run(main: Callable[..., object]) -> None:
-    """Call a script's function with the arguments of the command line; an expected error ends it with its exit code."""
-    _call(lambda: tyro.cli(main))
-
-
-def run_commands(commands: Mapping[str, Callable[..., object]]) -> None:
-    """The same for a script of several commands, by their names."""
-    _call(lambda: tyro.extras.subcommand_cli_from_dict(dict(commands)))
+_SETTINGS = "Every setting: a key of CONFIG.toml, and an option that overrides it."
 
 
-def run_configured(config_type: type[Config], job: Callable[[Config], object]) -> None:
-    """The same for a job that a TOML file describes: the file, then overrides such as `--search.objective mean`."""
-
-    def command() -> None:
-        arguments = sys.argv[1:]
-        if not arguments or arguments[0].startswith("-"):
-            raise ConfigurationError(f"name a configuration: {Path(sys.argv[0]).name} CONFIG.toml [--key value ...]")
-        job(load_config(config_type, Path(arguments[0]), arguments[1:]))
-
-    _call(command)
-
-
-def _call(command: Callable[[], object]) -> None:
+def run(command: Callable[[], object]) -> None:
+    """Call a command; an error that the project raises on purpose ends the process with its exit code."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         command()
     except GemelError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(error.exit_code)
+
+
+def configure(config_type: type[Config], command: str, arguments: Sequence[str]) -> Config:
+    """Read the configuration of a job from `CONFIG.toml [--key value ...]`: the file, then overrides of its settings.
+
+    Without a file, `--help` lists all settings and ends the process; behind one it shows their values, too.
+
+    Args:
+        config_type: The configuration.
+        command: What stands before the arguments, for the texts that name it.
+        arguments: What follows.
+
+    Raises:
+        ConfigurationError: No file is named, or `load_config` refuses it.
+    """
+    from gemel_engine.config import load_config
+
+    if arguments and arguments[0] in ("-h", "--help"):
+        tyro.cli(config_type, prog=f"{command} CONFIG.toml", description=_SETTINGS, args=["--help"])
+    if not arguments or arguments[0].startswith("-"):
+        raise ConfigurationError(f"name a configuration: {command} CONFIG.toml [--key value ...]")
+    path, *overrides = arguments
+    return load_config(config_type, Path(path), overrides, program=f"{command} {path}")

@@ -175,8 +175,8 @@ class JobConfig:
 
     Attributes:
         output: Directory for what the job makes, local or `s3://`.
-        knowledge_base: Directory made by `jobs/build_knowledge_base.py`.
-        demonstrations: Directory made by `jobs/build_demonstration_index.py`; None: no demonstrations.
+        knowledge_base: Directory made by `gemel build-kb`.
+        demonstrations: Directory made by `gemel build-demonstrations`; None: no demonstrations.
         language_model: The frozen language model.
         retrieval: Which demonstrations precede a question.
         vision: How pictures become visual prefixes.
@@ -372,10 +372,18 @@ class TrainConfig(JobConfig):
     examples: str | None = None
 
 
-def load_config(config_type: type[Config], path: Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    config_type: type[Config], path: Path, overrides: Sequence[str] = (), *, program: str | None = None
+) -> Config:
     """Read a TOML file and apply overrides such as `--search.objective mean`.
 
-    A wrong override ends the process with code 2 and its reason, as command lines do.
+    A wrong override ends the process with code 2 and its reason, as command lines do, and so does `--help` with code 0.
+
+    Args:
+        config_type: The configuration.
+        path: The file.
+        overrides: Arguments of a command line.
+        program: What stands before them, for the texts that name it; None: the name of the process.
 
     Raises:
         ConfigurationError: The file can't be read, a key is unknown, or a value is malformed.
@@ -389,7 +397,7 @@ def load_config(config_type: type[Config], path: Path, overrides: Sequence[str] 
     try:
         config = TypeAdapter(config_type).validate_python(values)
         if overrides:
-            config = tyro.cli(config_type, default=config, args=list(overrides))
+            config = tyro.cli(config_type, prog=program, default=config, args=list(overrides))
             config = TypeAdapter(config_type).validate_python(TypeAdapter(config_type).dump_python(config))
         return config
     except ValidationError as error:

@@ -106,7 +106,7 @@ def import_mentions(path: Path, features: Path | None) -> tuple[pa.Table, int]:
 
 
 def entities_of(mentions: pa.Table) -> pa.Table:
-    """The entities that mentions refer to, with their names, as `jobs/build_knowledge_base.py` reads them."""
+    """The entities that mentions refer to, with their names, as `gemel build-kb` reads them."""
     names = dict(zip(mentions["entity_id"].to_pylist(), mentions["entity_name"].to_pylist(), strict=True))
     return pa.table({"entity_id": list(names), "name": list(names.values())}).sort_by("entity_id")
 

@@ -23,6 +23,7 @@ from typing import Literal, Self
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
@@ -30,6 +31,7 @@ from gemel_engine.entity_names import TokenisedNames, count_skipped, reasons_to_
 from gemel_engine.errors import ArtifactError, ConfigurationError, InputError
 from gemel_engine.manifest import file_sha256, read_manifest, write_manifest
 from gemel_engine.prefix_trie import PrefixTrie
+from gemel_engine.storage import list_parquet, resolve
 
 FORMAT_VERSION = 1
 
@@ -201,6 +203,25 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
+def read_entities(uri: str) -> pa.Table:
+    """Read the entities' columns of all Parquet files at an address.
+
+    Raises:
+        InputError: There is no such file, one is not readable, or their columns' types do not agree.
+    """
+    tables = []
+    try:
+        for file in list_parquet(uri):
+            filesystem, path = resolve(file.uri)
+            with pq.ParquetFile(path, filesystem=filesystem) as parquet:
+                tables.append(
+                    parquet.read([name for name in ENTITY_SCHEMA.names if name in parquet.schema_arrow.names])
+                )
+        return pa.concat_tables(tables, promote_options="permissive")
+    except pa.ArrowException as error:
+        raise InputError(f"{uri} is not readable as one Parquet table ({error}); write it again") from error
+
+
 def build_knowledge_base(
     entities: pa.Table, tokenizer: PreTrainedTokenizerFast, directory: Path, settings: KnowledgeBaseSettings
 ) -> KnowledgeBaseReport:
@@ -224,7 +245,7 @@ def build_knowledge_base(
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ConfigurationError(f"{directory} is not an empty directory; remove it or name a new one")
     fingerprint = tokenizer_fingerprint(tokenizer)
-    entities = _read_entities(entities)
+    entities = _checked(entities)
     names = TokenisedNames.tokenise(entities["name"], tokenizer)
     reasons = reasons_to_skip(entities["name"], names, tokenizer, settings.max_name_tokens)
     num_skipped = count_skipped(entities["entity_id"], reasons, settings.on_bad_name)
@@ -247,7 +268,7 @@ def build_knowledge_base(
     return report
 
 
-def _read_entities(entities: pa.Table) -> pa.Table:
+def _checked(entities: pa.Table) -> pa.Table:
     """Check ids and types, and normalise names; the result has the columns of `ENTITY_SCHEMA`."""
     for required in ("entity_id", "name"):
         if required not in entities.column_names:

@@ -1,4 +1,4 @@
-"""Link a corpus.
+"""Link a corpus: `gemel link`.
 
 python jobs/link_corpus.py CONFIG.toml [--search.objective mean ...]
 ray job submit --working-dir . -- python jobs/link_corpus.py CONFIG.toml
@@ -7,22 +7,7 @@ Exit codes: 0 done; 2 configuration, 3 input, 4 artifact unusable, nothing was s
 than `max_failed_fraction` allows; 1 anything else.
 """
 
-import logging
-
-from gemel_engine.command_line import run_configured
-from gemel_engine.config import LinkConfig
-from gemel_engine.linking import describe_run, link_corpus
-
-logger = logging.getLogger("link_corpus")
-
-
-def main(config: LinkConfig) -> None:
-    """Link a corpus, or say what would be done."""
-    if config.dry_run:
-        logger.info("%s", describe_run(config))
-    else:
-        link_corpus(config)
-
+from gemel_engine.commands import main
 
 if __name__ == "__main__":
-    run_configured(LinkConfig, main)
+    main("link")

@@ -1,4 +1,4 @@
-"""Train the feature mapper.
+"""Train the feature mapper: `gemel train`.
 
 python jobs/train.py CONFIG.toml [--optimisation.epochs 3 ...]
 ray job submit --working-dir . -- python jobs/train.py CONFIG.toml
@@ -7,9 +7,7 @@ A rerun goes on from the last checkpoint. Exit codes: 0 done; 2 configuration, 3
 mentions unusable, nothing was trained; 1 anything else.
 """
 
-from gemel_engine.command_line import run_configured
-from gemel_engine.config import TrainConfig
-from gemel_engine.training import train_mapper
+from gemel_engine.commands import main
 
 if __name__ == "__main__":
-    run_configured(TrainConfig, train_mapper)
+    main("train")
