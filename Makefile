@@ -20,7 +20,7 @@ export VLLM_NO_USAGE_STATS = 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo train-demo test test-all check format lint types bench bench-decode requirements clean
+.PHONY: help install demo train-demo test test-all check format lint types bench bench-decode requirements dist clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' Makefile
@@ -67,8 +67,11 @@ requirements: $(INSTALLED) ## resolve requirements-cpu.txt anew
 	$(BIN)/uv pip compile --quiet --upgrade --extra cpu --extra demo --extra dev --no-annotate --no-header \
 		--no-emit-index-url --no-emit-find-links --output-file requirements-cpu.txt pyproject.toml
 
+dist: $(INSTALLED) ## build the wheel and the source distribution, in dist/
+	$(BIN)/uv build --quiet
+
 clean: ## remove what was built; .venv stays
-	rm -rf build .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist gemel_engine.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 $(INSTALLED): requirements-cpu.txt pyproject.toml
