@@ -22,6 +22,7 @@ from tyro.conf import Positional, arg
 from gemel_engine import command_line
 from gemel_engine.errors import InputError
 
+Output = Annotated[Positional[str], arg(metavar="OUTPUT")]
 Entities = Annotated[Positional[str], arg(metavar="ENTITIES")]
 Mentions = Annotated[Positional[str], arg(metavar="MENTIONS")]
 InputDir = Annotated[Positional[Path], arg(metavar="INPUT_DIR")]
@@ -37,9 +38,12 @@ def link(arguments: Sequence[str]) -> None:
 
     config = command_line.configure(LinkConfig, "gemel link", arguments)
 
-    from gemel_engine.linking import link_corpus
+    from gemel_engine.linking import describe_run, link_corpus
 
-    link_corpus(config)
+    if config.dry_run:
+        logger.info("%s", describe_run(config))
+    else:
+        link_corpus(config)
 
 
 def train(arguments: Sequence[str]) -> None:
@@ -51,6 +55,56 @@ def train(arguments: Sequence[str]) -> None:
     from gemel_engine.training import train_mapper
 
     train_mapper(config)
+
+
+def evaluate(
+    output: Output,
+    *,
+    gold: str | None = None,
+    train: str | None = None,
+    against: str | None = None,
+    protocol: Literal["entity", "name", "candidates"] = "entity",
+    write_to: str | None = None,
+) -> None:
+    """Judge a finished linking run by gold labels: a table here, `metrics.json` beside the run.
+
+    Args:
+        output: The run's output, local or s3://bucket/prefix.
+        gold: Mentions with `entity_id`; the run's input by default.
+        train: The training split, to tell mentions by what it holds, and for the baseline without a model.
+        against: Output of another run over the same mentions, to compare with.
+        protocol: When an answer is right: the entity's id, its name (GEMEL's protocol), or its id of the mention's own
+            candidates alone.
+        write_to: Directory for the file; by default `evaluation` in the run's output.
+    """
+    from rich.console import Console
+
+    from gemel_engine import storage
+    from gemel_engine.linked_run import LinkedRun, as_table, judge_run
+
+    other = None if against is None else LinkedRun.open(against)
+    judged = judge_run(LinkedRun.open(output), gold=gold, train=train, against=other, protocol=protocol)
+    Console().print(as_table(judged))
+    directory = write_to or f"{output}/evaluation"
+    storage.write_bytes(f"{directory}/metrics.json", judged.to_json())
+    logger.info("%s/metrics.json", directory)
+
+
+def calibrate(output: Output, calibration: OutputDir, *, gold: str | None = None, nil_precision: float = 0.8) -> None:
+    """Fit a calibration to a finished run over mentions with gold labels; linking applies it.
+
+    Args:
+        output: The run's output, local or s3://bucket/prefix; of a dev split, not of what is to be judged later.
+        calibration: Local directory for it.
+        gold: Mentions with `entity_id`; the run's input by default. Those whose entity the knowledge base lacks, or
+            that have none, teach what NIL looks like.
+        nil_precision: So large a share of the mentions called NIL shall be NIL.
+    """
+    from gemel_engine.linked_run import LinkedRun, calibrate_run
+
+    fitted = calibrate_run(LinkedRun.open(output), gold=gold, nil_precision=nil_precision)
+    fitted.save(calibration)
+    logger.info("%s: %s", calibration, ", ".join(f"{name} {value:.3g}" for name, value in fitted.fitted_on.items()))
 
 
 def build_kb(
@@ -242,6 +296,8 @@ UNPARSED: dict[str, Callable[[Sequence[str]], None]] = {"link": link, "train": t
 
 # Commands whose options are their parameters.
 PARSED: dict[str, Callable[..., None]] = {
+    "evaluate": evaluate,
+    "calibrate": calibrate,
     "build-kb": build_kb,
     "build-demonstrations": build_demonstrations,
     "init-mapper": init_mapper,

@@ -1,20 +1,24 @@
-"""A finished output of the linking job, as those read it who judge, calibrate or show it."""
+"""A finished output of the linking job: read, judged by gold labels, used to fit a calibration."""
 
 from __future__ import annotations
 
 import json
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import reduce
 from typing import Any, Self
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pads
+from rich.table import Table
 
 from gemel_engine import storage
+from gemel_engine.calibration import Calibration, ConfidenceQuality, quality, scoring_settings
 from gemel_engine.errors import InputError
+from gemel_engine.evaluation import Comparison, Evaluation, Figure, Judge, LeakAudit, Protocol, audit_leaks
 from gemel_engine.knowledge_base import KnowledgeBase
 from gemel_engine.types import PREDICTION_SCHEMA
 
@@ -56,6 +60,135 @@ class LinkedRun:
     def open_knowledge_base(self) -> KnowledgeBase:
         """The knowledge base that it linked to, where that is still at its address."""
         return KnowledgeBase.open(storage.download_directory(self.settings["knowledge_base"]))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JudgedRun:
+    """All that is said of a run.
+
+    Attributes:
+        evaluation: How good it is.
+        confidence: How good its scores are, by their names: `calibrated` where it has a calibration, and `raw`.
+        comparison: The run beside another.
+        leaks: What its mentions have in common with the training split.
+        knowledge_base_names: Names that the run chose from.
+    """
+
+    evaluation: Evaluation
+    confidence: dict[str, ConfidenceQuality]
+    comparison: Comparison | None
+    leaks: LeakAudit | None
+    knowledge_base_names: int
+
+    def to_json(self) -> bytes:
+        """`metrics.json`."""
+        return json.dumps(asdict(self), indent=2, allow_nan=False).encode()
+
+
+def judge_run(
+    linked: LinkedRun,
+    *,
+    gold: str | None = None,
+    train: str | None = None,
+    against: LinkedRun | None = None,
+    protocol: Protocol = "entity",
+) -> JudgedRun:
+    """Judge a run by gold labels.
+
+    Args:
+        linked: The run.
+        gold: Mentions with `entity_id`; the run's input by default.
+        train: The training split.
+        against: Another run over the same mentions.
+        protocol: When an answer is right.
+
+    Raises:
+        InputError: There are no labels, or they are not of the linked mentions.
+    """
+    labelled = read_gold(gold or linked.settings["input"])
+    training = None if train is None else read_gold(train)
+    knowledge_base = linked.open_knowledge_base()
+    runs = [linked.predictions, *([] if against is None else [against.predictions])]
+    entities = entities_to_judge(knowledge_base, labelled, runs)
+    judge = Judge(labelled, entities=entities, train=training, protocol=protocol)
+    return JudgedRun(
+        evaluation=judge.evaluate(linked.predictions),
+        confidence=qualities(judge, linked.predictions),
+        comparison=None if against is None else judge.compare(against.predictions, linked.predictions),
+        leaks=None if training is None else audit_leaks(training, labelled),
+        knowledge_base_names=knowledge_base.trie.num_names,
+    )
+
+
+def calibrate_run(linked: LinkedRun, *, gold: str | None = None, nil_precision: float) -> Calibration:
+    """Fit a calibration to a run over mentions with gold labels.
+
+    Args:
+        linked: The run.
+        gold: Mentions with `entity_id`; the run's input by default.
+        nil_precision: See `Calibration.fit`.
+
+    Raises:
+        InputError: There are no labels, or too few mentions of an outcome.
+        ConfigurationError: No threshold of NIL reaches that precision.
+    """
+    labelled = read_gold(gold or linked.settings["input"])
+    entities = entities_to_judge(linked.open_knowledge_base(), labelled, [linked.predictions])
+    predictions, is_right, is_nil = Judge(labelled, entities=entities).outcomes(linked.predictions)
+    scoring = scoring_settings(linked.settings)
+    return Calibration.fit(predictions, is_right, is_nil, nil_precision=nil_precision, scoring=scoring)
+
+
+def qualities(judge: Judge, predictions: pa.Table) -> dict[str, ConfidenceQuality]:
+    """How good each score is that a run gives its answers, on the mentions without an error."""
+    judged = judge.judge(predictions)
+    judged = judged[judged["error"].isna()]
+    is_right = (judged["rank"] == 1).to_numpy()
+    scores = {"calibrated": "confidence", "raw": "probability"}
+    return {
+        name: quality(judged[column].to_numpy(np.float64), is_right)
+        for name, column in scores.items()
+        if len(judged) and judged[column].notna().all()
+    }
+
+
+def as_table(judged: JudgedRun) -> Table:
+    """What is said of a run, for a terminal."""
+    evaluation = judged.evaluation
+    table = Table(title=f"{evaluation.num_mentions} mentions, protocol {evaluation.protocol}")
+    for heading in ("", "value", "95% interval", "mentions"):
+        table.add_column(heading, justify="left" if not heading else "right")
+
+    def add(name: str, figure: Figure) -> None:
+        interval = f"{figure.low:.3f} to {figure.high:.3f}"
+        table.add_row(name, f"{figure.value:.3f}", interval, str(figure.num_mentions))
+
+    add("accuracy", evaluation.accuracy)
+    if evaluation.baseline is not None:
+        add("accuracy without a model", evaluation.baseline)
+    add("gold among the first 5", evaluation.hits_at_5)
+    add("mean reciprocal rank", evaluation.mean_reciprocal_rank)
+    add("certified", evaluation.certified_share)
+    for kind, figures in evaluation.buckets.items():
+        table.add_section()
+        for label, figure in figures.items():
+            add(f"{kind}: {label}", figure)
+    for score, item in judged.confidence.items():
+        table.add_section()
+        table.add_row(f"{score} score: calibration error", f"{item.expected_calibration_error:.3f}", "", "")
+        table.add_row(f"{score} score: Brier", f"{item.brier_score:.3f}", "", "")
+        table.add_row(f"{score} score: area under risk and coverage", f"{item.area_under_risk_coverage:.3f}", "", "")
+    if judged.comparison is not None:
+        table.add_section()
+        add("accuracy, less that of the other run", judged.comparison.difference)
+        table.add_row(
+            "right here alone, right there alone",
+            f"{len(judged.comparison.won)}, {len(judged.comparison.lost)}",
+            "",
+            "",
+        )
+        table.add_row("McNemar's exact test, p", f"{judged.comparison.p_value:.3f}", "", "")
+    return table
 
 
 def read_gold(uri: str) -> pa.Table:

@@ -21,7 +21,8 @@ from PIL import Image
 from s3_server import S3Server
 
 from gemel_engine import storage
-from gemel_engine.config import LinkConfig, load_config
+from gemel_engine.calibration import Calibration, LogisticModel, scoring_settings
+from gemel_engine.config import LinkConfig, config_json, load_config
 from gemel_engine.errors import (
     ArtifactError,
     ConfigurationError,
@@ -31,7 +32,7 @@ from gemel_engine.errors import (
 )
 from gemel_engine.feature_mapper import FeatureMapper
 from gemel_engine.linker import Linker
-from gemel_engine.linking import LinkReport, link_corpus, ordered_plan
+from gemel_engine.linking import LinkReport, describe_run, link_corpus, ordered_plan
 from gemel_engine.shards import plan_shards
 from gemel_engine.types import PREDICTION_SCHEMA
 
@@ -152,6 +153,7 @@ def test_every_row_comes_out_once_in_order(linked: tuple[LinkConfig, LinkReport]
     assert set(report.stage_seconds) == {"image", "retrieval", "generation"}
     assert json.loads(storage.read_bytes(f"{config.output}/report.json")) == asdict(report)
     assert not storage.exists(f"{config.output}/_parts")
+    assert not storage.exists(f"{config.output}/_marks")
 
 
 def test_equal_surface_forms_meet_in_one_shard(config: LinkConfig, local_ray: None, tmp_path: Path) -> None:
@@ -214,6 +216,31 @@ def test_a_rerun_skips_finished_shards_and_refuses_other_settings(
     other = replace(config, search=replace(config.search, objective="mean"))
     with pytest.raises(ConfigurationError, match=r"differs in settings\.search\.objective"):
         link_corpus(other)
+
+
+def test_a_dry_run_checks_and_says_what_is_left(linked: tuple[LinkConfig, LinkReport], tmp_path: Path) -> None:
+    config, _ = linked
+    assert describe_run(config).startswith(f"{config.output}: 0 of 9 rows are to be linked, in 0 of 3 shards")
+    fresh = replace(config, output=str(tmp_path / "fresh"))
+    assert "9 of 9 rows are to be linked, in 3 of 3 shards" in describe_run(fresh)
+    assert not storage.exists(fresh.output)
+    with pytest.raises(ConfigurationError, match=r"settings\.rows_per_shard"):
+        describe_run(replace(config, rows_per_shard=5))
+
+
+def test_a_calibration_gives_confidence(config: LinkConfig, tmp_path: Path) -> None:
+    model = LogisticModel(mean=(0.0,) * 6, scale=(1.0,) * 6, weights=(1.0, 0.0, 0.0, 0.0, 0.0, 0.0), bias=0.0)
+    scoring = scoring_settings(json.loads(config_json(config)))
+    calibration = Calibration(right=model, nil=model, nil_threshold=0.5, scoring=scoring, fitted_on={})
+    calibration.save(tmp_path / "calibration")
+    config = replace(config, calibration=str(tmp_path / "calibration"))
+    found = Linker(config).link_one("Look at the bear over there.", "bear")
+    assert found.probability is not None
+    assert found.confidence == pytest.approx(found.probability)  # since that model is the identity
+    assert found.is_nil == (found.probability >= 0.5)
+    with pytest.raises(ConfigurationError, match=r"other settings of search\.max_rollouts"):
+        link_corpus(replace(config, search=replace(config.search, max_rollouts=3)))
+    assert not storage.exists(config.output)
 
 
 def test_bad_rows_become_errors_and_too_many_fail_the_job_at_its_end(

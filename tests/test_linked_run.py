@@ -1,0 +1,119 @@
+"""A finished output as it lies on disk, written by the parts of the job that write it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import ENTITY_NAMES
+
+from gemel_engine import shards, storage
+from gemel_engine.errors import ConfigurationError, InputError
+from gemel_engine.linked_run import LinkedRun, as_table, calibrate_run, judge_run, read_gold
+from gemel_engine.types import Candidate, Prediction, predictions_to_table
+
+NUM_MENTIONS = 200
+RNG = np.random.default_rng(0)
+SHARES = RNG.uniform(0.05, 0.95, NUM_MENTIONS)
+IS_RIGHT = RNG.uniform(size=NUM_MENTIONS) < SHARES
+
+
+@pytest.fixture
+def output(tmp_path: Path, artifacts: dict[str, Path]) -> str:
+    """A run that knows `m0` to `m199`; the gold entities of some are right, of others wrong, of others unknown."""
+    gold_ids = [f"Q{n % 20}" if right else f"Q{20 + n % 8}" for n, right in enumerate(IS_RIGHT)]
+    gold_ids[:30] = ["unheard of"] * 30
+    mentions = {
+        "mention_id": [f"m{n}" for n in range(NUM_MENTIONS)],
+        "text": [f"Look at the {ENTITY_NAMES[n % 20]}." for n in range(NUM_MENTIONS)],
+        "mention": [ENTITY_NAMES[n % 20] for n in range(NUM_MENTIONS)],
+        "entity_id": gold_ids,
+        "image_bytes": [b"picture" if n % 3 else None for n in range(NUM_MENTIONS)],
+    }
+    pq.write_table(pa.table(mentions), tmp_path / "mentions.parquet")
+    settings = {
+        "input": str(tmp_path / "mentions.parquet"),
+        "knowledge_base": str(artifacts["knowledge_base"]),
+        "language_model": {"name": "models/lm"},
+        "prompt": {},
+        "retrieval": {"num_demonstrations": 2, "mention_encoder": "models/encoder"},
+        "search": {"objective": "sum", "width": 4},
+    }
+    predictions = [
+        Prediction(
+            f"m{n}",
+            entity_id=f"Q{n % 20}",
+            entity_name=ENTITY_NAMES[n % 20],
+            log_prob=float(np.log(share)),
+            probability=float(share),
+            unexplored_mass=float(1 - share),
+            certified=True,
+            candidates=(Candidate(f"Q{n % 20}", ENTITY_NAMES[n % 20], float(np.log(share))),),
+        )
+        for n, share in enumerate(SHARES)
+    ]
+    predictions[NUM_MENTIONS - 1] = Prediction(f"m{NUM_MENTIONS - 1}", error="image: broken")
+    directory = str(tmp_path / "linked")
+    shards.claim_output(directory, {"settings": settings})
+    for number, rows in enumerate((predictions[:150], predictions[150:])):
+        data = shards.parquet_bytes(predictions_to_table(rows))
+        storage.write_bytes(f"{directory}/data/shard-{number:05d}.parquet", data)
+    storage.write_bytes(f"{directory}/report.json", json.dumps({"rows": NUM_MENTIONS}).encode())
+    return directory
+
+
+def test_a_run_is_judged_by_the_labels_of_its_input(output: str) -> None:
+    judged = judge_run(LinkedRun.open(output))
+    evaluation = judged.evaluation
+    assert (evaluation.num_mentions, evaluation.num_nil, evaluation.num_errors) == (170, 30, 1)
+    assert evaluation.accuracy.value == pytest.approx(IS_RIGHT[30:-1].sum() / 170)
+    assert {"with", "without"} == set(evaluation.buckets["picture"])
+    assert set(judged.confidence) == {"raw"}
+    assert judged.knowledge_base_names == len(set(ENTITY_NAMES))
+    assert json.loads(judged.to_json())["evaluation"]["num_mentions"] == 170
+    assert as_table(judged).row_count > 5
+
+
+def test_a_run_is_compared_with_another_and_its_split_with_training(output: str) -> None:
+    linked = LinkedRun.open(output)
+    judged = judge_run(linked, against=linked, train=linked.settings["input"])
+    assert judged.comparison is not None
+    assert judged.comparison.num_changed == 0
+    assert judged.leaks is not None
+    assert judged.leaks.mention_ids == NUM_MENTIONS
+
+
+def test_a_calibration_fits_the_run_that_it_was_fitted_on(output: str) -> None:
+    linked = LinkedRun.open(output)
+    fitted = calibrate_run(linked, nil_precision=0.1)
+    assert fitted.fitted_on["num_mentions"] == NUM_MENTIONS - 1
+    assert fitted.fitted_on["num_nil"] == 30
+    fitted.check_scoring(linked.settings)
+    with pytest.raises(ConfigurationError, match=r"search\.objective"):
+        fitted.check_scoring(linked.settings | {"search": {"objective": "mean"}})
+
+
+def test_calibrated_scores_are_judged_beside_the_raw_ones(output: str) -> None:
+    linked = LinkedRun.open(output)
+    fitted = calibrate_run(linked, nil_precision=0.1)
+    confidence = pa.array(SHARES**2)
+    column = linked.predictions.column_names.index("confidence")
+    calibrated = replace(linked, predictions=linked.predictions.set_column(column, "confidence", confidence))
+    assert list(judge_run(calibrated).confidence) == ["calibrated", "raw"]
+    assert fitted.nil is not None
+
+
+def test_what_is_no_finished_run_is_refused(output: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"has no _run\.json"):
+        LinkedRun.open(str(tmp_path))
+    Path(output, "report.json").unlink()
+    with pytest.raises(InputError, match=r"has no report\.json"):
+        LinkedRun.open(output)
+    pq.write_table(pa.table({"mention_id": ["a"]}), tmp_path / "unlabelled.parquet")
+    with pytest.raises(InputError, match="no column entity_id"):
+        read_gold(str(tmp_path / "unlabelled.parquet"))
