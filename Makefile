@@ -1,6 +1,8 @@
 # Needs Python 3.11, make and git. Everything is installed into .venv.
 
 PYTHON ?= python3.11
+# gpu for machines with NVIDIA GPUs; .venv holds one of the two.
+ENGINE ?= cpu
 UV_VERSION := 0.13.9
 
 BIN := .venv/bin
@@ -20,7 +22,8 @@ export VLLM_NO_USAGE_STATS = 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo train-demo test test-all check format lint types bench bench-decode requirements dist clean
+.PHONY: help install demo train-demo cluster-trial test test-all check format lint types bench bench-decode \
+	requirements dist clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' Makefile
@@ -35,6 +38,9 @@ train-demo: $(KNOWLEDGE_BASE) $(DEMONSTRATIONS) ## make the demo's feature mappe
 	rm -rf build/emoji/training build/emoji/examples
 	$(BIN)/python jobs/train.py jobs/configs/emoji.toml
 	cp build/emoji/training/feature_mapper/mapper.* examples/emoji/feature_mapper/
+
+cluster-trial: $(KNOWLEDGE_BASE) $(DEMONSTRATIONS) ## link and train a little on a Ray cluster of two nodes on this machine
+	PATH=$(CURDIR)/$(BIN):$$PATH cluster/local_trial.sh
 
 test: $(INSTALLED) ## run the fast tests
 	$(BIN)/pytest
@@ -63,9 +69,11 @@ bench: $(MODELS) ## measure accuracy on WikiDiverse; WIKIDIVERSE=DIRECTORY holds
 bench-decode: $(MODELS) ## measure decoding; WIKIDIVERSE as for bench, which goes first, TITLES=FILE: a Parquet file of names
 	$(BIN)/python benchmarks/decode.py $(WIKIDIVERSE) $(TITLES)
 
-requirements: $(INSTALLED) ## resolve requirements-cpu.txt anew
-	$(BIN)/uv pip compile --quiet --upgrade --extra cpu --extra demo --extra dev --no-annotate --no-header \
-		--no-emit-index-url --no-emit-find-links --output-file requirements-cpu.txt pyproject.toml
+requirements: COMPILE := $(BIN)/uv pip compile --quiet --upgrade --no-annotate --no-header --no-emit-index-url \
+	--no-emit-find-links pyproject.toml
+requirements: $(INSTALLED) ## resolve requirements-cpu.txt and requirements-gpu.txt anew
+	$(COMPILE) --extra cpu --extra demo --extra dev --output-file requirements-cpu.txt
+	$(COMPILE) --extra gpu --extra aws --extra demo --extra dev --output-file requirements-gpu.txt
 
 dist: $(INSTALLED) ## build the wheel and the source distribution, in dist/
 	$(BIN)/uv build --quiet
@@ -74,10 +82,10 @@ clean: ## remove what was built; .venv stays
 	rm -rf build dist gemel_engine.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
-$(INSTALLED): requirements-cpu.txt pyproject.toml
+$(INSTALLED): requirements-$(ENGINE).txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
-	$(BIN)/uv pip install --requirement requirements-cpu.txt
+	$(BIN)/uv pip install --requirement requirements-$(ENGINE).txt
 	$(BIN)/uv pip install --no-deps --editable .
 	touch $@
 

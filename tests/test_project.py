@@ -30,9 +30,8 @@ def project() -> dict[str, Any]:
     return table
 
 
-@pytest.fixture(scope="module")
-def pins() -> list[str]:
-    return (ROOT / "requirements-cpu.txt").read_text("utf-8").splitlines()
+def pins(engine: str) -> list[str]:
+    return (ROOT / f"requirements-{engine}.txt").read_text("utf-8").splitlines()
 
 
 @pytest.mark.parametrize(
@@ -49,15 +48,19 @@ def test_the_installed_version_is_the_project_s(project: dict[str, Any]) -> None
     assert metadata.version(project["name"]) == project["version"]
 
 
-def test_the_pins_are_bare_versions(pins: list[str]) -> None:
+@pytest.mark.parametrize("engine", ["cpu", "gpu"])
+def test_the_pins_are_bare_versions(engine: str) -> None:
     """No address, no path and no local version, which only its own index would serve."""
-    assert [pin for pin in pins if not re.fullmatch(r"[a-z0-9-]+==[a-z0-9.]+", pin)] == []
+    assert [pin for pin in pins(engine) if not re.fullmatch(r"[a-z0-9-]+==[a-z0-9.]+", pin)] == []
 
 
-@pytest.mark.parametrize("extra", [None, "cpu", "demo", "dev"])
-def test_the_pins_satisfy_the_requirements(project: dict[str, Any], pins: list[str], extra: str | None) -> None:
-    versions = dict(pin.split("==") for pin in pins)
-    declared = project["dependencies"] if extra is None else project["optional-dependencies"][extra]
+@pytest.mark.parametrize(
+    ("engine", "extras"), [("cpu", ["cpu", "demo", "dev"]), ("gpu", ["gpu", "aws", "demo", "dev"])]
+)
+def test_the_pins_satisfy_the_requirements(project: dict[str, Any], engine: str, extras: list[str]) -> None:
+    versions = dict(pin.split("==") for pin in pins(engine))
+    optional = project["optional-dependencies"]
+    declared = [*project["dependencies"], *(item for extra in extras for item in optional[extra])]
     for requirement in map(Requirement, declared):
         assert requirement.specifier.contains(versions[canonicalize_name(requirement.name)]), requirement
 
