@@ -70,7 +70,8 @@ class LinkReport:
         seconds: From the start of the job to its last shard.
         mentions_per_second: Rows over seconds, start-up included.
         stage_seconds: Time that each stage's actors were busy.
-        prefix_cache_hit_rate: Share of the prompt tokens sent to the engine that it had in its cache.
+        prompt_tokens: Of all prompts sent to the engine, one for each rollout.
+        prefix_cache_hit_rate: Share of these that it had in its cache.
         feature_mapper: `trained`, or what its weights were set to: `ridge` (in closed form), `random`, `imported`; or
             `none`.
     """
@@ -85,6 +86,7 @@ class LinkReport:
     seconds: float
     mentions_per_second: float
     stage_seconds: dict[str, float]
+    prompt_tokens: int
     prefix_cache_hit_rate: float | None
     feature_mapper: str
 
@@ -295,6 +297,7 @@ def _report(
         seconds=seconds,
         mentions_per_second=rows_now / seconds,
         stage_seconds={name.removesuffix("_seconds"): costs[name] for name in COSTS if name.endswith("_seconds")},
+        prompt_tokens=round(costs["prompt_tokens"]),
         prefix_cache_hit_rate=costs["cached_tokens"] / costs["prompt_tokens"] if costs["prompt_tokens"] else None,
         feature_mapper="none" if mapper is None else mapper.metadata.origin,
     )
