@@ -199,6 +199,26 @@ class Judge:
         is_right = self._answers(labelled["entity_id"].to_pandas()) == self._answers(wanted)
         return labelled, (wanted.notna() & is_right).to_numpy(), wanted.isna().to_numpy()
 
+    def verdicts(self, predictions: pa.Table) -> pa.Table:
+        """What is said of each labelled mention of a run.
+
+        Returns:
+            Columns `mention_id`, `entity_id` and `entity_name` (gold; null for NIL, the name also where it is not
+            known) and `right` (null for NIL).
+        """
+        labelled, is_right, is_nil = self.outcomes(predictions)
+        mention_ids = labelled["mention_id"].to_pandas()
+        wanted = mention_ids.map(self._gold.set_index("mention_id")["entity_id"])
+        names = wanted.map(self._names()) if self._entities is not None else pd.Series([None] * len(wanted))
+        return pa.table(
+            {
+                "mention_id": pa.array(mention_ids, pa.string()),
+                "entity_id": pa.array(wanted, pa.string(), from_pandas=True),
+                "entity_name": pa.array(names, pa.string(), from_pandas=True),
+                "right": pa.array(is_right, pa.bool_(), mask=is_nil),
+            }
+        )
+
     def evaluate(self, predictions: pa.Table) -> Evaluation:
         """Judge a run.
 
@@ -262,7 +282,7 @@ class Judge:
         return entity_ids.map(self._names()) if self.protocol == "name" else entity_ids
 
     def _names(self) -> pd.Series:
-        assert self._entities is not None, "checked with the protocol"
+        assert self._entities is not None, "asked for only with them"
         return self._entities.drop_duplicates("entity_id").set_index("entity_id")["name"]
 
     def _guesses(self, judged: pd.DataFrame) -> pd.Series | None:

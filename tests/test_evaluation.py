@@ -105,6 +105,15 @@ def test_interval_is_that_of_resampled_mentions() -> None:
     assert figure.high == pytest.approx(high, abs=0.01)
 
 
+def test_every_labelled_mention_has_a_verdict() -> None:
+    found = Judge(GOLD, entities=ENTITIES).verdicts(run(a=["Q1"], b=["Q2"], nil=["Q4"], extra=["Q1"]))
+    assert found.to_pylist() == [
+        {"mention_id": "a", "entity_id": "Q1", "entity_name": "Paris", "right": True},
+        {"mention_id": "b", "entity_id": "Q1", "entity_name": "Paris", "right": False},
+        {"mention_id": "nil", "entity_id": None, "entity_name": None, "right": None},
+    ]
+
+
 def test_two_runs_are_compared_mention_by_mention() -> None:
     judge = Judge(GOLD, entities=ENTITIES)
     better = run(a=["Q2"], b=["Q1"], c=["Q1"], d=["Q4"], e=["Q4"])
