@@ -3,6 +3,7 @@
 PYTHON ?= python3.11
 # gpu for machines with NVIDIA GPUs; .venv holds one of the two.
 ENGINE ?= cpu
+DEVICE ?= cuda
 UV_VERSION := 0.13.9
 
 BIN := .venv/bin
@@ -22,7 +23,7 @@ export VLLM_NO_USAGE_STATS = 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo train-demo cluster-trial test test-all check format lint types bench bench-decode \
+.PHONY: help install demo train-demo cluster-trial test gpu-check test-all check format lint types bench bench-decode \
 	requirements dist clean
 
 help: ## list the targets
@@ -44,6 +45,11 @@ cluster-trial: $(KNOWLEDGE_BASE) $(DEMONSTRATIONS) ## link and train a little on
 
 test: $(INSTALLED) ## run the fast tests
 	$(BIN)/pytest
+
+gpu-check: $(INSTALLED) ## check what a GPU changes; ENGINE=gpu installs for it, DEVICE=cpu tries the checks
+	$(BIN)/pytest tests -m gpu --device $(DEVICE) -v --tb=line
+	test $(DEVICE) = cpu || VLLM_USE_V2_MODEL_RUNNER=1 $(BIN)/pytest tests/test_engines.py -m gpu --device $(DEVICE) \
+		-v --tb=line
 
 test-all: $(INSTALLED) $(MODELS) ## run all tests, those with real models included
 	$(BIN)/pytest -m ""

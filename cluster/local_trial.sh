@@ -59,8 +59,9 @@ submit() {
 node head --head --num-cpus=0 --temp-dir="$TEMPORARY" --port="$GCS" --dashboard-port="$DASHBOARD" \
     --dashboard-agent-listen-port="$HEAD_AGENT"
 healthy "$HEAD_AGENT"
-node worker --num-cpus=4 --address="127.0.0.1:$GCS" --dashboard-agent-listen-port="$WORKER_AGENT" \
-    --min-worker-port=0 --max-worker-port=0
+# With the address in their environment, its processes don't look for other clusters of this machine.
+RAY_ADDRESS=127.0.0.1:$GCS node worker --num-cpus=4 --address="127.0.0.1:$GCS" \
+    --dashboard-agent-listen-port="$WORKER_AGENT" --min-worker-port=0 --max-worker-port=0
 healthy "$WORKER_AGENT"
 
 submit python "$PWD/jobs/link_corpus.py" "$PWD/examples/emoji/link.toml" --output "$OUT/linked" \

@@ -60,7 +60,7 @@ class EngineSettings(LanguageModelSettings):
             smallest that its kernels take, and vLLM's default elsewhere.
         kv_cache_gib: Size of the cache on CPU. On a GPU the cache takes what `gpu_memory_utilization` leaves.
         gpu_memory_utilization: Share of a GPU's memory that vLLM may take.
-        tensor_parallel_size: GPUs over which the model is split.
+        tensor_parallel_size: GPUs of one node over which the model is split, each with a process of its own.
         max_num_seqs: Rollouts in one batch.
         max_num_batched_tokens: Tokens in one engine step; None leaves it to vLLM.
         quantization: A method that vLLM knows, or None.
@@ -145,7 +145,7 @@ class PoolSettings:
         min_actors: Started at once.
         max_actors: Upper limit as the stage falls behind.
         num_cpus: Logical CPUs of one actor.
-        num_gpus: GPUs of one actor; a fraction shares one.
+        num_gpus: GPUs of one actor, a whole number; or a fraction, for actors that share one.
         num_threads: Threads of one actor's models on CPU; None leaves it to Ray, which gives one below two CPUs.
     """
 
@@ -158,6 +158,8 @@ class PoolSettings:
     def __post_init__(self) -> None:
         if not 1 <= self.min_actors <= self.max_actors:
             raise ValueError(f"min_actors {self.min_actors} must be between 1 and max_actors {self.max_actors}")
+        if self.num_gpus > 1 and not float(self.num_gpus).is_integer():
+            raise ValueError(f"num_gpus is {self.num_gpus}: give an actor a share of one GPU, or whole ones")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,6 +213,12 @@ class JobConfig:
             raise ValueError(
                 "demonstrations need retrieval.mention_encoder, the encoder that their index was built with"
             )
+        device, share = self.vision.device, self.resources.images.num_gpus
+        if self.vision.image_encoder is not None and device.startswith("cuda") != (share > 0):
+            raise ValueError(
+                f"vision.device is {device!r} and resources.images.num_gpus {share:g}: an image encoder on a GPU "
+                "needs a share of one, such as 0.25, and one on a CPU needs none"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -233,6 +241,23 @@ class LinkConfig(JobConfig):
         JobConfig.__post_init__(self)  # super() does not know a class with slots
         if self.vision.image_encoder is not None and self.vision.feature_mapper is None:
             raise ValueError("vision.image_encoder needs vision.feature_mapper: set both, or neither")
+        self._check_gpus(self.language_model, self.resources.generation.num_gpus)
+
+    @staticmethod
+    def _check_gpus(engine: EngineSettings, num_gpus: float) -> None:
+        """See that an engine finds its GPUs and their memory in what its actor claims; 0 is an engine on CPUs."""
+        if num_gpus and engine.engine == "transformers":
+            raise ValueError(f"resources.generation.num_gpus is {num_gpus:g}, but the engine transformers uses no GPU")
+        if num_gpus and max(1, num_gpus) != engine.tensor_parallel_size:
+            raise ValueError(
+                f"resources.generation.num_gpus is {num_gpus:g} and language_model.tensor_parallel_size "
+                f"{engine.tensor_parallel_size}: an actor needs as many GPUs as its model is split over"
+            )
+        if 0 < num_gpus < engine.gpu_memory_utilization and num_gpus < 1:
+            raise ValueError(
+                f"language_model.gpu_memory_utilization is {engine.gpu_memory_utilization} and resources.generation."
+                f"num_gpus {num_gpus:g}: an engine that shares a GPU may take no more of its memory than its share"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

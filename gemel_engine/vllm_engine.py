@@ -84,6 +84,7 @@ class VllmEngine:
                 block_size=settings.block_size or (32 if on_cpu else None),
                 gpu_memory_utilization=settings.gpu_memory_utilization,
                 tensor_parallel_size=settings.tensor_parallel_size,
+                distributed_executor_backend="mp" if settings.tensor_parallel_size > 1 else "uni",
                 max_num_seqs=settings.max_num_seqs,
                 max_num_batched_tokens=settings.max_num_batched_tokens,
                 quantization=settings.quantization,

@@ -18,6 +18,7 @@ os.environ |= {
 
 import json
 from collections.abc import Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,29 @@ from gemel_engine.vision import ImageEncoder
 # The same examples in every run: a test that fails fails for a change of the code.
 settings.register_profile("fixed", derandomize=True, deadline=None)
 settings.load_profile("fixed")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", choices=["cpu", "cuda"], default="cpu", help="where the tests marked `gpu` compute")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("there is no GPU here that PyTorch can use: nothing was checked; try --device cpu")
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    device = config.getoption("--device")
+    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    return f"device: {name}, torch {torch.__version__}, CUDA {torch.version.cuda}, ray {version('ray')}"
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> str:
+    """Where to compute: a CPU, unless pytest was told otherwise."""
+    name: str = request.config.getoption("--device")
+    return name
+
 
 ENTITY_NAMES = [
     "brown bear", "polar bear", "teddy bear", "bear", "steam train", "bullet train", "train", "tram", "red apple",

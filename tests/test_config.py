@@ -9,12 +9,12 @@ import pytest
 from gemel_engine.config import LinkConfig, load_config
 from gemel_engine.errors import ConfigurationError
 
-MINIMAL = """
+REQUIRED = """
 input = "in"
 output = "out"
 knowledge_base = "kb"
-language_model = { name = "lm" }
 """
+MINIMAL = REQUIRED + "language_model = { name = 'lm' }\n"
 
 
 def load(tmp_path: Path, text: str, *overrides: str) -> LinkConfig:
@@ -44,13 +44,34 @@ def test_overrides_come_last(tmp_path: Path) -> None:
         ("demonstrations = 'd'", "demonstrations need retrieval.mention_encoder"),
         ("vision = { image_encoder = 'e' }", "needs vision.feature_mapper"),
         ("resources = { images = { max_actors = 0 } }", "min_actors 1 must be between 1 and max_actors 0"),
+        (
+            "resources = { generation = { num_gpus = 1.5 } }",
+            "num_gpus is 1.5: give an actor a share of one GPU, or whole",
+        ),
+        ("resources = { generation = { num_gpus = 2 } }", "num_gpus is 2 and .*tensor_parallel_size 1: an actor needs"),
+        (
+            "language_model = { name = 'lm', tensor_parallel_size = 4 }\nresources = { generation = { num_gpus = 1 } }",
+            "num_gpus is 1 and .*tensor_parallel_size 4: an actor needs",
+        ),
+        (
+            "resources = { generation = { num_gpus = 0.5 } }",
+            "gpu_memory_utilization is 0.9 and .*num_gpus 0.5: .*shares",
+        ),
+        (
+            "language_model = { name = 'lm', engine = 'transformers' }\nresources = { generation = { num_gpus = 1 } }",
+            "num_gpus is 1, but the engine transformers uses no GPU",
+        ),
+        (
+            "vision = { image_encoder = 'e', feature_mapper = 'm', device = 'cuda' }",
+            "vision.device is 'cuda' and resources.images.num_gpus 0: .*such as 0.25",
+        ),
         ("image_source = { allowed_prefixes = ['relative'] }", "allowed_prefixes: cannot use 'relative'"),
         ("=", "is not TOML"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, addition: str, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
-        load(tmp_path, MINIMAL + addition)
+        load(tmp_path, (REQUIRED if "language_model" in addition else MINIMAL) + addition)
 
 
 def test_wrong_overrides_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

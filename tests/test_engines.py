@@ -70,6 +70,11 @@ def assert_equal_results(results: list[SearchResult], expected: list[SearchResul
         assert result.num_certified == reference.num_certified == 5
 
 
+def engine_settings(path: Path) -> EngineSettings:
+    """Little memory, so that several engines fit on one GPU; float32, so that they can be compared."""
+    return EngineSettings(name=str(path), dtype="float32", kv_cache_gib=1, gpu_memory_utilization=0.15)
+
+
 @pytest.fixture(scope="module", params=["llama", "opt"])
 def vllm_engines(
     request: pytest.FixtureRequest,
@@ -83,7 +88,7 @@ def vllm_engines(
     trie.save(directory)
     path = language_models[request.param]
     terminator = PromptBuilder(tokenizer, PromptSettings()).terminator
-    settings = EngineSettings(name=str(path), dtype="float32", kv_cache_gib=1)
+    settings = engine_settings(path)
     engines = [
         VllmEngine(replace(settings, enable_prefix_caching=caching), directory, terminator, NUM_CHILDREN, 512)
         for caching in (True, False)
@@ -91,13 +96,17 @@ def vllm_engines(
     return path, engines[0], engines[1]
 
 
+@pytest.mark.gpu
 def test_vllm_equals_transformers(
-    vllm_engines: tuple[Path, VllmEngine, VllmEngine], trie: PrefixTrie, tokenizer: PreTrainedTokenizerFast
+    vllm_engines: tuple[Path, VllmEngine, VllmEngine],
+    trie: PrefixTrie,
+    tokenizer: PreTrainedTokenizerFast,
+    device: str,
 ) -> None:
     path, cached, uncached = vllm_engines
     prompts = make_prompts(tokenizer)
     terminator = PromptBuilder(tokenizer, PromptSettings()).terminator
-    reference = TransformersEngine(FrozenLanguageModel(str(path)), trie, terminator, NUM_CHILDREN)
+    reference = TransformersEngine(FrozenLanguageModel(str(path), device=device), trie, terminator, NUM_CHILDREN)
     expected = link(reference, prompts, trie, terminator, max_in_flight=1)
     assert len({result.names[0] for result in expected}) > 6, "pictures and texts should matter to a random model"
     for engine in (cached, uncached):
@@ -105,6 +114,22 @@ def test_vllm_equals_transformers(
         assert_equal_results(link(engine, prompts, trie, terminator, max_in_flight=12), expected)
     assert cached.cache_statistics.num_cached_tokens > 0
     assert uncached.cache_statistics.num_cached_tokens == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.heavy
+def test_a_model_split_over_two_processes_gives_the_same_names(
+    language_models: dict[str, Path], trie: PrefixTrie, tokenizer: PreTrainedTokenizerFast, device: str, tmp_path: Path
+) -> None:
+    if device == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("a model is split over GPUs, and there is one")
+    trie.save(tmp_path / "trie")
+    settings = replace(engine_settings(language_models["llama"]), tensor_parallel_size=2)
+    prompts, terminator = make_prompts(tokenizer)[1:2], PromptBuilder(tokenizer, PromptSettings()).terminator
+    engine = VllmEngine(settings, tmp_path / "trie", terminator, NUM_CHILDREN, 512)
+    model = FrozenLanguageModel(settings.name, device=device)
+    expected = link(TransformersEngine(model, trie, terminator, NUM_CHILDREN), prompts, trie, terminator, 1)
+    assert_equal_results(link(engine, prompts, trie, terminator, max_in_flight=4), expected)
 
 
 @pytest.mark.parametrize("activation_checkpointing", [False, True])
@@ -138,8 +163,12 @@ def test_the_reference_forgets_what_two_prompts_do_not_share(
         assert_equal_results(link(kept, [prompt], trie, builder.terminator, max_in_flight=1), [expected])
 
 
+@pytest.mark.gpu
 def test_pictures_never_share_a_cached_block(
-    vllm_engines: tuple[Path, VllmEngine, VllmEngine], trie: PrefixTrie, tokenizer: PreTrainedTokenizerFast
+    vllm_engines: tuple[Path, VllmEngine, VllmEngine],
+    trie: PrefixTrie,
+    tokenizer: PreTrainedTokenizerFast,
+    device: str,
 ) -> None:
     """The same tokens with a picture, with another one, and with plain tokens in its place are three prompts."""
     path, cached, _ = vllm_engines
@@ -148,20 +177,24 @@ def test_pictures_never_share_a_cached_block(
     other = Prompt(with_picture.token_ids, tuple((at, -prefix) for at, prefix in with_picture.visual_prefixes))
     zero = Prompt(with_picture.token_ids, tuple((at, prefix * 0) for at, prefix in with_picture.visual_prefixes))
     prompts = [with_picture, other, zero, Prompt(with_picture.token_ids, ()), with_picture]
-    reference = TransformersEngine(FrozenLanguageModel(str(path)), trie, terminator, NUM_CHILDREN)
+    reference = TransformersEngine(FrozenLanguageModel(str(path), device=device), trie, terminator, NUM_CHILDREN)
     expected = link(reference, prompts, trie, terminator, max_in_flight=1)
     assert_equal_results(link(cached, prompts, trie, terminator, max_in_flight=1), expected)
 
 
+@pytest.mark.gpu
 def test_candidates_restrict_one_request(
-    vllm_engines: tuple[Path, VllmEngine, VllmEngine], trie: PrefixTrie, tokenizer: PreTrainedTokenizerFast
+    vllm_engines: tuple[Path, VllmEngine, VllmEngine],
+    trie: PrefixTrie,
+    tokenizer: PreTrainedTokenizerFast,
+    device: str,
 ) -> None:
     path, cached, _ = vllm_engines
     terminator = PromptBuilder(tokenizer, PromptSettings()).terminator
     few, _ = PrefixTrie.from_sequences(
         [encode_text(tokenizer, name) for name in ("bear", "moon cake", "dog", "sun", "star")]
     )
-    reference = TransformersEngine(FrozenLanguageModel(str(path)), trie, terminator, NUM_CHILDREN)
+    reference = TransformersEngine(FrozenLanguageModel(str(path), device=device), trie, terminator, NUM_CHILDREN)
     prompts = make_prompts(tokenizer)[:4]
 
     def link_with_candidates(engine: RolloutEngine) -> list[SearchResult]:

@@ -386,8 +386,18 @@ def test_a_bad_job_stops_before_any_work(
     assert not Path(config.output).exists()
 
 
+# A GPU that the image encoder and the language model share.
+SHARED_GPU = [
+    "--vision.device=cuda",
+    "--resources.images.num-gpus=0.2",
+    "--resources.generation.num-gpus=0.8",
+    "--language-model.gpu-memory-utilization=0.15",
+]
+
+
+@pytest.mark.gpu
 def test_vllm_links_like_the_reference_on_s3(
-    artifacts: dict[str, Path], config: LinkConfig, s3_server: S3Server, tmp_path: Path
+    artifacts: dict[str, Path], config: LinkConfig, s3_server: S3Server, tmp_path: Path, device: str
 ) -> None:
     """The job as its own process: input, knowledge base and output on S3, credentials from the environment."""
     prefix = f"{s3_server.uri}/linking"
@@ -397,7 +407,7 @@ def test_vllm_links_like_the_reference_on_s3(
         storage.write_bytes(f"{prefix}/kb/{relative}", file.read_bytes())
     path = tmp_path / "s3.toml"
     path.write_text(toml(artifacts | {"knowledge_base": f"{prefix}/kb"}, f"{prefix}/in", f"{prefix}/out", "vllm"))
-    finished = run_job(path)
+    finished = run_job(path, *(SHARED_GPU if device == "cuda" else []))
     assert finished.returncode == 0, finished.stderr[-3000:]
     linker = Linker(config)
     rows = predictions(f"{prefix}/out")

@@ -77,8 +77,11 @@ def make_trainer(
     rank: int = 0,
     world_size: int = 1,
     activation_checkpointing: bool = False,
+    device: str = "cpu",
 ) -> tuple[MapperTrainer, FrozenLanguageModel]:
-    model = FrozenLanguageModel(str(artifacts["language_model"]), activation_checkpointing=activation_checkpointing)
+    model = FrozenLanguageModel(
+        str(artifacts["language_model"]), device=device, activation_checkpointing=activation_checkpointing
+    )
     prompts = make_prompts(artifacts)
     mapper = initial_mapper(MapperSettings(prefix_length=2, scaling="z_score"), settings.seed, prompts, model)
     return MapperTrainer(mapper, model, prompts, settings, rank=rank, world_size=world_size), model
@@ -92,8 +95,9 @@ def weights(trainer: MapperTrainer) -> list[Tensor]:
     return [parameter.detach().clone() for parameter in trainer.mapper.parameters()]
 
 
-def test_only_the_mapper_changes_and_learns(artifacts: dict[str, Path]) -> None:
-    trainer, model = make_trainer(artifacts, replace(SETTINGS, epochs=10))
+@pytest.mark.gpu
+def test_only_the_mapper_changes_and_learns(artifacts: dict[str, Path], device: str) -> None:
+    trainer, model = make_trainer(artifacts, replace(SETTINGS, epochs=10), device=device)
     frozen = {name: tensor.clone() for name, tensor in model.module.state_dict().items()}
     before = weights(trainer)
     curve = losses(trainer, trainer.num_steps)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import re
 import shutil
 import subprocess
@@ -19,6 +21,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import gemel_engine
 from gemel_engine.commands import main
 
 ROOT = Path(__file__).parent.parent
@@ -63,6 +66,14 @@ def test_the_pins_satisfy_the_requirements(project: dict[str, Any], engine: str,
     declared = [*project["dependencies"], *(item for extra in extras for item in optional[extra])]
     for requirement in map(Requirement, declared):
         assert requirement.specifier.contains(versions[canonicalize_name(requirement.name)]), requirement
+
+
+@pytest.mark.gpu
+def test_every_module_is_imported_and_vllm_knows_the_device(device: str) -> None:
+    for module in pkgutil.iter_modules(gemel_engine.__path__, "gemel_engine."):
+        importlib.import_module(module.name)
+    platform = importlib.import_module("vllm.platforms").current_platform
+    assert platform.device_type == device
 
 
 def test_the_wheel_holds_the_package_and_its_command(project: dict[str, Any], tmp_path: Path) -> None:

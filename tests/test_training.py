@@ -95,9 +95,12 @@ def report(output: str) -> TrainReport:
     return TrainReport(**json.loads(storage.read_bytes(f"{output}/report.json")))
 
 
+@pytest.mark.gpu
 @pytest.mark.heavy
-def test_the_job_trains_a_mapper_on_two_workers(config_path: Path) -> None:
-    finished = run_job(config_path, "--workers.num-workers", "2")
+def test_the_job_trains_a_mapper_on_two_workers(config_path: Path, device: str) -> None:
+    on_gpu = ("--workers.use-gpu", "--vision.device=cuda", "--resources.images.num-gpus=0.25")
+    num_workers = 2 if device == "cpu" else min(2, torch.cuda.device_count())
+    finished = run_job(config_path, f"--workers.num-workers={num_workers}", *(on_gpu if device == "cuda" else ()))
     assert finished.returncode == 0, finished.stderr[-5000:]
     config = load_config(TrainConfig, config_path)
     found = report(config.output)

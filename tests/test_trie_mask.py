@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,7 +14,7 @@ from gemel_engine.prefix_trie import PrefixTrie
 from gemel_engine.search import allowed_next_tokens
 from gemel_engine.trie_mask import TrieTensors, constrain
 
-CPU = torch.device("cpu")
+pytestmark = pytest.mark.gpu
 TERMINATOR = 70_001
 NAMES = st.lists(
     st.lists(st.sampled_from([0, 1, 40_000, 65_535, 70_000]), min_size=1, max_size=5),
@@ -23,21 +24,23 @@ NAMES = st.lists(
 
 
 @given(NAMES, st.data())
-def test_allowed_tokens_are_those_of_each_node(names: list[list[int]], data: st.DataObject) -> None:
+def test_allowed_tokens_are_those_of_each_node(device: str, names: list[list[int]], data: st.DataObject) -> None:
     trie, _ = PrefixTrie.from_sequences(names)
     nodes = data.draw(st.lists(st.integers(0, trie.num_nodes - 1), max_size=10))
-    rows, tokens = TrieTensors.of(trie, CPU).allowed(torch.tensor(nodes, dtype=torch.long), TERMINATOR)
+    tensors = TrieTensors.of(trie, torch.device(device))
+    rows, tokens = tensors.allowed(torch.tensor(nodes, dtype=torch.long, device=device), TERMINATOR)
     assert len(rows) == len(tokens)
     for row, node in enumerate(nodes):
         expected = allowed_next_tokens(trie, node, TERMINATOR, frozenset())
         assert sorted(tokens[rows == row].tolist()) == sorted(expected.tolist())
 
 
-def test_constrained_logits_are_log_probs_of_allowed_tokens() -> None:
-    logits = torch.from_numpy(np.random.default_rng(0).normal(size=(3, 6)).astype(np.float32))
+def test_constrained_logits_are_log_probs_of_allowed_tokens(device: str) -> None:
+    logits = torch.from_numpy(np.random.default_rng(0).normal(size=(3, 6)).astype(np.float32)).to(device)
     expected = logits.log_softmax(dim=-1)
     untouched = logits[1].clone()
-    found = constrain(logits.clone(), torch.tensor([0, 2, 0]), torch.tensor([5, 1, 2]), [(0, 2)])
+    rows, tokens = torch.tensor([[0, 2, 0], [5, 1, 2]], device=device)
+    found = constrain(logits.clone(), rows, tokens, [(0, 2)])
     assert torch.equal(found[1], untouched)
     assert torch.allclose(found[0, 5], expected[0, 5])
     assert torch.allclose(found[2, 1], expected[2, 1])

@@ -114,12 +114,13 @@ def write_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
     return write
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("vision_config", [TINY_VIT, TINY_TIMM], ids=["vit", "timm"])
 def test_features_are_what_the_projection_receives(
-    write_model: Callable[..., Path], vision_config: dict[str, Any]
+    write_model: Callable[..., Path], vision_config: dict[str, Any], device: str
 ) -> None:
     directory = write_model(vision_config)
-    encoder = ImageEncoder(str(directory))
+    encoder = ImageEncoder(str(directory), device=device)
     images = [gradient(), gradient(9, 50), Image.new("RGB", (32, 32), "teal")]
     features = encoder.encode(images)
     assert features.shape == (3, encoder.width)
@@ -130,7 +131,8 @@ def test_features_are_what_the_projection_receives(
     projection = visual.proj.T if vision_config is TINY_VIT else visual.head.proj.weight
     with torch.inference_mode():
         projected = visual(torch.stack([preprocess(image) for image in images]))
-        assert torch.allclose(torch.from_numpy(features) @ projection.T, projected, atol=1e-5)
+        tolerance = 1e-5 if device == "cpu" else 1e-2  # GPUs convolve with 10 bits of mantissa, unless told otherwise
+        assert torch.allclose(torch.from_numpy(features) @ projection.T, projected, atol=tolerance)
 
 
 def test_one_batch_of_many_equals_many_batches_of_one(write_model: Callable[..., Path]) -> None:

@@ -24,7 +24,7 @@ from gemel_engine.prefix_trie import PrefixTrie
 from gemel_engine.search import allowed_next_tokens
 from gemel_engine.vllm_processors import TrieLogitsProcessor, TrieLogitsProcessorV2
 
-CPU = torch.device("cpu")
+pytestmark = pytest.mark.gpu
 VOCABULARY, TERMINATOR, SLOTS, LONGEST = 40, 39, 8, 32
 NAMES = [[1], [1, 2], [1, 2, 3], [1, 4, 5, 6], [1, 4, 5, 7], [2, 2], [2, 9, 9, 9], [8, 1], [8, 2], [30, 31, 32, 33]]
 
@@ -52,10 +52,11 @@ class Request:
 class TwoRunners:
     """The parts of both model runners that deal with a logits processor."""
 
-    def __init__(self, trie: PrefixTrie, directory: Path) -> None:
+    def __init__(self, trie: PrefixTrie, directory: Path, device: str) -> None:
         trie.save(directory)
         config = VllmConfig(additional_config={"prefix_trie": str(directory), "terminator": TERMINATOR})
-        self.tokens = torch.zeros(SLOTS, LONGEST, dtype=torch.int32)
+        self.device = torch.device(device)
+        self.tokens = torch.zeros(SLOTS, LONGEST, dtype=torch.int32, device=device)
         self.prompt_len = np.zeros(SLOTS, dtype=np.int32)
         buffers: dict[str, Any] = {  # vLLM's own need a GPU's pinned memory
             "all_token_ids": SimpleNamespace(gpu=self.tokens),
@@ -63,8 +64,8 @@ class TwoRunners:
             "prefill_len": None,
             "total_len": None,
         }
-        states = LogitsProcRequestState(device=CPU, max_num_reqs=SLOTS, vocab_size=VOCABULARY, **buffers)
-        self.first = TrieLogitsProcessor(config, CPU, False)
+        states = LogitsProcRequestState(device=self.device, max_num_reqs=SLOTS, vocab_size=VOCABULARY, **buffers)
+        self.first = TrieLogitsProcessor(config, self.device, False)
         self.second = TrieLogitsProcessorV2(config, states)
 
     def add_to_second(self, request: Request) -> bool:
@@ -81,7 +82,7 @@ class TwoRunners:
     def step(self, rows: list[Request], batch: list[Request], seed: int) -> dict[str, torch.Tensor]:
         """Constrain random logits through both, whose batches have different orders; then generate the best tokens."""
         generator = torch.Generator().manual_seed(seed)
-        logits = {request.name: torch.randn(VOCABULARY, generator=generator) for request in rows}
+        logits = {request.name: torch.randn(VOCABULARY, generator=generator).to(self.device) for request in rows}
         first = self.first.apply(torch.stack([logits[request.name] for request in rows]))
         slots = np.array([request.slot for request in batch], dtype=np.int32)
         lengths = np.array([len(request.prompt) + len(request.output) for request in batch], dtype=np.int32)
@@ -120,8 +121,8 @@ def assert_allowed(row: torch.Tensor, trie: PrefixTrie, path: list[int], exclude
     assert (row > -math.inf).nonzero()[:, 0].tolist() == sorted(allowed.tolist())
 
 
-def test_both_interfaces_give_the_same_log_probs(trie: PrefixTrie, tmp_path: Path) -> None:
-    runners = TwoRunners(trie, tmp_path / "trie")
+def test_both_interfaces_give_the_same_log_probs(device: str, trie: PrefixTrie, tmp_path: Path) -> None:
+    runners = TwoRunners(trie, tmp_path / "trie", device)
     few = [[2, 2], [8, 1], [8, 2]]
     a, b, c, d = (
         Request("a", slot=5),
@@ -155,13 +156,13 @@ def test_both_interfaces_give_the_same_log_probs(trie: PrefixTrie, tmp_path: Pat
     assert_allowed(found["e"], trie, [8, e.output[0]])
 
 
-def test_a_prompt_that_is_read_in_pieces_stays_at_its_beginning(trie: PrefixTrie, tmp_path: Path) -> None:
-    runners = TwoRunners(trie, tmp_path / "trie")
+def test_a_prompt_that_is_read_in_pieces_stays_at_its_beginning(device: str, trie: PrefixTrie, tmp_path: Path) -> None:
+    runners = TwoRunners(trie, tmp_path / "trie", device)
     request = Request("a", slot=1, path=[1])
     runners.add_to_second(request)
     for length in (1, 2, 3):
         slots, lengths = np.array([1], dtype=np.int32), np.array([length], dtype=np.int32)
-        row = runners.second.apply(torch.zeros(1, VOCABULARY), context(slots, lengths))[0]
+        row = runners.second.apply(torch.zeros(1, VOCABULARY, device=device), context(slots, lengths))[0]
         assert_allowed(row, trie, [1])
 
 
