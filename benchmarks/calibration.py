@@ -5,8 +5,8 @@ python benchmarks/calibration.py WIKIDIVERSE
 WIKIDIVERSE holds `train.parquet`, `dev.parquet` and `entities.parquet`. Needs what `make demo` and
 `benchmarks/wikidiverse.py` build. The dev splits of WikiDiverse (text) and of the emoji corpus are linked by the
 linking job twice: to their knowledge bases, and to what is left of these, and of the demonstrations, without a random
-fifth of the entities. Surface forms are then divided into two halves: on one the calibration is fitted, on the other it
-is judged. An interrupted run goes on. Results go to `benchmarks/results/calibration.json`.
+fifth of the entities. Surface forms are then divided into two halves: each is judged by a calibration fitted on the
+other. An interrupted run goes on. Results go to `benchmarks/results/calibration.json`.
 """
 
 from __future__ import annotations
@@ -64,19 +64,25 @@ def main(wikidiverse: tyro.conf.Positional[Path]) -> None:
         wikidiverse: Directory of that corpus.
     """
     WORK.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for corpus in (
         Corpus("wikidiverse", wikidiverse, Path("build/wikidiverse/link.toml")),
         Corpus("emoji", Path("examples/emoji"), Path("examples/emoji/link.toml")),
     ):
         whole, reduced = WORK / f"{corpus.name}_whole", WORK / f"{corpus.name}_reduced"
         link(corpus, whole)
+        note(corpus, judged(whole))
         remove_entities(corpus, reduced)
         link(corpus, reduced, "--knowledge-base", f"{reduced}/kb", "--demonstrations", f"{reduced}/demonstrations")
-        results[corpus.name] = judged(whole) | nil_found(reduced)
-        RESULTS.write_text(json.dumps(results, indent=2) + "\n")
-        for name, result in results[corpus.name].items():
-            logger.info("%s %s: %s", corpus.name, name, result["value"])
+        note(corpus, nil_found(reduced))
+
+
+def note(corpus: Corpus, found: dict[str, Any]) -> None:
+    """Write results of a corpus."""
+    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results[corpus.name] = results.get(corpus.name, {}) | found
+    RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+    for name, result in found.items():
+        logger.info("%s %s: %s", corpus.name, name, result["value"])
 
 
 def link(corpus: Corpus, directory: Path, *overrides: str) -> None:
@@ -109,47 +115,48 @@ def remove_entities(corpus: Corpus, directory: Path) -> None:
 
 
 def judged(directory: Path) -> dict[str, Any]:
-    """Calibration fitted on one half and judged on the other, beside the raw score and a constant."""
-    predictions, is_right, is_nil, in_first = outcomes(directory)
-    fitted = Calibration.fit(predictions.filter(in_first), is_right[in_first], is_nil[in_first])
-    rest, right = predictions.filter(~in_first), is_right[~in_first]
-    scores = {
-        "": fitted.right(evidence_of(rest)),
-        "raw_": np.array(rest["probability"]),
-        "constant_": np.full(len(right), is_right[in_first].mean()),
-    }
-    what = f"fitted on {in_first.sum()} mentions of dev, judged on {len(right)} with other surface forms"
-    results = {}
+    """Calibration of each half fitted on the other, beside the raw score and a constant."""
+    predictions, is_right, is_nil, halves = outcomes(directory)
+    evidence, calibrated, constant = evidence_of(predictions), np.empty(len(halves)), np.empty(len(halves))
+    for half in (halves, ~halves):
+        fitted = Calibration.fit(predictions.filter(half), is_right[half], is_nil[half])
+        calibrated[~half], constant[~half] = fitted.right(evidence[~half]), is_right[half].mean()
+    scores = {"": calibrated, "raw_": np.array(predictions["probability"]), "constant_": constant}
+    what = f"{len(halves)} mentions of dev; each half of the surface forms judged by what was fitted on the other"
+    results = {"accuracy": noted(float(is_right.mean()), what)}
     for prefix, score in scores.items():
-        found: ConfidenceQuality = quality(score, right)
+        found: ConfidenceQuality = quality(score, is_right)
         for name in ("expected_calibration_error", "brier_score", "area_under_risk_coverage"):
             results[f"{prefix}{name}"] = noted(getattr(found, name), what)
     # All ties: whichever is answered first, the risk expected is the error rate.
-    results["constant_area_under_risk_coverage"] = noted(float(1 - right.mean()), what)
-    return results | {"accuracy": noted(float(right.mean()), what)}
+    results["constant_area_under_risk_coverage"] = noted(float(1 - is_right.mean()), what)
+    return results
 
 
 def nil_found(directory: Path) -> dict[str, Any]:
-    """How well mentions of removed entities are told, fitted on one half and judged on the other."""
-    predictions, is_right, is_nil, in_first = outcomes(directory)
-    half = predictions.filter(in_first), is_right[in_first], is_nil[in_first]
-    fitted = Calibration.fit(*half, nil_precision=NIL_PRECISION)
-    rest, nil, right = predictions.filter(~in_first), is_nil[~in_first], is_right[~in_first]
-    assert fitted.nil is not None, "a fifth of the entities was removed"
-    assert fitted.nil_threshold is not None, "fitted with it"
-    probability = fitted.nil(evidence_of(rest))
-    called = probability >= fitted.nil_threshold
+    """How well mentions of removed entities are told, each half by what was fitted on the other."""
+    predictions, is_right, is_nil, halves = outcomes(directory)
+    evidence, confidence, nil = evidence_of(predictions), np.empty(len(halves)), np.empty(len(halves))
+    called = np.empty(len(halves), bool)
+    for half in (halves, ~halves):
+        fitted = Calibration.fit(predictions.filter(half), is_right[half], is_nil[half], nil_precision=NIL_PRECISION)
+        assert fitted.nil is not None, "a fifth of the entities was removed"
+        assert fitted.nil_threshold is not None, "fitted with it"
+        confidence[~half], nil[~half] = fitted.right(evidence[~half]), fitted.nil(evidence[~half])
+        called[~half] = nil[~half] >= fitted.nil_threshold
     what = (
-        f"{REMOVED_SHARE:.0%} of the entities removed; fitted on {in_first.sum()} mentions of dev, judged on "
-        f"{len(nil)} with other surface forms, {nil.sum()} of them NIL"
+        f"{REMOVED_SHARE:.0%} of the entities removed; {len(halves)} mentions of dev, {is_nil.sum()} of them NIL; each "
+        "half of the surface forms judged by what was fitted on the other"
     )
-    confidence = fitted.right(evidence_of(rest))
+    calibration_error = quality(confidence, is_right).expected_calibration_error
     return {
-        "nil_auc": noted(float(roc_auc_score(nil, probability)), what),
-        "raw_nil_auc": noted(float(roc_auc_score(nil, 1 - np.array(rest["probability"]))), what),
-        "nil_precision": noted(float(nil[called].mean()) if called.any() else None, f"{what}, {NIL_PRECISION} wanted"),
-        "nil_recall": noted(float(called[nil].mean()), f"{what}, {NIL_PRECISION} wanted"),
-        "expected_calibration_error_with_nil": noted(quality(confidence, right).expected_calibration_error, what),
+        "nil_auc": noted(float(roc_auc_score(is_nil, nil)), what),
+        "raw_nil_auc": noted(float(roc_auc_score(is_nil, 1 - np.array(predictions["probability"]))), what),
+        "nil_precision": noted(
+            float(is_nil[called].mean()) if called.any() else None, f"{what}; {NIL_PRECISION} wanted"
+        ),
+        "nil_recall": noted(float(called[is_nil].mean()), f"{what}; {NIL_PRECISION} wanted"),
+        "expected_calibration_error_with_nil": noted(calibration_error, what),
     }
 
 

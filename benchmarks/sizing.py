@@ -168,7 +168,7 @@ class Waiting:
 
 def waiting_pipeline(num_actors: int, seconds_per_row: float) -> dict[str, float]:
     """Rows a second of a pipeline in which so many actors wait, and the share of it that they allow."""
-    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)
     num_blocks = 12 * num_actors
     dataset = ray.data.from_items([{"shard": n} for n in range(num_blocks)], override_num_blocks=num_blocks)
 

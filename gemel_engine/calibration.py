@@ -27,7 +27,19 @@ from gemel_engine.manifest import read_manifest, write_manifest
 from gemel_engine.types import Prediction, predictions_to_table
 
 FORMAT_VERSION = 1
-EVIDENCE = ("logit_probability", "log_prob", "log_unexplored_mass", "margin", "has_margin", "log_name_length")
+EVIDENCE = (
+    "logit_probability",
+    "log_prob",
+    "log_unexplored_mass",
+    "margin",
+    "has_margin",
+    "log_name_length",
+    # Of the demonstrations in the prompt: those that show the answer's entity, and how many entities they show.
+    "supporting_share",
+    "is_supported",
+    "is_supported_by_last",
+    "entities_per_demonstration",
+)
 
 _MANIFEST = "calibration.json"
 _NUM_BINS = 10
@@ -242,6 +254,8 @@ def evidence_of(predictions: pa.Table) -> Numbers:
     unexplored = np.clip(np.array(predictions["unexplored_mass"].to_numpy(), np.float64), 1e-9, 1.0)
     margin = np.array(predictions["margin"].to_numpy(), np.float64)  # NaN where one name was found
     has_margin = ~np.isnan(margin)
+    shown = [ids or [] for ids in predictions["demonstration_entity_ids"].to_pylist()]
+    answers = predictions["entity_id"].to_pylist()
     lengths = np.array([len(name) for name in predictions["entity_name"].to_pylist()], np.float64)
     return np.column_stack(
         [
@@ -251,6 +265,10 @@ def evidence_of(predictions: pa.Table) -> Numbers:
             np.where(has_margin, np.minimum(margin, _HIGHEST_MARGIN), 0.0),
             has_margin,
             np.log(np.maximum(lengths, 1.0)),
+            [ids.count(answer) / max(1, len(ids)) for ids, answer in zip(shown, answers, strict=True)],
+            [answer in ids for ids, answer in zip(shown, answers, strict=True)],
+            [ids[-1:] == [answer] for ids, answer in zip(shown, answers, strict=True)],
+            [len(set(ids)) / max(1, len(ids)) for ids in shown],
         ]
     ).reshape(-1, len(EVIDENCE))
 

@@ -141,6 +141,11 @@ class EntityNameGenerator:
         index = self.artifacts.index
         return () if index is None else index.mention_ids(rows)
 
+    def entity_ids(self, rows: Sequence[int]) -> tuple[str, ...]:
+        """The entities that demonstrations show."""
+        index = self.artifacts.index
+        return () if index is None else index.entity_ids(rows)
+
     def _make_demonstration_block(self, row: int) -> Block:
         assert self.artifacts.index is not None, "demonstrations without an index"
         demonstration = self.artifacts.index[row]
@@ -233,6 +238,7 @@ class _Tasks:
             num_certified=result.num_certified,
             candidates=candidates,
             demonstration_ids=self._generator.mention_ids(used),
+            demonstration_entity_ids=self._generator.entity_ids(used),
             num_demonstrations_dropped=len(rows) - len(used),
             num_rollouts=result.num_rollouts,
         )

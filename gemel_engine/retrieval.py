@@ -207,6 +207,11 @@ class DemonstrationIndex:
         column = self._table["mention_id"]
         return tuple(column[row].as_py() for row in rows)
 
+    def entity_ids(self, rows: Sequence[int]) -> tuple[str, ...]:
+        """The `entity_id`s of demonstrations."""
+        column = self._table["entity_id"]
+        return tuple(column[row].as_py() for row in rows)
+
     def retrieve(
         self, embeddings: FloatArray, k: int, exclude_groups: Sequence[str | None] | None = None
     ) -> list[list[int]]:

@@ -76,6 +76,7 @@ class Prediction:
             `nil_probability`. The best entity is given all the same.
         candidates: The best first; entities that share a name follow each other.
         demonstration_ids: `mention_id`s of the demonstrations in the prompt, the most similar last.
+        demonstration_entity_ids: The entities that they show, in the same order.
         num_demonstrations_dropped: How many were left out because the prompt would have been too long.
         num_rollouts: Rollouts that the search asked the language model for.
     """
@@ -94,6 +95,7 @@ class Prediction:
     is_nil: bool | None = None
     candidates: tuple[Candidate, ...] = ()
     demonstration_ids: tuple[str, ...] = ()
+    demonstration_entity_ids: tuple[str, ...] = ()
     num_demonstrations_dropped: int | None = None
     num_rollouts: int | None = None
     error: str | None = None
@@ -131,6 +133,7 @@ PREDICTION_SCHEMA = pa.schema(
             pa.list_(pa.struct([("entity_id", pa.string()), ("name", pa.string()), ("log_prob", pa.float64())])),
         ),
         pa.field("demonstration_ids", pa.list_(pa.string())),
+        pa.field("demonstration_entity_ids", pa.list_(pa.string())),
         pa.field("num_demonstrations_dropped", pa.int32()),
         pa.field("num_rollouts", pa.int32()),
         pa.field("error", pa.string()),

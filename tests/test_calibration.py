@@ -8,7 +8,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import brier_score_loss
 from sklearn.preprocessing import StandardScaler
 
-from gemel_engine.calibration import Calibration, LogisticModel, evidence_of, quality, scoring_settings
+from gemel_engine.calibration import EVIDENCE, Calibration, LogisticModel, evidence_of, quality, scoring_settings
 from gemel_engine.errors import ArtifactError, ConfigurationError, InputError
 from gemel_engine.types import Prediction, predictions_to_table
 
@@ -43,11 +43,16 @@ def calibration() -> Calibration:
 
 
 def test_evidence_is_read_from_the_rows() -> None:
-    rows = [replace(PREDICTIONS[0], probability=0.5, log_prob=-2.0, unexplored_mass=0.0, margin=None), PREDICTIONS[2]]
+    shown = ("Q2", "Q1", "Q2", "Q1")
+    rows = [
+        replace(PREDICTIONS[0], probability=0.5, log_prob=-2.0, unexplored_mass=0.0, margin=None),
+        replace(PREDICTIONS[2], demonstration_entity_ids=shown),
+    ]
     evidence = evidence_of(predictions_to_table(rows))
-    assert evidence[0] == pytest.approx([0.0, -2.0, np.log(1e-9), 0.0, 0.0, np.log(6)])
+    assert evidence[0] == pytest.approx([0.0, -2.0, np.log(1e-9), 0.0, 0.0, np.log(6), 0.0, 0.0, 0.0, 0.0])
     assert evidence[1, 3:5] == pytest.approx([1.5, 1.0])
-    assert evidence_of(predictions_to_table([])).shape == (0, 6)
+    assert evidence[1, 6:] == pytest.approx([0.5, 1.0, 1.0, 0.5])
+    assert evidence_of(predictions_to_table([])).shape == (0, len(EVIDENCE))
 
 
 def test_the_model_is_scikit_learns() -> None:

@@ -21,7 +21,7 @@ from PIL import Image
 from s3_server import S3Server
 
 from gemel_engine import storage
-from gemel_engine.calibration import Calibration, LogisticModel, scoring_settings
+from gemel_engine.calibration import EVIDENCE, Calibration, LogisticModel, scoring_settings
 from gemel_engine.config import LinkConfig, config_json, load_config
 from gemel_engine.errors import (
     ArtifactError,
@@ -147,7 +147,7 @@ def test_every_row_comes_out_once_in_order(linked: tuple[LinkConfig, LinkReport]
     assert [row["mention_id"] for row in rows] == [f"m{n}" for n in range(9)]
     assert all(row["error"] is None and row["certified"] for row in rows)
     assert {row["entity_name"] for row in rows} <= set(ENTITY_NAMES)
-    assert all(len(row["demonstration_ids"]) == 2 for row in rows)
+    assert all(len(row["demonstration_ids"]) == len(row["demonstration_entity_ids"]) == 2 for row in rows)
     assert all(0 < row["probability"] <= 1 and 0 <= row["unexplored_mass"] <= 1 for row in rows)
     assert (report.rows, report.errors, report.shards, report.feature_mapper) == (9, {}, 3, "random")
     assert set(report.stage_seconds) == {"image", "retrieval", "generation"}
@@ -229,7 +229,8 @@ def test_a_dry_run_checks_and_says_what_is_left(linked: tuple[LinkConfig, LinkRe
 
 
 def test_a_calibration_gives_confidence(config: LinkConfig, tmp_path: Path) -> None:
-    model = LogisticModel(mean=(0.0,) * 6, scale=(1.0,) * 6, weights=(1.0, 0.0, 0.0, 0.0, 0.0, 0.0), bias=0.0)
+    zeros, ones = (0.0,) * len(EVIDENCE), (1.0,) * len(EVIDENCE)
+    model = LogisticModel(mean=zeros, scale=ones, weights=(1.0, *zeros[1:]), bias=0.0)
     scoring = scoring_settings(json.loads(config_json(config)))
     calibration = Calibration(right=model, nil=model, nil_threshold=0.5, scoring=scoring, fitted_on={})
     calibration.save(tmp_path / "calibration")
