@@ -18,7 +18,9 @@ import pyarrow.parquet as pq
 
 from gemel_engine.config import LinkConfig, load_config
 from gemel_engine.errors import GemelError
+from gemel_engine.linked_run import LinkedRun, judge_run
 from gemel_engine.linking import link_corpus
+from gemel_engine.report import report_of
 
 WITH, WITHOUT, SHUFFLED = "with", "without", "shuffled"
 
@@ -39,6 +41,9 @@ def main() -> None:
     for row in mentions.select(["mention_id", "entity_id"]).to_pylist():
         right[row["mention_id"].partition("/")[0]].append(entity_of[row["mention_id"]] == row["entity_id"])
     accuracy = {kind: sum(found) / len(found) for kind, found in right.items()}
+    linked_run = LinkedRun.open(config.output)
+    page = report_of(linked_run, judge_run(linked_run), training="examples/emoji/train.parquet", gallery_size=60)
+    Path(config.output, "report.html").write_text(page, "utf-8")
     print(
         f"demo: feature mapper {report.feature_mapper}; {100 * (report.certified_share or 0):.0f}% of the answers are "
         f"proved to be the best of all names, with {report.rollouts_per_mention or 0:.1f} rollouts a mention"
@@ -47,6 +52,7 @@ def main() -> None:
         f"demo: accuracy with the pictures {accuracy[WITH]:.3f}, without {accuracy[WITHOUT]:.3f}, with the pictures "
         f"shuffled among the mentions {accuracy[SHUFFLED]:.3f}"
     )
+    print(f"demo: what was linked, to look at: {config.output}/report.html")
     print(
         f"demo: rows={report.rows} errors={sum(report.errors.values())} accuracy={accuracy[WITH]:.3f} "
         f"mentions_per_s={report.mentions_per_second:.2f} output={config.output}"

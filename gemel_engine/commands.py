@@ -7,10 +7,11 @@ A command is a function and its line in one of the two tables. What it works wit
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -57,6 +58,50 @@ def train(arguments: Sequence[str]) -> None:
     train_mapper(config)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """Link one mention and show why; settings of the configuration may follow as options.
+
+    Attributes:
+        text: The sentence or caption.
+        mention: The surface form in it.
+        picture: An image file.
+        candidates: Consider these entities only.
+    """
+
+    text: str
+    mention: str
+    picture: Path | None = None
+    candidates: tuple[str, ...] | None = None
+
+
+def explain(arguments: Sequence[str]) -> None:
+    """Link one mention and show why: CONFIG.toml --text TEXT --mention FORM [--picture FILE] [--key value ...]."""
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # the output is for the explanation
+    if {"-h", "--help"} & set(arguments):
+        tyro.cli(Question, prog="gemel explain CONFIG.toml", args=["--help"])
+    question, settings = tyro.cli(
+        Question, prog="gemel explain CONFIG.toml", args=arguments[1:], return_unknown_args=True
+    )
+    from gemel_engine.config import LinkConfig
+
+    config = command_line.configure(LinkConfig, "gemel explain", [*arguments[:1], *settings])
+
+    from rich.console import Console
+
+    from gemel_engine import explain as explaining
+    from gemel_engine.linker import Linker
+    from gemel_engine.terminal import print_explanation
+    from gemel_engine.types import Mention
+
+    try:
+        picture = None if question.picture is None else question.picture.read_bytes()
+    except OSError as error:
+        raise InputError(f"the picture {question.picture} can't be read: {error}") from error
+    mention = Mention("0", question.text, question.mention, candidate_ids=question.candidates)
+    print_explanation(explaining.explain(Linker(config), mention, picture), Console())
+
+
 def evaluate(
     output: Output,
     *,
@@ -65,29 +110,40 @@ def evaluate(
     against: str | None = None,
     protocol: Literal["entity", "name", "candidates"] = "entity",
     write_to: str | None = None,
+    gallery_size: int = 60,
 ) -> None:
-    """Judge a finished linking run by gold labels: a table here, `metrics.json` beside the run.
+    """Judge a finished linking run by gold labels: a table here, `metrics.json` and `report.html` beside the run.
+
+    Without gold labels only the report is written.
 
     Args:
         output: The run's output, local or s3://bucket/prefix.
-        gold: Mentions with `entity_id`; the run's input by default.
-        train: The training split, to tell mentions by what it holds, and for the baseline without a model.
+        gold: Mentions with `entity_id`; the run's input by default, if it has that column.
+        train: The training split, to tell mentions by what it holds, for the baseline without a model, and for the
+            pictures of demonstrations.
         against: Output of another run over the same mentions, to compare with.
         protocol: When an answer is right: the entity's id, its name (GEMEL's protocol), or its id of the mention's own
             candidates alone.
-        write_to: Directory for the file; by default `evaluation` in the run's output.
+        write_to: Directory for the files; by default `evaluation` in the run's output.
+        gallery_size: Mentions to show in the report.
     """
     from rich.console import Console
 
     from gemel_engine import storage
     from gemel_engine.linked_run import LinkedRun, as_table, judge_run
+    from gemel_engine.report import report_of
 
+    linked = LinkedRun.open(output)
     other = None if against is None else LinkedRun.open(against)
-    judged = judge_run(LinkedRun.open(output), gold=gold, train=train, against=other, protocol=protocol)
-    Console().print(as_table(judged))
-    directory = write_to or f"{output}/evaluation"
-    storage.write_bytes(f"{directory}/metrics.json", judged.to_json())
-    logger.info("%s/metrics.json", directory)
+    directory, judged = write_to or f"{output}/evaluation", None
+    if gold is not None or linked.has_gold():
+        judged = judge_run(linked, gold=gold, train=train, against=other, protocol=protocol)
+        Console().print(as_table(judged))
+        storage.write_bytes(f"{directory}/metrics.json", judged.to_json())
+        logger.info("%s/metrics.json", directory)
+    page = report_of(linked, judged, training=train, gallery_size=gallery_size)
+    storage.write_bytes(f"{directory}/report.html", page.encode())
+    logger.info("%s/report.html", directory)
 
 
 def calibrate(output: Output, calibration: OutputDir, *, gold: str | None = None, nil_precision: float = 0.8) -> None:
@@ -292,7 +348,12 @@ def import_mentions(input_dir: InputDir, output_dir: OutputDir, *, features: Pat
 
 
 # Commands that are called with their arguments as they stand on the command line.
-UNPARSED: dict[str, Callable[[Sequence[str]], None]] = {"link": link, "train": train, "import-gemel": import_gemel}
+UNPARSED: dict[str, Callable[[Sequence[str]], None]] = {
+    "link": link,
+    "train": train,
+    "explain": explain,
+    "import-gemel": import_gemel,
+}
 
 # Commands whose options are their parameters.
 PARSED: dict[str, Callable[..., None]] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import operator
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import reduce
 from typing import Any, Self
 
@@ -57,6 +57,10 @@ class LinkedRun:
         run, report = documents
         return cls(output, run["settings"], report, _dataset(f"{output}/data", PREDICTION_SCHEMA).to_table())
 
+    def has_gold(self) -> bool:
+        """Whether its input has a column `entity_id`."""
+        return "entity_id" in _dataset(self.settings["input"]).schema.names
+
     def open_knowledge_base(self) -> KnowledgeBase:
         """The knowledge base that it linked to, where that is still at its address."""
         return KnowledgeBase.open(storage.download_directory(self.settings["knowledge_base"]))
@@ -72,6 +76,7 @@ class JudgedRun:
         comparison: The run beside another.
         leaks: What its mentions have in common with the training split.
         knowledge_base_names: Names that the run chose from.
+        verdicts: `Judge.verdicts`.
     """
 
     evaluation: Evaluation
@@ -79,10 +84,11 @@ class JudgedRun:
     comparison: Comparison | None
     leaks: LeakAudit | None
     knowledge_base_names: int
+    verdicts: pa.Table
 
     def to_json(self) -> bytes:
-        """`metrics.json`."""
-        return json.dumps(asdict(self), indent=2, allow_nan=False).encode()
+        """`metrics.json`: all but the verdicts."""
+        return json.dumps(asdict(replace(self, verdicts=None)), indent=2, allow_nan=False).encode()
 
 
 def judge_run(
@@ -117,6 +123,7 @@ def judge_run(
         comparison=None if against is None else judge.compare(against.predictions, linked.predictions),
         leaks=None if training is None else audit_leaks(training, labelled),
         knowledge_base_names=knowledge_base.trie.num_names,
+        verdicts=judge.verdicts(linked.predictions),
     )
 
 

@@ -64,6 +64,12 @@ class DemonstrationRetriever:
                     )
         return found
 
+    def similarities(self, surface_form: str, rows: Sequence[int]) -> list[float]:
+        """Cosine of a surface form's embedding and those of demonstrations' surface forms."""
+        embeddings = self.encoder.encode([surface_form, *(self._index[row].mention for row in rows)])  # (1 + K, E)
+        cosines: list[float] = (embeddings[1:] @ embeddings[0]).tolist()
+        return cosines
+
     def _similar_pictures(self, rows: list[int], features: Features | None, excluded: str | None) -> list[int]:
         if not rows or features is None or features.shape != (self._index.metadata.vision_width,):
             return []  # features that don't fit are an error of the mention, which generation reports
@@ -126,6 +132,10 @@ class Linker:
     Args:
         config: The run; its input, output and resources are not used.
 
+    Attributes:
+        retriever: None without demonstrations.
+        generator: The engine and what stands around it.
+
     Raises:
         ArtifactError: An artifact is missing or damaged, or they don't belong together.
     """
@@ -135,19 +145,34 @@ class Linker:
         check_encoders(config, artifacts)
         self._pictures = load_picture_encoder(config.vision) if config.vision.image_encoder is not None else None
         index = artifacts.index
-        self._retriever = None if index is None else DemonstrationRetriever(config.retrieval, index)
+        self.retriever = None if index is None else DemonstrationRetriever(config.retrieval, index)
         self.generator = EntityNameGenerator.start(config, artifacts)
 
     def link(self, mentions: Sequence[Mention], pictures: Sequence[bytes | None]) -> list[Prediction]:
         """Link B mentions with their picture files; a bad one becomes a prediction with an `error`."""
-        encoded = self._pictures.encode(pictures) if self._pictures is not None else [None] * len(mentions)
+        encoded, rows = self.prepare(mentions, pictures)
         features = [None if isinstance(item, ImageError) else item for item in encoded]
-        rows = self._retriever.retrieve(mentions, features) if self._retriever is not None else [[] for _ in mentions]
         predictions = self.generator.generate(mentions, features, rows)
         return [
             Prediction(mention.mention_id, error=str(item)) if isinstance(item, ImageError) else prediction
             for mention, item, prediction in zip(mentions, encoded, predictions, strict=True)
         ]
+
+    def prepare(
+        self, mentions: Sequence[Mention], pictures: Sequence[bytes | None]
+    ) -> tuple[list[Features | ImageError | None], list[list[int]]]:
+        """What generation takes beside B mentions.
+
+        Returns:
+            Image features (C,) of each, None without a picture, an error where it is none; and the rows of its
+            demonstrations, the most similar last.
+        """
+        encoded: list[Features | ImageError | None] = [None] * len(mentions)
+        if self._pictures is not None:
+            encoded = self._pictures.encode(pictures)
+        features = [None if isinstance(item, ImageError) else item for item in encoded]
+        rows = self.retriever.retrieve(mentions, features) if self.retriever is not None else [[] for _ in mentions]
+        return encoded, rows
 
     def link_one(
         self, text: str, mention: str, picture: bytes | None = None, candidate_ids: Sequence[str] | None = None

@@ -212,6 +212,19 @@ class DemonstrationIndex:
         column = self._table["entity_id"]
         return tuple(column[row].as_py() for row in rows)
 
+    def rows(self, mention_ids: Sequence[str]) -> list[int]:
+        """The row numbers of demonstrations, by their `mention_id`s.
+
+        Raises:
+            InputError: One is not in the index.
+        """
+        found = pc.index_in(pa.array(mention_ids, pa.string()), value_set=self._table["mention_id"])
+        if found.null_count:
+            missing = mention_ids[found.to_pylist().index(None)]
+            raise InputError(f"the index has no demonstration {missing!r}: use the index of the run that had it")
+        rows: list[int] = found.to_pylist()
+        return rows
+
     def retrieve(
         self, embeddings: FloatArray, k: int, exclude_groups: Sequence[str | None] | None = None
     ) -> list[list[int]]:

@@ -15,6 +15,7 @@ from conftest import ENTITY_NAMES
 from gemel_engine import shards, storage
 from gemel_engine.errors import ConfigurationError, InputError
 from gemel_engine.linked_run import LinkedRun, as_table, calibrate_run, judge_run, read_gold
+from gemel_engine.report import report_of
 from gemel_engine.types import Candidate, Prediction, predictions_to_table
 
 NUM_MENTIONS = 200
@@ -39,6 +40,8 @@ def output(tmp_path: Path, artifacts: dict[str, Path]) -> str:
     settings = {
         "input": str(tmp_path / "mentions.parquet"),
         "knowledge_base": str(artifacts["knowledge_base"]),
+        "demonstrations": None,
+        "image_source": {},
         "language_model": {"name": "models/lm"},
         "prompt": {},
         "retrieval": {"num_demonstrations": 2, "mention_encoder": "models/encoder"},
@@ -63,7 +66,9 @@ def output(tmp_path: Path, artifacts: dict[str, Path]) -> str:
     for number, rows in enumerate((predictions[:150], predictions[150:])):
         data = shards.parquet_bytes(predictions_to_table(rows))
         storage.write_bytes(f"{directory}/data/shard-{number:05d}.parquet", data)
-    storage.write_bytes(f"{directory}/report.json", json.dumps({"rows": NUM_MENTIONS}).encode())
+    storage.write_bytes(
+        f"{directory}/report.json", json.dumps({"rows": NUM_MENTIONS, "feature_mapper": "none"}).encode()
+    )
     return directory
 
 
@@ -77,6 +82,17 @@ def test_a_run_is_judged_by_the_labels_of_its_input(output: str) -> None:
     assert judged.knowledge_base_names == len(set(ENTITY_NAMES))
     assert json.loads(judged.to_json())["evaluation"]["num_mentions"] == 170
     assert as_table(judged).row_count > 5
+
+
+def test_a_report_shows_a_run_with_and_without_judgement(output: str) -> None:
+    linked = LinkedRun.open(output)
+    assert linked.has_gold()
+    judged = judge_run(linked)
+    assert judged.verdicts["right"].null_count == 30
+    page = report_of(linked, judged, training=None, gallery_size=10)
+    assert page.count('class="card"') == 10
+    assert "Accuracy by kind of mention" in page
+    assert "Accuracy" not in report_of(linked, None, training=None, gallery_size=3)
 
 
 def test_a_run_is_compared_with_another_and_its_split_with_training(output: str) -> None:
