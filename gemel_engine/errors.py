@@ -13,12 +13,32 @@
         └── ImageFetchError         the image's address is not allowed or not reachable
 
 A bad *row* is data: its `MentionError` is written to the row's `error` column as ``kind: message`` and counted.
-A bad *job* raises, before any work where that is possible. A message names the offending value and the remedy.
+A bad *job* raises, before any work where that is possible. A message names the offending value and the remedy; an
+address it names as `shown` writes it.
 """
 
 from __future__ import annotations
 
+import re
 from typing import ClassVar
+
+_SHOWN_CHARACTERS = 200
+
+
+def shown(address: str) -> str:
+    """An address as messages and logs write it: quoted, of bounded length, and without what may be secret.
+
+    That is user name and password and, but for an absolute local path, the query, in which a presigned address has its
+    signature.
+    """
+    if not address.startswith("/") or address.startswith("//"):
+        address, *query = re.split("[?#]", address, maxsplit=1)
+        user, _, place = address.rpartition("@")
+        start = user.find("//") + 2 if "//" in user else 0
+        if ":" in user[start:] or (user and "/" not in user[start:]):  # a password may hold an unescaped slash
+            address = f"{user[:start]}...@{place}"
+        address += "?..." if query else ""
+    return repr(address if len(address) <= _SHOWN_CHARACTERS else f"{address[:_SHOWN_CHARACTERS]}...")
 
 
 class GemelError(Exception):

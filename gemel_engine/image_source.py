@@ -2,32 +2,43 @@
 
 A row's image address comes from the data, so it is treated as hostile: it must lie under an allowed prefix after
 symbolic links, dot segments and redirects are resolved, a host name must not lead into a private network, and size,
-time and number of attempts are bounded. What a picture is, is not known here.
+time and number of attempts are bounded. Its query may be a presigned address' signature, so no message shows it. What a
+picture is, is not known here.
 """
 
 from __future__ import annotations
 
-import ipaddress
+import http.client
+import io
 import os
 import socket
 import time
 from dataclasses import dataclass
 from functools import lru_cache
+from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_network
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urljoin
 
 from urllib3 import BaseHTTPResponse, HTTPConnectionPool, HTTPSConnectionPool, Timeout
-from urllib3.exceptions import HTTPError, NewConnectionError, ProtocolError
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.exceptions import HTTPError, LocationParseError, NewConnectionError, ProtocolError
 from urllib3.exceptions import TimeoutError as NetworkTimeoutError
 from urllib3.util import Url, parse_url
 
 from gemel_engine import storage
-from gemel_engine.errors import ConfigurationError, ImageFetchError
+from gemel_engine.errors import ConfigurationError, ImageFetchError, shown
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 _MAX_REDIRECTS = 3
 _FIRST_PAUSE_SECONDS = 0.2
 _CHUNK_BYTES = 1 << 16
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _HTTP = ("http://", "https://")
+# What IPv6 addresses in use are made of; the second leads to the IPv4 address in its last 32 bits (RFC 6052).
+_GLOBAL_UNICAST, _NAT64 = IPv6Network("2000::/3"), IPv6Network("64:ff9b::/96")
+_PROTOCOL_ASSIGNMENTS = ip_network("192.0.0.0/24")  # some clouds serve credentials there
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +50,8 @@ class ImagePolicy:
             prefix ends where a path segment ends. A host in a private network must be given here as an IP address or as
             `localhost`; a name that leads there is refused.
         max_bytes: Largest image file.
-        timeout_seconds: Time for one attempt over HTTP, redirects included. It is checked between network operations,
-            each of which is cut off after as long again.
+        timeout_seconds: Time for one attempt over HTTP, redirects included, however slowly the server sends; only the
+            lookup of a name is the system's own.
         max_retries: Further attempts after a timeout, a broken connection, or the HTTP statuses 429 and 5xx.
     """
 
@@ -53,8 +64,10 @@ class ImagePolicy:
         for prefix in self.allowed_prefixes:
             try:
                 _canonical(prefix)
+                if prefix.startswith(_HTTP) and {"?", "#"} & set(prefix):
+                    raise ValueError("it has a query, and a prefix is compared with addresses up to theirs")
             except ValueError as error:
-                raise ConfigurationError(f"allowed_prefixes: cannot use {prefix!r}: {error}") from error
+                raise ConfigurationError(f"allowed_prefixes: cannot use {shown(prefix)}: {error}") from error
 
 
 class _TransientError(ImageFetchError):
@@ -74,11 +87,11 @@ def fetch_image(uri: str, policy: ImagePolicy) -> bytes:
     if location.startswith(_HTTP):
         return _fetch_with_retries(uri, policy)
     if location.startswith("/") and not os.path.isfile(location):  # nor a device or a pipe, which might never end
-        raise ImageFetchError(f"{uri!r}: no such file")
+        raise ImageFetchError(f"{shown(uri)}: no such file")
     try:
         data = storage.read_bytes(location, policy.max_bytes + 1)
     except (OSError, ConfigurationError) as error:
-        raise ImageFetchError(f"{uri!r}: cannot be read: {error}") from error
+        raise ImageFetchError(f"{shown(uri)}: cannot be read: {error}") from error
     _check_size(uri, len(data), policy)
     return data
 
@@ -88,9 +101,9 @@ def _allowed(uri: str, policy: ImagePolicy) -> str:
     try:
         location = _canonical(uri)
     except ValueError as error:
-        raise ImageFetchError(f"{uri!r}: not a usable image address: {error}") from error
+        raise ImageFetchError(f"{shown(uri)}: not a usable image address: {error}") from error
     if not any(f"{location}/".startswith(_canonical(prefix).rstrip("/") + "/") for prefix in policy.allowed_prefixes):
-        raise ImageFetchError(f"{uri!r}: under none of allowed_prefixes {list(policy.allowed_prefixes)}")
+        raise ImageFetchError(f"{shown(uri)}: under none of allowed_prefixes {list(policy.allowed_prefixes)}")
     return location
 
 
@@ -105,7 +118,10 @@ def _canonical(uri: str) -> str:
     if uri.startswith("file:///"):
         return os.path.realpath(unquote(uri.removeprefix("file://")))
     if uri.startswith(_HTTP):
-        url = parse_url(uri)
+        try:
+            url = parse_url(uri)
+        except LocationParseError:
+            raise ValueError("it is malformed") from None  # that error holds the address
         if url.auth is not None:
             raise ValueError("it carries a user name")
         location = f"{url.scheme}://{url.host or ''}:{_port(url)}{url.path or '/'}"
@@ -116,7 +132,9 @@ def _canonical(uri: str) -> str:
     host, _, path = location.partition("://")[2].partition("/")
     if not host or host.startswith(":"):
         raise ValueError("it names no host or bucket")
-    if {".", ".."} & set(unquote(path).split("/")):
+    # Some servers take a backslash for a slash, decode twice, or cut a segment off at its semicolon.
+    segments = unquote(unquote(path)).replace("\\", "/").split("/")
+    if {".", ".."} & {segment.partition(";")[0] for segment in segments}:
         raise ValueError("its path has a segment . or ..")
     return location
 
@@ -127,7 +145,7 @@ def _port(url: Url) -> int:
 
 def _check_size(uri: str, size: int, policy: ImagePolicy) -> None:
     if size > policy.max_bytes:
-        raise ImageFetchError(f"{uri!r}: larger than max_bytes, {policy.max_bytes}")
+        raise ImageFetchError(f"{shown(uri)}: larger than max_bytes, {policy.max_bytes}")
 
 
 def _fetch_with_retries(uri: str, policy: ImagePolicy) -> bytes:
@@ -142,26 +160,36 @@ def _fetch_with_retries(uri: str, policy: ImagePolicy) -> bytes:
 def _fetch_once(uri: str, policy: ImagePolicy) -> bytes:
     try:
         return _follow(uri, policy, time.monotonic() + policy.timeout_seconds)
-    except (NetworkTimeoutError, ProtocolError) as error:
-        raise _TransientError(f"{uri!r}: {error}") from error
+    except (NewConnectionError, ProtocolError) as error:
+        raise _TransientError(f"{shown(uri)}: {error}") from error
+    except NetworkTimeoutError as error:
+        message = f"{shown(uri)}: timed out after timeout_seconds, {policy.timeout_seconds}"
+        raise _TransientError(message) from error
     except (HTTPError, OSError) as error:
-        raise ImageFetchError(f"{uri!r}: {error}") from error
+        raise ImageFetchError(f"{shown(uri)}: {error}") from error
 
 
 def _follow(uri: str, policy: ImagePolicy, deadline: float) -> bytes:
     target = uri
     for _ in range(_MAX_REDIRECTS + 1):
         if not _allowed(target, policy).startswith(_HTTP):
-            raise ImageFetchError(f"{uri!r}: redirected to {target!r}")
+            raise ImageFetchError(f"{shown(uri)}: redirected to {shown(target)}")
         response = _request(parse_url(target), deadline)
         try:
             redirection = response.get_redirect_location()
             if not redirection:
                 return _read(uri, response, policy, deadline)
-            target = urljoin(target, redirection)
+            target = _join(target, redirection)
         finally:
             response.close()
-    raise ImageFetchError(f"{uri!r}: more than {_MAX_REDIRECTS} redirects")
+    raise ImageFetchError(f"{shown(uri)}: more than {_MAX_REDIRECTS} redirects")
+
+
+def _join(address: str, redirection: str) -> str:
+    try:
+        return urljoin(address, redirection)
+    except ValueError as error:
+        raise ImageFetchError(f"{shown(address)}: redirected to an address that is malformed") from error
 
 
 def _request(url: Url, deadline: float) -> BaseHTTPResponse:
@@ -187,9 +215,9 @@ def _request(url: Url, deadline: float) -> BaseHTTPResponse:
 
 def _read(uri: str, response: BaseHTTPResponse, policy: ImagePolicy, deadline: float) -> bytes:
     if response.status == 429 or response.status >= 500:
-        raise _TransientError(f"{uri!r}: the server answered {response.status}")
+        raise _TransientError(f"{shown(uri)}: the server answered {response.status}")
     if response.status != 200:
-        raise ImageFetchError(f"{uri!r}: the server answered {response.status}")
+        raise ImageFetchError(f"{shown(uri)}: the server answered {response.status}")
     data = bytearray()
     while chunk := response.read1(_CHUNK_BYTES):
         data += chunk
@@ -201,7 +229,7 @@ def _read(uri: str, response: BaseHTTPResponse, policy: ImagePolicy, deadline: f
 def _remaining_seconds(deadline: float) -> float:
     remaining = deadline - time.monotonic()
     if remaining <= 0:
-        raise NetworkTimeoutError("timeout_seconds have passed")
+        raise NetworkTimeoutError("no time is left")
     return remaining
 
 
@@ -214,17 +242,73 @@ def _checked_addresses(host: str, port: int) -> list[str]:
     addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
     if host != "localhost" and host not in addresses:  # else the configuration names this very address
         for address in addresses:
-            ip = ipaddress.ip_address(address)
-            if ip.is_multicast or not ip.is_global:
+            if not _is_public(ip_address(address)):
                 raise ImageFetchError(f"{host!r} leads to {address}, which is not a public address")
     return addresses
+
+
+def _is_public(address: IPv4Address | IPv6Address) -> bool:
+    if isinstance(address, IPv6Address):
+        embedded = address.ipv4_mapped or address.sixtofour
+        if address in _NAT64:
+            embedded = IPv4Address(int(address) & 0xFFFFFFFF)
+        if embedded is not None:
+            return _is_public(embedded)
+        if address not in _GLOBAL_UNICAST:
+            return False
+    return address.is_global and not address.is_multicast and address not in _PROTOCOL_ASSIGNMENTS
+
+
+class _TimedStream(io.RawIOBase):
+    """What a socket receives, for as long in all as the socket's timeout allows for one operation."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+        self._stream = sock.makefile("rb", buffering=0)
+        self._deadline = time.monotonic() + (sock.gettimeout() or 0.0)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: WriteableBuffer) -> int | None:
+        remaining = self._deadline - time.monotonic()
+        if remaining <= 0:
+            raise TimeoutError("no time is left")
+        self._socket.settimeout(remaining)
+        return self._stream.readinto(buffer)
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
+
+
+class _TimedResponse(http.client.HTTPResponse):
+    """An answer whose status line, headers and body, however they trickle in, share one timeout."""
+
+    def __init__(self, sock: socket.socket, *arguments: Any, **options: Any) -> None:
+        super().__init__(sock, *arguments, **options)
+        self.fp.close()
+        self.fp = io.BufferedReader(_TimedStream(sock))
+
+
+class _Connection(HTTPConnection):
+    response_class = _TimedResponse
+
+
+class _SecureConnection(HTTPSConnection):
+    response_class = _TimedResponse
 
 
 @lru_cache(maxsize=64)
 def _pool(scheme: str, host: str, port: int, address: str) -> HTTPConnectionPool:
     """Return the pool of connections to one address, on which a certificate must be for the host's name."""
+    pool: HTTPConnectionPool
     if scheme == "https":
-        return HTTPSConnectionPool(
+        pool = HTTPSConnectionPool(
             address, port, maxsize=8, cert_reqs="CERT_REQUIRED", server_hostname=host, assert_hostname=host
         )
-    return HTTPConnectionPool(address, port, maxsize=8)
+        pool.ConnectionCls = _SecureConnection
+    else:
+        pool = HTTPConnectionPool(address, port, maxsize=8)
+        pool.ConnectionCls = _Connection
+    return pool

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from loopback import Answer, Loopback, serve
 from s3_server import S3Server, run_s3_server  # noqa: F401
 
@@ -40,15 +42,15 @@ def fetch_over_http(*answers: Answer, path: str = "/images/a.png", **limits: Any
             return str(error), server
 
 
-def trickle(listener: socket.socket) -> None:
-    """Answer the first connection with a byte every 20 ms, until the client leaves."""
+def trickle(listener: socket.socket, beginning: bytes) -> None:
+    """Answer the first connection at once with a beginning, then with a byte every 20 ms until the client leaves."""
 
     def run() -> None:
         connection, _ = listener.accept()
         with connection, suppress(OSError):
-            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+            connection.sendall(beginning)
             for _ in range(1000):
-                connection.sendall(b"x")
+                connection.sendall(b"1")
                 time.sleep(0.02)
 
     threading.Thread(target=run).start()
@@ -110,10 +112,48 @@ def test_a_malformed_address_is_a_row_error(uri: str) -> None:
         fetch_image(uri, policy("/", "https://a"))
 
 
-@pytest.mark.parametrize("prefix", ["images", "", "https://", "s3://", "s3:///a", "https://user@host/", "gs://bucket"])
+@pytest.mark.parametrize("prefix", ["images", "", "https://", "s3://", "s3:///a", "gs://bucket", "https://a:b/"])
 def test_a_malformed_prefix_is_a_configuration_error(prefix: str) -> None:
     with pytest.raises(ConfigurationError, match=f"'{prefix}'"):
         policy(prefix)
+
+
+@pytest.mark.parametrize("prefix", ["https://user:SECRET@host/", "https://SECRET@host/", "https://host/a?token=SECRET"])
+def test_a_prefix_that_holds_a_secret_is_refused_and_not_repeated(prefix: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"cannot use 'https://(\.\.\.@)?host/") as refusal:
+        policy(prefix)
+    assert "SECRET" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "https://user:SECRET@host/a.png",
+        "https://user:pass/SECRET@host/a.png",
+        "https://SECRET@host/a.png",
+        "//user:SECRET@host/a.png",
+        "user:SECRET@host/a.png",
+        "https://host/a.png?X-Amz-Credential=SECRET&X-Amz-Signature=SECRET",
+        "https://[/?token=SECRET",
+        "https://host:port/?token=SECRET#SECRET",
+        "s3://bucket/a.png?X-Amz-Signature=SECRET",
+        "s3://user:SECRET@bucket/a.png",
+        "file:///a.png?token=SECRET",
+    ],
+)
+def test_what_may_be_secret_in_an_address_is_in_no_error(uri: str) -> None:
+    with pytest.raises(ImageFetchError) as refusal:
+        fetch_image(uri, policy("/images", "https://images.example", "s3://images"))
+    assert "SECRET" not in str(refusal.value)
+
+
+@settings(max_examples=50)
+@given(st.text(st.sampled_from([*"/.%2eE5cC:;?#[]@\\&= \0\n\r\ta0é北\u202e\u3002\ufdd0"]), max_size=12))
+def test_no_address_raises_anything_but_an_image_error(text: str) -> None:
+    """Whatever stands behind a prefix, or in place of a host."""
+    for uri in (f"http://127.0.0.1:1{text}", f"http://127.0.0.1:1/images/{text}", f"http://{text}", f"/images/{text}"):
+        with pytest.raises(ImageFetchError):
+            fetch_image(uri, policy("http://127.0.0.1:1", "/images", max_retries=0))
 
 
 # S3.
@@ -141,7 +181,18 @@ def test_an_image_over_http_is_asked_for_with_its_query() -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["/a.png", "/images2/a.png", "/images/../a.png", "/images/%2e%2e/a.png", "/images/..%2Fa.png"]
+    "path",
+    [
+        "/a.png",
+        "/images2/a.png",
+        "/images/../a.png",
+        "/images/%2e%2e/a.png",
+        "/images/..%2Fa.png",
+        "/images/%252e%252e%252fa.png",
+        "/images/..%5Ca.png",
+        "/images/..\\a.png",
+        "/images/..;/a.png",
+    ],
 )
 def test_a_path_outside_the_prefix_is_never_asked_for(path: str) -> None:
     _, server = fetch_over_http(path=path)
@@ -169,12 +220,41 @@ def test_redirects_are_followed_within_the_prefix() -> None:
 
 
 @pytest.mark.parametrize(
-    "target", ["/secret", "http://169.254.169.254/latest/meta-data", "//evil.example/", "gopher://a"]
+    "target",
+    [
+        "/secret",
+        "http://169.254.169.254/latest/meta-data",
+        "http://2852039166/latest/meta-data",
+        "//evil.example/",
+        "//user:SECRET@evil.example/",
+        "gopher://a?token=SECRET",
+        "//[",
+        "http://a]/SECRET",
+    ],
 )
 def test_a_redirect_out_of_the_prefix_is_refused(target: str) -> None:
     error, server = fetch_over_http(Answer(302, headers={"Location": target}))
-    assert "allowed_prefixes" in str(error) or "not a usable image address" in str(error)
+    assert "allowed_prefixes" in str(error) or "not a usable image address" in str(error) or "malformed" in str(error)
+    assert "SECRET" not in str(error)
     assert len(server.requests) == 1
+
+
+def test_a_presigned_address_is_asked_for_whole_and_shown_without_its_signature() -> None:
+    secret = "/images/a.png?X-Amz-Signature=SECRET"
+    answers = [
+        [Answer(404)],
+        [Answer(503)] * 3,
+        [Answer(body=b"x" * 1001)],
+        [Answer(body=b"x", promised_bytes=9)] * 3,
+        [Answer(302, headers={"Location": "a.png?SECRET"})] * 4,
+    ]
+    for steps in answers:
+        error, server = fetch_over_http(*steps, path=secret)
+        assert "a.png?..." in str(error)
+        assert "SECRET" not in str(error)
+        assert server.requests[0] == secret
+    slow = Answer(delay_seconds=0.3)
+    assert "SECRET" not in str(fetch_over_http(slow, path=secret, timeout_seconds=0.1, max_retries=0)[0])
 
 
 def test_a_redirect_to_a_local_file_is_refused_even_if_that_is_allowed(tmp_path: Path) -> None:
@@ -227,12 +307,24 @@ def test_a_slow_answer_times_out_and_is_tried_again() -> None:
     assert "timed out" in str(fetch_over_http(slow, timeout_seconds=0.1, max_retries=0)[0])
 
 
-def test_a_server_that_trickles_does_not_hold_the_row_up() -> None:
+@pytest.mark.parametrize(
+    "beginning",
+    [
+        b"",
+        b"HTTP/1.1 200 OK\r\nX-Long: ",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n",
+    ],
+    ids=["status", "header", "body", "chunk size"],
+)
+def test_a_server_that_trickles_does_not_hold_the_row_up(beginning: bytes) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        trickle(listener)
-        with pytest.raises(ImageFetchError, match="timeout_seconds"):
+        trickle(listener, beginning)
+        started = time.monotonic()
+        with pytest.raises(ImageFetchError, match=r"timed out after timeout_seconds, 0\.2"):
             fetch_image(url, policy(url, timeout_seconds=0.2, max_retries=0))
+        assert time.monotonic() - started < 5  # 1,000 bytes take 20 s
 
 
 def test_a_refused_connection_is_a_row_error() -> None:
@@ -243,13 +335,46 @@ def test_a_refused_connection_is_a_row_error() -> None:
 
 
 @pytest.mark.parametrize(
-    "address", ["127.0.0.1", "10.0.0.1", "169.254.169.254", "100.64.0.1", "::1", "::ffff:10.0.0.1"]
+    "address",
+    [
+        "127.0.0.1",
+        "10.0.0.1",
+        "169.254.169.254",
+        "100.64.0.1",
+        "0.0.0.0",
+        "192.0.0.192",
+        "224.0.0.1",
+        "::1",
+        "::",
+        "fe80::1%2",
+        "fec0::1",
+        "fd00:ec2::254",
+        "::ffff:10.0.0.1",
+        "::127.0.0.1",
+        "2002:7f00:1::",
+        "64:ff9b::a9fe:a9fe",
+    ],
 )
 def test_a_name_that_leads_into_a_private_network_is_refused(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     public_too = [("93.184.215.14", 443), (address, 443)]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [(0, 0, 0, "", pair) for pair in public_too])
     with pytest.raises(ImageFetchError, match=f"'images.example' leads to {address}"):
         fetch_image("https://images.example/a.png", policy("https://images.example"))
+
+
+@pytest.mark.parametrize("address", ["93.184.215.14", "2606:2800::1", "::ffff:93.184.215.14", "64:ff9b::5db8:d70e"])
+def test_a_name_that_leads_to_a_public_address_is_connected_to(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [(0, 0, 0, "", (address, 443))])
+    assert image_source._checked_addresses("images.example", 443) == [address]
+
+
+@pytest.mark.parametrize("host", ["2130706433", "0x7f000001", "0177.0.0.1", "127.1"])
+def test_another_spelling_of_a_private_address_is_refused_even_as_a_prefix(host: str) -> None:
+    with serve(lambda _: Answer(body=PICTURE)) as server:
+        url = f"http://{host}:{server.port}"
+        with pytest.raises(ImageFetchError, match=r"leads to 127\.0\.0\.1, which is not a public address"):
+            fetch_image(f"{url}/a.png", policy(url))
+    assert server.requests == []
 
 
 def test_the_checked_address_is_the_one_connected_to(monkeypatch: pytest.MonkeyPatch) -> None:
