@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 import tyro
-from ray.data import ActorPoolStrategy
+from ray.data import ActorPoolStrategy, Dataset
 from record import record
 
 from gemel_engine.model import load_tokenizer
@@ -170,7 +170,7 @@ def waiting_pipeline(num_actors: int, seconds_per_row: float) -> dict[str, float
     """Rows a second of a pipeline in which so many actors wait, and the share of it that they allow."""
     ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)
     num_blocks = 12 * num_actors
-    dataset = ray.data.from_items([{"shard": n} for n in range(num_blocks)], override_num_blocks=num_blocks)
+    dataset: Dataset = ray.data.from_items([{"shard": n} for n in range(num_blocks)], override_num_blocks=num_blocks)
 
     def read(batch: pa.Table) -> pa.Table:
         text = "a sentence of a hundred characters, as captions are, about what is to be seen on a picture beside"

@@ -61,6 +61,8 @@ def open_artifacts(config: JobConfig, *, verify: bool = False) -> Artifacts:
             f"the knowledge base {config.knowledge_base} was built with another tokenizer than that of "
             f"{config.language_model.name}: build it again with --tokenizer {config.language_model.name}"
         )
+    if knowledge_base.trie.tokens.max() >= len(tokenizer):
+        raise ArtifactError(f"the trie of {config.knowledge_base} holds tokens that no tokenizer made; build it again")
     if mapper is not None:
         _check_mapper(config, mapper, index)
     return Artifacts(tokenizer, knowledge_base, directory / "trie", index, mapper)

@@ -26,7 +26,7 @@ from pydantic import (
     ValidationError,
 )
 
-from gemel_engine.errors import ConfigurationError
+from gemel_engine.errors import ConfigurationError, shown
 from gemel_engine.image_source import ImagePolicy
 from gemel_engine.prompt import PromptSettings
 from gemel_engine.search import SearchSettings
@@ -444,8 +444,11 @@ def _describe(error: ValidationError, config_type: type[Any]) -> str:
             close = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"known keys are {', '.join(known)}"
             faults.append(f"unknown key {key!r}; {hint}")
+        elif fault["type"] == "missing":  # what was found is all of its group
+            faults.append(f"{key}: {fault['msg']}")
         else:
-            faults.append(f"{key}: {fault['msg']} (got {fault['input']!r})" if key else fault["msg"])
+            found = shown(fault["input"]) if isinstance(fault["input"], str) else repr(fault["input"])
+            faults.append(f"{key}: {fault['msg']} (got {found})" if key else fault["msg"])
     return "; ".join(faults)
 
 

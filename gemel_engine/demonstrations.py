@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from gemel_engine.errors import ImageError, ImageFetchError, InputError
+from gemel_engine.entity_names import are_demonstrable
+from gemel_engine.errors import ImageFetchError, InputError, MentionError
 from gemel_engine.image_source import ImagePolicy, fetch_image
 from gemel_engine.retrieval import Demonstration
 from gemel_engine.storage import list_parquet, resolve
-from gemel_engine.types import Features
+from gemel_engine.types import Features, are_features
 from gemel_engine.vision import ImageEncoder, PictureEncoder
 
 _ENTITIES_PER_READ = 65_536
@@ -44,23 +46,21 @@ class PictureReader:
 
     def encode(self, pictures: Sequence[bytes | str | None]) -> list[Features | None]:
         """Return features of shape (C,) for each picture, None where there is none or it is unusable."""
-        files = [self._fetch(picture) if isinstance(picture, str) else picture for picture in pictures]
         features: list[Features | None] = []
-        for encoded in self._pictures.encode(files):
-            if isinstance(encoded, ImageError):
+        for encoded in self._pictures.encode(map(self._file, pictures)):
+            if isinstance(encoded, MentionError):
                 logger.info("a demonstration goes without its picture: %s", encoded)
-            features.append(None if isinstance(encoded, ImageError) else encoded)
-        self.num_unusable += sum(
-            picture is not None and item is None for picture, item in zip(pictures, features, strict=True)
-        )
+                self.num_unusable += 1
+            features.append(None if isinstance(encoded, MentionError) else encoded)
         return features
 
-    def _fetch(self, uri: str) -> bytes | None:
+    def _file(self, picture: bytes | str | None) -> bytes | ImageFetchError | None:
+        if not isinstance(picture, str):
+            return picture
         try:
-            return fetch_image(uri, self._policy)
+            return fetch_image(picture, self._policy)
         except ImageFetchError as error:
-            logger.info("a demonstration goes without its picture: %s", error)
-            return None
+            return error
 
 
 def read_names(entities_uri: str) -> dict[str, str]:
@@ -79,7 +79,9 @@ def read_names(entities_uri: str) -> dict[str, str]:
 def read_demonstrations(
     mentions_uri: str, names: Mapping[str, str], pictures: PictureReader | None = None
 ) -> list[Demonstration]:
-    """Read a training split; mentions without a surface form, or whose entity has no name, are left out and counted.
+    """Read a training split; mentions that make no demonstration are left out and counted.
+
+    Such lack a surface form, an entity or its name, or hold a prompt marker, with which they would read as several.
 
     Args:
         mentions_uri: Parquet file or directory with the columns `mention_id`, `text`, `mention`, `entity_id`, and
@@ -89,7 +91,8 @@ def read_demonstrations(
         pictures: Makes image features; None for those alone that the table brings.
 
     Raises:
-        InputError: There is no such table, or it lacks a column, a `mention_id` or a text.
+        InputError: There is no such table, it lacks a column, a `mention_id` or a text, or holds image features that
+            are no numbers.
     """
     optional = ("entity_name", "group", "image_features", *(() if pictures is None else ("image_bytes", "image_uri")))
     demonstrations: list[Demonstration] = []
@@ -101,11 +104,16 @@ def read_demonstrations(
             for row in rows:
                 row["name"] = names.get(row["entity_id"]) or _normalised(row.get("entity_name") or "")
             kept = [row for row in rows if row["entity_id"] and row["name"] and row["mention"]]
+            parts = [pa.array([row[part] or "" for row in kept], pa.string()) for part in ("text", "mention", "name")]
+            kept = list(compress(kept, are_demonstrable(*parts)))
             num_left_out += len(rows) - len(kept)
             demonstrations.extend(_demonstrations(kept, pictures))
             progress.update(len(rows))
     if num_left_out:
-        logger.warning("left out %d mentions without a surface form, an entity or its name", num_left_out)
+        logger.warning(
+            "left out %d mentions that lack a surface form, an entity or its name, or hold a prompt marker",
+            num_left_out,
+        )
     if pictures is not None and pictures.num_unusable:
         logger.warning("%d demonstrations go without their pictures, which are unusable", pictures.num_unusable)
     return demonstrations
@@ -126,6 +134,8 @@ def _demonstrations(rows: list[dict[str, Any]], pictures: PictureReader | None) 
         mention_id, text = row["mention_id"], row["text"]
         if not mention_id or text is None:
             raise InputError(f"mention {mention_id!r} with text {text!r}: give every mention an id and a text")
+        if row_features is not None and not are_features(row_features, len(row_features)):
+            raise InputError(f"mention {mention_id!r} has image_features that are not finite; extract them again")
         group = row.get("group") or mention_id
         yield Demonstration(mention_id, text, row["mention"], row["entity_id"], row["name"], group, row_features)
 
@@ -145,7 +155,7 @@ def _read_batches(
                 columns = [*required, *(column for column in optional if column in present)]
                 for batch in parquet.iter_batches(num_rows, columns=columns):
                     yield [dict(zip(columns, row, strict=True)) for row in zip(*_values(batch, columns), strict=True)]
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, KeyError, UnicodeDecodeError, pa.ArrowException) as error:
             raise InputError(f"{file.uri} is not a readable Parquet table ({error}); write it again") from error
 
 

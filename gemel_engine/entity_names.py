@@ -22,9 +22,9 @@ from transformers import PreTrainedTokenizerFast
 from gemel_engine.errors import InputError
 
 # What delimits the parts of a prompt: a name that holds one would be read as the start of the next part.
-PROMPT_MARKERS = ("[Text]", "[Question]", "[Answer]")
-
+_PROMPT_MARKER = r"\[(?:Text|Question|Answer)\]"
 _CONTROL_OR_SEPARATOR = r"[\p{Cc}\p{Zl}\p{Zp}]"
+_MAX_DEMONSTRATION_CHARACTERS = 1 << 16
 _CHUNK_SIZE = 65_536
 _NUM_EXAMPLES = 5
 
@@ -81,12 +81,11 @@ def reasons_to_skip(
     """Why each name is unusable, "" for those that are not; (S,). The first reason that applies counts."""
     added_tokens = tokenizer.added_tokens_decoder.items()
     special_ids = {*tokenizer.all_special_ids, *(token_id for token_id, token in added_tokens if token.special)}
-    has_marker = np.any([pc.match_substring(texts, marker).to_numpy() for marker in PROMPT_MARKERS], axis=0)
     tests = {
         "empty": pc.equal(texts, "").to_numpy(),
         "control or line-separating character": pc.match_substring_regex(texts, _CONTROL_OR_SEPARATOR).to_numpy(),
         "replacement character U+FFFD": pc.match_substring(texts, "\ufffd").to_numpy(),
-        "prompt marker": has_marker,
+        "prompt marker": pc.match_substring_regex(texts, _PROMPT_MARKER).to_numpy(),
         "special token": names.hold_any(sorted(special_ids)),
         "tokens do not decode to the name": ~names.is_decodable,
         f"more than {max_name_tokens} tokens": names.lengths > max_name_tokens,
@@ -117,3 +116,19 @@ def count_skipped(
     num_skipped = dict(Counter(reasons[rows].tolist()))
     logger.warning("skipped %d of %d entities for their names: %s", len(rows), len(reasons), num_skipped)
     return num_skipped
+
+
+def are_demonstrable(texts: pa.Array, mentions: pa.Array, names: pa.Array) -> NDArray[np.bool_]:
+    """Whether each training mention reads as one demonstration: a name of one line, and no prompt marker anywhere.
+
+    A text may have several lines, but not a length that only costs time to tokenise.
+
+    Returns:
+        Shape (S,).
+    """
+    is_spoilt = pc.match_substring_regex(names, _CONTROL_OR_SEPARATOR)
+    for column in (texts, mentions, names):
+        is_spoilt = pc.or_(is_spoilt, pc.match_substring_regex(column, _PROMPT_MARKER))
+    is_spoilt = pc.or_(is_spoilt, pc.greater(pc.utf8_length(texts), _MAX_DEMONSTRATION_CHARACTERS))
+    are_fit: NDArray[np.bool_] = pc.invert(is_spoilt).to_numpy(zero_copy_only=False)
+    return are_fit

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerFast
 
-from gemel_engine.errors import ConfigurationError, ImageError
+from gemel_engine.errors import ConfigurationError, MentionError
 from gemel_engine.linker import Linker
 from gemel_engine.prompt import Prompt
 from gemel_engine.retrieval import Demonstration
@@ -61,7 +61,7 @@ def explain(linker: Linker, mention: Mention, picture: bytes | None = None) -> E
         MentionError: It can't be linked.
     """
     (features,), (rows,) = linker.prepare([mention], [picture])
-    if isinstance(features, ImageError):
+    if isinstance(features, MentionError):
         raise features
     if picture is not None and features is None:
         raise ConfigurationError("a picture needs vision.image_encoder: set it, or leave the picture out")

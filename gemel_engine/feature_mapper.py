@@ -28,6 +28,7 @@ FORMAT_VERSION = 2
 _WEIGHTS = "mapper.safetensors"
 _METADATA = "mapper.json"
 _CHECKSUM = "weights_sha256"
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 Width = Annotated[int, Field(gt=0, le=1 << 20)]
 
@@ -171,8 +172,8 @@ class FeatureMapper(nn.Module):
 
         Raises:
             ArtifactError: A file is missing or damaged, of another format version, or the weights do not have the
-                shapes and the checksum that `mapper.json` gives, are not finite, or hold a deviation that is not
-                positive.
+                shapes and the checksum that `mapper.json` gives, are of another type, are not finite, or hold a
+                deviation that is not positive.
         """
         directory = Path(directory)
         metadata, checksum = _read_metadata(directory / _METADATA)
@@ -188,6 +189,8 @@ class FeatureMapper(nn.Module):
         if found != expected:
             raise ArtifactError(f"{path} holds {found}, but {_METADATA} asks for {expected}; save the mapper again")
         for name, tensor in weights.items():
+            if tensor.dtype not in _DTYPES:
+                raise ArtifactError(f"{path}: {name} is of {tensor.dtype}, not floating-point; save the mapper again")
             if not torch.isfinite(tensor).all():
                 raise ArtifactError(f"{path}: {name} has values that are not finite; go back to an earlier checkpoint")
         if not (weights["feature_std"] > 0).all():

@@ -25,11 +25,12 @@ import torch
 
 from gemel_engine.errors import ArtifactError, InputError
 from gemel_engine.feature_mapper import FeatureMapper, MapperMetadata
-from gemel_engine.types import Features
+from gemel_engine.types import Features, are_features
 
 _KEYS = ("mention", "text", "target", "golden")
 _PICTURE_KEYS = ("img_name", "img_url")
 _NIL = "NIL"
+_MAX_WIDTH = 1 << 20
 _SCHEMA = pa.schema(
     [
         pa.field("mention_id", pa.string(), nullable=False),
@@ -61,7 +62,7 @@ def import_mapper(checkpoint: Path, language_model_width: int) -> FeatureMapper:
         found = sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__
         raise ArtifactError(f"{checkpoint} holds {found}, not the weight and bias of a linear layer")
     weight, bias = state["weight"], state["bias"]
-    if not all(isinstance(tensor, torch.Tensor) and torch.isfinite(tensor).all() for tensor in (weight, bias)):
+    if not (_is_plain(weight) and _is_plain(bias)):
         raise ArtifactError(f"{checkpoint} holds a weight or bias that is no tensor of finite numbers")
     if (
         not weight.numel()
@@ -84,6 +85,18 @@ def import_mapper(checkpoint: Path, language_model_width: int) -> FeatureMapper:
     )
     mapper.linear.load_state_dict({"weight": weight.float(), "bias": bias.float()})
     return mapper
+
+
+def _is_plain(tensor: object) -> bool:
+    """Whether this is a tensor of finite numbers that the file holds: a stride of 0 would make terabytes of one."""
+    return (
+        isinstance(tensor, torch.Tensor)
+        and tensor.device.type == "cpu"
+        and tensor.is_floating_point()
+        and tensor.layout == torch.strided
+        and tensor.is_contiguous()
+        and bool(torch.isfinite(tensor).all())
+    )
 
 
 def import_mentions(path: Path, features: Path | None) -> tuple[pa.Table, int]:
@@ -162,9 +175,13 @@ def _features(pictures: h5py.File, name: str, where: str) -> Features:
     # A link could lead out of the file.
     linked = isinstance(pictures.get(name, getlink=True, default=None), h5py.ExternalLink)
     item = None if linked else pictures.get(name)
-    if not isinstance(item, h5py.Dataset):
+    if not isinstance(item, h5py.Dataset) or item.file.filename != pictures.filename:
         raise InputError(f"{where}: {pictures.filename} has no features of {name!r}; use the file made for this corpus")
-    features = np.asarray(item[()], np.float32).ravel()
-    if not np.isfinite(features).all():
+    # So could a dataset whose numbers are in other files; and one of terabytes takes no room if they are all equal.
+    if item.external or item.is_virtual or item.dtype.kind != "f" or not 0 < item.size <= _MAX_WIDTH:
+        raise InputError(f"{where}: the features of {name!r} are no array of up to {_MAX_WIDTH} numbers; extract them")
+    with np.errstate(over="ignore"):
+        features = np.asarray(item[()], np.float32).ravel()
+    if not are_features(features, len(features)):
         raise InputError(f"{where}: the features of {name!r} are not finite; extract them again")
     return features

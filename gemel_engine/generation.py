@@ -29,6 +29,7 @@ from gemel_engine.transformers_engine import TransformersEngine
 from gemel_engine.types import Candidate, Features, Mention, Prediction, check_features
 
 _CACHED_BLOCKS = 1 << 16
+_LARGEST_EMBEDDING = 1e4  # token embeddings are around 1; the log-probs behind a much larger one are no numbers
 
 
 class EntityNameGenerator:
@@ -160,12 +161,18 @@ class EntityNameGenerator:
             return None
         check_features(features, mapper.metadata.vision_width)
         prefix: Tensor = mapper(torch.from_numpy(np.array(features))[None])[0]
+        largest = prefix.abs().max().item()
+        if not largest <= _LARGEST_EMBEDDING:  # nor if it is no number
+            raise InvalidMentionError(
+                f"image_features become embeddings of up to {largest:g}, which a language model can't compute with: "
+                "give those of the image encoder that the feature mapper was trained for"
+            )
         return prefix
 
     def _candidate_trie(self, entity_ids: Sequence[str]) -> tuple[PrefixTrie, NDArray[np.intp]]:
         knowledge_base = self.artifacts.knowledge_base
         known = dict(zip(entity_ids, knowledge_base.names_of_entities(entity_ids), strict=True))
-        unknown = [entity_id for entity_id, name in known.items() if name is None]
+        unknown = [entity_id[:50] for entity_id, name in known.items() if name is None]
         if unknown or not known:
             raise InvalidMentionError(
                 f"candidate_ids {unknown[:3]} are not in the knowledge base: remove them"

@@ -4,7 +4,7 @@
     trie/                   the names' tokens, see `prefix_trie`
     entities.arrow          one record batch: the entities in the order of their names
 
-Both are mapped into memory, so that opening millions of entities takes no time and processes share the pages.
+Both are mapped into memory, so that opening millions of entities takes little time and processes share the pages.
 Entities with equal names share one name and are neighbours. Nothing here knows a language model.
 
 Shapes: S entities.
@@ -105,7 +105,8 @@ class KnowledgeBase:
         self.trie = trie
         self.tokenizer_fingerprint = tokenizer_fingerprint
         self._entities = entities
-        self._ids = entities["entity_id"]
+        self._ids, self._names = _Strings(entities["entity_id"]), _Strings(entities["name"])
+        self._descriptions = _Strings(entities["description"])
         self._name_index: NDArray[np.uint32] = entities["name_index"].to_numpy()
         self._row_by_id: NDArray[np.uint32] = entities["row_by_id"].to_numpy()
 
@@ -126,11 +127,10 @@ class KnowledgeBase:
         path = directory / "entities.arrow"
         try:
             with pa.ipc.open_file(pa.memory_map(str(path))) as reader:
-                if reader.schema != _STORED_SCHEMA or reader.num_record_batches != 1:
+                entities = reader.get_batch(0) if reader.num_record_batches == 1 else pa.RecordBatch.from_pylist([])
+                if reader.schema != _STORED_SCHEMA or not entities.num_rows:
                     raise ArtifactError(f"{path} has other columns than a knowledge base; build it again")
-                entities = reader.get_batch(0)
-            if verify:
-                entities.validate(full=True)
+            entities.validate(full=verify)
             knowledge_base = cls(trie, entities, str(manifest.get("tokenizer_fingerprint")))
             is_consistent = knowledge_base._has_consistent_lengths(manifest.get("num_entities")) and (
                 not verify
@@ -148,9 +148,18 @@ class KnowledgeBase:
         return int(self._entities.num_rows)
 
     def entity(self, row: int) -> Entity:
-        """The record in a row, from 0 to S - 1."""
-        columns = ("entity_id", "name", "description", "popularity")
-        return Entity(*(self._entities[column][row].as_py() for column in columns))
+        """The record in a row, from 0 to S - 1.
+
+        Raises:
+            ArtifactError: The file is damaged there.
+        """
+        lacks_description = self._entities["description"].slice(row, 1).null_count
+        return Entity(
+            self._ids[row],
+            self._names[row],
+            None if lacks_description else self._descriptions[row],
+            self._entities["popularity"][row].as_py(),
+        )
 
     def records(self, entity_ids: pa.ChunkedArray, names: pa.ChunkedArray) -> pa.Table:
         """`entity_id`, `name` and `popularity` of the entities with one of these ids or one of these names."""
@@ -159,8 +168,15 @@ class KnowledgeBase:
         return table.filter(pc.or_(has_id, pc.is_in(table["name"], names.combine_chunks())))
 
     def entities_of_name(self, name_index: int) -> range:
-        """Rows of the entities of a name: the most popular first, unknown popularity last, ties by id."""
-        return range(bisect_left(self._name_index, name_index), bisect_right(self._name_index, name_index))
+        """Rows of the entities of a name: the most popular first, unknown popularity last, ties by id.
+
+        Raises:
+            ArtifactError: It has none: the file is damaged.
+        """
+        rows = range(bisect_left(self._name_index, name_index), bisect_right(self._name_index, name_index))
+        if not rows:
+            raise ArtifactError(f"the knowledge base has no entity of name {name_index}; build it again")
+        return rows
 
     def names_of_entities(self, entity_ids: Sequence[str]) -> list[int | None]:
         """Name index of each entity, None for an id that is not in the knowledge base."""
@@ -171,11 +187,11 @@ class KnowledgeBase:
         return self.trie.name_tokens(name_index)
 
     def _name_of_entity(self, entity_id: str) -> int | None:
-        position = bisect_left(self._row_by_id, entity_id, key=lambda row: self._ids[row].as_py())
+        position = bisect_left(self._row_by_id, entity_id, key=self._ids.__getitem__)
         if position == self.num_entities:
             return None
         row = int(self._row_by_id[position])
-        return int(self._name_index[row]) if self._ids[row].as_py() == entity_id else None
+        return int(self._name_index[row]) if self._ids[row] == entity_id else None
 
     def _has_consistent_lengths(self, num_entities: object) -> bool:
         return (
@@ -187,12 +203,33 @@ class KnowledgeBase:
 
     def _is_well_ordered(self) -> bool:
         steps = np.diff(self._name_index.astype(np.int64))
-        ids = self._ids.take(self._entities["row_by_id"])
+        ids = self._entities["entity_id"].take(self._entities["row_by_id"])
         return bool(
-            self._ids.null_count == self._entities["name"].null_count == 0
+            ids.null_count == self._entities["name"].null_count == 0
             and np.isin(steps, (0, 1)).all()
             and pc.all(pc.less(ids[:-1], ids[1:]), min_count=0).as_py()
         )
+
+
+class _Strings:
+    """The strings of a column of a mapped file, which Arrow would read from wherever the file says, and crash.
+
+    Only the places of the strings that are asked for are read and checked, so that millions cost nothing to open.
+    """
+
+    def __init__(self, column: pa.LargeStringArray) -> None:
+        _, offsets, text = column.buffers()
+        self._offsets: NDArray[np.int64] = np.frombuffer(offsets, np.int64)[: len(column) + 1]
+        self._text = memoryview(text or b"")
+
+    def __getitem__(self, row: int) -> str:
+        try:
+            start, stop = self._offsets[row : int(row) + 2].tolist()
+            if not 0 <= start <= stop <= len(self._text):
+                raise ValueError(f"a string from {start} to {stop} of {len(self._text)} bytes")
+            return str(self._text[start:stop], "utf-8")
+        except ValueError as error:
+            raise ArtifactError(f"row {row} of the knowledge base is damaged ({error}); build it again") from error
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:

@@ -14,11 +14,11 @@ from collections.abc import Sequence
 
 from gemel_engine.artifacts import Artifacts, open_artifacts
 from gemel_engine.config import JobConfig, LinkConfig, RetrievalSettings, VisionSettings
-from gemel_engine.errors import ArtifactError, ConfigurationError, ImageError, InputError
+from gemel_engine.errors import ArtifactError, ConfigurationError, InputError, MentionError
 from gemel_engine.generation import EntityNameGenerator
 from gemel_engine.mention_encoder import MentionEncoder
 from gemel_engine.retrieval import DemonstrationIndex
-from gemel_engine.types import Features, Mention, Prediction
+from gemel_engine.types import Features, Mention, Prediction, are_features, fault_of
 from gemel_engine.vision import ImageEncoder, PictureEncoder
 
 
@@ -71,7 +71,8 @@ class DemonstrationRetriever:
         return cosines
 
     def _similar_pictures(self, rows: list[int], features: Features | None, excluded: str | None) -> list[int]:
-        if not rows or features is None or features.shape != (self._index.metadata.vision_width,):
+        width = self._index.metadata.vision_width
+        if not rows or features is None or width is None or not are_features(features, width):
             return []  # features that don't fit are an error of the mention, which generation reports
         return self._index.similar_pictures(rows[-1], features, self._settings.num_similar_pictures, excluded)
 
@@ -151,27 +152,35 @@ class Linker:
     def link(self, mentions: Sequence[Mention], pictures: Sequence[bytes | None]) -> list[Prediction]:
         """Link B mentions with their picture files; a bad one becomes a prediction with an `error`."""
         encoded, rows = self.prepare(mentions, pictures)
-        features = [None if isinstance(item, ImageError) else item for item in encoded]
-        predictions = self.generator.generate(mentions, features, rows)
+        good = {place: item for place, item in enumerate(encoded) if not isinstance(item, MentionError)}
+        asked, demonstrations = [mentions[place] for place in good], [rows[place] for place in good]
+        linked = dict(zip(good, self.generator.generate(asked, list(good.values()), demonstrations), strict=True))
         return [
-            Prediction(mention.mention_id, error=str(item)) if isinstance(item, ImageError) else prediction
-            for mention, item, prediction in zip(mentions, encoded, predictions, strict=True)
+            linked[row] if row in linked else Prediction(mention.mention_id, error=str(item))
+            for row, (mention, item) in enumerate(zip(mentions, encoded, strict=True))
         ]
 
     def prepare(
         self, mentions: Sequence[Mention], pictures: Sequence[bytes | None]
-    ) -> tuple[list[Features | ImageError | None], list[list[int]]]:
+    ) -> tuple[list[Features | MentionError | None], list[list[int]]]:
         """What generation takes beside B mentions.
 
         Returns:
-            Image features (C,) of each, None without a picture, an error where it is none; and the rows of its
-            demonstrations, the most similar last.
+            Image features (C,) of each, None without a picture, an error where the mention or its picture is bad; and
+            the rows of its demonstrations, the most similar last.
         """
-        encoded: list[Features | ImageError | None] = [None] * len(mentions)
+        faults = map(fault_of, mentions)
+        files = [fault or picture for fault, picture in zip(faults, pictures, strict=True)]
         if self._pictures is not None:
-            encoded = self._pictures.encode(pictures)
-        features = [None if isinstance(item, ImageError) else item for item in encoded]
-        rows = self.retriever.retrieve(mentions, features) if self.retriever is not None else [[] for _ in mentions]
+            encoded = self._pictures.encode(files)
+        else:
+            encoded = [file if isinstance(file, MentionError) else None for file in files]
+        good = {place: item for place, item in enumerate(encoded) if not isinstance(item, MentionError)}
+        rows: list[list[int]] = [[] for _ in mentions]
+        if self.retriever is not None:
+            found = self.retriever.retrieve([mentions[place] for place in good], list(good.values()))
+            for place, demonstrations in zip(good, found, strict=True):
+                rows[place] = demonstrations
         return encoded, rows
 
     def link_one(

@@ -30,7 +30,7 @@ from ray.data import ActorPoolStrategy, DataContext, Dataset
 
 from gemel_engine import shards, storage
 from gemel_engine.config import JobConfig, LinkConfig, PoolSettings, config_json
-from gemel_engine.errors import TooManyFailuresError
+from gemel_engine.errors import TooManyFailuresError, shown
 from gemel_engine.shards import Shard
 from gemel_engine.stages import (
     COSTS,
@@ -121,7 +121,7 @@ def link_corpus(config: LinkConfig) -> LinkReport:
         storage.remove_tree(f"{config.output}/{working_files}")
     report = _report(config, artifacts, plan, remaining, costs, time.monotonic() - started)
     storage.write_bytes(f"{config.output}/report.json", json.dumps(asdict(report), indent=2).encode())
-    logger.info("linked %s: %s", config.output, report.summary())
+    logger.info("linked %s: %s", shown(config.output), report.summary())
     _check_failures(config, report)
     return report
 
@@ -308,7 +308,7 @@ def _check_failures(config: LinkConfig, report: LinkReport) -> None:
     if num_failed > config.max_failed_fraction * report.rows:
         raise TooManyFailuresError(
             f"{num_failed} of {report.rows} rows failed ({report.errors}), more than max_failed_fraction "
-            f"{config.max_failed_fraction} allows; the output {config.output} is complete: see its column `error`"
+            f"{config.max_failed_fraction} allows; the output {shown(config.output)} is complete: see its `error`"
         )
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import cycle, islice
@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -296,15 +297,23 @@ class MapperTrainer:
         manifest = read_manifest(directory / _STATE, FORMAT_VERSION)
         mapper = FeatureMapper.load(directory)
         ours = replace(self.mapper.metadata, trained=mapper.metadata.trained)
-        if manifest["settings"] != self._trajectory() or mapper.metadata != ours:
+        if manifest.get("settings") != self._trajectory() or mapper.metadata != ours:
             raise ConfigurationError(f"the checkpoint {directory} is of another run: choose another output")
+        step = manifest.get("step")
+        if not isinstance(step, int) or not 0 <= step <= self.num_steps:
+            raise ArtifactError(f"{directory / _STATE} gives the step {step!r}: go back to an earlier checkpoint")
+        try:
+            state = load_file(directory / _OPTIMISER)
+        except (OSError, SafetensorError) as error:
+            raise ArtifactError(
+                f"{directory / _OPTIMISER} cannot be read ({error}): go back to an earlier checkpoint"
+            ) from error
         self.mapper.load_state_dict(mapper.state_dict())
         self.mapper.metadata = mapper.metadata
-        self.step = int(manifest["step"])
-        state = load_file(directory / _OPTIMISER)
+        self.step = step
         for name, parameter in self.mapper.named_parameters():
             found = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
-            if self.step and {"step", "exp_avg", "exp_avg_sq"} - found.keys():
+            if (self.step or found) and not _is_state_of(parameter, found):
                 raise ArtifactError(
                     f"{directory / _OPTIMISER} has no state of {name}: go back to an earlier checkpoint"
                 )
@@ -369,6 +378,14 @@ class MapperTrainer:
         if self.step < num_warmup:
             return self._settings.learning_rate * (self.step + 1) / num_warmup
         return self._settings.learning_rate * (self.num_steps - self.step) / max(1, self.num_steps - num_warmup)
+
+
+def _is_state_of(parameter: Tensor, state: Mapping[str, Tensor]) -> bool:
+    """Whether this is what AdamW keeps of a parameter."""
+    shapes = {"step": torch.Size(), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+    return {name: tensor.shape for name, tensor in state.items()} == shapes and all(
+        tensor.dtype == torch.float32 and bool(torch.isfinite(tensor).all()) for tensor in state.values()
+    )
 
 
 def epoch_order(surface_forms: Sequence[str], mentions_per_form: int, seed: str) -> list[int]:

@@ -23,6 +23,7 @@ Terminator = Literal["newline", "eos"]
 
 GEMEL_TEMPLATE = "[Text]{text}\n[Question]What does {mention} mentioned in the text refer to?\n[Answer]"
 VISUAL_PLACEHOLDER = 0  # token id that stands where an embedding goes; never looked up
+_MAX_CHARACTERS_PER_TOKEN = 128  # more than in the longest tokens there are
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,12 +85,13 @@ class PromptBuilder:
         beginning: Tokens in front of every prompt.
 
     Raises:
-        ConfigurationError: The template lacks a field, the tokenizer has no such terminator or BOS token, or the
-            question's reserve leaves no prompt.
+        ConfigurationError: The template lacks a field, the tokenizer has no such terminator or BOS token or can't write
+            the spelling of its special tokens as text, or the question's reserve leaves no prompt.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, settings: PromptSettings) -> None:
         _check(settings)
+        _check_special_tokens(tokenizer)
         self._tokenizer = tokenizer
         self._settings = settings
         self._newline = encode_text(tokenizer, "\n")
@@ -106,6 +108,7 @@ class PromptBuilder:
         Raises:
             PromptTooLongError: It exceeds the reserve kept for it.
         """
+        self._check_length(len(text) + len(mention))
         block = Block(self._question_tokens(text, mention), visual_prefix)
         if len(block) > self._settings.query_reserve:
             raise PromptTooLongError(
@@ -146,6 +149,14 @@ class PromptBuilder:
             token_ids.extend(block.token_ids)
         return Prompt(tuple(token_ids), tuple(visual_prefixes))
 
+    def _check_length(self, num_characters: int) -> None:
+        """Refuse a text that can't fit, since tokenising a megabyte takes seconds."""
+        if num_characters > _MAX_CHARACTERS_PER_TOKEN * self._settings.query_reserve:
+            raise PromptTooLongError(
+                f"the mention's text has {num_characters} characters, and query_reserve is "
+                f"{self._settings.query_reserve} tokens: shorten the text to the sentences around the mention"
+            )
+
     def _question_tokens(self, text: str, mention: str) -> tuple[int, ...]:
         return encode_text(self._tokenizer, self._settings.template.format(text=text, mention=mention))
 
@@ -162,6 +173,19 @@ class PromptBuilder:
                 'use "eos"'
             )
         return self._newline[0]
+
+
+def _check_special_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
+    """See that no text becomes a special token: a vocabulary may spell them, beside listing them as added."""
+    added = {token_id: token.content for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special = added | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+    special.pop(tokenizer.unk_token_id, None)  # stands for what a vocabulary lacks
+    for token in special.values():
+        if not special.keys().isdisjoint(encode_text(tokenizer, token)):
+            raise ConfigurationError(
+                f"the tokenizer of the language model reads the text {token!r} as its special token, which a corpus "
+                "could then put into prompts: use another language model"
+            )
 
 
 def _last_that_fit(blocks: Sequence[Block], room: int) -> range:

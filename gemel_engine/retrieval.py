@@ -39,9 +39,11 @@ from numpy.typing import NDArray
 from pydantic import ConfigDict, Field, PositiveInt, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
+from gemel_engine.entity_names import are_demonstrable
 from gemel_engine.errors import ArtifactError, InputError
 from gemel_engine.manifest import file_sha256, read_manifest, write_manifest
 from gemel_engine.mention_encoder import MentionEncoder
+from gemel_engine.types import are_features
 
 FORMAT_VERSION = 2
 _METADATA = "index.json"
@@ -186,6 +188,7 @@ class DemonstrationIndex:
             if verify and file_sha256(path) != metadata.table_sha256:
                 raise ArtifactError(f"{path} has another checksum than {_METADATA} gives; build the index again")
             table = pq.read_table(path, partitioning=None).combine_chunks()
+            table.validate(full=True)
         except (OSError, pa.ArrowException, ValidationError) as error:
             raise ArtifactError(f"{directory} holds no readable index ({error}); build it again") from error
         _check(table, metadata, path)
@@ -411,6 +414,8 @@ def _check(table: pa.Table, metadata: IndexMetadata, path: Path) -> None:
         raise ArtifactError(f"{path} has the columns {table.schema}, not {schema}; build the index again")
     if len(table) != metadata.num_demonstrations:
         raise ArtifactError(f"{path} has {len(table)} rows, not {metadata.num_demonstrations}; build the index again")
+    if not are_demonstrable(table["text"], table["mention"], table["entity_name"]).all():
+        raise ArtifactError(f"{path} holds prompt markers, or names of several lines; build the index again")
     forms = table["mention"].to_pylist()
     if forms != sorted(forms):
         raise ArtifactError(f"{path} is not sorted by mention; build the index again")
@@ -418,5 +423,5 @@ def _check(table: pa.Table, metadata: IndexMetadata, path: Path) -> None:
         raise ArtifactError(f"{path} repeats a mention_id; build the index again")
     for column in table.schema.names[len(_TEXT_COLUMNS) :]:
         values = table[column].drop_null().combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        if not np.isfinite(values).all():
-            raise ArtifactError(f"{path}: {column} has values that are not finite; build the index again")
+        if len(values) and not are_features(values, len(values)):
+            raise ArtifactError(f"{path}: {column} has values that are not finite or huge; build the index again")

@@ -23,7 +23,7 @@ from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, 
 from botocore.session import Session
 from pyarrow.fs import S3FileSystem
 
-from gemel_engine.errors import ConfigurationError
+from gemel_engine.errors import ConfigurationError, shown
 
 _COPY_CHUNK_BYTES = 1 << 20
 _MAX_CONFLICTS = 8
@@ -104,7 +104,7 @@ def create_exclusive(uri: str, data: bytes) -> bool:
                 time.sleep(_CONFLICT_PAUSE_SECONDS * 2**attempt)
             else:
                 return True
-    raise OSError(f"{uri}: {_MAX_CONFLICTS} conditional writes in a row met another one; run the job again")
+    raise OSError(f"{shown(uri)}: {_MAX_CONFLICTS} conditional writes in a row met another one; run the job again")
 
 
 def remove_tree(uri: str) -> None:
@@ -116,7 +116,7 @@ def remove_tree(uri: str) -> None:
         with _builtin_errors(uri):
             answer = _client().delete_objects(Bucket=bucket, Delete={"Objects": batch, "Quiet": True})
         if failures := answer.get("Errors"):
-            raise OSError(f"{uri}: {len(failures)} objects could not be removed, the first: {failures[0]}")
+            raise OSError(f"{shown(uri)}: {len(failures)} objects could not be removed, the first: {failures[0]}")
 
 
 def _bucket_and_key(uri: str) -> tuple[str, str]:
@@ -156,6 +156,11 @@ def _file_system(environment: _Environment) -> S3FileSystem:
 def _endpoint_and_region(environment: _Environment) -> tuple[str | None, str | None]:
     variables = dict(environment)
     endpoint = variables.get("AWS_ENDPOINT_URL_S3") or variables.get("AWS_ENDPOINT_URL")
+    if endpoint and "@" in endpoint:
+        raise ConfigurationError(
+            f"AWS_ENDPOINT_URL is {shown(endpoint)}: leave credentials out; they belong in AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY"
+        )
     return endpoint, variables.get("AWS_REGION") or variables.get("AWS_DEFAULT_REGION")
 
 
@@ -166,19 +171,19 @@ def _builtin_errors(uri: str) -> Iterator[None]:
         yield
     except ClientError as error:
         if _status(error) == 404:
-            raise FileNotFoundError(f"{uri}: no such object or bucket") from error
+            raise FileNotFoundError(f"{shown(uri)}: no such object or bucket") from error
         if _status(error) in (401, 403):
             raise _refused(uri, error) from error
-        raise OSError(f"{uri}: {error}") from error
+        raise OSError(f"{shown(uri)}: {error}") from error
     except (NoCredentialsError, PartialCredentialsError) as error:
         raise _refused(uri, error) from error
     except BotoCoreError as error:
-        raise OSError(f"{uri}: {error}") from error
+        raise OSError(f"{shown(uri)}: {error}") from error
 
 
 def _refused(uri: str, error: Exception) -> ConfigurationError:
     return ConfigurationError(
-        f"{uri}: access refused ({error}); check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, "
+        f"{shown(uri)}: access refused ({error}); check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, "
         "AWS_ENDPOINT_URL and the permissions of the bucket"
     )
 

@@ -19,7 +19,7 @@ import io
 import json
 import uuid
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
@@ -34,20 +34,27 @@ from gemel_engine import storage
 from gemel_engine.errors import ConfigurationError, InputError
 from gemel_engine.types import MENTION_REQUIRED_COLUMNS, PREDICTION_SCHEMA
 
+
+def _is_text(found: pa.DataType) -> bool:
+    return bool(pa.types.is_string(found) or pa.types.is_large_string(found))
+
+
+def _is_list(found: pa.DataType, is_item: Callable[[pa.DataType], bool]) -> bool:
+    kinds = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    return any(is_kind(found) for is_kind in kinds) and is_item(found.value_type)
+
+
 _TYPE_CHECKS = {
-    "mention_id": ("string", lambda t: pa.types.is_string(t) or pa.types.is_large_string(t)),
-    "text": ("string", lambda t: pa.types.is_string(t) or pa.types.is_large_string(t)),
-    "mention": ("string", lambda t: pa.types.is_string(t) or pa.types.is_large_string(t)),
-    "mention_start": ("integer", pa.types.is_integer),
+    "mention_id": ("string", _is_text),
+    "text": ("string", _is_text),
+    "mention": ("string", _is_text),
+    "mention_start": ("integer of at most 63 bits", lambda t: pa.types.is_integer(t) and not pa.types.is_uint64(t)),
     "image_bytes": ("binary", lambda t: pa.types.is_binary(t) or pa.types.is_large_binary(t)),
-    "image_uri": ("string", lambda t: pa.types.is_string(t) or pa.types.is_large_string(t)),
-    "entity_id": ("string", lambda t: pa.types.is_string(t) or pa.types.is_large_string(t)),
-    "image_features": (
-        "list of floats",
-        lambda t: pa.types.is_nested(t) and hasattr(t, "value_type") and pa.types.is_floating(t.value_type),
-    ),
-    "group": ("string", lambda t: pa.types.is_string(t) or pa.types.is_large_string(t)),
-    "candidate_ids": ("list of strings", lambda t: pa.types.is_list(t) or pa.types.is_large_list(t)),
+    "image_uri": ("string", _is_text),
+    "entity_id": ("string", _is_text),
+    "image_features": ("list of floats", lambda t: _is_list(t, pa.types.is_floating)),
+    "group": ("string", _is_text),
+    "candidate_ids": ("list of strings", lambda t: _is_list(t, _is_text)),
 }
 
 
@@ -76,7 +83,8 @@ def plan_shards(input_uri: str, rows_per_shard: int, also_required: Sequence[str
         also_required: Columns that this run needs beside those that every run does.
 
     Raises:
-        InputError: A column is missing or of the wrong type, a file is no Parquet, or a `mention_id` stands twice.
+        InputError: A column is missing, of the wrong type or there twice, a file is no Parquet, or a `mention_id` is
+            missing, not UTF-8, or stands twice.
     """
     shards: list[Shard] = []
     ids: list[pa.ChunkedArray] = []
@@ -87,8 +95,8 @@ def plan_shards(input_uri: str, rows_per_shard: int, also_required: Sequence[str
                 _check_schema(file.uri, parquet.schema_arrow, also_required)
                 num_rows = parquet.metadata.num_rows
                 ids.append(parquet.read(["mention_id"])["mention_id"].cast(pa.large_string()))
-        except pa.ArrowInvalid as error:
-            raise InputError(f"{file.uri} is not a Parquet file: {error}") from error
+        except (OSError, pa.ArrowException) as error:
+            raise InputError(f"{file.uri} is not a readable Parquet file: {error}") from error
         shards += _cut(file.uri, file.version, num_rows, rows_per_shard, len(shards))
     _check_ids(input_uri, ids)
     return shards
@@ -262,18 +270,24 @@ def _check_schema(uri: str, schema: pa.Schema, also_required: Sequence[str]) -> 
             "rename or add them"
         )
     for column, (expected, is_expected) in _TYPE_CHECKS.items():
+        if schema.names.count(column) > 1:
+            raise InputError(f"{uri} has {schema.names.count(column)} columns {column!r}: keep one")
         if column in schema.names and not is_expected(found := schema.field(column).type):
             raise InputError(f"{uri}: column {column!r} is of type {found}, it must be {expected}: cast it")
 
 
 def _check_ids(uri: str, chunks: list[pa.ChunkedArray]) -> None:
     ids = pa.chunked_array([chunk for ids in chunks for chunk in ids.chunks], pa.large_string())
-    if ids.null_count:
-        raise InputError(f"{uri} has {ids.null_count} rows without a mention_id: give each row its own")
+    try:
+        ids.validate(full=True)
+    except pa.ArrowInvalid as error:
+        raise InputError(f"{uri} has a mention_id that is not UTF-8 ({error}): write it again") from error
+    if num_missing := pc.sum(pc.equal(pc.fill_null(ids, ""), "")).as_py():
+        raise InputError(f"{uri} has {num_missing} rows without a mention_id: give each row its own")
     if len(ids) == 0:
         raise InputError(f"{uri} has no rows")
     if pc.count_distinct(ids).as_py() < len(ids):
-        repeated = [mention_id for mention_id, count in Counter(ids.to_pylist()).items() if count > 1]
+        repeated = [mention_id[:50] for mention_id, count in Counter(ids.to_pylist()).items() if count > 1]
         raise InputError(f"{uri} repeats {len(repeated)} mention_id, such as {repeated[:3]}: make them unique")
 
 

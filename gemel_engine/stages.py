@@ -10,8 +10,10 @@ C vision width.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -26,7 +28,7 @@ from gemel_engine.image_source import fetch_image
 from gemel_engine.poison import isolate, marks_of
 from gemel_engine.shards import Shard
 from gemel_engine.storage import download_directory
-from gemel_engine.types import Features, Mention, Prediction, check_features, predictions_to_table
+from gemel_engine.types import Features, Mention, Prediction, check_features, fault_of, predictions_to_table
 
 _COLUMNS = ("mention_id", "text", "mention", "mention_start", "candidate_ids", "group")
 IMAGE_COLUMNS = ("image_bytes", "image_uri")
@@ -43,6 +45,7 @@ _ORDERED_SCHEMA = pa.schema(
     ]
 )
 _FETCH_THREADS = 16
+_FETCHED_AHEAD = 64  # image files that are held at once, at most
 # What a stage spent on a batch, spread evenly over its rows, so that it can be summed wherever the rows end up.
 COSTS = ("image_seconds", "retrieval_seconds", "generation_seconds", "prompt_tokens", "cached_tokens")
 
@@ -55,11 +58,12 @@ def read_mentions(batch: pa.Table, also: Sequence[str]) -> pa.Table:
     """
     (fields,) = batch.to_pylist()
     shard = Shard(**fields)
-    table = shards.read_rows(shard, (*_COLUMNS, *also))
-    num_rows = table.num_rows
-    table = table.append_column("shard", pa.array(np.full(num_rows, shard.index, np.int32)))
+    table, errors = _without_invalid_text(shards.read_rows(shard, (*_COLUMNS, *also)))
+    table = table.append_column("shard", pa.array(np.full(table.num_rows, shard.index, np.int32)))
     table = table.append_column("row", pa.array(np.arange(shard.start, shard.stop)))
-    errors = [_fault(row) for row in table.select([c for c in _COLUMNS if c in table.column_names]).to_pylist()]
+    for row, fault in enumerate(map(fault_of, _all_mentions(table))):
+        if fault is not None and errors[row] is None:
+            errors[row] = str(fault)
     table = table.append_column("error", pa.array(errors, pa.string()))
     return table.sort_by([("mention", "ascending"), ("row", "ascending")])
 
@@ -101,9 +105,9 @@ class EncodeImages:
         started = time.monotonic()
         errors = batch["error"].to_pylist()
         features = _column(batch, "image_features")
-        pictures = self._pictures(batch, errors, features)
-        for row, item in enumerate(self._encoder.encode(pictures)):
-            if isinstance(item, Exception):
+        needed = [error is None and item is None for error, item in zip(errors, features, strict=True)]
+        for row, item in enumerate(self._encoder.encode(self._files(batch, needed))):
+            if isinstance(item, MentionError):
                 errors[row] = str(item)
             elif item is not None:
                 features[row] = item
@@ -112,25 +116,19 @@ class EncodeImages:
         batch = batch.append_column("image_features", pa.array(features, pa.list_(pa.float32())))
         return _with_cost(_with_errors(batch, errors), "image_seconds", time.monotonic() - started)
 
-    def _pictures(self, batch: pa.Table, errors: list[str | None], features: list[Any]) -> list[bytes | None]:
-        """The image file of each row without features; one that has both a file and an address keeps the file."""
-        pictures = _column(batch, "image_bytes")
-        needed = [error is None and item is None for error, item in zip(errors, features, strict=True)]
-        addresses = {
-            row: uri
-            for row, uri in enumerate(_column(batch, "image_uri"))
-            if uri and pictures[row] is None and needed[row]
-        }
+    def _files(self, batch: pa.Table, needed: list[bool]) -> Iterator[bytes | ImageFetchError | None]:
+        """The image file of each row that needs one; a row that has both a file and an address keeps the file."""
+        files = repeat(None) if "image_bytes" not in batch.column_names else (f.as_py() for f in batch["image_bytes"])
+        ahead: deque[bytes | Future[bytes | ImageFetchError] | None] = deque()
         with ThreadPoolExecutor(_FETCH_THREADS) as threads:
-            for row, content in zip(addresses, threads.map(self._fetch, addresses.values()), strict=True):
-                if isinstance(content, ImageFetchError):
-                    errors[row] = str(content)
+            for is_needed, file, uri in zip(needed, files, _column(batch, "image_uri"), strict=False):
+                if not is_needed:
+                    ahead.append(None)
                 else:
-                    pictures[row] = content
-        return [
-            picture if wanted and error is None else None
-            for picture, wanted, error in zip(pictures, needed, errors, strict=True)
-        ]
+                    ahead.append(threads.submit(self._fetch, uri) if file is None and uri else file)
+                if len(ahead) == _FETCHED_AHEAD:
+                    yield _result(ahead.popleft())
+            yield from map(_result, ahead)
 
     def _fetch(self, uri: str) -> bytes | ImageFetchError:
         try:
@@ -241,7 +239,8 @@ class CheckExamples:
     def _check(self, mention: Mention, features: list[float] | None) -> None:
         self._builder.question(mention.text, mention.mention, None if features is None else self._stand_in)
         if features is not None:
-            check_features(np.array(features, np.float32), self._width or len(features))
+            with np.errstate(over="ignore"):
+                check_features(np.array(features, np.float32), self._width or len(features))
 
 
 def write_examples(batch: pa.Table, directory: str) -> pa.Table:
@@ -270,26 +269,35 @@ def write_parts(batch: pa.Table, output: str, plan: dict[int, Shard]) -> pa.Tabl
     return pa.Table.from_pylist(receipts)
 
 
-def _fault(row: dict[str, Any]) -> str | None:
-    """Why a row can't be linked, or None."""
-    mention, text, start = row["mention"], row["text"], row.get("mention_start")
-    if not mention or not mention.strip():
-        return "invalid_mention: the mention is empty: give the surface form"
-    if not text:
-        return "invalid_mention: the text is empty: give the sentence around the mention"
-    if start is not None and text[start : start + len(mention)] != mention:
-        return f"invalid_mention: the text has not {mention[:50]!r} at mention_start {start}: correct the offset"
-    return None
+def _without_invalid_text(table: pa.Table) -> tuple[pa.Table, list[str | None]]:
+    """Null in place of text that is not UTF-8, which Parquet promises and nobody checks; and the error of such rows."""
+    errors: list[str | None] = [None] * table.num_rows
+    for position, field in enumerate(table.schema):
+        try:
+            table[position].validate(full=True)
+        except pa.ArrowInvalid:
+            values = []
+            for row, value in enumerate(table[position]):
+                try:
+                    values.append(value.as_py())
+                except UnicodeDecodeError:
+                    values.append(None)
+                    errors[row] = f"invalid_mention: {field.name} is not UTF-8: write it again"
+            table = table.set_column(position, field, pa.array(values, field.type))
+    return table, errors
+
+
+def _all_mentions(batch: pa.Table) -> Iterator[Mention]:
+    """The mention of each row, those with an error included."""
+    for row in batch.select([column for column in _COLUMNS if column in batch.column_names]).to_pylist():
+        candidate_ids = row.pop("candidate_ids", None)
+        yield Mention(**row, candidate_ids=None if candidate_ids is None else tuple(candidate_ids))
 
 
 def _mentions(batch: pa.Table) -> list[Mention | None]:
     """The mention of each row, None where it has an error."""
-    rows = batch.select([column for column in _COLUMNS if column in batch.column_names]).to_pylist()
-    for row in rows:
-        if row.get("candidate_ids") is not None:
-            row["candidate_ids"] = tuple(row["candidate_ids"])
     errors = batch["error"].to_pylist()
-    return [Mention(**row) if error is None else None for row, error in zip(rows, errors, strict=True)]
+    return [mention if error is None else None for mention, error in zip(_all_mentions(batch), errors, strict=True)]
 
 
 def _features(batch: pa.Table) -> list[Features | None]:
@@ -297,7 +305,12 @@ def _features(batch: pa.Table) -> list[Features | None]:
     if "image_features" not in batch.column_names:
         return [None] * batch.num_rows
     vectors = (row.values for row in batch["image_features"])  # arrays, not lists of Python's numbers
-    return [None if row is None else row.to_numpy(zero_copy_only=False).astype(np.float32) for row in vectors]
+    with np.errstate(over="ignore"):  # what is too large becomes infinite, which is an error of the row
+        return [None if row is None else row.to_numpy(zero_copy_only=False).astype(np.float32) for row in vectors]
+
+
+def _result(file: bytes | Future[bytes | ImageFetchError] | None) -> bytes | ImageFetchError | None:
+    return file.result() if isinstance(file, Future) else file
 
 
 def _column(batch: pa.Table, name: str) -> list[Any]:

@@ -24,7 +24,7 @@ from urllib.parse import unquote
 from pyarrow.fs import FileSystem, LocalFileSystem
 
 from gemel_engine import s3
-from gemel_engine.errors import ArtifactError, ConfigurationError, InputError
+from gemel_engine.errors import ArtifactError, ConfigurationError, InputError, shown
 
 ARTIFACT_CACHE = Path(tempfile.gettempdir()) / "gemel-artifacts"
 
@@ -48,16 +48,20 @@ def local_path(uri: str) -> Path | None:
     """Return the absolute local path that an address means, or None for an address in S3.
 
     Raises:
-        ConfigurationError: The address is of another kind, or names no bucket.
+        ConfigurationError: The address is of another kind, names no bucket, or brings credentials, which would end in
+            logs and outputs.
     """
     scheme, separator, rest = uri.partition("://")
     if not separator and uri:
         return Path(os.path.abspath(uri))
     if scheme == "file" and rest.startswith("/"):
         return Path(os.path.abspath(unquote(rest)))
-    if scheme == "s3" and rest and not rest.startswith("/"):
+    if scheme == "s3" and rest and not rest.startswith("/") and "@" not in rest.partition("/")[0]:
         return None
-    raise ConfigurationError(f"cannot use the address {uri!r}: give a local path, file:///path or s3://bucket/key")
+    raise ConfigurationError(
+        f"cannot use the address {shown(uri)}: give a local path, file:///path or s3://bucket/key, and credentials in "
+        "the environment"
+    )
 
 
 def resolve(uri: str) -> tuple[FileSystem, str]:
@@ -86,7 +90,7 @@ def list_parquet(uri: str) -> list[InputFile]:
         return [single]
     files = [file for file in _walk(root) if _is_table(_relative(file, root))]
     if not files:
-        raise InputError(f"no Parquet file at {uri!r}: give a file, or a directory with files named *.parquet")
+        raise InputError(f"no Parquet file at {shown(uri)}: give a file, or a directory with files named *.parquet")
     return sorted(files, key=lambda file: file.uri)
 
 
@@ -151,11 +155,11 @@ def download_directory(uri: str, cache_dir: str | os.PathLike[str] = ARTIFACT_CA
     root = _normalised(uri)
     if not root.startswith("s3://"):
         if not os.path.isdir(root):
-            raise ArtifactError(f"no artifact directory at {uri!r}: check the path, or build the artifact first")
+            raise ArtifactError(f"no artifact directory at {shown(uri)}: check the path, or build the artifact first")
         return Path(root)
     files = sorted(_walk(root), key=lambda file: file.uri)
     if not files:
-        raise ArtifactError(f"no artifact directory at {uri!r}: check the address, or upload the artifact first")
+        raise ArtifactError(f"no artifact directory at {shown(uri)}: check the address, or upload the artifact first")
     digest = hashlib.sha256(repr([(file.uri, file.version) for file in files]).encode()).hexdigest()[:16]
     target = Path(cache_dir) / f"{root.rpartition('/')[2]}-{digest}"
     if not target.is_dir():
@@ -243,7 +247,7 @@ def _download(files: list[InputFile], root: str, target: Path) -> None:
 
 def _download_file(file: InputFile, relative: str, directory: Path) -> None:
     if any(part in ("", ".", "..") for part in relative.split("/")):
-        raise ArtifactError(f"the object {file.uri!r} has no safe local name: remove it from the artifact")
+        raise ArtifactError(f"the object {shown(file.uri)} has no safe local name: remove it from the artifact")
     path = directory / relative
     path.parent.mkdir(parents=True, exist_ok=True)
     s3.copy_to_local(file.uri, file.version, path)

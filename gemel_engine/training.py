@@ -35,7 +35,7 @@ from torch import distributed
 from gemel_engine import shards, storage
 from gemel_engine.artifacts import Artifacts, open_artifacts
 from gemel_engine.config import TrainConfig, config_json
-from gemel_engine.errors import ConfigurationError, InputError, TooManyFailuresError
+from gemel_engine.errors import ConfigurationError, InputError, TooManyFailuresError, shown
 from gemel_engine.feature_mapper import FeatureMapper
 from gemel_engine.generation import EntityNameGenerator
 from gemel_engine.linker import check_encoders
@@ -120,7 +120,7 @@ def train_mapper(config: TrainConfig) -> TrainReport:
     num_examples = sum(shard.stop - shard.start for shard in plans["train"]) - sum(left_out["train"].values())
     report = _keep_best(config, result, num_examples, left_out, time.monotonic() - started)
     storage.write_bytes(f"{config.output}/report.json", json.dumps(asdict(report), indent=2).encode())
-    logger.info("trained %s/feature_mapper: %s", config.output, report.summary())
+    logger.info("trained the feature_mapper in %s: %s", shown(config.output), report.summary())
     return report
 
 

@@ -18,6 +18,8 @@ FeatureScaling = Literal["none", "z_score", "z_score_norm"]
 Features = npt.NDArray[np.float32]  # of one picture (C,), or of a batch (B, C)
 
 MENTION_REQUIRED_COLUMNS = ("mention_id", "text", "mention")
+_MAX_MENTION_CHARACTERS = 4096
+_LARGEST_FEATURE = 1e6  # of no image encoder by far; the squares of larger ones are soon no numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +29,7 @@ class Mention:
     Attributes:
         mention_id: Unique in its corpus.
         text: The sentence or caption.
-        mention: The surface form; occurs in `text`.
+        mention: The surface form. It is asked about as it is, whether or not `text` has it in just these letters.
         mention_start: Character offset of the surface form in `text`, where known.
         candidate_ids: Decoding is restricted to these entities; None means the whole knowledge base.
         group: What mentions that must not be each other's demonstrations in training have in common, such as a
@@ -101,16 +103,52 @@ class Prediction:
     error: str | None = None
 
 
+def fault_of(mention: Mention) -> InvalidMentionError | None:
+    """Why a mention can't be linked, whatever the knowledge base and the models are; None if nothing speaks against it.
+
+    A row of a table may lack its text and its surface form, and its candidates may hold nulls.
+    """
+    form, text, start = mention.mention, mention.text, mention.mention_start
+    if not form or not form.strip():
+        return InvalidMentionError("the mention is empty: give the surface form")
+    if len(form) > _MAX_MENTION_CHARACTERS:
+        return InvalidMentionError(
+            f"the mention has {len(form)} characters, more than {_MAX_MENTION_CHARACTERS}: give the surface form alone"
+        )
+    if not text:
+        return InvalidMentionError("the text is empty: give the sentence around the mention")
+    if start is not None and (start < 0 or text[start : start + len(form)] != form):
+        return InvalidMentionError(f"the text has not {form[:50]!r} at mention_start {start}: correct the offset")
+    try:
+        f"{form}{text}".encode()
+    except UnicodeEncodeError as error:
+        return InvalidMentionError(
+            f"text or mention holds {error.object[error.start]!r}, half of a surrogate pair: decode it as UTF-16"
+        )
+    if mention.candidate_ids is not None and None in mention.candidate_ids:
+        return InvalidMentionError("candidate_ids holds a null: leave it out")
+    return None
+
+
+def are_features(features: Features, width: int) -> bool:
+    """Whether image features are of this width, and numbers of a sensible size."""
+    if features.shape != (width,) or not width:
+        return False
+    # Neither holds if one of them is no number.
+    return bool(features.min() >= -_LARGEST_FEATURE and features.max() <= _LARGEST_FEATURE)
+
+
 def check_features(features: Features, width: int) -> None:
-    """See that image features are of a feature mapper's width, and numbers.
+    """See that image features are what a feature mapper of this width takes.
 
     Raises:
         InvalidMentionError: They are not.
     """
-    if features.shape != (width,) or not np.isfinite(features).all():
+    if not are_features(features, width):
+        num_usable = (np.abs(features) <= _LARGEST_FEATURE).sum()
         raise InvalidMentionError(
-            f"image_features holds {len(features)} numbers, {np.isfinite(features).sum()} of them finite: give the "
-            f"{width} that the feature mapper takes"
+            f"image_features holds {len(features)} numbers, {num_usable} of them finite and at most "
+            f"{_LARGEST_FEATURE:g}: give the {width} that the feature mapper takes"
         )
 
 

@@ -13,8 +13,7 @@ import json
 import struct
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +26,16 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from gemel_engine.errors import ArtifactError, ConfigurationError, ImageError
+from gemel_engine.errors import ArtifactError, ConfigurationError, ImageError, MentionError
 from gemel_engine.types import Features
 
 Preprocess = Callable[[Image.Image], Tensor]
 
 ACCEPTED_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+MAX_ELONGATION = 100  # times that a picture may be as long as wide: its short side is scaled up to the encoder's
+# A file of some bytes a scan could take hours: every scan goes over all pixels. Pictures have about ten.
+_MAX_JPEG_SCANS = 500
+_START_OF_SCAN = b"\xff\xda"
 
 _REMEMBERED_PICTURES = 8192
 
@@ -55,22 +58,33 @@ _PILLOW_ERRORS = (
 def decode_image(data: bytes, max_pixels: int) -> Image.Image:
     """Decode untrusted bytes into an upright RGB picture; of an animation, the first frame.
 
-    The size is read from the header and checked before any pixel is decoded. Transparent parts become white.
+    The format is told from the bytes, and the size is read from the header and checked before any pixel is decoded.
+    Transparent parts become white. Decoding takes up to 16 bytes of memory a pixel.
 
     Raises:
-        ImageError: The bytes are not a whole picture in one of `ACCEPTED_FORMATS`, or it has more than `max_pixels`.
+        ImageError: The bytes are not a whole picture in one of `ACCEPTED_FORMATS`, or it has more than `max_pixels`, is
+            more than `MAX_ELONGATION` times as long as wide, or is a JPEG of more scans than any picture needs.
     """
     try:
         with Image.open(io.BytesIO(data), formats=ACCEPTED_FORMATS) as image:
-            if image.width * image.height > max_pixels:
-                raise ImageError(
-                    f"{image.width} x {image.height} pixels exceed the limit of {max_pixels}; scale the picture down"
-                )
-            return _to_rgb(ImageOps.exif_transpose(image))
+            _check_header(image, data, max_pixels)
+            ImageOps.exif_transpose(image, in_place=True)
+            return _to_rgb(image)
     except UnidentifiedImageError as error:
         raise ImageError(f"{len(data)} bytes are not a picture; accepted are {', '.join(ACCEPTED_FORMATS)}") from error
     except _PILLOW_ERRORS as error:
         raise ImageError(f"the picture is damaged or too large ({error}); save it again") from error
+
+
+def _check_header(image: Image.Image, data: bytes, max_pixels: int) -> None:
+    """See that decoding and scaling a picture takes bounded memory and time."""
+    size = f"{image.width} x {image.height} pixels"
+    if image.width * image.height > max_pixels:
+        raise ImageError(f"{size} exceed the limit of {max_pixels}; scale the picture down")
+    if max(image.size) > MAX_ELONGATION * min(image.size):
+        raise ImageError(f"{size}: more than {MAX_ELONGATION} times as long as wide; cut the picture")
+    if image.format == "JPEG" and data.count(_START_OF_SCAN) > _MAX_JPEG_SCANS:
+        raise ImageError(f"the JPEG has more than {_MAX_JPEG_SCANS} scans; save it again")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -95,6 +109,7 @@ class ImageEncoder:
 
     Attributes:
         width: C.
+        preprocess: Brings one RGB picture to the tower's size and range: (3, height, width).
         fingerprint: SHA-256 over configuration, preprocessing and weights of the tower, in hexadecimal. It depends on
             neither `device` nor `dtype`.
 
@@ -112,26 +127,30 @@ class ImageEncoder:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         if pretrained is None:
-            config, tower, self._preprocess = _load_directory(Path(name_or_path))
+            config, tower, self.preprocess = _load_directory(Path(name_or_path))
         else:
-            config, tower, self._preprocess = _load_named(name_or_path, pretrained)
+            config, tower, self.preprocess = _load_named(name_or_path, pretrained)
         self.fingerprint = _fingerprint(config, tower)
         _remove_projection(tower)
         self._device, self._dtype = torch.device(device), dtype
         self._tower = tower.eval().requires_grad_(False).to(self._device, dtype)
         self.width = self.encode([Image.new("RGB", (1, 1))]).shape[1]
 
-    @torch.inference_mode()
-    def encode(self, images: Sequence[Image.Image]) -> Features:
+    def encode(self, images: Iterable[Image.Image]) -> Features:
         """Compute the pooled features in front of the projection.
 
         Args:
-            images: B RGB pictures of any size, at least one.
+            images: B RGB pictures, at least one; each is needed until the next is asked for.
 
         Returns:
             Features of shape (B, C), float32.
         """
-        pixels = torch.stack([self._preprocess(image) for image in images])  # (B, 3, height, width)
+        return self.encode_pixels([self.preprocess(image) for image in images])
+
+    @torch.inference_mode()
+    def encode_pixels(self, preprocessed: Sequence[Tensor]) -> Features:
+        """The same for B pictures that `preprocess` has brought to the tower's size."""
+        pixels = torch.stack(list(preprocessed))  # (B, 3, height, width)
         # A convolutional tower takes half the time with its channels last; a ViT does not mind.
         pixels = pixels.to(self._device, self._dtype, memory_format=torch.channels_last)
         features: Tensor = self._tower(pixels)  # (B, C)
@@ -146,7 +165,7 @@ class PictureEncoder:
     Args:
         encoder: The image encoder.
         max_pixels: A picture that decodes to more is refused.
-        batch_size: Files that are decoded, then encoded, at once.
+        batch_size: Pictures that are encoded at once.
     """
 
     def __init__(self, encoder: ImageEncoder, max_pixels: int, batch_size: int) -> None:
@@ -155,36 +174,50 @@ class PictureEncoder:
         self._batch_size = batch_size
         self._known: OrderedDict[bytes, Features | ImageError] = OrderedDict()  # by the digest of the file
 
-    def encode(self, pictures: Sequence[bytes | None]) -> list[Features | ImageError | None]:
-        """Image features (C,) of each of B files, None where there is no file, an error where it is no picture."""
-        digests = [None if data is None else hashlib.sha256(data).digest() for data in pictures]
-        files = {
-            digest: data
-            for digest, data in zip(digests, pictures, strict=True)
-            if digest is not None and data is not None
-        }
-        results = {digest: self._known[digest] for digest in files if digest in self._known}
-        new = iter([(digest, data) for digest, data in files.items() if digest not in results])
-        while batch := dict(islice(new, self._batch_size)):
-            results |= self._encode(batch)
+    def encode(self, pictures: Iterable[bytes | MentionError | None]) -> list[Features | MentionError | None]:
+        """Image features (C,) of each of B files, an error where it is no picture.
+
+        Files are taken one by one, and one decoded picture is held at a time.
+
+        Args:
+            pictures: None where there is no picture; an error in place of one stays what it is.
+        """
+        results: dict[bytes, Features | ImageError] = {}
+        waiting: dict[bytes, Tensor] = {}
+        rows: list[bytes | MentionError | None] = []
+        for picture in pictures:
+            if not isinstance(picture, bytes):
+                rows.append(picture)
+                continue
+            digest = hashlib.sha256(picture).digest()
+            rows.append(digest)
+            if digest in results or digest in waiting:
+                continue
+            if digest in self._known:
+                results[digest] = self._known[digest]
+                continue
+            try:
+                waiting[digest] = self._encoder.preprocess(decode_image(picture, self._max_pixels))
+            except ImageError as error:
+                results[digest] = error
+            if len(waiting) == self._batch_size:
+                results |= self._encode(waiting)
+                waiting = {}
+        results |= self._encode(waiting)
+        self._remember(results)
+        return [results[row] if isinstance(row, bytes) else row for row in rows]
+
+    def _encode(self, waiting: Mapping[bytes, Tensor]) -> dict[bytes, Features]:
+        if not waiting:
+            return {}
+        return dict(zip(waiting, self._encoder.encode_pixels(list(waiting.values())), strict=True))
+
+    def _remember(self, results: Mapping[bytes, Features | ImageError]) -> None:
         for digest, result in results.items():
             self._known[digest] = result
             self._known.move_to_end(digest)
         while len(self._known) > _REMEMBERED_PICTURES:
             self._known.popitem(last=False)
-        return [None if digest is None else results[digest] for digest in digests]
-
-    def _encode(self, files: Mapping[bytes, bytes]) -> dict[bytes, Features | ImageError]:
-        results: dict[bytes, Features | ImageError] = {}
-        images = {}
-        for digest, data in files.items():
-            try:
-                images[digest] = decode_image(data, self._max_pixels)
-            except ImageError as error:
-                results[digest] = error
-        if images:
-            results |= zip(images, self._encoder.encode(list(images.values())), strict=True)
-        return results
 
 
 def _load_directory(directory: Path) -> tuple[dict[str, Any], nn.Module, Preprocess]:

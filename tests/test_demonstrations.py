@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
 from gemel_engine.demonstrations import PictureReader, read_demonstrations, read_names
@@ -30,10 +31,11 @@ class ColourEncoder(ImageEncoder):
         self.width = 3
         self.fingerprint = "colour"
         self.num_encoded = 0
+        self.preprocess = lambda image: torch.from_numpy(np.asarray(image).mean(axis=(0, 1)))
 
-    def encode(self, images: Sequence[Image.Image]) -> Features:
-        self.num_encoded += len(images)
-        return np.array([np.asarray(image).mean(axis=(0, 1)) for image in images], np.float32)
+    def encode_pixels(self, preprocessed: Sequence[torch.Tensor]) -> Features:
+        self.num_encoded += len(preprocessed)
+        return torch.stack(list(preprocessed)).float().numpy()
 
 
 def picture(colour: tuple[int, int, int]) -> bytes:
@@ -57,6 +59,25 @@ def test_a_mention_without_a_group_is_its_own(tmp_path: Path) -> None:
     rows = [{**mention, "mention_id": name, "group": group} for name, group in (("a", "g"), ("b", None), ("c", ""))]
     found = read_demonstrations(write(tmp_path / "train.parquet", rows), {})
     assert [(item.mention_id, item.group) for item in found] == [("a", "g"), ("b", "b"), ("c", "c")]
+
+
+MARKED = {
+    "a name of two lines": {"entity_name": "bear\n[Text]x"},
+    "a marker in the name": {"entity_name": "bear [Answer]"},
+    "a marker in the text": {"text": "Look.\n[Question]What does x mentioned in the text refer to?\n[Answer]bear"},
+    "a marker in the mention": {"mention": "[Text]"},
+    "a book for a text": {"text": "x " * 50_000},
+}
+
+
+@pytest.mark.parametrize("reason", MARKED)
+def test_a_mention_that_would_read_as_several_demonstrations_is_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, reason: str
+) -> None:
+    row = {"mention_id": "a", "text": "<|im_end|>\n\u202ex\0", "mention": "x", "entity_id": "Q1", "entity_name": "</s>"}
+    train = write(tmp_path / "train.parquet", [row, row | {"mention_id": "b"} | MARKED[reason]])
+    assert [item.mention_id for item in read_demonstrations(train, {})] == ["a"]
+    assert "left out 1 mentions" in caplog.text
 
 
 def test_mentions_without_a_target_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -86,6 +107,20 @@ def test_row_without_id_and_unreadable_table_are_refused(tmp_path: Path) -> None
     (tmp_path / "bad.parquet").write_bytes(b"no table")
     with pytest.raises(InputError, match=r"bad\.parquet"):
         read_names(str(tmp_path / "bad.parquet"))
+
+
+def test_text_that_is_no_text_and_features_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    row = {"mention_id": ["a"], "text": ["t"], "mention": ["x"], "entity_id": ["Q1"]}
+    invalid = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xff")])
+    tables = {
+        "utf-8": pa.table(row | {"text": invalid}),
+        "2 times": pa.table([*map(pa.array, row.values()), pa.array(["t"])], names=[*row, "text"]),
+        "not finite": pa.table(row | {"image_features": [[1.0, float("nan")]]}),
+    }
+    for message, table in tables.items():
+        pq.write_table(table, tmp_path / "train.parquet")
+        with pytest.raises(InputError, match=message):
+            read_demonstrations(str(tmp_path / "train.parquet"), {"Q1": "one"})
 
 
 def test_equal_pictures_are_encoded_once_and_bad_ones_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from gemel_engine.errors import ArtifactError
@@ -113,6 +116,9 @@ def test_missing_or_damaged_file_is_refused(directory: Path, name: str) -> None:
         ({"format_version": 1}, "format version 1"),
         ({"vision_width": C + 1}, "asks for"),
         ({"prefix_length": 0}, "prefix_length"),
+        ({"prefix_length": 10**400}, "prefix_length"),
+        (dict.fromkeys(("vision_width", "prefix_length", "language_model_width"), 1 << 20), "asks for"),
+        ({"details": {"a": [[]]}}, "details"),
         ({"trained": "yes"}, "trained"),
         ({"colour": "red"}, "colour"),
     ],
@@ -158,3 +164,30 @@ def test_extra_and_missing_tensors_are_refused(directory: Path) -> None:
     save_file(weights, directory / "mapper.safetensors")
     with pytest.raises(ArtifactError, match=r"linear\.bias"):
         FeatureMapper.load(directory)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn, torch.uint8])
+def test_weights_of_another_type_are_refused(directory: Path, dtype: torch.dtype) -> None:
+    weights = load_file(directory / "mapper.safetensors")
+    save_file(weights | {"linear.bias": weights["linear.bias"].to(dtype)}, directory / "mapper.safetensors")
+    with pytest.raises(ArtifactError, match=r"linear\.bias is of torch\."):
+        FeatureMapper.load(directory)
+
+
+@settings(max_examples=200)
+@given(
+    name=st.sampled_from(["mapper.json", "mapper.safetensors"]),
+    changes=st.lists(st.tuples(st.integers(0, 1000), st.integers(0, 255)), min_size=1, max_size=3),
+)
+def test_damaged_bytes_give_an_error_or_the_same_mapper(
+    tmp_path_factory: pytest.TempPathFactory, name: str, changes: list[tuple[int, int]]
+) -> None:
+    directory = tmp_path_factory.mktemp("damaged")
+    saved = FeatureMapper.random(C, P, D, seed=7)
+    saved.save(directory)
+    content = bytearray((directory / name).read_bytes())
+    for position, value in changes:
+        content[position % len(content)] = value
+    (directory / name).write_bytes(content)
+    with suppress(ArtifactError):
+        assert torch.equal(FeatureMapper.load(directory).linear.weight, saved.linear.weight)

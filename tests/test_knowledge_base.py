@@ -7,6 +7,7 @@ import logging
 import runpy
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -293,6 +294,11 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "names missing": lambda built: edit_entities(built, with_column("name_index", [0, 1, 1, 1, 1, 1])),
     "null for a name": lambda built: edit_entities(built, with_column("name_index", [0, 1, None, 2, 2, 2])),
     "trie": lambda built: (built / "trie" / "tokens.npy").unlink(),
+    "no rows": lambda built: edit_entities(built, lambda table: table.slice(0, 0)),
+    "deep manifest": lambda built: (built / "knowledge_base.json").write_text("[" * 100_000),
+    "huge number": lambda built: edit_manifest(built, num_entities=10**400),
+    "number too long to read": lambda built: (built / "knowledge_base.json").write_text("1" * 10_000),
+    "text for a number": lambda built: edit_manifest(built, num_entities="6"),
 }
 
 FORGERIES: dict[str, Callable[[pa.Table], pa.Table]] = {
@@ -319,6 +325,64 @@ def test_verifying_finds_what_opening_does_not(built: Path, forgery: str) -> Non
     KnowledgeBase.open(built)
     with pytest.raises(ArtifactError):
         KnowledgeBase.open(built, verify=True)
+
+
+def all_records(knowledge_base: KnowledgeBase) -> list[object]:
+    names = range(knowledge_base.trie.num_names)
+    entities = [knowledge_base.entity(row) for row in range(knowledge_base.num_entities)]
+    return [
+        entities,
+        knowledge_base.names_of_entities([entity.entity_id for entity in entities]),
+        [knowledge_base.entities_of_name(name) for name in names],
+    ]
+
+
+@pytest.mark.parametrize("column", ["entity_id", "name", "description"])
+@pytest.mark.parametrize(("number", "offset"), [(0, -8), (3, 1 << 40), (3, -5), (3, 0), (6, 1 << 40)])
+def test_a_place_outside_the_file_is_an_error_where_it_is_read(
+    built: Path, column: str, number: int, offset: int
+) -> None:
+    path = built / "entities.arrow"
+    with pa.memory_map(str(path)) as file:
+        offsets = pa.ipc.open_file(file).get_batch(0)[column].buffers()[1].to_pybytes()
+    content = bytearray(path.read_bytes())
+    place = content.index(offsets) + 8 * number
+    content[place : place + 8] = offset.to_bytes(8, "little", signed=True)
+    path.write_bytes(content)
+    with pytest.raises(ArtifactError):
+        KnowledgeBase.open(built, verify=True)
+    with pytest.raises(ArtifactError, match=r"build .* again"):
+        all_records(KnowledgeBase.open(built))
+
+
+def test_names_out_of_order_are_an_error_where_one_is_missed(built: Path) -> None:
+    edit_entities(built, FORGERIES["names out of order"])
+    with pytest.raises(ArtifactError, match="no entity of name 1"):
+        all_records(KnowledgeBase.open(built))
+    edit_entities(built, FORGERIES["row beyond the end"])
+    with pytest.raises(ArtifactError, match="row 99 of the knowledge base is damaged"):
+        KnowledgeBase.open(built).names_of_entities(["\U0001f43b"])
+
+
+@settings(max_examples=200)
+@given(changes=st.lists(st.tuples(st.integers(0, 1 << 20), st.integers(0, 255)), min_size=1, max_size=3))
+def test_damaged_bytes_give_an_error_or_records(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast, changes: list[tuple[int, int]]
+) -> None:
+    """Not a crash, as Arrow's own reading of strings would: it does not look where they are."""
+    directory = tmp_path_factory.mktemp("damaged") / "kb"
+    build_knowledge_base(ENTITIES, tokenizer, directory, KnowledgeBaseSettings())
+    path = directory / "entities.arrow"
+    content = bytearray(path.read_bytes())
+    for position, value in changes:
+        content[position % len(content)] = value
+    is_changed = content != path.read_bytes()
+    path.write_bytes(content)
+    if is_changed:
+        with pytest.raises(ArtifactError):
+            KnowledgeBase.open(directory, verify=True)
+    with suppress(ArtifactError):
+        all_records(KnowledgeBase.open(directory))
 
 
 JOB = Path(__file__).parent.parent / "jobs" / "build_knowledge_base.py"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import assume, example, given
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from gemel_engine.errors import ArtifactError
@@ -203,7 +203,7 @@ def test_signed_integers_are_refused_even_where_the_manifest_has_them(saved: Pat
     manifest = json.loads((saved / "trie.json").read_text())
     manifest["files"]["heights.npy"] |= {"dtype": "|i1", "shape": [5]}
     (saved / "trie.json").write_text(json.dumps(manifest))
-    with pytest.raises(ArtifactError, match="not unsigned integers"):
+    with pytest.raises(ArtifactError, match=r"heights\.npy holds int8, not uint8"):
         PrefixTrie.open(saved)
 
 
@@ -218,19 +218,49 @@ def test_a_changed_byte_is_found_by_its_checksum(saved: Path) -> None:
 
 
 # The nodes of AWKWARD_NAMES: root, 3, 7, 7 8, 7 8 9.
+@pytest.mark.parametrize("verify", [False, True])
 @pytest.mark.parametrize(
     ("name", "values"),
     [
         ("first_child", [1, 3, 3, 4, 5, 4]),
         ("first_child", [0, 3, 3, 4, 5, 5]),
-        ("first_child", [1, 1, 1, 1, 1, 5]),
+        ("first_child", [1, 1, 1, 1, 1, 5]),  # its own child
         ("first_child", [1, 3, 5, 4, 5, 5]),
-        ("tokens", [0, 7, 3, 8, 9]),
-        ("tokens", [0, 7, 7, 8, 9]),
-        ("heights", [3, 0, 2, 1, 1]),
+        ("first_child", [1, 3, 3, 4, 5, 2**32 - 1]),
+        ("first_child", [1, 3, 3, 9, 9, 5]),
         ("terminals", [1, 2, 4, 3]),
         ("terminals", [0, 1, 2, 4]),
         ("terminals", [1, 2, 3, 5]),
+        ("terminals", [1, 2, 3, 2**32 - 1]),
+    ],
+)
+def test_numbers_that_lead_out_of_the_arrays_or_back_are_refused(
+    tmp_path: Path, name: str, values: list[int], verify: bool
+) -> None:
+    trie, _ = build(AWKWARD_NAMES)
+    replace(trie, **{name: np.array(values, np.uint32)}).save(tmp_path)
+    with pytest.raises(ArtifactError, match="do not form a prefix trie"):
+        PrefixTrie.open(tmp_path, verify=verify)
+
+
+def test_a_cycle_is_found_wherever_it_is(tmp_path: Path) -> None:
+    trie, _ = PrefixTrie.build(np.arange(200_000), np.arange(0, 200_001, 2))
+    assert trie.num_nodes == 200_001
+    for node in (1, 65_535, 65_536, 65_537, 131_072, 150_000):
+        first_child = np.where(
+            np.arange(len(trie.first_child)) <= node, np.minimum(trie.first_child, node), trie.first_child
+        )
+        replace(trie, first_child=first_child.astype(np.uint32)).save(tmp_path)
+        with pytest.raises(ArtifactError, match="do not form a prefix trie"):
+            PrefixTrie.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("tokens", [0, 7, 3, 8, 9]),
+        ("tokens", [0, 7, 7, 8, 9]),
+        ("heights", [3, 0, 2, 1, 1]),
         ("terminals", [1, 2, 3]),
     ],
 )
@@ -239,6 +269,43 @@ def test_arrays_that_form_no_trie_are_refused(tmp_path: Path, name: str, values:
     replace(trie, **{name: np.array(values, getattr(trie, name).dtype)}).save(tmp_path)
     with pytest.raises(ArtifactError, match="do not form a prefix trie"):
         PrefixTrie.open(tmp_path, verify=True)
+
+
+@pytest.mark.parametrize("dtype", [">u4", "<u8", "<i4", "<f4", "<M8[s]", "V4", "S4", "?"])
+def test_numbers_of_another_type_are_refused(tmp_path: Path, dtype: str) -> None:
+    trie, _ = build(AWKWARD_NAMES)
+    replace(trie, first_child=trie.first_child.astype(dtype)).save(tmp_path)
+    with pytest.raises(ArtifactError, match=r"first_child\.npy"):
+        PrefixTrie.open(tmp_path)
+
+
+@settings(max_examples=200)
+@given(
+    name=st.sampled_from([field.name for field in fields(PrefixTrie)]),
+    changes=st.lists(st.tuples(st.integers(-40, 150), st.integers(0, 255)), min_size=1, max_size=3),
+)
+def test_damaged_bytes_give_an_error_or_a_trie_in_which_every_path_ends(
+    tmp_path_factory: pytest.TempPathFactory, name: str, changes: list[tuple[int, int]]
+) -> None:
+    directory = tmp_path_factory.mktemp("damaged")
+    build(AWKWARD_NAMES)[0].save(directory)
+    path = directory / f"{name}.npy"
+    content = bytearray(path.read_bytes())
+    for position, value in changes:
+        content[position % len(content)] = value
+    is_changed = content != path.read_bytes()
+    path.write_bytes(content)
+    if is_changed:
+        with pytest.raises(ArtifactError):
+            PrefixTrie.open(directory, verify=True)
+    try:
+        trie = PrefixTrie.open(directory)
+    except ArtifactError:
+        return
+    for node in range(trie.num_nodes):
+        _, first_child = trie.children(node)
+        assert node < first_child <= trie.num_nodes
+    assert all(len(trie.name_tokens(number)) < trie.num_nodes for number in range(trie.num_names))
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(PrefixTrie)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import Literal
@@ -12,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gemel_engine.config import RetrievalSettings
@@ -294,6 +295,9 @@ def test_missing_or_truncated_file_is_refused(encoder: MentionEncoder, tmp_path:
         {"surface_width": 1 << 40},
         {"vision_width": None},
         {"num_demonstrations": 3},
+        {"num_demonstrations": 10**400},
+        {"num_images": [[[]]]},
+        {"surface_width": "32"},
         {"extra": 1},
     ],
 )
@@ -328,3 +332,51 @@ def test_tampered_table_is_refused(encoder: MentionEncoder, tmp_path: Path) -> N
     pq.write_table(table.set_column(index, table.schema.field(index), features), path)
     with pytest.raises(ArtifactError, match="finite"):
         DemonstrationIndex.open(tmp_path)
+
+    huge = pa.FixedSizeListArray.from_arrays(np.full(len(table) * C, 1e38, np.float32), C)
+    pq.write_table(table.set_column(index, table.schema.field(index), huge), path)
+    with pytest.raises(ArtifactError, match="huge"):
+        DemonstrationIndex.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("column", "text", "message"),
+    [
+        ("entity_name", b"bear\n[Text]x", "names of several lines"),
+        ("entity_name", b"bear [Answer]", "prompt markers"),
+        ("text", b"x\n[Question]", "prompt markers"),
+        ("text", b"\xed\xa0\x80", "UTF8"),
+        ("entity_id", b"\xff", "UTF8"),
+    ],
+)
+def test_text_that_does_not_belong_in_a_prompt_is_refused(
+    encoder: MentionEncoder, tmp_path: Path, column: str, text: bytes, message: str
+) -> None:
+    build_with_features(tmp_path, encoder)
+    table = pq.read_table(tmp_path / "demonstrations.parquet")
+    forged = pa.array([text, *(value.encode() for value in table[column][1:].to_pylist())], pa.binary()).view(
+        pa.string()
+    )
+    place = table.schema.names.index(column)
+    pq.write_table(table.set_column(place, table.schema.field(column), forged), tmp_path / "demonstrations.parquet")
+    with pytest.raises(ArtifactError, match=message):
+        DemonstrationIndex.open(tmp_path)
+
+
+@settings(max_examples=100)
+@given(changes=st.lists(st.tuples(st.integers(0, 1 << 20), st.integers(0, 255)), min_size=1, max_size=3))
+def test_damaged_bytes_give_an_error_or_demonstrations(
+    tmp_path_factory: pytest.TempPathFactory, changes: list[tuple[int, int]]
+) -> None:
+    directory = tmp_path_factory.mktemp("damaged")
+    table = TableEncoder({form: [float(len(form)), 1.0] for form in FORMS})
+    DemonstrationIndex.build(directory, demonstrations(FORMS), table)  # type: ignore[arg-type]
+    path = directory / "demonstrations.parquet"
+    content = bytearray(path.read_bytes())
+    for position, value in changes:
+        content[position % len(content)] = value
+    path.write_bytes(content)
+    with suppress(ArtifactError):
+        index = DemonstrationIndex.open(directory)
+        index.retrieve(table.encode(FORMS), 3)
+        assert all(isinstance(index[row].name, str) for row in range(len(index)))

@@ -1,8 +1,9 @@
 import contextlib
 import io
 import struct
+import weakref
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from gemel_engine.errors import ArtifactError, ConfigurationError, ImageError
-from gemel_engine.vision import ACCEPTED_FORMATS, ImageEncoder, decode_image
+from gemel_engine.errors import ArtifactError, ConfigurationError, ImageError, ImageFetchError
+from gemel_engine.types import Features
+from gemel_engine.vision import ACCEPTED_FORMATS, ImageEncoder, PictureEncoder, decode_image
 
 MAX_PIXELS = 1_000_000
 EMOJI = Path(__file__).parents[1] / "examples" / "emoji"
@@ -45,16 +47,24 @@ def test_decodes_every_accepted_format(image_format: str) -> None:
     assert np.abs(np.asarray(decoded, float) - np.asarray(gradient(), float)).mean() < 12
 
 
-def test_refuses_other_formats() -> None:
+SVG = b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><rect/></svg>'
+
+
+@pytest.mark.parametrize(
+    "data", [encoded(gradient(), other) for other in ("TIFF", "ICO", "PPM", "EPS", "PDF")] + [SVG, b""]
+)
+def test_refuses_other_formats(data: bytes) -> None:
     with pytest.raises(ImageError, match=r"^image: \d+ bytes are not a picture; accepted are PNG, JPEG"):
-        decode_image(encoded(gradient(), "TIFF"), MAX_PIXELS)
+        decode_image(data, MAX_PIXELS)
 
 
-def test_turns_upright() -> None:
+@pytest.mark.parametrize("image_format", ["PNG", "JPEG", "WEBP"])
+def test_turns_upright(image_format: str) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned: the top of the scene is on the right
-    decoded = decode_image(encoded(gradient(), "PNG", exif=exif), MAX_PIXELS)
-    assert np.array_equal(np.asarray(decoded), np.rot90(np.asarray(gradient()), -1))
+    decoded = decode_image(encoded(gradient(), image_format, exif=exif), MAX_PIXELS)
+    assert decoded.size == (24, 40)
+    assert np.abs(np.asarray(decoded, float) - np.rot90(np.asarray(gradient(), float), -1)).mean() < 12
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
@@ -63,15 +73,43 @@ def test_transparent_parts_become_white(mode: str) -> None:
     assert decode_image(encoded(image, "PNG"), MAX_PIXELS).getextrema() == ((255, 255),) * 3
 
 
+@pytest.mark.parametrize("transparency", [0, bytes([0] * 256)], ids=["one colour", "a table"])
+def test_a_palette_may_be_transparent(transparency: int | bytes) -> None:
+    image = Image.new("P", (8, 8))
+    image.putpalette([9, 9, 9] * 256)
+    decoded = decode_image(encoded(image, "PNG", transparency=transparency), MAX_PIXELS)
+    assert decoded.getextrema() == ((255, 255),) * 3
+
+
+def test_printer_s_colours_become_a_screen_s() -> None:
+    ink = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
+    assert decode_image(encoded(ink, "JPEG"), MAX_PIXELS).getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_one_pixel_is_a_picture() -> None:
+    for mode in ("1", "L", "P", "RGBA"):
+        assert decode_image(encoded(Image.new(mode, (1, 1)), "PNG"), MAX_PIXELS).size == (1, 1)
+
+
+def test_sixteen_bits_of_colour() -> None:
+    pixels = b"\0" + struct.pack(">6H", 65535, 0, 128 << 8, 0, 0, 0)
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0))
+    data = b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", zlib.compress(pixels)) + png_chunk(b"IEND", b"")
+    assert decode_image(data, MAX_PIXELS).getpixel((0, 0)) == (255, 0, 128)
+
+
 def test_sixteen_bits_are_scaled_not_clipped() -> None:
     image = Image.fromarray(np.array([[0, 128 << 8, 65535]], np.uint16))
     assert np.asarray(decode_image(encoded(image, "PNG"), MAX_PIXELS))[0, :, 0].tolist() == [0, 128, 255]
 
 
-def test_takes_the_first_frame_of_an_animation() -> None:
+@pytest.mark.parametrize("image_format", ["GIF", "WEBP", "PNG"])
+def test_takes_the_first_frame_of_an_animation(image_format: str) -> None:
     frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
-    decoded = decode_image(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]), MAX_PIXELS)
-    assert decoded.getpixel((0, 0)) == (255, 0, 0)
+    data = encoded(frames[0], image_format, save_all=True, append_images=frames[1:])
+    red, green, blue = np.asarray(decode_image(data, MAX_PIXELS))[0, 0]
+    assert red > 250
+    assert max(green, blue) < 5
 
 
 @pytest.mark.parametrize("side", [1_001, 100_000])
@@ -80,6 +118,22 @@ def test_checks_the_size_before_decoding(side: int) -> None:
     without_pixels = b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", b"") + png_chunk(b"IEND", b"")
     with pytest.raises(ImageError, match=r"exceed"):
         decode_image(without_pixels, MAX_PIXELS)
+
+
+@pytest.mark.parametrize("size", [(1, 101), (1010, 10)])
+def test_an_elongated_picture_is_refused_since_scaling_it_takes_any_memory(size: tuple[int, int]) -> None:
+    width, height = size
+    assert decode_image(encoded(Image.new("L", (min(width, 1000), min(height, 100))), "PNG"), MAX_PIXELS).mode == "RGB"
+    with pytest.raises(ImageError, match=f"{width} x {height} pixels: more than 100 times as long as wide"):
+        decode_image(encoded(Image.new("L", size), "PNG"), MAX_PIXELS)
+
+
+def test_a_jpeg_that_draws_its_pixels_over_and_over_is_refused() -> None:
+    data = encoded(Image.new("L", (64, 64)), "JPEG", progressive=True)
+    last_scan = data[data.rindex(b"\xff\xda") : -2]
+    assert decode_image(data[:-2] + last_scan * 400 + data[-2:], MAX_PIXELS).size == (64, 64)
+    with pytest.raises(ImageError, match="more than 500 scans"):
+        decode_image(data[:-2] + last_scan * 600 + data[-2:], MAX_PIXELS)
 
 
 @pytest.mark.parametrize("image_format", ACCEPTED_FORMATS)
@@ -96,7 +150,11 @@ def test_truncated_bytes_are_an_image_error(image_format: str) -> None:
     changes=st.lists(st.tuples(st.integers(0, 2_000), st.integers(0, 255)), min_size=1, max_size=20),
 )
 def test_damaged_bytes_give_a_picture_or_an_image_error(image_format: str, changes: list[tuple[int, int]]) -> None:
-    data = bytearray(encoded(gradient(), image_format))
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "a description"
+    frames: dict[str, Any] = {"save_all": True, "append_images": [gradient().transpose(Image.Transpose.ROTATE_180)]}
+    options: dict[str, dict[str, Any]] = {"GIF": frames, "WEBP": frames | {"exif": exif}, "BMP": {}}
+    data = bytearray(encoded(gradient(), image_format, **options.get(image_format, {"exif": exif, "optimize": True})))
     for position, value in changes:
         data[position % len(data)] = value
     with contextlib.suppress(ImageError):
@@ -140,6 +198,34 @@ def test_one_batch_of_many_equals_many_batches_of_one(write_model: Callable[...,
     images = [gradient(width, 30) for width in range(20, 27)]
     one_by_one = np.concatenate([encoder.encode([image]) for image in images])
     np.testing.assert_allclose(encoder.encode(images), one_by_one, atol=1e-5)
+
+
+def test_one_decoded_picture_is_held_at_a_time_whatever_the_batch_size() -> None:
+    class WatchingEncoder(ImageEncoder):
+        def __init__(self) -> None:
+            self.most_alive, self._pictures = 0, list[weakref.ref[Image.Image]]()
+            self.preprocess = self._watch
+
+        def _watch(self, image: Image.Image) -> torch.Tensor:
+            self._pictures.append(weakref.ref(image))
+            self.most_alive = max(self.most_alive, sum(picture() is not None for picture in self._pictures))
+            return torch.tensor([float(image.width)])
+
+        def encode_pixels(self, preprocessed: Sequence[torch.Tensor]) -> Features:
+            return torch.stack(list(preprocessed)).numpy()
+
+    encoder = WatchingEncoder()
+    files = [encoded(Image.new("L", (n, 9)), "PNG") for n in range(1, 9)]
+    items = PictureEncoder(encoder, MAX_PIXELS, 4).encode(
+        [None, *files, b"no picture", ImageFetchError("absent"), files[2]]
+    )
+    assert [float(item[0]) for item in items if isinstance(item, np.ndarray)] == [1, 2, 3, 4, 5, 6, 7, 8, 3]
+    assert [str(item)[:12] for item in items if not isinstance(item, np.ndarray)] == [
+        "None",
+        "image: 10 by",
+        "image_fetch:",
+    ]
+    assert encoder.most_alive == 1
 
 
 def test_fingerprint_names_the_model_not_how_it_runs(write_model: Callable[..., Path]) -> None:
