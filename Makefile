@@ -24,7 +24,7 @@ export VLLM_NO_USAGE_STATS = 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install demo train-demo cluster-trial test gpu-check test-all check format lint types bench bench-decode \
-	requirements dist clean
+	ablations requirements dist clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' Makefile
@@ -74,6 +74,9 @@ bench: $(MODELS) ## measure accuracy on WikiDiverse; WIKIDIVERSE=DIRECTORY holds
 
 bench-decode: $(MODELS) ## measure decoding; WIKIDIVERSE as for bench, which goes first, TITLES=FILE: a Parquet file of names
 	$(BIN)/python benchmarks/decode.py $(WIKIDIVERSE) $(TITLES)
+
+ablations: $(KNOWLEDGE_BASE) $(DEMONSTRATIONS) ## change one thing at a time; WIKIDIVERSE as for bench, which goes first
+	$(BIN)/python benchmarks/ablations.py $(WIKIDIVERSE)
 
 requirements: COMPILE := $(BIN)/uv pip compile --quiet --upgrade --no-annotate --no-header --no-emit-index-url \
 	--no-emit-find-links pyproject.toml

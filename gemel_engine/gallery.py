@@ -18,11 +18,11 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from gemel_engine.errors import InputError, MentionError
+from gemel_engine.image_file import decode_image
 from gemel_engine.image_source import ImagePolicy, fetch_image
 from gemel_engine.retrieval import Demonstration, DemonstrationIndex
 from gemel_engine.storage import list_parquet, resolve
 from gemel_engine.types import Mention
-from gemel_engine.vision import decode_image
 
 _COLUMNS = {
     "mention_id": pa.string(),

@@ -202,10 +202,12 @@ class PrefixTrie:
         """
         starts = self.first_child[nodes].astype(np.int64)
         stops = self.first_child[np.asarray(nodes) + 1].astype(np.int64)
-        # Slices, because some nodes have thousands of children: copying a range is much faster than gathering it.
-        spans = [self.tokens[start:stop] for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)]
+        # Slices, because some nodes have thousands of children: copying a range is much faster than gathering it, and
+        # slices of a buffer cost half of those of an array.
+        tokens = memoryview(self.tokens)  # type: ignore[arg-type]  # an array is a buffer from Python 3.12 on
+        spans = b"".join([tokens[start:stop] for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)])
         row_offsets = np.concatenate([[0], np.cumsum(stops - starts)])
-        return np.concatenate([self.tokens[:0], *spans]), row_offsets
+        return np.frombuffer(spans, self.tokens.dtype), row_offsets
 
     def save(self, directory: Path) -> None:
         """Write one ``.npy`` file for each array, then ``trie.json``; replaces what is there."""

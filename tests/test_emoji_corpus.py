@@ -14,7 +14,7 @@ from examples.emoji.build_corpus import (
     TEST_ARTIST,
     TRAIN_ARTISTS,
 )
-from gemel_engine.vision import decode_image
+from gemel_engine.image_file import decode_image
 
 EMOJI = Path(__file__).parents[1] / "examples" / "emoji"
 SPLITS = ("train", "dev", "test", "test_unseen")

@@ -59,12 +59,16 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def test_ray_job_submit(artifacts: dict[str, Path], dashboard: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "command",
+    [("python", "jobs/link_corpus.py"), pytest.param(("gemel", "link"), marks=pytest.mark.heavy)],
+    ids=["script", "gemel"],
+)
+def test_ray_job_submit(command: tuple[str, ...], artifacts: dict[str, Path], dashboard: str, tmp_path: Path) -> None:
     config = tmp_path / "link.toml"
     config.write_text(toml(artifacts, write_mentions(tmp_path / "mentions.parquet"), tmp_path / "output"))
-    job = ["python", "jobs/link_corpus.py", str(config)]
     submitted = subprocess.run(
-        [RAY, "job", "submit", f"--address={dashboard}", "--working-dir=.", "--", *job],
+        [RAY, "job", "submit", f"--address={dashboard}", "--working-dir=.", "--", *command, str(config)],
         cwd=ROOT,
         env=os.environ | {"RAY_AUTH_MODE": "token"},
         check=False,

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from gemel_engine.errors import ArtifactError, ConfigurationError, ImageError, ImageFetchError
+from gemel_engine.image_file import ACCEPTED_FORMATS, decode_image
 from gemel_engine.types import Features
-from gemel_engine.vision import ACCEPTED_FORMATS, ImageEncoder, PictureEncoder, decode_image
+from gemel_engine.vision import ImageEncoder, PictureEncoder
 
 MAX_PIXELS = 1_000_000
 EMOJI = Path(__file__).parents[1] / "examples" / "emoji"
