@@ -252,7 +252,7 @@ def free(
             if output.finished:
                 assert isinstance(output, RequestOutput)
                 token_ids = list(output.outputs[0].token_ids)
-                text = generator.artifacts.tokenizer.decode(token_ids, skip_special_tokens=True)
+                (text,) = generator.artifacts.tokenizer.batch_decode([token_ids], skip_special_tokens=True)
                 names[int(output.request_id)] = text.strip()
     return names
 
