@@ -23,8 +23,8 @@ export VLLM_NO_USAGE_STATS = 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo train-demo cluster-trial test gpu-check test-all check format lint types bench bench-decode \
-	ablations requirements dist clean
+.PHONY: help install demo train-demo cluster-trial test gpu-check test-all test-chaos check format lint types bench \
+	bench-decode ablations requirements dist clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' Makefile
@@ -53,6 +53,9 @@ gpu-check: $(INSTALLED) ## check what a GPU changes; ENGINE=gpu installs for it,
 
 test-all: $(INSTALLED) $(MODELS) ## run all tests, those with real models included
 	$(BIN)/pytest -m ""
+
+test-chaos: $(INSTALLED) ## run the tests that kill processes of linking runs and put them in trouble
+	$(BIN)/pytest -m chaos
 
 check: lint types test ## everything that has to pass before a commit
 

@@ -6,6 +6,7 @@
     ├── ArtifactError           a directory on disk is missing, damaged, of another
     │                           format version, or does not fit its neighbours           exit code 4
     ├── TooManyFailuresError    more rows failed than `max_failed_fraction` allows       exit code 5
+    ├── EngineDiedError         a process of the language model's engine has ended      exit code 1
     └── MentionError            one row cannot be linked: it becomes the row's `error`
         ├── InvalidMentionError     empty surface form, offset outside the text, ...
         ├── PromptTooLongError      the mention's own text exceeds the prompt limit
@@ -69,6 +70,10 @@ class TooManyFailuresError(GemelError):
     """The job finished, but a larger fraction of rows failed than the configuration allows."""
 
     exit_code = 5
+
+
+class EngineDiedError(GemelError):
+    """A process of the language model's engine has ended, and the engine with it; the linking job starts it again."""
 
 
 class MentionError(GemelError):

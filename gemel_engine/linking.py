@@ -7,9 +7,14 @@ One block is one shard, or a part of it. The stages stand in `stages.py` and kno
 
 from __future__ import annotations
 
+import os
+
+# Ray Data reserves resources for a driver, and for so many seconds after it was killed: 180, were this not here. The
+# next driver would wait for them. Read when Ray Data is imported.
+os.environ.setdefault("RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S", "30")
+
 import json
 import logging
-import os
 import signal
 import sys
 import threading
@@ -117,7 +122,7 @@ def link_corpus(config: LinkConfig) -> LinkReport:
         connect()
         receipts = stream_parts(config, remaining).iter_batches(batch_size=None, batch_format="pyarrow")
         costs = _commit_as_completed(config.output, remaining, receipts)
-    for working_files in ("_parts", "_marks"):
+    for working_files in ("_parts", "_marks"):  # of this run and of any other: all shards are complete
         storage.remove_tree(f"{config.output}/{working_files}")
     report = _report(config, artifacts, plan, remaining, costs, time.monotonic() - started)
     storage.write_bytes(f"{config.output}/report.json", json.dumps(asdict(report), indent=2).encode())
@@ -265,6 +270,8 @@ def _commit_as_completed(output: str, remaining: Sequence[Shard], receipts: Iter
         costs.update({name: receipt[name] for name in COSTS if name in receipt})
         if num_missing[index] == 0:
             commits.append(commit.remote(output, plan[index], parts.pop(index)))
+            done, commits = ray.wait(commits, num_returns=len(commits), timeout=0)
+            ray.get(done)  # raises what went wrong with them
     ray.get(commits)
     return costs
 

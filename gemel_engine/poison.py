@@ -5,7 +5,8 @@ tells of a process that ended over them. Such rows are then worked on in two hal
 alone. A row over which three processes ended while it stood alone is poison and becomes a row with an `error`.
 
 A process that was killed from outside leaves a mark too. That costs a division, but an innocent row would have to be
-hit three times in the moments in which it is worked on alone.
+hit three times in the moments in which it is worked on alone. The mark of another run of the same command, which works
+on the same rows at this moment, looks like one that was left; it counts as one of the three.
 """
 
 from __future__ import annotations
@@ -53,7 +54,11 @@ def isolate(work: Work, batch: pa.Table, marks: str) -> pa.Table:
             part = part.set_column(column, "error", pa.array([POISON.format(left[name])], pa.string()))
         mark = f"{marks}/{name}.{uuid.uuid4().hex}"
         storage.write_bytes(f"{mark}/mark", b"")
-        results.append(work(part))
+        try:
+            results.append(work(part))
+        except Exception:  # ends the job, but not the process
+            storage.remove_tree(mark)
+            raise
         storage.remove_tree(mark)
     if left:
         storage.remove_tree(marks)

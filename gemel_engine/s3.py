@@ -4,33 +4,47 @@ Credentials, region and endpoint come from the environment alone, and a client i
 that no secret is ever pickled into a task. An address is `s3://bucket/key` without a slash at its end.
 
 Errors: FileNotFoundError for a missing object or bucket, ConfigurationError for refused credentials, OSError for any
-other failure, after the client's own retries.
+other failure, after as many attempts as `AWS_MAX_ATTEMPTS` says.
 """
 
 from __future__ import annotations
 
 import os
+import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    IncompleteReadError,
+    NoCredentialsError,
+    PartialCredentialsError,
+    ReadTimeoutError,
+    ResponseStreamingError,
+)
+from botocore.parsers import ResponseParserError
 from botocore.session import Session
-from pyarrow.fs import S3FileSystem
+from pyarrow.fs import AwsStandardS3RetryStrategy, S3FileSystem
 
 from gemel_engine.errors import ConfigurationError, shown
 
 _COPY_CHUNK_BYTES = 1 << 20
+_MAX_ATTEMPTS = 8  # they last half a minute
+_LONGEST_PAUSE_SECONDS = 20.0
 _MAX_CONFLICTS = 8
 _CONFLICT_PAUSE_SECONDS = 0.05
 _MAX_KEYS_PER_DELETION = 1000
+_BROKEN_BODIES = (IncompleteReadError, ReadTimeoutError, ResponseStreamingError)
 
 _Environment = tuple[tuple[str, str], ...]
+_Content = TypeVar("_Content")
 
 
 def file_system() -> S3FileSystem:
@@ -54,29 +68,45 @@ def head(uri: str) -> tuple[int, str] | None:
 def walk(uri: str) -> Iterator[tuple[str, int, str]]:
     """Yield the address, size in bytes and ETag of every object under `uri/`; nothing if the bucket does not exist."""
     bucket, key = _bucket_and_key(uri)
-    pages = _client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=f"{key}/" if key else "")
+    arguments = {"Bucket": bucket, "Prefix": f"{key}/" if key else ""}
     with suppress(FileNotFoundError), _builtin_errors(uri):
-        for page in pages:
+        while True:
+            page = _complete(partial(_client().list_objects_v2, **arguments), dict)
             for item in page.get("Contents", ()):
                 if not item["Key"].endswith("/"):  # an empty object that stands for a directory
                     yield f"s3://{bucket}/{item['Key']}", item["Size"], item["ETag"].strip('"')
+            if not page.get("IsTruncated"):
+                return
+            arguments["ContinuationToken"] = page["NextContinuationToken"]
 
 
 def read_bytes(uri: str, limit: int | None = None) -> bytes:
     """Read an object, or at most its first `limit` bytes."""
     bucket, key = _bucket_and_key(uri)
-    with _builtin_errors(uri), closing(_client().get_object(Bucket=bucket, Key=key)["Body"]) as body:
-        content: bytes = body.read(limit)
+
+    def read(answer: dict[str, Any]) -> bytes:
+        with closing(answer["Body"]) as body:
+            content: bytes = body.read(limit)
+        expected = answer["ContentLength"] if limit is None else min(answer["ContentLength"], limit)
+        if len(content) < expected:  # with a limit, the client does not look
+            raise IncompleteReadError(actual_bytes=len(content), expected_bytes=expected)
         return content
+
+    with _builtin_errors(uri):
+        return _complete(partial(_client().get_object, Bucket=bucket, Key=key), read)
 
 
 def copy_to_local(uri: str, etag: str, path: Path) -> None:
     """Copy an object into a local file; OSError if it is no longer the version with this ETag."""
     bucket, key = _bucket_and_key(uri)
-    with _builtin_errors(uri), path.open("wb") as stream:
-        answer = _client().get_object(Bucket=bucket, Key=key, IfMatch=f'"{etag}"')
-        for chunk in answer["Body"].iter_chunks(_COPY_CHUNK_BYTES):
-            stream.write(chunk)
+
+    def copy(answer: dict[str, Any]) -> None:
+        with closing(answer["Body"]) as body, path.open("wb") as stream:
+            for chunk in body.iter_chunks(_COPY_CHUNK_BYTES):
+                stream.write(chunk)
+
+    with _builtin_errors(uri):
+        _complete(partial(_client().get_object, Bucket=bucket, Key=key, IfMatch=f'"{etag}"'), copy)
 
 
 def write_bytes(uri: str, data: bytes) -> None:
@@ -114,9 +144,31 @@ def remove_tree(uri: str) -> None:
     for start in range(0, len(keys), _MAX_KEYS_PER_DELETION):
         batch = keys[start : start + _MAX_KEYS_PER_DELETION]
         with _builtin_errors(uri):
-            answer = _client().delete_objects(Bucket=bucket, Delete={"Objects": batch, "Quiet": True})
+            deletion = {"Objects": batch, "Quiet": True}
+            answer = _complete(partial(_client().delete_objects, Bucket=bucket, Delete=deletion), dict)
         if failures := answer.get("Errors"):
             raise OSError(f"{shown(uri)}: {len(failures)} objects could not be removed, the first: {failures[0]}")
+
+
+def _complete(request: Callable[[], Any], read: Callable[[dict[str, Any]], _Content]) -> _Content:
+    """Make a request again while its answer breaks off; what fails before that, the client tries again itself.
+
+    Args:
+        request: Whose answer, without its body, the client has read and parsed.
+        read: Takes from the answer what is wanted, the body included.
+    """
+    num_attempts = _max_attempts(_aws_environment())
+    for attempt in range(1, num_attempts + 1):
+        broken: tuple[type[Exception], ...] = (ResponseParserError,)
+        try:
+            answer = request()
+            broken = _BROKEN_BODIES
+            return read(answer)
+        except broken:
+            if attempt == num_attempts:
+                raise
+            time.sleep(random.random() * min(2.0**attempt, _LONGEST_PAUSE_SECONDS))
+    raise AssertionError("at least one attempt is made")
 
 
 def _bucket_and_key(uri: str) -> tuple[str, str]:
@@ -137,7 +189,7 @@ def _client() -> Any:
 def _client_of(environment: _Environment) -> Any:
     endpoint, region = _endpoint_and_region(environment)
     config = Config(
-        retries={"mode": "standard"},  # 3 attempts, or AWS_MAX_ATTEMPTS
+        retries={"mode": "standard", "total_max_attempts": _max_attempts(environment)},
         max_pool_connections=32,
         s3={"addressing_style": "path" if endpoint else "auto"},  # other servers have no host name per bucket
     )
@@ -147,10 +199,18 @@ def _client_of(environment: _Environment) -> Any:
 @lru_cache(maxsize=4)
 def _file_system(environment: _Environment) -> S3FileSystem:
     endpoint, region = _endpoint_and_region(environment)
+    retries = AwsStandardS3RetryStrategy(max_attempts=_max_attempts(environment))
     if endpoint is None:
-        return S3FileSystem(region=region)
+        return S3FileSystem(region=region, retry_strategy=retries)
     address = urlsplit(endpoint)
-    return S3FileSystem(region=region, endpoint_override=address.netloc, scheme=address.scheme)
+    return S3FileSystem(region=region, endpoint_override=address.netloc, scheme=address.scheme, retry_strategy=retries)
+
+
+def _max_attempts(environment: _Environment) -> int:
+    given = dict(environment).get("AWS_MAX_ATTEMPTS", str(_MAX_ATTEMPTS))
+    if not given.isdecimal() or int(given) < 1:
+        raise ConfigurationError(f"AWS_MAX_ATTEMPTS is {given!r}: give a whole number from 1")
+    return int(given)
 
 
 def _endpoint_and_region(environment: _Environment) -> tuple[str | None, str | None]:
@@ -177,7 +237,7 @@ def _builtin_errors(uri: str) -> Iterator[None]:
         raise OSError(f"{shown(uri)}: {error}") from error
     except (NoCredentialsError, PartialCredentialsError) as error:
         raise _refused(uri, error) from error
-    except BotoCoreError as error:
+    except (BotoCoreError, ResponseParserError) as error:
         raise OSError(f"{shown(uri)}: {error}") from error
 
 

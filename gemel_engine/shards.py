@@ -205,9 +205,8 @@ def check_claim(output: str, identity: dict[str, Any]) -> None:
 
 def finished_shards(output: str) -> set[str]:
     """Names of the shards that are complete."""
-    if not storage.exists(f"{output}/data"):
-        return set()
-    return {file.uri.rpartition("/")[2].removesuffix(".parquet") for file in storage.list_parquet(f"{output}/data")}
+    names = storage.list_files(f"{output}/data")
+    return {name.removesuffix(".parquet") for name in names if not name.startswith(".")}  # an unfinished file
 
 
 def write_part(output: str, shard: Shard, table: pa.Table) -> str:
@@ -226,12 +225,16 @@ def commit_shard(output: str, shard: Shard, part_uris: Sequence[str]) -> bool:
     Raises:
         AssertionError: The parts are not exactly the shard's rows.
     """
-    parts = [pq.read_table(io.BytesIO(storage.read_bytes(uri))) for uri in part_uris]
+    finished = f"{output}/data/{shard.name}.parquet"
+    try:
+        parts = [pq.read_table(io.BytesIO(storage.read_bytes(uri))) for uri in part_uris]
+    except FileNotFoundError:
+        if not storage.exists(finished):
+            raise
+        return False  # another run finished all shards, and removed the parts
     table = pa.concat_tables(parts).sort_by("row")
     assert table["row"].to_pylist() == list(range(shard.start, shard.stop)), f"{shard.name}: rows lost or repeated"
-    return storage.create_exclusive(
-        f"{output}/data/{shard.name}.parquet", parquet_bytes(table.select(PREDICTION_SCHEMA.names))
-    )
+    return storage.create_exclusive(finished, parquet_bytes(table.select(PREDICTION_SCHEMA.names)))
 
 
 def read_columns(directory: str, columns: Sequence[str]) -> pa.Table:

@@ -9,6 +9,8 @@ C vision width.
 
 from __future__ import annotations
 
+import logging
+import os
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -23,12 +25,14 @@ import pyarrow.parquet as pq
 
 from gemel_engine import shards, storage
 from gemel_engine.config import JobConfig, LinkConfig, RetrievalSettings, TrainConfig
-from gemel_engine.errors import ImageFetchError, MentionError
+from gemel_engine.errors import EngineDiedError, ImageFetchError, MentionError
 from gemel_engine.image_source import fetch_image
 from gemel_engine.poison import isolate, marks_of
 from gemel_engine.shards import Shard
 from gemel_engine.storage import download_directory
 from gemel_engine.types import Features, Mention, Prediction, check_features, fault_of, predictions_to_table
+
+logger = logging.getLogger(__name__)
 
 _COLUMNS = ("mention_id", "text", "mention", "mention_start", "candidate_ids", "group")
 IMAGE_COLUMNS = ("image_bytes", "image_uri")
@@ -180,11 +184,15 @@ class GenerateEntityNames:
         mentions, features = _mentions(batch), _features(batch)
         rows = [row for row, mention in enumerate(mentions) if mention is not None]
         demonstrations = [item or [] for item in _column(batch, "demonstrations")]
-        linked = self._generator.generate(
-            [mention for mention in mentions if mention is not None],
-            [features[row] for row in rows],
-            [demonstrations[row] for row in rows],
-        )
+        try:
+            linked = self._generator.generate(
+                [mention for mention in mentions if mention is not None],
+                [features[row] for row in rows],
+                [demonstrations[row] for row in rows],
+            )
+        except EngineDiedError:
+            logger.exception("this process ends with its engine")
+            os._exit(1)  # the mark of these rows stays; whoever runs the stage starts both again
         ids, errors = batch["mention_id"].to_pylist(), batch["error"].to_pylist()
         predictions = [Prediction(mention_id, error=error) for mention_id, error in zip(ids, errors, strict=True)]
         for row, prediction in zip(rows, linked, strict=True):

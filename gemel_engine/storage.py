@@ -9,14 +9,16 @@ unknown kind or refused credentials, OSError for any other failure.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
@@ -27,6 +29,7 @@ from gemel_engine import s3
 from gemel_engine.errors import ArtifactError, ConfigurationError, InputError, shown
 
 ARTIFACT_CACHE = Path(tempfile.gettempdir()) / "gemel-artifacts"
+_MAX_VANISHED = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,9 +123,8 @@ def write_bytes(uri: str, data: bytes) -> None:
     path = local_path(uri)
     if path is None:
         s3.write_bytes(uri, data)
-        return
-    with _finished_temporary(path, data) as temporary:
-        temporary.replace(path)
+    else:
+        _write_local(path, data, Path.replace)
 
 
 def create_exclusive(uri: str, data: bytes) -> bool:
@@ -135,19 +137,18 @@ def create_exclusive(uri: str, data: bytes) -> bool:
     path = local_path(uri)
     if path is None:
         return s3.create_exclusive(uri, data)
-    with _finished_temporary(path, data) as temporary:
-        try:
-            os.link(temporary, path)
-        except FileExistsError:
-            return False
+    try:
+        _write_local(path, data, os.link)
+    except FileExistsError:
+        return False
     return True
 
 
 def download_directory(uri: str, cache_dir: str | os.PathLike[str] = ARTIFACT_CACHE) -> Path:
     """Make an artifact directory available as a local one.
 
-    A directory in S3 is copied once into `cache_dir`, under a name made from its address and its files' versions;
-    several processes may ask for it at once. A local directory is returned as it is.
+    A directory in S3 is copied once into `cache_dir`, under a name made from its address and its files' versions; of
+    several processes that ask for it at once one copies and the others wait. A local directory is returned as it is.
 
     Raises:
         ArtifactError: There is no such directory, or it holds a name that could lead out of it.
@@ -162,19 +163,29 @@ def download_directory(uri: str, cache_dir: str | os.PathLike[str] = ARTIFACT_CA
         raise ArtifactError(f"no artifact directory at {shown(uri)}: check the address, or upload the artifact first")
     digest = hashlib.sha256(repr([(file.uri, file.version) for file in files]).encode()).hexdigest()[:16]
     target = Path(cache_dir) / f"{root.rpartition('/')[2]}-{digest}"
-    if not target.is_dir():
-        _download(files, root, target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(target.parent):
+        if not target.is_dir():
+            _download(files, root, target)
     return target
 
 
 def remove_tree(uri: str) -> None:
-    """Remove a directory and all that is in it; do nothing if it does not exist."""
+    """Remove a directory and all that is in it; do nothing if it does not exist.
+
+    Other processes may write there or remove it at the same time.
+    """
     root = _normalised(uri)
     if root.startswith("s3://"):
         s3.remove_tree(root)
         return
-    with suppress(FileNotFoundError):
-        shutil.rmtree(root)
+    while os.path.isdir(root):
+        try:
+            shutil.rmtree(root)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):  # somebody else removes, or writes
+                raise
 
 
 def _normalised(uri: str) -> str:
@@ -206,41 +217,81 @@ def _walk(root: str) -> Iterator[InputFile]:
         return
     for directory, _, names in os.walk(root):
         for name in names:
-            yield _local_file(os.path.join(directory, name))
+            file = _local_file(os.path.join(directory, name))
+            if file is not None:
+                yield file
 
 
-def _local_file(path: str) -> InputFile:
-    status = os.stat(path)
+def _local_file(path: str) -> InputFile | None:
+    """Describe a local file; None if it has been removed."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        if os.path.islink(path):
+            raise
+        return None
     return InputFile(path, status.st_size, f"{status.st_size}-{status.st_mtime_ns}")
 
 
-@contextmanager
-def _finished_temporary(path: Path, data: bytes) -> Iterator[Path]:
-    """Write a hidden file beside `path`, on disk before the block is entered and gone after it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _write_local(path: Path, data: bytes, publish: Callable[[Path, Path], object]) -> None:
+    """Write a hidden file beside `path`, on disk before it is published, and gone afterwards."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    for attempt in range(_MAX_VANISHED):
+        try:
+            with _room_for(path):
+                _make_directory(path.parent)
+                with temporary.open("xb") as stream:
+                    stream.write(data)
+                    stream.flush()
+                    os.fsync(stream.fileno())
+                publish(temporary, path)
+                return
+        except FileNotFoundError:  # another process has removed the directory since
+            if attempt == _MAX_VANISHED - 1:
+                raise
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _make_directory(path: Path) -> None:
+    """Make a directory and those above it, where they are missing."""
     try:
-        with temporary.open("xb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        yield temporary
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:  # it was there and has been removed; or it is a file
+        raise FileNotFoundError(errno.ENOENT, "is no directory", str(path)) from error
+
+
+@contextmanager
+def _room_for(path: Path) -> Iterator[None]:
+    """Say what to do about a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        message = "no room left on the disk: make room, then run the same command again"
+        raise OSError(error.errno, message, str(path)) from error
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Keep other processes of this machine out; the lock of a process that is killed goes with it."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
     finally:
-        temporary.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
 def _download(files: list[InputFile], root: str, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
+    temporary = target.with_name(f".{target.name}")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
     try:
-        with ThreadPoolExecutor() as pool:
+        with _room_for(target), ThreadPoolExecutor() as pool:
             for copy in [pool.submit(_download_file, file, _relative(file, root), temporary) for file in files]:
                 copy.result()
-        try:
-            temporary.rename(target)
-        except OSError:
-            if not target.is_dir():  # else another process was first, with the same files
-                raise
+        temporary.rename(target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

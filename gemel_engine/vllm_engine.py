@@ -23,9 +23,10 @@ from vllm.inputs import EmbedsPrompt, TokensPrompt
 from vllm.logprobs import FlatLogprobs
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from gemel_engine.config import EngineSettings
-from gemel_engine.errors import GemelError
+from gemel_engine.errors import EngineDiedError, GemelError
 from gemel_engine.model import DTYPES, language_model_width
 from gemel_engine.prefix_trie import PrefixTrie
 from gemel_engine.prompt import Prompt
@@ -124,15 +125,26 @@ class VllmEngine:
         """Run one engine step over all queued rollouts; returns the finished ones with their ids.
 
         Raises:
+            EngineDiedError: A process of the engine has ended, where it has several.
             GemelError: The language model's log-probs are not numbers.
         """
         finished = []
-        for output in self._engine.step():
+        for output in self._step():
             assert isinstance(output, RequestOutput)
             self.cache_statistics.num_prompt_tokens += len(output.prompt_token_ids or ())
             self.cache_statistics.num_cached_tokens += output.num_cached_tokens or 0
             finished.append((output.request_id, _to_rollout(output)))
         return finished
+
+    def _step(self) -> list[Any]:
+        try:
+            return self._engine.step()
+        except Exception as error:
+            # What vLLM raises says little; whether a worker has ended, its executor knows.
+            executor = getattr(self._engine, "model_executor", None)
+            if isinstance(error, EngineDeadError) or getattr(executor, "is_failed", False):
+                raise EngineDiedError("a process of the language model's engine has ended: start it again") from error
+            raise
 
     def _vllm_prompt(self, prompt: Prompt, path: tuple[int, ...]) -> EmbedsPrompt | TokensPrompt:
         """The prompt followed by the tokens already taken; only visual positions carry embeddings.

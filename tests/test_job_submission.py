@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -14,7 +15,10 @@ from urllib.request import urlopen
 
 import pyarrow.parquet as pq
 import pytest
+from chaos_runs import NO_DAMAGE, ROWS_PER_SHARD, Corpus, Damage, link
 from test_linking import ROOT, mention_rows, toml, write_mentions
+
+from gemel_engine import shards, storage
 
 RAY = str(Path(sys.executable).with_name("ray"))
 
@@ -59,6 +63,29 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
+def submit(
+    dashboard: str,
+    config: Path,
+    *options: str,
+    flags: tuple[str, ...] = (),
+    command: tuple[str, ...] = ("python", "jobs/link_corpus.py"),
+) -> subprocess.CompletedProcess[str]:
+    """Submit the linking job; `options` are its own, `flags` those of the submission."""
+    return ray_job("submit", dashboard, "--working-dir=.", *flags, "--", *command, str(config), *options)
+
+
+def ray_job(command: str, dashboard: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [RAY, "job", command, f"--address={dashboard}", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"RAY_AUTH_MODE": "token"},
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=540,
+    )
+
+
 @pytest.mark.parametrize(
     "command",
     [("python", "jobs/link_corpus.py"), pytest.param(("gemel", "link"), marks=pytest.mark.heavy)],
@@ -67,16 +94,32 @@ def free_ports(count: int) -> list[int]:
 def test_ray_job_submit(command: tuple[str, ...], artifacts: dict[str, Path], dashboard: str, tmp_path: Path) -> None:
     config = tmp_path / "link.toml"
     config.write_text(toml(artifacts, write_mentions(tmp_path / "mentions.parquet"), tmp_path / "output"))
-    submitted = subprocess.run(
-        [RAY, "job", "submit", f"--address={dashboard}", "--working-dir=.", "--", *command, str(config)],
-        cwd=ROOT,
-        env=os.environ | {"RAY_AUTH_MODE": "token"},
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=540,
-    )
+    submitted = submit(dashboard, config, command=command)
     assert submitted.returncode == 0, submitted.stdout[-5000:]
     linked = pq.read_table(tmp_path / "output" / "data")
     assert linked["mention_id"].to_pylist() == [row["mention_id"] for row in mention_rows()]
     assert linked["error"].null_count == 9
+
+
+@pytest.mark.heavy
+def test_a_stopped_job_goes_on_when_it_is_submitted_again(
+    artifacts: dict[str, Path], dashboard: str, tmp_path: Path
+) -> None:
+    corpus = Corpus.write(str(tmp_path / "corpus"), artifacts, 640)
+    link(corpus, tmp_path / "undisturbed", f"{tmp_path}/undisturbed/output")
+    output = str(tmp_path / "output")
+    config = tmp_path / "link.toml"
+    options = corpus.command(config, output)[3:]
+    assert submit(dashboard, config, *options, flags=("--no-wait", "--submission-id=first")).returncode == 0
+    while not shards.finished_shards(output):
+        assert "FAILED" not in ray_job("status", dashboard, "first").stdout
+        time.sleep(1)
+    stopped = ray_job("stop", dashboard, "first")
+    assert stopped.returncode == 0, stopped.stdout
+    num_finished = len(shards.finished_shards(output))
+    assert num_finished < 640 // ROWS_PER_SHARD
+    again = submit(dashboard, config, *options)
+    assert again.returncode == 0, again.stdout[-5000:]
+    report = json.loads(storage.read_bytes(f"{output}/report.json"))
+    assert report["shards_skipped"] >= num_finished
+    assert Damage.of(output, f"{tmp_path}/undisturbed/output") == NO_DAMAGE

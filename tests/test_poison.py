@@ -76,6 +76,15 @@ def test_a_few_kills_from_outside_make_no_row_poison(num_rows: int, killed_at: s
         assert num_ended <= len(killed_at)
 
 
+def test_an_error_ends_no_process_and_leaves_no_mark(tmp_path: Path) -> None:
+    def work(rows: pa.Table) -> pa.Table:
+        raise OSError("no room left")
+
+    with pytest.raises(OSError, match="no room left"):
+        isolate(work, batch_of(4), str(tmp_path))
+    assert storage.list_files(str(tmp_path)) == []
+
+
 def test_each_batch_has_marks_of_its_own() -> None:
     assert marks_of(batch_of(5).slice(2), "out", "images") == "out/_marks/images/3-2-3"
 

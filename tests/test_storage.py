@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,11 +15,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from faulty_s3 import FAULTS, faulty_proxy
 from loopback import Answer, serve
 from s3_server import S3Server, run_s3_server  # noqa: F401
 
 from gemel_engine import storage
 from gemel_engine.errors import ArtifactError, ConfigurationError, InputError
+from gemel_engine.shards import parquet_bytes
 
 
 @pytest.fixture
@@ -175,6 +178,20 @@ def test_download_directory_copies_each_version_once(s3_directory: str, tmp_path
     assert (newer / "meta.json").read_bytes() == b"{ }"
 
 
+def test_download_directory_reads_each_object_once(
+    s3_directory: str, s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage.write_bytes(f"{s3_directory}/trie/a", b"a")
+    storage.write_bytes(f"{s3_directory}/trie/b", b"b")
+    (tmp_path / ".trie").mkdir()
+    with faulty_proxy(s3_server.endpoint) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda _: storage.download_directory(f"{s3_directory}/trie", tmp_path), range(8)))
+        reads = [path for method, path in proxy.requests if method == "GET" and path.endswith(("/a", "/b"))]
+    assert sorted(path[-1] for path in reads) == ["a", "b"]
+
+
 def test_download_directory_without_the_directory_is_an_artifact_error(directory: str, tmp_path: Path) -> None:
     storage.write_bytes(f"{directory}/file", b"")
     for name in ("absent", "file"):
@@ -227,3 +244,114 @@ def test_an_endpoint_that_does_not_answer_is_an_os_error(s3_server: S3Server, mo
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     with pytest.raises(OSError, match=r"127\.0\.0\.1:9"):
         storage.read_bytes("s3://bucket/key")
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_everything_outlasts_a_server_in_trouble(
+    seed: int, s3_directory: str, s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A third of the requests fail, answers are lost or break off; yet what is read is whole, and one writer wins."""
+    contents = {f"{number:02}.parquet": os.urandom(2_000 * number) for number in range(12)}
+    with (
+        faulty_proxy(s3_server.endpoint, seed=seed, share=0.33, stall_seconds=0.2) as proxy,
+        monkeypatch.context() as environment,
+        ThreadPoolExecutor(8) as pool,
+    ):
+        environment.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        list(pool.map(lambda name: storage.write_bytes(f"{s3_directory}/files/{name}", contents[name]), contents))
+        uris = [f"{s3_directory}/files/{name}" for name in contents]
+        assert list(pool.map(storage.read_bytes, uris)) == list(contents.values())
+        assert list(pool.map(lambda uri: storage.read_bytes(uri, 500), uris)) == [c[:500] for c in contents.values()]
+        assert [file.uri for file in storage.list_parquet(f"{s3_directory}/files")] == uris
+        copy = storage.download_directory(f"{s3_directory}/files", tmp_path)
+        assert {path.name: path.read_bytes() for path in copy.iterdir()} == contents
+
+        def create(rank: int) -> bool:
+            return storage.create_exclusive(f"{s3_directory}/exclusive", b"%d" % rank)
+
+        won = list(pool.map(create, range(8)))
+        assert sum(won) <= 1  # the winner's answer may have been lost
+        assert int(storage.read_bytes(f"{s3_directory}/exclusive")) in (
+            [won.index(True)] if any(won) else range(len(won))
+        )
+        table = pa.table({"mention_id": ["a", "b"]})
+        storage.write_bytes(f"{s3_directory}/table.parquet", parquet_bytes(table))
+        for _ in range(4):
+            file_system, path = storage.resolve(f"{s3_directory}/table.parquet")
+            assert pq.read_table(path, filesystem=file_system).equals(table)
+        storage.remove_tree(f"{s3_directory}/files")
+        assert not storage.exists(f"{s3_directory}/files")
+    assert set(proxy.faults) == set(FAULTS)
+
+
+def test_a_number_of_attempts_that_is_none_is_a_configuration_error(
+    s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "many")
+    with pytest.raises(ConfigurationError, match="AWS_MAX_ATTEMPTS is 'many'"):
+        storage.read_bytes("s3://bucket/key")
+
+
+def test_a_directory_may_be_removed_while_others_write_there(tmp_path: Path) -> None:
+    root, stop = tmp_path / "tree", threading.Event()
+
+    def remove() -> None:
+        for _ in range(30):
+            storage.remove_tree(str(root))
+            time.sleep(0.03)
+
+    def write(rank: int) -> int:
+        num_written = 0
+        while not stop.is_set():
+            storage.write_bytes(f"{root}/{rank}/{num_written % 7}/file", b"x")
+            num_written += 1
+        return num_written
+
+    with ThreadPoolExecutor(8) as pool:
+        writers = [pool.submit(write, rank) for rank in range(4)]
+        removers = [pool.submit(remove) for _ in range(2)]
+        for _ in range(50):
+            assert {file.rpartition("/")[2] for file in storage.list_files(str(root)) if "/." not in file} <= {"file"}
+        for remover in removers:
+            remover.result()
+        stop.set()
+        assert all(writer.result() for writer in writers)
+    storage.remove_tree(str(root))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_in_place_of_a_directory_is_no_file_that_was_first(tmp_path: Path) -> None:
+    storage.write_bytes(f"{tmp_path}/data", b"")
+    with pytest.raises(NotADirectoryError, match="/data/"):
+        storage.create_exclusive(f"{tmp_path}/data/shard", b"x")
+
+
+def test_a_link_that_leads_nowhere_is_not_left_out(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").symlink_to(tmp_path / "absent")
+    with pytest.raises(FileNotFoundError, match=r"a\.parquet"):
+        storage.list_parquet(str(tmp_path))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    directory = tmp_path / "small"
+    directory.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(directory)]
+    if os.geteuid() or subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("only root may mount a small file system")
+    yield directory
+    subprocess.run(["umount", str(directory)], check=True)
+
+
+def test_a_full_disk_is_said_and_leaves_no_part_of_a_file(small_disk: Path, s3_directory: str, tmp_path: Path) -> None:
+    storage.write_bytes(str(small_disk / "kept"), b"old")
+    too_much = os.urandom(100_000)
+    for write in (storage.write_bytes, storage.create_exclusive):
+        for name in ("kept", "new"):
+            with pytest.raises(OSError, match=rf"no room left on the disk: make room.*small/{name}"):
+                write(str(small_disk / name), too_much)
+    storage.write_bytes(f"{s3_directory}/artifact/large", too_much)
+    with pytest.raises(OSError, match="no room left on the disk"):
+        storage.download_directory(f"{s3_directory}/artifact", small_disk)
+    assert os.listdir(small_disk) == ["kept"]
+    assert storage.read_bytes(str(small_disk / "kept")) == b"old"

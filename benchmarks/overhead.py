@@ -1,0 +1,173 @@
+"""What exactly-once output costs: the linking job beside a plain Ray Data pipeline of the same stages.
+
+python benchmarks/overhead.py [--num-mentions N]
+
+Needs what `make demo` builds, and links mentions of the emoji corpus with the demo's models, once with their pictures,
+and once without any, which the job sorts by surface form first. The plain pipeline has the same blocks, stages and
+actors, leaves no marks, writes with Ray Data's `write_parquet`, and is given a corpus that is sorted already. Both have
+a process of their own, which starts Ray; they take turns in being first. Three pairs of each; what is there is skipped,
+so that it can be interrupted. Results go to `benchmarks/results/overhead.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import tyro
+from ray.data import Dataset
+from record import record
+
+from gemel_engine import shards
+from gemel_engine.config import LinkConfig, load_config
+from gemel_engine.linking import actor_pool, connect, link_corpus
+from gemel_engine.stages import (
+    IMAGE_COLUMNS,
+    EncodeImages,
+    GenerateEntityNames,
+    RetrieveDemonstrations,
+    read_mentions,
+)
+from gemel_engine.types import PREDICTION_SCHEMA
+
+System = Literal["ours", "plain"]
+Pictures = Literal["pictures", "no_pictures"]
+
+CONFIG = Path("examples/emoji/link.toml")
+MENTIONS = Path("examples/emoji/train.parquet")
+WORK = Path("build/overhead")
+RESULTS = Path("benchmarks/results/overhead.json")
+NUM_PAIRS = 3
+
+logger = logging.getLogger("overhead")
+
+
+class BareEncodeImages(EncodeImages):
+    """The stage without marks."""
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Encode a batch's pictures."""
+        return self._encode(batch)
+
+
+class BareGenerateEntityNames(GenerateEntityNames):
+    """The stage without marks."""
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Link a batch."""
+        return self._generate(batch)
+
+
+def main(num_mentions: int = 400, *, measure: tuple[System, Pictures] | None = None) -> None:
+    """Measure what has no result yet.
+
+    Args:
+        num_mentions: Of each run.
+        measure: Measure one system on one corpus once, print its seconds, and note nothing.
+    """
+    if measure is not None:
+        print(seconds_of(*measure))
+        return
+    results: dict[str, Any] = {}
+    for pictures in ("pictures", "no_pictures"):
+        write_corpora(num_mentions, pictures)
+        pairs = [pair(number, num_mentions, pictures) for number in range(NUM_PAIRS)]
+        what = f"{num_mentions} emoji mentions, {pictures.replace('_', ' ')}, {NUM_PAIRS} pairs of runs in turn"
+        values: dict[str, object] = {
+            "seconds": statistics.median(found["ours"] for found in pairs),
+            "plain_seconds": statistics.median(found["plain"] for found in pairs),
+            "overhead": statistics.median(1 - found["plain"] / found["ours"] for found in pairs),
+            "overheads": [1 - found["plain"] / found["ours"] for found in pairs],
+        }
+        for name, value in values.items():
+            results[f"{pictures}_{name}"] = record(value, "python benchmarks/overhead.py", what)
+    RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+
+
+def pair(number: int, num_mentions: int, pictures: Pictures) -> dict[str, float]:
+    """Seconds of both, one right after the other."""
+    order: tuple[System, ...] = ("ours", "plain") if number % 2 else ("plain", "ours")
+    path = WORK / f"{pictures}-{num_mentions}-{number}.json"
+    found: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+    if not found:
+        for system in order:
+            command = [sys.executable, __file__, "--measure", system, pictures]
+            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            found[system] = float(output.splitlines()[-1])
+        path.write_text(json.dumps(found))
+    logger.info("%s, pair %d: %s", pictures, number, found)
+    return found
+
+
+def write_corpora(num_mentions: int, pictures: Pictures) -> None:
+    """The mentions in random order, for ours, and in the order in which ours links them."""
+    WORK.mkdir(parents=True, exist_ok=True)
+    table = pq.read_table(MENTIONS)
+    table = table.take(np.random.default_rng(0).permutation(len(table))[:num_mentions])
+    if pictures == "no_pictures":
+        table = table.drop_columns([name for name in IMAGE_COLUMNS if name in table.column_names])
+    pq.write_table(table, corpus("ours", pictures))
+    if pictures == "no_pictures":
+        table = table.sort_by([("mention", "ascending"), ("mention_id", "ascending")])
+    pq.write_table(table, corpus("plain", pictures))
+
+
+def corpus(system: System, pictures: Pictures) -> Path:
+    """What a system reads."""
+    return WORK / f"{pictures}-{system}.parquet"
+
+
+def seconds_of(system: System, pictures: Pictures) -> float:
+    """Link a corpus with a system, from the start of Ray to the last file."""
+    output = WORK / "output"
+    shutil.rmtree(output, ignore_errors=True)
+    config = replace(
+        load_config(LinkConfig, CONFIG),
+        input=str(corpus(system, pictures)),
+        output=str(output),
+        max_failed_fraction=1.0,
+    )
+    started = time.perf_counter()
+    if system == "ours":
+        link_corpus(config)
+    else:
+        plain_pipeline(config).write_parquet(str(output))
+    seconds = time.perf_counter() - started
+    num_rows = shards.read_columns(f"{output}/data" if system == "ours" else str(output), ("mention_id",)).num_rows
+    assert num_rows == pq.read_metadata(config.input).num_rows, f"{num_rows} rows"
+    return seconds
+
+
+def plain_pipeline(config: LinkConfig) -> Dataset:
+    """The stages of `linking.stream_parts`, and nothing that makes a rerun possible."""
+    plan = shards.plan_shards(config.input, config.rows_per_shard)
+    connect()
+    dataset: Dataset = ray.data.from_items([asdict(shard) for shard in plan], override_num_blocks=len(plan))
+    read = partial(read_mentions, also=("image_features", *IMAGE_COLUMNS))
+    dataset = dataset.map_batches(read, batch_size=1, batch_format="pyarrow", num_cpus=0.25)
+    arguments = (config.demonstrations, config.retrieval)
+    pools = config.resources
+    dataset = dataset.map_batches(BareEncodeImages, fn_constructor_args=(config,), **actor_pool(pools.images))
+    dataset = dataset.map_batches(RetrieveDemonstrations, fn_constructor_args=arguments, **actor_pool(pools.retrieval))
+    dataset = dataset.map_batches(
+        BareGenerateEntityNames, fn_constructor_args=(config,), **actor_pool(pools.generation)
+    )
+    return dataset.select_columns(PREDICTION_SCHEMA.names)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    tyro.cli(main)

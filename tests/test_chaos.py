@@ -1,0 +1,139 @@
+"""Linking runs in trouble: killed processes, two drivers at once, an S3 server with faults, a full disk."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from chaos_runs import NO_DAMAGE, ROWS_PER_SHARD, Blow, Chaos, Corpus, Damage, Target, link, nodes, processes
+from faulty_s3 import FAULTS, faulty_proxy
+from s3_server import S3Server
+from test_linking import ROOT
+
+from gemel_engine import shards, storage
+
+pytestmark = pytest.mark.heavy
+
+NUM_ROWS = 320
+
+
+@pytest.fixture(scope="module")
+def corpus(artifacts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    return Corpus.write(str(tmp_path_factory.mktemp("corpus")), artifacts, NUM_ROWS)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The output that all others are compared with."""
+    directory = tmp_path_factory.mktemp("undisturbed")
+    link(corpus, directory, f"{directory}/output")
+    return f"{directory}/output"
+
+
+@pytest.fixture(scope="module")
+def s3_corpus(artifacts: dict[str, Path], s3_server: S3Server) -> Corpus:
+    return Corpus.write(f"{s3_server.uri}/chaos", artifacts, NUM_ROWS)
+
+
+def left_over(output: str) -> set[str]:
+    """Names in an output that only a run at work has."""
+    return {file.partition("/")[0] for file in storage.list_files(output)} & {"_parts", "_marks"}
+
+
+@pytest.mark.chaos
+def test_a_run_whose_processes_are_killed_gives_the_same_output(
+    s3_corpus: Corpus, undisturbed: str, s3_server: S3Server, tmp_path: Path
+) -> None:
+    output = f"{s3_server.uri}/killed"
+    targets: list[Target] = ["image encoder", "retrieval", "generation", "task", "node", "driver"]
+    command = s3_corpus.command(tmp_path / "link.toml", output)
+    with nodes(2) as cluster:
+        chaos = Chaos(command, output, tmp_path / "log.txt", {"RAY_ADDRESS": cluster.address}, cluster, [])
+        chaos.run(Blow.draw(targets, seed=0))
+    assert len(chaos.kills) >= 4, f"the run was over too soon: {chaos.kills}"
+    assert Damage.of(output, undisturbed) == NO_DAMAGE
+    assert left_over(output) == set()
+
+
+@pytest.mark.chaos
+def test_two_drivers_at_once(corpus: Corpus, undisturbed: str, tmp_path: Path) -> None:
+    """The second begins right behind the first, has as much to do, and is at work when the first ends."""
+    output = str(tmp_path / "output")
+    command = corpus.command(tmp_path / "link.toml", output)
+    with (tmp_path / "log.txt").open("wb") as log:
+        first = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+        while not shards.is_claimed(output):
+            assert first.poll() is None, "it has ended"
+            time.sleep(0.1)
+        second = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+        codes = [driver.wait(540) for driver in (first, second)]
+    assert codes == [0, 0], (tmp_path / "log.txt").read_text()[-4000:]
+    assert Damage.of(output, undisturbed) == NO_DAMAGE
+    assert left_over(output) == set()
+
+
+@pytest.mark.chaos
+def test_a_run_that_is_asked_to_stop_goes_on_later(corpus: Corpus, undisturbed: str, tmp_path: Path) -> None:
+    output = str(tmp_path / "output")
+    chaos = Chaos(corpus.command(tmp_path / "link.toml", output), output, tmp_path / "log.txt", {}, None, [])
+    chaos.run([Blow("driver, asked to stop", 0.0, at_work=True)])
+    assert chaos.num_drivers == 2
+    assert "the same command goes on from the shards that are finished" in chaos.log.read_text()
+    assert Damage.of(output, undisturbed) == NO_DAMAGE
+    assert left_over(output) == set()
+
+
+def test_a_run_over_an_s3_server_in_trouble(
+    s3_corpus: Corpus, undisturbed: str, s3_server: S3Server, tmp_path: Path
+) -> None:
+    output = f"{s3_server.uri}/in-trouble"
+    with faulty_proxy(s3_server.endpoint, seed=1, share=0.05) as proxy:
+        command = s3_corpus.command(tmp_path / "link.toml", output)
+        chaos = Chaos(command, output, tmp_path / "log.txt", {"AWS_ENDPOINT_URL": proxy.endpoint}, None, [])
+        chaos.run([])
+    assert set(proxy.faults) == set(FAULTS)
+    assert Damage.of(output, undisturbed) == NO_DAMAGE
+    assert left_over(output) == set()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system with room for a few shards."""
+    directory = tmp_path / "small"
+    directory.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=160k", "tmpfs", str(directory)]
+    if os.geteuid() or subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("only root may mount a small file system")
+    yield directory
+    subprocess.run(["umount", "--lazy", str(directory)], check=True)
+
+
+def test_a_full_disk_ends_a_run_which_goes_on_when_there_is_room(
+    corpus: Corpus, undisturbed: str, small_disk: Path, tmp_path: Path
+) -> None:
+    output = str(small_disk / "output")
+    command = corpus.command(tmp_path / "link.toml", output)
+    finished = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True, timeout=540)
+    assert finished.returncode == 1
+    assert "no room left on the disk: make room, then run the same command again" in finished.stderr
+    assert 0 < len(shards.finished_shards(output)) < NUM_ROWS // ROWS_PER_SHARD
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    Chaos(command, output, tmp_path / "log.txt", {}, None, []).run([])
+    assert Damage.of(output, undisturbed) == NO_DAMAGE
+    assert left_over(output) == set()
+
+
+def test_an_engine_that_loses_a_process_is_started_again(corpus: Corpus, undisturbed: str, tmp_path: Path) -> None:
+    """vLLM with its model split over two processes of the actor."""
+    split = "--language-model.tensor-parallel-size=2"
+    output = str(tmp_path / "output")
+    command = corpus.command(tmp_path / "link.toml", output, split, engine="vllm")
+    chaos = Chaos(command, output, tmp_path / "log.txt", {}, None, [])
+    chaos.run([Blow("engine worker", 0.0, at_work=True)])
+    assert chaos.kills == ["engine worker"]
+    assert Damage.of(output, undisturbed) == NO_DAMAGE
+    assert processes("engine worker") == []
