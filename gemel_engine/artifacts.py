@@ -13,6 +13,7 @@ from gemel_engine.config import JobConfig, LinkConfig, config_json
 from gemel_engine.errors import ArtifactError
 from gemel_engine.feature_mapper import FeatureMapper
 from gemel_engine.knowledge_base import KnowledgeBase, tokenizer_fingerprint
+from gemel_engine.knowledge_base_update import local_knowledge_base
 from gemel_engine.model import language_model_fingerprint, language_model_width, load_tokenizer
 from gemel_engine.prompt import PromptBuilder
 from gemel_engine.retrieval import DemonstrationIndex
@@ -37,7 +38,7 @@ class Artifacts:
 
 
 def open_artifacts(config: JobConfig, *, verify: bool = False) -> Artifacts:
-    """Open what a configuration names; a directory in S3 is copied to this node once.
+    """Open what a configuration names; a directory in S3 is copied to this node once, an update merged once.
 
     Args:
         config: The run.
@@ -49,7 +50,7 @@ def open_artifacts(config: JobConfig, *, verify: bool = False) -> Artifacts:
     """
     tokenizer = load_tokenizer(config.language_model.name)
     PromptBuilder(tokenizer, config.prompt)  # says what is wrong with the template or the terminator
-    directory = download_directory(config.knowledge_base)
+    directory = local_knowledge_base(config.knowledge_base)
     knowledge_base = KnowledgeBase.open(directory, verify=verify)
     index = mapper = None
     if config.demonstrations is not None:

@@ -25,6 +25,8 @@ from gemel_engine.errors import InputError
 
 Output = Annotated[Positional[str], arg(metavar="OUTPUT")]
 Entities = Annotated[Positional[str], arg(metavar="ENTITIES")]
+KnowledgeBase = Annotated[Positional[str], arg(metavar="KNOWLEDGE_BASE")]
+Changes = Annotated[Positional[str], arg(metavar="CHANGES")]
 Mentions = Annotated[Positional[str], arg(metavar="MENTIONS")]
 InputDir = Annotated[Positional[Path], arg(metavar="INPUT_DIR")]
 OutputDir = Annotated[Positional[Path], arg(metavar="OUTPUT_DIR")]
@@ -198,6 +200,60 @@ def build_kb(
     )
 
 
+def update_kb(
+    knowledge_base: KnowledgeBase,
+    changes: Changes,
+    output_dir: OutputDir,
+    *,
+    tokenizer: str,
+    max_name_tokens: int = 32,
+    on_bad_name: Literal["error", "skip"] = "error",
+) -> None:
+    """Add, rename and retire entities: an update that stands wherever a knowledge base does, and needs it beside it.
+
+    Args:
+        knowledge_base: Directory of a knowledge base or of an update; local or s3://bucket/prefix. It has to stay.
+        changes: Parquet file, or directory of them, with the columns of `gemel build-kb` and `retired`. A row whose
+            `entity_id` is known takes the place of that entity, in the columns that the table has.
+        output_dir: New or empty local directory.
+        tokenizer: The language model's directory or hub name.
+        max_name_tokens: Longer names are unusable.
+        on_bad_name: Refuse the table if a name is unusable, or leave that change out.
+    """
+    from gemel_engine.knowledge_base import KnowledgeBaseSettings, read_entities
+    from gemel_engine.knowledge_base_update import update_knowledge_base
+    from gemel_engine.model import load_tokenizer
+
+    started = time.perf_counter()
+    settings = KnowledgeBaseSettings(max_name_tokens=max_name_tokens, on_bad_name=on_bad_name)
+    table = read_entities(changes, also=("retired",))
+    report = update_knowledge_base(knowledge_base, table, load_tokenizer(tokenizer), output_dir, settings)
+    logger.info(
+        "%s: %d entities added, %d replaced, %d retired, %d changes skipped, in %.1f s",
+        output_dir,
+        report.num_added,
+        report.num_replaced,
+        report.num_retired,
+        sum(report.num_skipped.values()),
+        time.perf_counter() - started,
+    )
+
+
+def compact_kb(knowledge_base: KnowledgeBase, output_dir: OutputDir) -> None:
+    """Merge an update with its base into a knowledge base that needs neither.
+
+    Args:
+        knowledge_base: Directory that `gemel update-kb` made; local or s3://bucket/prefix.
+        output_dir: New or empty local directory.
+    """
+    from gemel_engine.knowledge_base_update import compact_knowledge_base
+
+    started = time.perf_counter()
+    report = compact_knowledge_base(knowledge_base, output_dir)
+    seconds = time.perf_counter() - started
+    logger.info("%s: %d entities, %d names, in %.1f s", output_dir, report.num_entities, report.num_names, seconds)
+
+
 def build_demonstrations(
     mentions: Mentions,
     entities: Entities,
@@ -360,6 +416,8 @@ PARSED: dict[str, Callable[..., None]] = {
     "evaluate": evaluate,
     "calibrate": calibrate,
     "build-kb": build_kb,
+    "update-kb": update_kb,
+    "compact-kb": compact_kb,
     "build-demonstrations": build_demonstrations,
     "init-mapper": init_mapper,
 }

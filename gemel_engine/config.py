@@ -229,12 +229,15 @@ class LinkConfig(JobConfig):
         input: Parquet file or directory of mentions, local or `s3://`.
         language_model: The frozen language model and its engine.
         calibration: Directory made by `jobs/calibrate.py`, for `confidence` and `is_nil`; None: without them.
+        previous: Output of a finished run that this one repeats with a changed knowledge base: only what the change can
+            touch is linked again; None: everything is linked.
         dry_run: Check everything, say how many rows are to be linked, and do nothing.
     """
 
     input: str
     language_model: EngineSettings
     calibration: str | None = None
+    previous: str | None = None
     dry_run: bool = False
 
     def __post_init__(self) -> None:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
-from typing import Self
+from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -20,15 +22,25 @@ from torch import Tensor
 from gemel_engine.artifacts import Artifacts, open_artifacts, open_calibration
 from gemel_engine.calibration import Calibration
 from gemel_engine.config import LinkConfig
+from gemel_engine.earlier import numbered_in, result_of
 from gemel_engine.errors import InvalidMentionError, MentionError
 from gemel_engine.model import FrozenLanguageModel
-from gemel_engine.prefix_trie import PrefixTrie
+from gemel_engine.prefix_trie import PrefixTrie, SavedTrie
 from gemel_engine.prompt import Block, Prompt, PromptBuilder, PromptSettings
-from gemel_engine.search import FoundName, NameSearch, RolloutEngine, SearchResult, SearchSettings, run_searches
+from gemel_engine.search import (
+    FoundName,
+    NameSearch,
+    RolloutEngine,
+    SearchResult,
+    SearchSettings,
+    merge_results,
+    run_searches,
+)
 from gemel_engine.transformers_engine import TransformersEngine
 from gemel_engine.types import Candidate, Features, Mention, Prediction, check_features
 
 _CACHED_BLOCKS = 1 << 16
+_OF_DEMONSTRATIONS = ("demonstration_ids", "demonstration_entity_ids", "num_demonstrations_dropped")
 _LARGEST_EMBEDDING = 1e4  # token embeddings are around 1; the log-probs behind a much larger one are no numbers
 
 
@@ -43,6 +55,7 @@ class EntityNameGenerator:
         max_in_flight: Mentions that are searched at once.
         num_shared: So many demonstrations are the same for all mentions of a surface form; None: all of them.
         calibration: Gives predictions their confidence.
+        added_names: Names of the knowledge base that earlier predictions know nothing of; None: there are none.
     """
 
     def __init__(
@@ -54,6 +67,7 @@ class EntityNameGenerator:
         max_in_flight: int = 1,
         num_shared: int | None = None,
         calibration: Calibration | None = None,
+        added_names: PrefixTrie | None = None,
     ) -> None:
         self.artifacts = artifacts
         self.engine = engine
@@ -63,22 +77,37 @@ class EntityNameGenerator:
         self._max_in_flight = max_in_flight
         self._num_shared = num_shared
         self._calibration = calibration
+        self.added_names = added_names
         self._demonstration_block = lru_cache(_CACHED_BLOCKS)(self._make_demonstration_block)
 
     @classmethod
-    def start(cls, config: LinkConfig, artifacts: Artifacts | None = None) -> Self:
-        """Start the engine of a run; the artifacts are opened here if they are not given."""
+    def start(cls, config: LinkConfig, artifacts: Artifacts | None = None, added_names: Path | None = None) -> Self:
+        """Start the engine of a run; the artifacts are opened here if they are not given.
+
+        Args:
+            config: The run.
+            artifacts: Of the run.
+            added_names: Directory of their prefix trie, for `generate` with earlier predictions.
+        """
         artifacts = artifacts or open_artifacts(config)
-        max_in_flight = config.language_model.max_num_seqs if config.language_model.engine == "vllm" else 1
-        engine, num_shared = _start_engine(config, artifacts), config.retrieval.num_demonstrations
-        calibration = open_calibration(config)
-        return cls(artifacts, engine, config.prompt, config.search, max_in_flight, num_shared, calibration)
+        added = None if added_names is None else SavedTrie.open(added_names)
+        return cls(
+            artifacts,
+            _start_engine(config, artifacts, added),
+            config.prompt,
+            config.search,
+            max_in_flight=config.language_model.max_num_seqs if config.language_model.engine == "vllm" else 1,
+            num_shared=config.retrieval.num_demonstrations,
+            calibration=open_calibration(config),
+            added_names=None if added is None else added.trie,
+        )
 
     def generate(
         self,
         mentions: Sequence[Mention],
         features: Sequence[Features | None],
         demonstrations: Sequence[Sequence[int]],
+        earlier: Sequence[Prediction | None] | None = None,
     ) -> list[Prediction]:
         """Link B mentions; one that cannot be linked becomes a prediction with an `error`.
 
@@ -86,11 +115,15 @@ class EntityNameGenerator:
             mentions: What to link.
             features: Image features (C,) of each mention, None without a picture.
             demonstrations: Row numbers in the demonstration index for each mention, the most similar last.
+            earlier: For each mention None, or what the same prompt gave before names were added: its candidates are
+                still in the knowledge base under their names, and at least `num_to_certify` of them were proved. Then
+                only the added names are searched, for those that score higher. A mention with candidates of its own
+                must have them all from before; it keeps its prediction.
 
         Returns:
             A prediction for each mention, in order.
         """
-        tasks = _Tasks(self, mentions, features, demonstrations)
+        tasks = _Tasks(self, mentions, features, demonstrations, earlier or [None] * len(mentions))
         for position, result in run_searches(self.engine, tasks.searches(), self._max_in_flight):
             tasks.finish(position, result)
         predictions = tasks.predictions()
@@ -121,6 +154,24 @@ class EntityNameGenerator:
             trie, names = self._candidate_trie(mention.candidate_ids)
         search = NameSearch(trie or self.artifacts.knowledge_base.trie, self._builder.terminator, self._search)
         return search, trie, names
+
+    def search_added(self, mention: Mention, earlier: SearchResult) -> NameSearch | None:
+        """The search for an added name that beats what was found before; None where there can't be one."""
+        if self.added_names is None or mention.candidate_ids is not None:
+            return None
+        rivals = [name.score for name in earlier.names]
+        search = NameSearch(self.added_names, self._builder.terminator, self._search, rivals)
+        return None if search.is_done else search
+
+    def found_before(self, prediction: Prediction) -> SearchResult:
+        """The search behind an earlier prediction, in the numbers of this knowledge base."""
+        return result_of(prediction, self.artifacts.knowledge_base, self._search.objective)
+
+    def with_added(self, earlier: SearchResult, added: SearchResult) -> SearchResult:
+        """What was found before and what was found among the added names, as one result."""
+        assert self.added_names is not None, "they were searched"
+        renumbered = numbered_in(self.artifacts.knowledge_base.trie, added, self.added_names)
+        return merge_results(earlier, renumbered, self._search.num_candidates)
 
     def candidates(self, names: Sequence[FoundName], mention: Mention) -> tuple[Candidate, ...]:
         """The entities of names, within the mention's own candidates if it has any."""
@@ -186,7 +237,7 @@ class EntityNameGenerator:
         return trie, name_index
 
 
-def _start_engine(config: LinkConfig, artifacts: Artifacts) -> RolloutEngine:
+def _start_engine(config: LinkConfig, artifacts: Artifacts, added_names: SavedTrie | None) -> RolloutEngine:
     settings, num_children = config.language_model, config.search.num_children
     terminator = PromptBuilder(artifacts.tokenizer, config.prompt).terminator
     if settings.engine == "transformers":
@@ -194,7 +245,8 @@ def _start_engine(config: LinkConfig, artifacts: Artifacts) -> RolloutEngine:
         return TransformersEngine(model, artifacts.knowledge_base.trie, terminator, num_children)
     from gemel_engine.vllm_engine import VllmEngine  # takes seconds to import, and only engines need it
 
-    return VllmEngine(settings, artifacts.trie_directory, terminator, num_children, config.prompt.max_prompt_tokens)
+    max_prompt_tokens = config.prompt.max_prompt_tokens
+    return VllmEngine(settings, artifacts.trie_directory, terminator, num_children, max_prompt_tokens, added_names)
 
 
 class _Tasks:
@@ -206,19 +258,31 @@ class _Tasks:
         mentions: Sequence[Mention],
         features: Sequence[Features | None],
         demonstrations: Sequence[Sequence[int]],
+        earlier: Sequence[Prediction | None],
     ) -> None:
         self._generator = generator
         self._inputs = list(zip(mentions, features, demonstrations, strict=True))
+        self._earlier = earlier
+        self._found_before: dict[int, SearchResult] = {}
         self._used_rows: dict[int, list[int]] = {}
         self._name_index: dict[int, NDArray[np.intp] | None] = {}
         self._predictions: dict[int, Prediction] = {}
 
     def searches(self) -> Iterator[tuple[int, Prompt, NameSearch, PrefixTrie | None]]:
         """Prompts and searches, made as the engine has room for them."""
-        for position, (mention, features, rows) in enumerate(self._inputs):
+        for position, ((mention, features, rows), earlier) in enumerate(zip(self._inputs, self._earlier, strict=True)):
+            search: NameSearch | None = None
+            trie: PrefixTrie | None = None
+            if earlier is not None:
+                self._found_before[position] = found = self._generator.found_before(earlier)
+                search, trie = self._generator.search_added(mention, found), self._generator.added_names
+                if search is None:
+                    self._predict(position, found)
+                    continue
             try:
                 prompt, self._used_rows[position] = self._generator.prompt(mention, features, rows)
-                search, trie, self._name_index[position] = self._generator.search(mention)
+                if search is None:
+                    search, trie, self._name_index[position] = self._generator.search(mention)
             except MentionError as error:
                 self._predictions[position] = Prediction(mention.mention_id, error=str(error))
                 continue
@@ -226,13 +290,21 @@ class _Tasks:
 
     def finish(self, position: int, result: SearchResult) -> None:
         """Note the outcome of a search."""
-        mention, _, rows = self._inputs[position]
-        name_index = self._name_index[position]
-        names = result.names
-        if name_index is not None:
-            names = tuple(FoundName(int(name_index[n.name_index]), n.log_prob, n.score) for n in names)
+        if position in self._found_before:
+            result = self._generator.with_added(self._found_before[position], result)
+        elif (name_index := self._name_index[position]) is not None:
+            names = [replace(name, name_index=int(name_index[name.name_index])) for name in result.names]
+            result = replace(result, names=tuple(names))
+        self._predict(position, result)
+
+    def predictions(self) -> list[Prediction]:
+        """One for each mention, in order."""
+        return [self._predictions[position] for position in range(len(self._inputs))]
+
+    def _predict(self, position: int, result: SearchResult) -> None:
+        """Note a result whose names are numbered as in the knowledge base."""
+        mention, names = self._inputs[position][0], result.names
         candidates = self._generator.candidates(names, mention)
-        used = self._used_rows[position]
         self._predictions[position] = Prediction(
             mention_id=mention.mention_id,
             entity_id=candidates[0].entity_id,
@@ -244,15 +316,18 @@ class _Tasks:
             certified=result.num_certified > 0,
             num_certified=result.num_certified,
             candidates=candidates,
-            demonstration_ids=self._generator.mention_ids(used),
-            demonstration_entity_ids=self._generator.entity_ids(used),
-            num_demonstrations_dropped=len(rows) - len(used),
+            **self._demonstrations(position),
             num_rollouts=result.num_rollouts,
         )
 
-    def predictions(self) -> list[Prediction]:
-        """One for each mention, in order."""
-        return [self._predictions[position] for position in range(len(self._inputs))]
+    def _demonstrations(self, position: int) -> dict[str, Any]:
+        """What a prediction says of the demonstrations in its prompt; an earlier prediction had the same."""
+        earlier = self._earlier[position]
+        if earlier is not None:
+            return {name: getattr(earlier, name) for name in _OF_DEMONSTRATIONS}
+        rows, used = self._inputs[position][2], self._used_rows[position]
+        ids, entity_ids = self._generator.mention_ids(used), self._generator.entity_ids(used)
+        return dict(zip(_OF_DEMONSTRATIONS, (ids, entity_ids, len(rows) - len(used)), strict=True))
 
 
 def _probability(best: FoundName, result: SearchResult) -> float:

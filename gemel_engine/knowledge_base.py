@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, Self
@@ -30,10 +30,11 @@ from transformers import PreTrainedTokenizerFast
 from gemel_engine.entity_names import TokenisedNames, count_skipped, reasons_to_skip
 from gemel_engine.errors import ArtifactError, ConfigurationError, InputError
 from gemel_engine.manifest import file_sha256, read_manifest, write_manifest
-from gemel_engine.prefix_trie import PrefixTrie
+from gemel_engine.prefix_trie import IntArray, PrefixTrie
 from gemel_engine.storage import list_parquet, resolve
 
 FORMAT_VERSION = 1
+MANIFEST = "knowledge_base.json"
 
 ENTITY_SCHEMA = pa.schema(
     [
@@ -122,7 +123,11 @@ class KnowledgeBase:
         Raises:
             ArtifactError: A file is missing, damaged, of another format version, or does not fit the others.
         """
-        manifest = read_manifest(directory / "knowledge_base.json", FORMAT_VERSION)
+        manifest = read_manifest(directory / MANIFEST, FORMAT_VERSION)
+        if "base" in manifest:
+            raise ArtifactError(
+                f"{directory} is an update of a knowledge base: open what local_knowledge_base makes of it"
+            )
         trie = PrefixTrie.open(directory / "trie", verify=verify)
         path = directory / "entities.arrow"
         try:
@@ -160,6 +165,13 @@ class KnowledgeBase:
             None if lacks_description else self._descriptions[row],
             self._entities["popularity"][row].as_py(),
         )
+
+    def table(self) -> pa.Table:
+        """All entities in the order of their names: `ENTITY_SCHEMA` and `name_index`.
+
+        Arrow reads it without a look at where the file says that strings are: open with `verify` first.
+        """
+        return pa.Table.from_batches([self._entities.select([*ENTITY_SCHEMA.names, "name_index"])])
 
     def records(self, entity_ids: pa.ChunkedArray, names: pa.ChunkedArray) -> pa.Table:
         """`entity_id`, `name` and `popularity` of the entities with one of these ids or one of these names."""
@@ -240,20 +252,18 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
-def read_entities(uri: str) -> pa.Table:
-    """Read the entities' columns of all Parquet files at an address.
+def read_entities(uri: str, also: Sequence[str] = ()) -> pa.Table:
+    """Read the entities' columns of all Parquet files at an address, and those of `also` that they have.
 
     Raises:
         InputError: There is no such file, one is not readable, or their columns' types do not agree.
     """
-    tables = []
+    tables, known = [], (*ENTITY_SCHEMA.names, *also)
     try:
         for file in list_parquet(uri):
             filesystem, path = resolve(file.uri)
             with pq.ParquetFile(path, filesystem=filesystem) as parquet:
-                tables.append(
-                    parquet.read([name for name in ENTITY_SCHEMA.names if name in parquet.schema_arrow.names])
-                )
+                tables.append(parquet.read([name for name in known if name in parquet.schema_arrow.names]))
         return pa.concat_tables(tables, promote_options="permissive")
     except pa.ArrowException as error:
         raise InputError(f"{uri} is not readable as one Parquet table ({error}); write it again") from error
@@ -279,34 +289,63 @@ def build_knowledge_base(
         InputError: A column is missing or of another type, an id is missing or not unique, text is not UTF-8, or names
             are unusable (none is left, where they are skipped).
     """
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise ConfigurationError(f"{directory} is not an empty directory; remove it or name a new one")
+    check_new_directory(directory)
     fingerprint = tokenizer_fingerprint(tokenizer)
-    entities = _checked(entities)
+    entities = checked_entities(entities)
     names = TokenisedNames.tokenise(entities["name"], tokenizer)
     reasons = reasons_to_skip(entities["name"], names, tokenizer, settings.max_name_tokens)
     num_skipped = count_skipped(entities["entity_id"], reasons, settings.on_bad_name)
     is_kept = reasons == ""
-    trie, name_of_row = PrefixTrie.build(*names.select(is_kept))
-    stored = _sort_entities(entities.filter(pa.array(is_kept)), name_of_row)
+    manifest = {"tokenizer_fingerprint": fingerprint, "vocabulary_size": len(tokenizer)}
+    return save_knowledge_base(
+        directory, entities.filter(pa.array(is_kept)), names.select(is_kept), manifest, num_skipped
+    )
 
+
+def check_new_directory(directory: Path) -> None:
+    """See that an artifact's directory does not exist yet, or is empty.
+
+    Raises:
+        ConfigurationError: It holds something.
+    """
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ConfigurationError(f"{directory} is not an empty directory; remove it or name a new one")
+
+
+def save_knowledge_base(
+    directory: Path,
+    entities: pa.Table,
+    names: tuple[IntArray, IntArray],
+    manifest: Mapping[str, object],
+    num_skipped: dict[str, int],
+) -> KnowledgeBaseReport:
+    """Write a knowledge base whose names are tokenised.
+
+    Args:
+        directory: Where.
+        entities: Rows of `ENTITY_SCHEMA`, in any order.
+        names: Tokens of each row's name, as `PrefixTrie.build` takes them.
+        manifest: What the manifest says beside the counts and the checksum.
+        num_skipped: Entities left out, by reason.
+    """
+    trie, name_of_row = PrefixTrie.build(*names)
+    stored = _sort_entities(entities, name_of_row)
     trie.save(directory / "trie")
     path = directory / "entities.arrow"
     with pa.ipc.new_file(str(path), _STORED_SCHEMA) as writer:
         writer.write_table(stored.combine_chunks())
     report = KnowledgeBaseReport(stored.num_rows, trie.num_names, trie.longest(0), num_skipped)
-    manifest = {
-        "format_version": FORMAT_VERSION,
-        "tokenizer_fingerprint": fingerprint,
-        "vocabulary_size": len(tokenizer),
-        "entities_sha256": file_sha256(path),
-    }
-    write_manifest(directory / "knowledge_base.json", manifest | asdict(report))
+    checksum = {"format_version": FORMAT_VERSION, "entities_sha256": file_sha256(path)}
+    write_manifest(directory / MANIFEST, {**manifest, **checksum, **asdict(report)})
     return report
 
 
-def _checked(entities: pa.Table) -> pa.Table:
-    """Check ids and types, and normalise names; the result has the columns of `ENTITY_SCHEMA`."""
+def checked_entities(entities: pa.Table) -> pa.Table:
+    """Check ids and types, and normalise names; the result has the columns of `ENTITY_SCHEMA`.
+
+    Raises:
+        InputError: A column is missing or of another type, an id is missing or not unique, or text is not UTF-8.
+    """
     for required in ("entity_id", "name"):
         if required not in entities.column_names:
             raise InputError(f"the entities have no column {required!r}, only {entities.column_names}; add it")

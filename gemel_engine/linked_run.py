@@ -20,6 +20,7 @@ from gemel_engine.calibration import Calibration, ConfidenceQuality, quality, sc
 from gemel_engine.errors import InputError
 from gemel_engine.evaluation import Comparison, Evaluation, Figure, Judge, LeakAudit, Protocol, audit_leaks
 from gemel_engine.knowledge_base import KnowledgeBase
+from gemel_engine.knowledge_base_update import local_knowledge_base
 from gemel_engine.types import PREDICTION_SCHEMA
 
 _GOLD_COLUMNS = ("mention_id", "entity_id", "mention", "text", "candidate_ids", "image_uri")
@@ -63,7 +64,7 @@ class LinkedRun:
 
     def open_knowledge_base(self) -> KnowledgeBase:
         """The knowledge base that it linked to, where that is still at its address."""
-        return KnowledgeBase.open(storage.download_directory(self.settings["knowledge_base"]))
+        return KnowledgeBase.open(local_knowledge_base(self.settings["knowledge_base"]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

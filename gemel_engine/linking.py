@@ -36,6 +36,7 @@ from ray.data import ActorPoolStrategy, DataContext, Dataset
 from gemel_engine import shards, storage
 from gemel_engine.config import JobConfig, LinkConfig, PoolSettings, config_json
 from gemel_engine.errors import TooManyFailuresError, shown
+from gemel_engine.relinking import EarlierRun
 from gemel_engine.shards import Shard
 from gemel_engine.stages import (
     COSTS,
@@ -61,6 +62,38 @@ _ROWS_PER_RANGE = 1 << 18  # read at once to be sorted: row groups may be as lar
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CarriedOver:
+    """What a run took over from the one that it carries on; rows and costs are of the shards finished by this run.
+
+    Attributes:
+        num_changed_entities: Entities that were retired or renamed.
+        num_added_names: Names that are new.
+        rows_kept: Rows that kept their prediction without a question to the language model.
+        rows_extended: Rows that were searched over the added names alone.
+        rows_linked: Rows that were linked in full.
+        rollouts: Asked for.
+        rollouts_before: All those behind the rows of the earlier run.
+        prompt_tokens_before: Of the earlier run, as its report says.
+    """
+
+    num_changed_entities: int
+    num_added_names: int
+    rows_kept: int
+    rows_extended: int
+    rows_linked: int
+    rollouts: int
+    rollouts_before: int
+    prompt_tokens_before: int
+
+    def summary(self) -> str:
+        """One line for a terminal."""
+        return (
+            f"kept={self.rows_kept} extended={self.rows_extended} linked={self.rows_linked} "
+            f"rollouts={self.rollouts} before={self.rollouts_before}"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LinkReport:
     """What came of a run.
 
@@ -79,6 +112,7 @@ class LinkReport:
         prefix_cache_hit_rate: Share of these that it had in its cache.
         feature_mapper: `trained`, or what its weights were set to: `ridge` (in closed form), `random`, `imported`; or
             `none`.
+        carried_over: Of the run that this one carries on; None if it does not.
     """
 
     rows: int
@@ -94,6 +128,7 @@ class LinkReport:
     prompt_tokens: int
     prefix_cache_hit_rate: float | None
     feature_mapper: str
+    carried_over: CarriedOver | None
 
     def summary(self) -> str:
         """One line for a terminal."""
@@ -114,6 +149,8 @@ def link_corpus(config: LinkConfig) -> LinkReport:
     started = time.monotonic()
     plan, artifacts = _checked_plan(config)
     shards.claim_output(config.output, _identity(config, plan))
+    if (earlier := EarlierRun.of(config)) is not None:
+        earlier.note_changes(config.knowledge_base)
     plan = ordered_plan(config, plan)
     finished = shards.finished_shards(config.output)
     remaining = [shard for shard in plan if shard.name not in finished]
@@ -127,6 +164,8 @@ def link_corpus(config: LinkConfig) -> LinkReport:
     report = _report(config, artifacts, plan, remaining, costs, time.monotonic() - started)
     storage.write_bytes(f"{config.output}/report.json", json.dumps(asdict(report), indent=2).encode())
     logger.info("linked %s: %s", shown(config.output), report.summary())
+    if report.carried_over is not None:
+        logger.info("carried on %s: %s", shown(str(config.previous)), report.carried_over.summary())
     _check_failures(config, report)
     return report
 
@@ -191,6 +230,8 @@ def _checked_plan(config: LinkConfig) -> tuple[list[Shard], Artifacts]:
     artifacts = open_artifacts(config, verify=config.verify_artifacts)
     check_encoders(config, artifacts)
     open_calibration(config)
+    if (earlier := EarlierRun.of(config)) is not None:
+        earlier.check(_identity(config, plan))
     return plan, artifacts
 
 
@@ -224,7 +265,8 @@ def encode_and_retrieve(config: JobConfig, plan: Sequence[Shard], *, with_gold: 
     with_pictures = config.vision.image_encoder is not None
     columns = ("image_features", *(IMAGE_COLUMNS if with_pictures else ()), *(("entity_id",) if with_gold else ()))
     dataset: Dataset = ray.data.from_items([asdict(shard) for shard in plan], override_num_blocks=len(plan))
-    read = partial(read_mentions, also=columns)
+    earlier = EarlierRun.of(config) if isinstance(config, LinkConfig) else None
+    read = partial(read_mentions, also=columns, earlier=earlier)
     dataset = dataset.map_batches(read, batch_size=1, batch_format="pyarrow", num_cpus=0.25)
     if with_pictures:
         pool = actor_pool(config.resources.images)
@@ -307,6 +349,24 @@ def _report(
         prompt_tokens=round(costs["prompt_tokens"]),
         prefix_cache_hit_rate=costs["cached_tokens"] / costs["prompt_tokens"] if costs["prompt_tokens"] else None,
         feature_mapper="none" if mapper is None else mapper.metadata.origin,
+        carried_over=_carried_over(config, rows_now, costs),
+    )
+
+
+def _carried_over(config: LinkConfig, num_rows: int, costs: Counter[str]) -> CarriedOver | None:
+    if (earlier := EarlierRun.of(config)) is None:
+        return None
+    before = earlier.report()
+    num_linked_before = before["rows"] - sum(before["errors"].values())
+    rows_kept, rows_extended = round(costs["rows_kept"]), round(costs["rows_extended"])
+    return CarriedOver(
+        **earlier.counts(),
+        rows_kept=rows_kept,
+        rows_extended=rows_extended,
+        rows_linked=num_rows - rows_kept - rows_extended,
+        rollouts=round(costs["rollouts"]),
+        rollouts_before=round((before["rollouts_per_mention"] or 0) * num_linked_before),
+        prompt_tokens_before=before["prompt_tokens"],
     )
 
 
@@ -322,7 +382,13 @@ def _check_failures(config: LinkConfig, report: LinkReport) -> None:
 def _identity(config: LinkConfig, plan: Sequence[Shard]) -> dict[str, Any]:
     """What makes up a run: settings, input files and artifacts."""
     settings = {key: value for key, value in json.loads(config_json(config)).items() if key not in _NOT_IDENTITY}
-    return {"settings": settings, "plan": shards.plan_identity(plan), "artifacts": artifact_manifests(config)}
+    earlier = EarlierRun.of(config)
+    return {
+        "settings": settings,
+        "plan": shards.plan_identity(plan),
+        "artifacts": artifact_manifests(config),
+        **({} if earlier is None else {"previous": earlier.identity()}),
+    }
 
 
 def artifact_manifests(config: JobConfig) -> dict[str, Any]:

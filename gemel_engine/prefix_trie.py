@@ -190,6 +190,29 @@ class PrefixTrie:
             node = self.parent(node)
         return tokens[::-1]
 
+    def sequences(self, names: IntArray) -> tuple[UnsignedArray, NDArray[np.int64]]:
+        """Tokens of S names, found for all of them at once: what `build` takes.
+
+        Args:
+            names: Their numbers; (S,).
+
+        Returns:
+            The sequences one after another, and where each starts, then their end; (T,) and (S + 1,).
+        """
+        parents = np.repeat(np.arange(self.num_nodes, dtype=np.uint32), np.diff(self.first_child))  # of node 1 on
+        nodes, rows = self.terminals[names], np.arange(len(names))
+        lengths, climbed = np.zeros(len(names), np.int64), []
+        while len(rows):
+            climbed.append((rows, self.tokens[nodes]))
+            lengths[rows] += 1
+            nodes = parents[nodes - 1]
+            rows, nodes = rows[nodes > 0], nodes[nodes > 0]
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        token_ids = np.empty(offsets[-1], self.tokens.dtype)
+        for height, (of_rows, tokens) in enumerate(climbed, 1):
+            token_ids[offsets[of_rows + 1] - height] = tokens
+        return token_ids, offsets
+
     def longest(self, node: int) -> int:
         """Tokens from `node` to the end of the longest name below it, the terminator not counted; 0 for a leaf."""
         return int(self.heights[node])
@@ -279,6 +302,19 @@ class PrefixTrie:
             and not (is_unordered & (parents[1:] == parents[:-1])).any()
             and np.isin(np.flatnonzero(num_children == 0), self.terminals).all()
         )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SavedTrie:
+    """A prefix trie and the directory that it is saved in, for processes that map it themselves."""
+
+    trie: PrefixTrie
+    directory: Path
+
+    @classmethod
+    def open(cls, directory: Path) -> Self:
+        """Open what `PrefixTrie.save` wrote, as `PrefixTrie.open` does."""
+        return cls(PrefixTrie.open(directory), directory)
 
 
 def _smallest(values: IntArray, minimum: type[np.unsignedinteger[Any]]) -> UnsignedArray:

@@ -21,7 +21,7 @@ import heapq
 import itertools
 import math
 from bisect import insort
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeVar
 
@@ -110,6 +110,7 @@ class SearchResult:
         log_explored_mass: Log of the probability of all names that were finished.
         unexplored_mass: Upper bound of the probability of all names that were not.
         num_rollouts: Rollouts asked for.
+        highest_bound: No name that was not finished has a higher score.
     """
 
     names: tuple[FoundName, ...]
@@ -117,6 +118,7 @@ class SearchResult:
     log_explored_mass: float
     unexplored_mass: float
     num_rollouts: int
+    highest_bound: float
 
 
 @dataclass(order=True, slots=True)
@@ -142,12 +144,17 @@ class NameSearch:
         trie: Names allowed. Its tokens don't include the terminator.
         terminator: Token that ends a name.
         settings: How far to search.
+        rivals: Scores of names found elsewhere, by which this search is over sooner: as soon as none of its open names
+            can be one of the best of both.
     """
 
-    def __init__(self, trie: PrefixTrie, terminator: int, settings: SearchSettings) -> None:
+    def __init__(
+        self, trie: PrefixTrie, terminator: int, settings: SearchSettings, rivals: Sequence[float] = ()
+    ) -> None:
         self._trie = trie
         self._terminator = terminator
         self._settings = settings
+        self._rivals = tuple(rivals)
         self._frontier = [self._item((), 0, 0.0)]
         self._in_flight: dict[RolloutRequest, _OpenItem] = {}
         self._found: list[tuple[float, tuple[int, ...], FoundName]] = []  # ascending (-score, path)
@@ -193,7 +200,7 @@ class NameSearch:
         return not self._in_flight and self._is_spent
 
     def result(self) -> SearchResult:
-        """The best names found so far; valid at any time after the first `observe`."""
+        """The best names found so far, the rivals left out; there is one from the first `observe` on."""
         names = tuple(found for _, _, found in self._found[: self._settings.num_candidates])
         open_items = itertools.chain(self._frontier, self._in_flight.values())
         return SearchResult(
@@ -202,6 +209,7 @@ class NameSearch:
             log_explored_mass=_log_sum_exp([found.log_prob for _, _, found in self._found]),
             unexplored_mass=min(1.0, sum(item.mass for item in open_items)),
             num_rollouts=self._num_rollouts,
+            highest_bound=self._highest_bound,
         )
 
     @property
@@ -221,7 +229,8 @@ class NameSearch:
     @property
     def _score_to_beat(self) -> float:
         n = self._settings.num_to_certify
-        return self._found[n - 1][2].score if len(self._found) >= n else -math.inf
+        best = sorted([*self._rivals, *(found.score for _, _, found in self._found[:n])], reverse=True)
+        return best[n - 1] if len(best) >= n else -math.inf
 
     def _bound(self, log_prob: float, depth: int, node: int) -> float:
         """Highest objective that a name below `node` can reach; the terminator counts as a token."""
@@ -262,6 +271,24 @@ class NameSearch:
             -bound, item.path, item.node, item.log_prob, math.exp(item.log_prob) * mass_left, excluded, excluded_mass
         )
         heapq.heappush(self._frontier, remainder)
+
+
+def merge_results(first: SearchResult, second: SearchResult, num_candidates: int) -> SearchResult:
+    """What two searches say of all names of both; no name is in both, and their numbers are of one trie.
+
+    A name that is not finished scores at most the higher of the two bounds, so the names above it are proved. Masses of
+    sets that have nothing in common add up.
+    """
+    names = sorted([*first.names, *second.names], key=lambda name: -name.score)[:num_candidates]
+    highest_bound = max(first.highest_bound, second.highest_bound)
+    return SearchResult(
+        names=tuple(names),
+        num_certified=sum(name.score >= highest_bound for name in names),
+        log_explored_mass=float(np.logaddexp(first.log_explored_mass, second.log_explored_mass)),
+        unexplored_mass=min(1.0, first.unexplored_mass + second.unexplored_mass),
+        num_rollouts=first.num_rollouts + second.num_rollouts,
+        highest_bound=highest_bound,
+    )
 
 
 class RolloutEngine(Protocol):

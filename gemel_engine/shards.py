@@ -198,7 +198,7 @@ def check_claim(output: str, identity: dict[str, Any]) -> None:
     existing = json.loads(storage.read_bytes(f"{output}/_run.json"))
     if existing != json.loads(json.dumps(identity)):
         raise ConfigurationError(
-            f"{output} holds a run that differs in {', '.join(_differences(existing, identity))}: "
+            f"{output} holds a run that differs in {', '.join(differences(existing, identity))}: "
             "choose another output, or remove it"
         )
 
@@ -294,13 +294,13 @@ def _check_ids(uri: str, chunks: list[pa.ChunkedArray]) -> None:
         raise InputError(f"{uri} repeats {len(repeated)} mention_id, such as {repeated[:3]}: make them unique")
 
 
-def _differences(left: dict[str, Any], right: dict[str, Any], prefix: str = "") -> list[str]:
+def differences(left: dict[str, Any], right: dict[str, Any], prefix: str = "") -> list[str]:
     """Full names of the keys in which two JSON objects differ."""
     names = []
     for key in sorted({*left, *right}):
         a, b = left.get(key), right.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            names += _differences(a, b, f"{prefix}{key}.")
+            names += differences(a, b, f"{prefix}{key}.")
         elif a != b:
             names.append(f"{prefix}{key}")
     return names

@@ -28,9 +28,18 @@ from gemel_engine.config import JobConfig, LinkConfig, RetrievalSettings, TrainC
 from gemel_engine.errors import EngineDiedError, ImageFetchError, MentionError
 from gemel_engine.image_source import fetch_image
 from gemel_engine.poison import isolate, marks_of
+from gemel_engine.relinking import EarlierRun
 from gemel_engine.shards import Shard
 from gemel_engine.storage import download_directory
-from gemel_engine.types import Features, Mention, Prediction, check_features, fault_of, predictions_to_table
+from gemel_engine.types import (
+    Features,
+    Mention,
+    Prediction,
+    check_features,
+    fault_of,
+    predictions_to_table,
+    row_to_prediction,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -51,14 +60,24 @@ _ORDERED_SCHEMA = pa.schema(
 _FETCH_THREADS = 16
 _FETCHED_AHEAD = 64  # image files that are held at once, at most
 # What a stage spent on a batch, spread evenly over its rows, so that it can be summed wherever the rows end up.
-COSTS = ("image_seconds", "retrieval_seconds", "generation_seconds", "prompt_tokens", "cached_tokens")
+COSTS = (
+    "image_seconds",
+    "retrieval_seconds",
+    "generation_seconds",
+    "prompt_tokens",
+    "cached_tokens",
+    "rollouts",
+    "rows_kept",
+    "rows_extended",
+)
 
 
-def read_mentions(batch: pa.Table, also: Sequence[str]) -> pa.Table:
+def read_mentions(batch: pa.Table, also: Sequence[str], earlier: EarlierRun | None = None) -> pa.Table:
     """Read a shard, ordered by surface form, so that equal prompts' beginnings follow each other.
 
     Reads the columns of `also` beside the small ones, where the corpus has them. Adds `shard`, `row` (in the
-    shard's file) and `error` (null so far, or why the row can't be linked).
+    shard's file) and `error` (null so far, or why the row can't be linked); for a run that carries on an earlier one
+    also what that says of each row.
     """
     (fields,) = batch.to_pylist()
     shard = Shard(**fields)
@@ -69,6 +88,8 @@ def read_mentions(batch: pa.Table, also: Sequence[str]) -> pa.Table:
         if fault is not None and errors[row] is None:
             errors[row] = str(fault)
     table = table.append_column("error", pa.array(errors, pa.string()))
+    if earlier is not None:
+        table = earlier.attach(table, shard)
     return table.sort_by([("mention", "ascending"), ("row", "ascending")])
 
 
@@ -109,7 +130,10 @@ class EncodeImages:
         started = time.monotonic()
         errors = batch["error"].to_pylist()
         features = _column(batch, "image_features")
-        needed = [error is None and item is None for error, item in zip(errors, features, strict=True)]
+        needed = [
+            error is None and item is None and not is_settled
+            for error, item, is_settled in zip(errors, features, _are_settled(batch), strict=True)
+        ]
         for row, item in enumerate(self._encoder.encode(self._files(batch, needed))):
             if isinstance(item, MentionError):
                 errors[row] = str(item)
@@ -154,9 +178,10 @@ class RetrieveDemonstrations:
         """Retrieve a batch's demonstrations."""
         started = time.monotonic()
         mentions, features = _mentions(batch), _features(batch)
-        rows = [row for row, mention in enumerate(mentions) if mention is not None]
+        are_settled = _are_settled(batch)
+        rows = [row for row, mention in enumerate(mentions) if mention is not None and not are_settled[row]]
         found = self._retriever.retrieve(
-            [mention for mention in mentions if mention is not None], [features[row] for row in rows]
+            [mention for row in rows if (mention := mentions[row]) is not None], [features[row] for row in rows]
         )
         retrieved: list[list[int]] = [[] for _ in mentions]
         for row, demonstrations in zip(rows, found, strict=True):
@@ -166,13 +191,15 @@ class RetrieveDemonstrations:
 
 
 class GenerateEntityNames:
-    """Turns mentions into predictions."""
+    """Turns mentions into predictions; where an earlier run is carried on, its predictions into those of this run."""
 
     def __init__(self, config: LinkConfig) -> None:
         from gemel_engine.generation import EntityNameGenerator
 
         self._output = config.output
-        self._generator = EntityNameGenerator.start(config)
+        earlier = EarlierRun.of(config)
+        added_names = None if earlier is None else earlier.added_names()
+        self._generator = EntityNameGenerator.start(config, added_names=added_names)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Link a batch; keeps `shard`, `row` and the costs."""
@@ -184,11 +211,13 @@ class GenerateEntityNames:
         mentions, features = _mentions(batch), _features(batch)
         rows = [row for row, mention in enumerate(mentions) if mention is not None]
         demonstrations = [item or [] for item in _column(batch, "demonstrations")]
+        earlier = [None if row is None else row_to_prediction(row) for row in _column(batch, "previous")]
         try:
             linked = self._generator.generate(
                 [mention for mention in mentions if mention is not None],
                 [features[row] for row in rows],
                 [demonstrations[row] for row in rows],
+                [earlier[row] for row in rows],
             )
         except EngineDiedError:
             logger.exception("this process ends with its engine")
@@ -203,8 +232,22 @@ class GenerateEntityNames:
                 table = table.append_column(column, batch[column])
         table = _with_cost(table, "generation_seconds", time.monotonic() - started)
         now = self._cache_counts()
-        table = _with_cost(table, "prompt_tokens", now[0] - prompt_tokens)
-        return _with_cost(table, "cached_tokens", now[1] - cached_tokens)
+        num_rollouts = sum(
+            (after.num_rollouts or 0) - (0 if before is None else before.num_rollouts or 0)
+            for before, after in zip(earlier, predictions, strict=True)
+            if after.error is None
+        )
+        num_kept = sum(_are_settled(batch))
+        costs = {
+            "prompt_tokens": now[0] - prompt_tokens,
+            "cached_tokens": now[1] - cached_tokens,
+            "rollouts": num_rollouts,
+            "rows_kept": num_kept,
+            "rows_extended": len(earlier) - earlier.count(None) - num_kept,
+        }
+        for name, cost in costs.items():
+            table = _with_cost(table, name, cost)
+        return table
 
     def _cache_counts(self) -> tuple[int, int]:
         statistics = getattr(self._generator.engine, "cache_statistics", None)
@@ -218,10 +261,11 @@ class CheckExamples:
         import torch
 
         from gemel_engine.knowledge_base import KnowledgeBase
+        from gemel_engine.knowledge_base_update import local_knowledge_base
         from gemel_engine.model import load_tokenizer
         from gemel_engine.prompt import PromptBuilder
 
-        self._knowledge_base = KnowledgeBase.open(download_directory(config.knowledge_base))
+        self._knowledge_base = KnowledgeBase.open(local_knowledge_base(config.knowledge_base))
         self._builder = PromptBuilder(load_tokenizer(config.language_model.name), config.prompt)
         self._stand_in = torch.empty(prefix_length, 0)
         self._width = vision_width
@@ -315,6 +359,11 @@ def _features(batch: pa.Table) -> list[Features | None]:
     vectors = (row.values for row in batch["image_features"])  # arrays, not lists of Python's numbers
     with np.errstate(over="ignore"):  # what is too large becomes infinite, which is an error of the row
         return [None if row is None else row.to_numpy(zero_copy_only=False).astype(np.float32) for row in vectors]
+
+
+def _are_settled(batch: pa.Table) -> list[bool]:
+    """Whether nothing is to be asked of a model about each row, since an earlier run's prediction stands."""
+    return [bool(is_settled) for is_settled in _column(batch, "is_settled")]
 
 
 def _result(file: bytes | Future[bytes | ImageFetchError] | None) -> bytes | ImageFetchError | None:

@@ -163,11 +163,34 @@ def download_directory(uri: str, cache_dir: str | os.PathLike[str] = ARTIFACT_CA
         raise ArtifactError(f"no artifact directory at {shown(uri)}: check the address, or upload the artifact first")
     digest = hashlib.sha256(repr([(file.uri, file.version) for file in files]).encode()).hexdigest()[:16]
     target = Path(cache_dir) / f"{root.rpartition('/')[2]}-{digest}"
+
+    def download(directory: Path) -> None:
+        with ThreadPoolExecutor() as pool:
+            for copy in [pool.submit(_download_file, file, _relative(file, root), directory) for file in files]:
+                copy.result()
+
+    return made_once(target, download)
+
+
+def made_once(target: Path, make: Callable[[Path], object]) -> Path:
+    """The directory `target`; where it is missing, `make` fills a new one, and other processes that ask for it wait.
+
+    The lock of a process that is killed goes with it, and the next begins anew.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(target.parent):
-        if not target.is_dir():
-            _download(files, root, target)
-    return target
+    temporary = target.with_name(f".{target.name}")
+    with target.with_name(f".{target.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if target.is_dir():
+            return target
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        try:
+            with _room_for(target):
+                make(temporary)
+            return temporary.rename(target)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def remove_tree(uri: str) -> None:
@@ -271,29 +294,6 @@ def _room_for(path: Path) -> Iterator[None]:
             raise
         message = "no room left on the disk: make room, then run the same command again"
         raise OSError(error.errno, message, str(path)) from error
-
-
-@contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Keep other processes of this machine out; the lock of a process that is killed goes with it."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _download(files: list[InputFile], root: str, target: Path) -> None:
-    temporary = target.with_name(f".{target.name}")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
-    try:
-        with _room_for(target), ThreadPoolExecutor() as pool:
-            for copy in [pool.submit(_download_file, file, _relative(file, root), temporary) for file in files]:
-                copy.result()
-        temporary.rename(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _download_file(file: InputFile, relative: str, directory: Path) -> None:

@@ -5,8 +5,9 @@ Nothing here knows a model, Ray or a file. A stage adds a type; none changes ano
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -80,7 +81,8 @@ class Prediction:
         demonstration_ids: `mention_id`s of the demonstrations in the prompt, the most similar last.
         demonstration_entity_ids: The entities that they show, in the same order.
         num_demonstrations_dropped: How many were left out because the prompt would have been too long.
-        num_rollouts: Rollouts that the search asked the language model for.
+        num_rollouts: Rollouts that the search asked the language model for, those of an earlier run included whose
+            prediction this one carries on.
     """
 
     mention_id: str
@@ -177,6 +179,13 @@ PREDICTION_SCHEMA = pa.schema(
         pa.field("error", pa.string()),
     ]
 )
+
+
+def row_to_prediction(row: Mapping[str, Any]) -> Prediction:
+    """A row of `PREDICTION_SCHEMA` as a prediction."""
+    candidates = [Candidate(item["entity_id"], item["name"], item["log_prob"]) for item in row["candidates"] or ()]
+    lists = {name: tuple(row[name] or ()) for name in ("demonstration_ids", "demonstration_entity_ids")}
+    return Prediction(**{**row, **lists, "candidates": tuple(candidates)})
 
 
 def predictions_to_table(predictions: list[Prediction]) -> pa.Table:

@@ -28,7 +28,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from gemel_engine.config import EngineSettings
 from gemel_engine.errors import EngineDiedError, GemelError
 from gemel_engine.model import DTYPES, language_model_width
-from gemel_engine.prefix_trie import PrefixTrie
+from gemel_engine.prefix_trie import PrefixTrie, SavedTrie
 from gemel_engine.prompt import Prompt
 from gemel_engine.search import Rollout, RolloutRequest
 from gemel_engine.vllm_processors import TrieLogitsProcessor, TrieLogitsProcessorV2
@@ -51,6 +51,7 @@ class VllmEngine:
         terminator: Token that ends a name.
         num_children: K, the log-probs reported at each step.
         max_prompt_tokens: Longest prompt.
+        common_candidates: Candidates of many requests, and too many to be sent with each: workers map them, too.
     """
 
     def __init__(
@@ -60,7 +61,9 @@ class VllmEngine:
         terminator: int,
         num_children: int,
         max_prompt_tokens: int,
+        common_candidates: SavedTrie | None = None,
     ) -> None:
+        self._common_candidates = None if common_candidates is None else common_candidates.trie
         self._trie = PrefixTrie.open(trie_directory)
         self._terminator = terminator
         self._num_children = num_children
@@ -69,6 +72,9 @@ class VllmEngine:
         self._embeddings: tuple[Prompt, Tensor | None] | None = None
         self.cache_statistics = CacheStatistics()
         _set_environment(settings)
+        additional = {"prefix_trie": str(trie_directory), "terminator": terminator}
+        if common_candidates is not None:
+            additional["common_candidates"] = str(common_candidates.directory)
         on_cpu = not torch.cuda.is_available()
         if on_cpu:
             # Compiling the sampler's one small function costs a process more than a small job has to compute.
@@ -95,7 +101,7 @@ class VllmEngine:
                 max_logprobs=num_children,
                 logprobs_mode="processed_logits",
                 logits_processors=processors,
-                additional_config={"prefix_trie": str(trie_directory), "terminator": terminator},
+                additional_config=additional,
                 disable_log_stats=True,
                 seed=0,
             )
@@ -104,6 +110,8 @@ class VllmEngine:
     def submit(self, request_id: str, prompt: Prompt, request: RolloutRequest, candidates: PrefixTrie | None) -> None:
         """Queue a rollout under the engine's trie, or under `candidates` where that is given."""
         trie = candidates or self._trie
+        are_common = candidates is not None and candidates is self._common_candidates
+        are_sent = candidates is not None and not are_common
         parameters = SamplingParams(
             temperature=0.0,
             max_tokens=trie.longest(trie.walk(request.path)) + 1,
@@ -116,7 +124,8 @@ class VllmEngine:
             extra_args={
                 "path": list(request.path),
                 "excluded": list(request.excluded),
-                "candidates": candidates and [candidates.name_tokens(name) for name in range(candidates.num_names)],
+                "candidates": [trie.name_tokens(name) for name in range(trie.num_names)] if are_sent else None,
+                "has_common_candidates": are_common,
             },
         )
         self._engine.add_request(request_id, self._vllm_prompt(prompt, request.path), parameters)

@@ -57,7 +57,11 @@ class TrieConstraint:
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         additional: Any = vllm_config.additional_config
         self._trie = PrefixTrie.open(Path(additional["prefix_trie"]))
-        self._tensors = TrieTensors.of(self._trie, device)
+        self._tensors = {self._trie: TrieTensors.of(self._trie, device)}
+        self._common_candidates: PrefixTrie | None = None
+        if "common_candidates" in additional:
+            self._common_candidates = trie = PrefixTrie.open(Path(additional["common_candidates"]))
+            self._tensors[trie] = TrieTensors.of(trie, device)
         self._terminator: int = additional["terminator"]
 
     def cursor(self, parameters: SamplingParams, output_tokens: list[int]) -> TrieCursor | None:
@@ -65,30 +69,38 @@ class TrieConstraint:
         arguments = parameters.extra_args or {}
         if "path" not in arguments:
             return None
-        candidates = arguments["candidates"]
-        trie = self._trie if candidates is None else PrefixTrie.from_sequences(candidates)[0]
+        trie = self._trie
+        if arguments["candidates"] is not None:
+            trie = PrefixTrie.from_sequences(arguments["candidates"])[0]
+        elif arguments.get("has_common_candidates"):
+            assert self._common_candidates is not None, "the engine was started with them"
+            trie = self._common_candidates
         return TrieCursor(trie, trie.walk(arguments["path"]), arguments["excluded"], output_tokens)
 
     def apply(self, logits: Tensor, cursors: Mapping[int, TrieCursor]) -> Tensor:
         """Constrain the rows of logits (B, V) that have a cursor."""
         if not cursors:
             return logits
-        nodes, own_rows, own_tokens = {}, [], []
+        own_rows, own_tokens = [], []
+        nodes: dict[PrefixTrie, dict[int, int]] = {trie: {} for trie in self._tensors}  # by row
         for row, cursor in cursors.items():
             node = cursor.advance()
-            if cursor.trie is self._trie:
-                nodes[row] = node
+            if cursor.trie in nodes:
+                nodes[cursor.trie][row] = node
             else:  # a mention's few candidates
                 allowed = allowed_next_tokens(cursor.trie, node, self._terminator, frozenset())
                 own_rows += [row] * len(allowed)
                 own_tokens += allowed.tolist()
-        pairs = torch.tensor([own_rows, own_tokens], dtype=torch.long).to(logits.device)
-        places, tokens = self._tensors.allowed(
-            torch.tensor(list(nodes.values()), dtype=torch.long).to(logits.device), self._terminator
-        )
-        rows = torch.tensor(list(nodes), dtype=torch.long).to(logits.device)[places]
+        rows, tokens = [_tensor(own_rows, logits)], [_tensor(own_tokens, logits)]
+        for trie, node_of_row in nodes.items():
+            if node_of_row:
+                places, of_trie = self._tensors[trie].allowed(
+                    _tensor([*node_of_row.values()], logits), self._terminator
+                )
+                rows.append(_tensor([*node_of_row], logits)[places])
+                tokens.append(of_trie)
         excluded = [(row, token) for row, cursor in cursors.items() for token in cursor.excluded]
-        return constrain(logits, torch.cat([rows, pairs[0]]), torch.cat([tokens, pairs[1]]), excluded)
+        return constrain(logits, torch.cat(rows), torch.cat(tokens), excluded)
 
 
 class TrieLogitsProcessor(FirstInterface):
@@ -157,6 +169,10 @@ class TrieLogitsProcessorV2(SecondInterface):
         tokens = all_tokens[torch.from_numpy(slots[:, None]).long().to(device), torch.from_numpy(places).to(device)]
         for cursor, new, count in zip(cursors, tokens.tolist(), counts.tolist(), strict=True):
             cursor.output_tokens.extend(new[:count])
+
+
+def _tensor(numbers: Sequence[int], like: Tensor) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.long).to(like.device)
 
 
 def _put(cursors: dict[int, TrieCursor], key: int, cursor: TrieCursor | None) -> None:

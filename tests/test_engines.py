@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from gemel_engine.config import EngineSettings
 from gemel_engine.model import FrozenLanguageModel
-from gemel_engine.prefix_trie import PrefixTrie
+from gemel_engine.prefix_trie import PrefixTrie, SavedTrie
 from gemel_engine.prompt import Prompt, PromptBuilder, PromptSettings, Terminator, encode_text
 from gemel_engine.search import NameSearch, RolloutEngine, SearchResult, SearchSettings, run_searches
 from gemel_engine.transformers_engine import TransformersEngine
@@ -75,11 +75,19 @@ def engine_settings(path: Path) -> EngineSettings:
     return EngineSettings(name=str(path), dtype="float32", kv_cache_gib=1, gpu_memory_utilization=0.15)
 
 
+@pytest.fixture(scope="module")
+def common_candidates(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> SavedTrie:
+    names = ("bear", "moon cake", "dog", "sun", "star")
+    few, _ = PrefixTrie.from_sequences([encode_text(tokenizer, name) for name in names])
+    return SavedTrie(few, tmp_path_factory.mktemp("candidates"))
+
+
 @pytest.fixture(scope="module", params=["llama", "opt"])
 def vllm_engines(
     request: pytest.FixtureRequest,
     language_models: dict[str, Path],
     trie: PrefixTrie,
+    common_candidates: SavedTrie,
     tokenizer: PreTrainedTokenizerFast,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Path, VllmEngine, VllmEngine]:
@@ -89,8 +97,16 @@ def vllm_engines(
     path = language_models[request.param]
     terminator = PromptBuilder(tokenizer, PromptSettings()).terminator
     settings = engine_settings(path)
+    common_candidates.trie.save(common_candidates.directory)
     engines = [
-        VllmEngine(replace(settings, enable_prefix_caching=caching), directory, terminator, NUM_CHILDREN, 512)
+        VllmEngine(
+            replace(settings, enable_prefix_caching=caching),
+            directory,
+            terminator,
+            NUM_CHILDREN,
+            512,
+            common_candidates,
+        )
         for caching in (True, False)
     ]
     return path, engines[0], engines[1]
@@ -186,18 +202,20 @@ def test_pictures_never_share_a_cached_block(
 def test_candidates_restrict_one_request(
     vllm_engines: tuple[Path, VllmEngine, VllmEngine],
     trie: PrefixTrie,
+    common_candidates: SavedTrie,
     tokenizer: PreTrainedTokenizerFast,
     device: str,
 ) -> None:
+    """Every second request, either with candidates that are sent with it or with those that the workers have."""
     path, cached, _ = vllm_engines
     terminator = PromptBuilder(tokenizer, PromptSettings()).terminator
-    few, _ = PrefixTrie.from_sequences(
-        [encode_text(tokenizer, name) for name in ("bear", "moon cake", "dog", "sun", "star")]
+    sent, _ = PrefixTrie.from_sequences(
+        [common_candidates.trie.name_tokens(name) for name in range(common_candidates.trie.num_names)]
     )
     reference = TransformersEngine(FrozenLanguageModel(str(path), device=device), trie, terminator, NUM_CHILDREN)
     prompts = make_prompts(tokenizer)[:4]
 
-    def link_with_candidates(engine: RolloutEngine) -> list[SearchResult]:
+    def link_with_candidates(engine: RolloutEngine, few: PrefixTrie) -> list[SearchResult]:
         searches = [
             (i, prompt, NameSearch(few if i % 2 else trie, terminator, EXHAUSTIVE), few if i % 2 else None)
             for i, prompt in enumerate(prompts)
@@ -205,7 +223,9 @@ def test_candidates_restrict_one_request(
         results = dict(run_searches(engine, searches, max_in_flight=4))
         return [results[i] for i in range(len(prompts))]
 
-    assert_equal_results(link_with_candidates(cached), link_with_candidates(reference))
+    expected = link_with_candidates(reference, sent)
+    assert_equal_results(link_with_candidates(cached, sent), expected)
+    assert_equal_results(link_with_candidates(cached, common_candidates.trie), expected)
 
 
 @pytest.mark.parametrize("model", ["llama", "opt"])

@@ -308,6 +308,17 @@ def test_damaged_bytes_give_an_error_or_a_trie_in_which_every_path_ends(
     assert all(len(trie.name_tokens(number)) < trie.num_nodes for number in range(trie.num_names))
 
 
+@given(names=NAMES, some=st.lists(st.integers(0, 29), max_size=9))
+def test_sequences_are_what_the_trie_was_built_from(names: Names, some: list[int]) -> None:
+    trie, numbers = build(names)
+    token_ids, offsets = trie.sequences(numbers)
+    assert token_ids.tolist() == [token for name in names for token in name]
+    assert offsets.tolist() == np.cumsum([0, *map(len, names)]).tolist()
+    chosen = np.array([number % trie.num_names for number in some], int)
+    token_ids, offsets = trie.sequences(chosen)
+    assert [part.tolist() for part in np.split(token_ids, offsets[1:])[:-1]] == list(map(trie.name_tokens, chosen))
+
+
 @pytest.mark.parametrize("name", [field.name for field in fields(PrefixTrie)])
 def test_arrays_of_unfitting_lengths_are_refused(tmp_path: Path, name: str) -> None:
     trie, _ = build(AWKWARD_NAMES)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from gemel_engine.earlier import numbered_in
 from gemel_engine.prefix_trie import PrefixTrie
 from gemel_engine.prompt import Prompt
 from gemel_engine.search import (
@@ -21,6 +23,7 @@ from gemel_engine.search import (
     SearchResult,
     SearchSettings,
     allowed_next_tokens,
+    merge_results,
     run_searches,
 )
 
@@ -198,3 +201,75 @@ def test_probability_mass_is_complete_when_everything_is_explored() -> None:
     truth, result, _ = solve(problem, SearchSettings(num_to_certify=7, num_candidates=7, max_rollouts=1000))
     assert result.unexplored_mass == 0
     assert math.exp(result.log_explored_mass) == pytest.approx(math.fsum(math.exp(score) for score, _ in truth))
+
+
+def as_stored(result: SearchResult) -> SearchResult:
+    """What is left of a result in a row of the output: the names listed, and that those proved lie above all others."""
+    return replace(result, highest_bound=result.names[result.num_certified - 1].score)
+
+
+@pytest.mark.parametrize("objective", ["sum", "mean"])
+@settings(max_examples=500)
+@given(
+    problem=problems,
+    share_added=st.floats(0, 1),
+    num_retired=st.integers(0, 20),
+    num_to_certify=st.integers(1, 3),
+    budget=st.sampled_from([2, 5, 10_000]),
+)
+def test_searching_added_names_alone_gives_the_best_of_all(
+    problem: dict[str, Any],
+    share_added: float,
+    num_retired: int,
+    num_to_certify: int,
+    budget: int,
+    objective: Objective,
+) -> None:
+    """The names before are those without the added ones; then some that the first search did not list go."""
+    assume(len(problem["names"]) > 1)
+    num_added = 1 + round(share_added * (len(problem["names"]) - 2))
+    before, added = problem["names"][num_added:], problem["names"][:num_added]
+    num_to_certify = min(num_to_certify, len(before))
+    every_name = SearchSettings(
+        objective=objective, num_to_certify=num_to_certify, num_candidates=60, max_rollouts=10_000
+    )
+    old_trie, _ = PrefixTrie.from_sequences(before)
+    scorer = RandomScorer(old_trie, problem["seed"], problem["temperature"], problem["num_children"])
+    ((_, first),) = run_searches(scorer, [(0, PROMPT, NameSearch(old_trie, TERMINATOR, every_name), None)], 1)
+    assert first.num_certified >= num_to_certify
+    listed = {tuple(old_trie.name_tokens(name.name_index)) for name in first.names}
+    retired = [name for name in before if name not in listed][:num_retired]
+    names = [name for name in problem["names"] if name not in retired]
+
+    trie, _ = PrefixTrie.from_sequences(names)
+    stored = numbered_in(trie, as_stored(first), old_trie)
+    added_trie, _ = PrefixTrie.from_sequences(added)
+    limited = replace(every_name, max_rollouts=budget)
+    search = NameSearch(added_trie, TERMINATOR, limited, [name.score for name in stored.names])
+    ((_, second),) = run_searches(scorer, [(0, PROMPT, search, added_trie)], 1)
+    merged = merge_results(stored, numbered_in(trie, second, added_trie), num_candidates=60)
+
+    def score(name: tuple[int, ...]) -> float:
+        log_prob = scorer.name_log_prob(name)
+        return log_prob if objective == "sum" else log_prob / (len(name) + 1)
+
+    truth = [trie.name_index(trie.walk(name)) for name in sorted(names, key=score, reverse=True)]
+    assert [name.name_index for name in merged.names[: merged.num_certified]] == truth[: merged.num_certified]
+    if budget == 10_000:
+        assert merged.num_certified >= num_to_certify
+    assert merged.num_rollouts == first.num_rollouts + second.num_rollouts
+    found = {tuple(trie.name_tokens(name.name_index)) for name in merged.names}
+    unfinished = [name for name in names if name not in found]
+    assert math.fsum(math.exp(scorer.name_log_prob(name)) for name in unfinished) <= merged.unexplored_mass + 1e-9
+
+
+def test_a_search_with_better_rivals_ends_after_one_rollout_or_before() -> None:
+    sequences = [[a, b, c] for a in range(6) for b in range(6) for c in range(6)]
+    trie, _ = PrefixTrie.from_sequences(sequences)
+    scorer = RandomScorer(trie, seed=0, temperature=5.0, num_children=3)
+    search = NameSearch(trie, TERMINATOR, SearchSettings(), rivals=[-0.01])
+    ((_, result),) = run_searches(scorer, [("key", PROMPT, search, None)], 1)
+    assert result.num_rollouts == 1
+    assert result.highest_bound < -0.01
+    assert NameSearch(trie, TERMINATOR, SearchSettings(), rivals=[0.0]).is_done
+    assert not NameSearch(trie, TERMINATOR, SearchSettings(num_to_certify=2), rivals=[0.0]).is_done

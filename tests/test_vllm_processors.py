@@ -27,6 +27,7 @@ from gemel_engine.vllm_processors import TrieLogitsProcessor, TrieLogitsProcesso
 pytestmark = pytest.mark.gpu
 VOCABULARY, TERMINATOR, SLOTS, LONGEST = 40, 39, 8, 32
 NAMES = [[1], [1, 2], [1, 2, 3], [1, 4, 5, 6], [1, 4, 5, 7], [2, 2], [2, 9, 9, 9], [8, 1], [8, 2], [30, 31, 32, 33]]
+COMMON = [[8, 2], [8, 3, 1], [20], [21, 2]]
 
 
 @dataclass
@@ -38,6 +39,7 @@ class Request:
     path: list[int] | None = field(default_factory=list)
     excluded: list[int] = field(default_factory=list)
     candidates: list[list[int]] | None = None
+    has_common_candidates: bool = False
     prompt: list[int] = field(default_factory=lambda: [11, 12, 13])
     output: list[int] = field(default_factory=list)
 
@@ -45,16 +47,18 @@ class Request:
     def parameters(self) -> SamplingParams:
         if self.path is None:
             return SamplingParams()
-        arguments = {"path": self.path, "excluded": self.excluded, "candidates": self.candidates}
-        return SamplingParams(extra_args=arguments)
+        names = ("path", "excluded", "candidates", "has_common_candidates")
+        return SamplingParams(extra_args={name: getattr(self, name) for name in names})
 
 
 class TwoRunners:
     """The parts of both model runners that deal with a logits processor."""
 
     def __init__(self, trie: PrefixTrie, directory: Path, device: str) -> None:
-        trie.save(directory)
-        config = VllmConfig(additional_config={"prefix_trie": str(directory), "terminator": TERMINATOR})
+        trie.save(directory / "trie")
+        PrefixTrie.from_sequences(COMMON)[0].save(directory / "common")
+        directories = {"prefix_trie": str(directory / "trie"), "common_candidates": str(directory / "common")}
+        config = VllmConfig(additional_config={**directories, "terminator": TERMINATOR})
         self.device = torch.device(device)
         self.tokens = torch.zeros(SLOTS, LONGEST, dtype=torch.int32, device=device)
         self.prompt_len = np.zeros(SLOTS, dtype=np.int32)
@@ -122,22 +126,25 @@ def assert_allowed(row: torch.Tensor, trie: PrefixTrie, path: list[int], exclude
 
 
 def test_both_interfaces_give_the_same_log_probs(device: str, trie: PrefixTrie, tmp_path: Path) -> None:
-    runners = TwoRunners(trie, tmp_path / "trie", device)
+    runners = TwoRunners(trie, tmp_path, device)
     few = [[2, 2], [8, 1], [8, 2]]
-    a, b, c, d = (
+    a, b, c, d, f = (
         Request("a", slot=5),
         Request("b", slot=2, path=[1], excluded=[4, TERMINATOR]),
         Request("c", slot=0, candidates=few),
         Request("d", slot=3, path=None),
+        Request("f", slot=7, path=[8], has_common_candidates=True),
     )
-    assert [runners.add_to_second(request) for request in (a, b, c, d)] == [True, True, True, False]
-    runners.update_first(4, added=list(enumerate([a, b, c, d])))
-    found = runners.step([a, b, c, d], [c, a, d, b], seed=0)
+    assert [runners.add_to_second(request) for request in (a, b, c, d, f)] == [True, True, True, False, True]
+    runners.update_first(5, added=list(enumerate([a, b, c, d, f])))
+    found = runners.step([a, b, c, d, f], [c, f, a, d, b], seed=0)
     assert_allowed(found["a"], trie, [])
     assert_allowed(found["b"], trie, [1], b.excluded)
     assert_allowed(found["c"], PrefixTrie.from_sequences(few)[0], [])
+    assert_allowed(found["f"], PrefixTrie.from_sequences(COMMON)[0], [8])
     assert 0 < found["a"].exp().sum() < 1, "log-probs under the full softmax"
 
+    runners.update_first(4, removed=[4])
     found = runners.step([a, b, c, d], [b, d, a, c], seed=1)  # a node deeper, where nothing is excluded
     assert_allowed(found["b"], trie, [1, b.output[0]])
 
@@ -157,7 +164,7 @@ def test_both_interfaces_give_the_same_log_probs(device: str, trie: PrefixTrie, 
 
 
 def test_a_prompt_that_is_read_in_pieces_stays_at_its_beginning(device: str, trie: PrefixTrie, tmp_path: Path) -> None:
-    runners = TwoRunners(trie, tmp_path / "trie", device)
+    runners = TwoRunners(trie, tmp_path, device)
     request = Request("a", slot=1, path=[1])
     runners.add_to_second(request)
     for length in (1, 2, 3):

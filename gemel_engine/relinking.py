@@ -1,0 +1,227 @@
+"""What a finished run still says of its mentions after its knowledge base has changed.
+
+    OUTPUT/_changes/changes.json            counts; written last
+    OUTPUT/_changes/entities.parquet        ids of the entities that were retired or renamed
+    OUTPUT/_changes/added_names/            prefix trie of the names that are new, where there are any
+
+A row is linked in full where the changes touch it: one of its candidates was retired or renamed, or the search behind
+it proved too little. Every other row keeps what was proved of the names that there were; what remains to be seen is
+whether one of the added names is better. Nothing here knows Ray or a model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from gemel_engine import shards, storage
+from gemel_engine.config import LinkConfig
+from gemel_engine.errors import ArtifactError, ConfigurationError, InputError, shown
+from gemel_engine.prefix_trie import PrefixTrie
+from gemel_engine.shards import Shard
+from gemel_engine.types import PREDICTION_SCHEMA
+
+# In these settings and artifacts a run may differ from the one that it carries on.
+_MAY_DIFFER = ("knowledge_base", "previous", "calibration")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class KnowledgeBaseChanges:
+    """What one knowledge base has that another had not, as far as predictions depend on it.
+
+    Attributes:
+        entity_ids: Entities of the old one that the new one lacks, or calls by another name.
+        added_names: Names that only the new one has; None if there are none.
+    """
+
+    entity_ids: pa.Array
+    added_names: PrefixTrie | None
+
+    @classmethod
+    def between(cls, old: Path, new: Path) -> Self:
+        """Compare two knowledge bases, every byte of which is checked.
+
+        Raises:
+            ArtifactError: One is damaged.
+        """
+        from gemel_engine.knowledge_base import KnowledgeBase  # takes seconds to import, and who reads rows has no need
+
+        knowledge_base = KnowledgeBase.open(new, verify=True)
+        before, after = KnowledgeBase.open(old, verify=True).table(), knowledge_base.table()
+        ids, names = (after[name].combine_chunks() for name in ("entity_id", "name"))
+        now = names.take(pc.index_in(before["entity_id"], ids).combine_chunks())
+        is_same = pc.fill_null(pc.equal(now, before["name"].combine_chunks()), False)
+        is_new = pc.invert(pc.is_in(names, before["name"].combine_chunks()))
+        added = np.unique(after["name_index"].filter(is_new).to_numpy())
+        return cls(
+            before["entity_id"].combine_chunks().filter(pc.invert(is_same)),
+            PrefixTrie.build(*knowledge_base.trie.sequences(added))[0] if len(added) else None,
+        )
+
+    def save(self, address: str) -> None:
+        """Write them to a directory, local or `s3://`; what is there is replaced by the same."""
+        table = pa.table({"entity_id": self.entity_ids})
+        storage.write_bytes(f"{address}/entities.parquet", shards.parquet_bytes(table))
+        num_names = 0
+        if self.added_names is not None:
+            num_names = self.added_names.num_names
+            with tempfile.TemporaryDirectory() as directory:
+                self.added_names.save(Path(directory))
+                for path in Path(directory).iterdir():
+                    storage.write_bytes(f"{address}/added_names/{path.name}", path.read_bytes())
+        counts = {"num_changed_entities": len(self.entity_ids), "num_added_names": num_names}
+        storage.write_bytes(f"{address}/changes.json", json.dumps(counts).encode())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EarlierRun:
+    """A finished run that another one carries on: the same in everything but its knowledge base.
+
+    Attributes:
+        output: Its output.
+        changes: Where the run that carries it on keeps what has changed.
+        num_to_certify: Best names of a row that have to be proved for it not to be linked in full.
+    """
+
+    output: str
+    changes: str
+    num_to_certify: int
+
+    @classmethod
+    def of(cls, config: LinkConfig) -> Self | None:
+        """The run that a run carries on, if it does."""
+        if config.previous is None:
+            return None
+        num_to_certify = config.search.num_to_certify
+        return cls(output=config.previous, changes=f"{config.output}/_changes", num_to_certify=num_to_certify)
+
+    def identity(self) -> str:
+        """Differs for another run at the same address.
+
+        Raises:
+            InputError: This is not the output of a finished run.
+        """
+        for name in ("_run.json", "report.json"):
+            if not storage.exists(f"{self.output}/{name}"):
+                raise InputError(f"{shown(self.output)} has no {name}: name the output of a run that has finished")
+        return hashlib.sha256(storage.read_bytes(f"{self.output}/_run.json")).hexdigest()
+
+    def report(self) -> dict[str, Any]:
+        """Its `report.json`."""
+        return dict(json.loads(storage.read_bytes(f"{self.output}/report.json")))
+
+    def check(self, identity: Mapping[str, Any]) -> None:
+        """See that a run can carry this one on.
+
+        Args:
+            identity: What makes up the run: settings, input files, artifacts.
+
+        Raises:
+            ArtifactError: The knowledge base of this run is not there any more.
+            ConfigurationError: The run differs from this one in more than its knowledge base.
+        """
+        before = self._run()
+        if found := shards.differences(_comparable(before), _comparable(json.loads(json.dumps(identity)))):
+            raise ConfigurationError(
+                f"{shown(self.output)} is of a run that differs in {', '.join(found)}, and not in its knowledge base "
+                "alone: use the settings and the input of that run, or leave previous out"
+            )
+        address = before["settings"]["knowledge_base"]
+        manifest = f"{address}/knowledge_base.json"
+        if (
+            not storage.exists(manifest)
+            or json.loads(storage.read_bytes(manifest)) != before["artifacts"]["knowledge_base"]
+        ):
+            raise ArtifactError(
+                f"the knowledge base {shown(address)} of the run {shown(self.output)} is not there any more, so that "
+                "nobody knows what has changed: put it back, or leave previous out"
+            )
+
+    def note_changes(self, knowledge_base: str) -> None:
+        """Compare this run's knowledge base with that of the run which carries it on, unless that was done before."""
+        from gemel_engine.knowledge_base_update import local_knowledge_base
+
+        if not storage.exists(f"{self.changes}/changes.json"):
+            before = local_knowledge_base(self._run()["settings"]["knowledge_base"])
+            KnowledgeBaseChanges.between(before, local_knowledge_base(knowledge_base)).save(self.changes)
+
+    def counts(self) -> dict[str, int]:
+        """`num_changed_entities` and `num_added_names`."""
+        return dict(json.loads(storage.read_bytes(f"{self.changes}/changes.json")))
+
+    def added_names(self) -> Path | None:
+        """A local directory of the prefix trie of the added names; None if there are none."""
+        if not self.counts()["num_added_names"]:
+            return None
+        return storage.download_directory(f"{self.changes}/added_names")
+
+    def attach(self, mentions: pa.Table, shard: Shard) -> pa.Table:
+        """Add to a shard's rows what this run says of them.
+
+        Args:
+            mentions: All rows of the shard in their order, with `mention_id` and, where the corpus has them,
+                `candidate_ids`.
+            shard: A shard of the run that carries this one on; this one's shards are the same.
+
+        Returns:
+            The rows with `previous`, a row of `PREDICTION_SCHEMA` or null where it is to be linked in full, and
+            `is_settled`: no added name has to be looked for either.
+
+        Raises:
+            InputError: This run's shard is damaged or missing, or is of other rows.
+        """
+        uri = f"{self.output}/data/{shard.name}.parquet"
+        try:
+            stored = pq.read_table(io.BytesIO(storage.read_bytes(uri)))
+        except (OSError, pa.ArrowException) as error:
+            raise InputError(f"{shown(uri)} is missing or damaged ({error}): link without previous") from error
+        ids = mentions["mention_id"].cast(pa.string())
+        if stored.schema != PREDICTION_SCHEMA or not stored["mention_id"].equals(ids):
+            raise InputError(f"{shown(uri)} has not the predictions of the rows of {shard.name}: link without previous")
+        changed = pq.read_table(io.BytesIO(storage.read_bytes(f"{self.changes}/entities.parquet")))["entity_id"]
+        candidates = pc.struct_field(pc.list_flatten(stored["candidates"]), "entity_id")
+        is_touched = _has_any(stored["candidates"], candidates, changed)
+        has_candidates = np.zeros(len(stored), bool)
+        if "candidate_ids" in mentions.column_names:
+            column = mentions["candidate_ids"]
+            has_candidates = column.is_valid().to_numpy()
+            is_touched |= _has_any(column, pc.list_flatten(column), changed)
+        is_proved = pc.fill_null(pc.greater_equal(stored["num_certified"], self.num_to_certify), False).to_numpy()
+        carries_on = is_proved & ~is_touched
+        is_settled = carries_on & (has_candidates | (self.counts()["num_added_names"] == 0))
+        place = pa.array(np.arange(len(stored)), mask=~carries_on)
+        nullable = pa.schema([field.with_nullable(True) for field in PREDICTION_SCHEMA])
+        mentions = mentions.append_column("previous", stored.cast(nullable).to_struct_array().take(place))
+        return mentions.append_column("is_settled", pa.array(is_settled))
+
+    def _run(self) -> dict[str, Any]:
+        return dict(json.loads(storage.read_bytes(f"{self.output}/_run.json")))
+
+
+def _has_any(lists: pa.ChunkedArray, values: pa.ChunkedArray, wanted: pa.ChunkedArray) -> NDArray[np.bool_]:
+    """Whether each of the lists holds a wanted value; `values` are those of all lists, one after another."""
+    wanted_values = wanted.combine_chunks().cast(values.type)
+    rows = np.repeat(np.arange(len(lists)), pc.fill_null(pc.list_value_length(lists), 0).to_numpy())
+    found: NDArray[np.bool_] = np.zeros(len(lists), bool)
+    found[rows[pc.is_in(values, wanted_values).to_numpy()]] = True
+    return found
+
+
+def _comparable(run: Mapping[str, Any]) -> dict[str, Any]:
+    """What has to be the same in a run and in one that carries it on."""
+    parts = {
+        part: {key: run[part][key] for key in run[part] if key not in _MAY_DIFFER} for part in ("settings", "artifacts")
+    }
+    return {**parts, "input files": run["plan"]}
