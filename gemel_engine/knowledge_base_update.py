@@ -10,12 +10,9 @@ base of an update may be an update itself.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -204,11 +201,7 @@ def _merged(directory: Path, cache_dir: Path) -> Path:
     manifest = _read_manifest(directory)
     content = json.dumps(asdict(manifest) | {"base": manifest.base.sha256}, sort_keys=True)
     target = cache_dir / f"{directory.name}-merged-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
-    with _locked(target):  # merging takes memory: the other processes of a node wait for the first
-        if not target.is_dir():
-            with storage.finished_directory(target) as temporary:
-                _merge(directory, manifest, temporary, cache_dir)
-    return target
+    return storage.made_once(target, lambda temporary: _merge(directory, manifest, temporary, cache_dir))
 
 
 def _merge(directory: Path, manifest: _Manifest, target: Path, cache_dir: Path) -> KnowledgeBaseReport:
@@ -329,12 +322,3 @@ def _check_retired(ids: pa.ChunkedArray, is_retired: NDArray[np.bool_], is_known
             f"{len(unknown)} retired entities are not in the knowledge base {shown(base)}, such as {examples}: correct "
             "their ids, or leave them out"
         )
-
-
-@contextmanager
-def _locked(target: Path) -> Iterator[None]:
-    """Wait until no other process on this machine is at work on `target`; a process that ends lets go of it."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with target.with_name(f".{target.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

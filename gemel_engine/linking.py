@@ -21,7 +21,7 @@ import threading
 import time
 import uuid
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -36,10 +36,10 @@ from ray.data import ActorPoolStrategy, DataContext, Dataset
 from gemel_engine import shards, storage
 from gemel_engine.config import JobConfig, LinkConfig, PoolSettings, config_json
 from gemel_engine.errors import TooManyFailuresError, shown
+from gemel_engine.progress import Progress, Tally
 from gemel_engine.relinking import EarlierRun
 from gemel_engine.shards import Shard
 from gemel_engine.stages import (
-    COSTS,
     IMAGE_COLUMNS,
     EncodeImages,
     GenerateEntityNames,
@@ -71,7 +71,6 @@ class CarriedOver:
         rows_kept: Rows that kept their prediction without a question to the language model.
         rows_extended: Rows that were searched over the added names alone.
         rows_linked: Rows that were linked in full.
-        rollouts: Asked for.
         rollouts_before: All those behind the rows of the earlier run.
         prompt_tokens_before: Of the earlier run, as its report says.
     """
@@ -81,7 +80,6 @@ class CarriedOver:
     rows_kept: int
     rows_extended: int
     rows_linked: int
-    rollouts: int
     rollouts_before: int
     prompt_tokens_before: int
 
@@ -89,7 +87,7 @@ class CarriedOver:
         """One line for a terminal."""
         return (
             f"kept={self.rows_kept} extended={self.rows_extended} linked={self.rows_linked} "
-            f"rollouts={self.rollouts} before={self.rollouts_before}"
+            f"rollouts_before={self.rollouts_before}"
         )
 
 
@@ -108,8 +106,11 @@ class LinkReport:
         seconds: From the start of the job to its last shard.
         mentions_per_second: Rows over seconds, start-up included.
         stage_seconds: Time that each stage's actors were busy.
+        peak_bytes: The most memory that a process of each stage has held.
+        rollouts: Asked of the engine.
         prompt_tokens: Of all prompts sent to the engine, one for each rollout.
-        prefix_cache_hit_rate: Share of these that it had in its cache.
+        cached_tokens: Those of them that it had in its cache.
+        prefix_cache_hit_rate: Their share.
         feature_mapper: `trained`, or what its weights were set to: `ridge` (in closed form), `random`, `imported`; or
             `none`.
         carried_over: Of the run that this one carries on; None if it does not.
@@ -125,7 +126,10 @@ class LinkReport:
     seconds: float
     mentions_per_second: float
     stage_seconds: dict[str, float]
+    peak_bytes: dict[str, int]
+    rollouts: int
     prompt_tokens: int
+    cached_tokens: int
     prefix_cache_hit_rate: float | None
     feature_mapper: str
     carried_over: CarriedOver | None
@@ -147,21 +151,20 @@ def link_corpus(config: LinkConfig) -> LinkReport:
             rows failed than `max_failed_fraction` allows (the output is complete then).
     """
     started = time.monotonic()
-    plan, artifacts = _checked_plan(config)
+    plan, artifacts = checked_plan(config)
     shards.claim_output(config.output, _identity(config, plan))
     if (earlier := EarlierRun.of(config)) is not None:
         earlier.note_changes(config.knowledge_base)
     plan = ordered_plan(config, plan)
     finished = shards.finished_shards(config.output)
     remaining = [shard for shard in plan if shard.name not in finished]
-    costs: Counter[str] = Counter()
+    tally = Tally()
     if remaining:
         connect()
-        receipts = stream_parts(config, remaining).iter_batches(batch_size=None, batch_format="pyarrow")
-        costs = _commit_as_completed(config.output, remaining, receipts)
+        tally = _commit_as_completed(config.output, remaining, stream_receipts(config, remaining))
     for working_files in ("_parts", "_marks"):  # of this run and of any other: all shards are complete
         storage.remove_tree(f"{config.output}/{working_files}")
-    report = _report(config, artifacts, plan, remaining, costs, time.monotonic() - started)
+    report = _report(config, artifacts, plan, remaining, tally, time.monotonic() - started)
     storage.write_bytes(f"{config.output}/report.json", json.dumps(asdict(report), indent=2).encode())
     logger.info("linked %s: %s", shown(config.output), report.summary())
     if report.carried_over is not None:
@@ -176,7 +179,7 @@ def describe_run(config: LinkConfig) -> str:
     Raises:
         GemelError: The configuration, the input or an artifact is unusable.
     """
-    plan = _checked_plan(config)[0]
+    plan = checked_plan(config)[0]
     if shards.is_claimed(config.output):
         shards.check_claim(config.output, _identity(config, plan))
         plan = shards.load_plan(config.output) or plan
@@ -186,6 +189,24 @@ def describe_run(config: LinkConfig) -> str:
         f"{config.output}: {num_left} of {num_rows} rows are to be linked, in {len(remaining)} of {len(plan)} shards; "
         "nothing has been done"
     )
+
+
+def checked_plan(config: LinkConfig) -> tuple[list[Shard], Artifacts]:
+    """The corpus in shards, and the artifacts, all found to be usable and to belong together.
+
+    Raises:
+        GemelError: They are not.
+    """
+    from gemel_engine.artifacts import open_artifacts, open_calibration
+    from gemel_engine.linker import check_encoders
+
+    plan = shards.plan_shards(config.input, config.rows_per_shard, config.vision.required_columns)
+    artifacts = open_artifacts(config, verify=config.verify_artifacts)
+    check_encoders(config, artifacts)
+    open_calibration(config)
+    if (earlier := EarlierRun.of(config)) is not None:
+        earlier.check(_identity(config, plan))
+    return plan, artifacts
 
 
 def ordered_plan(config: LinkConfig, plan: list[Shard]) -> list[Shard]:
@@ -213,26 +234,13 @@ def ordered_plan(config: LinkConfig, plan: list[Shard]) -> list[Shard]:
         batch_format="pyarrow",
         num_cpus=0.25,
     )
+    dataset.set_name("sorting")
     num_written = sum(row["num_rows"] for row in _rows(dataset.iter_batches(batch_size=None, batch_format="pyarrow")))
     assert num_written == len(places), f"{num_written} of {len(places)} rows were sorted"
     ordered = shards.save_plan(config.output, shards.plan_shards(directory, config.rows_per_shard))
     if name not in ordered[0].uri:
         storage.remove_tree(directory)  # another run of the same command was first
     return ordered
-
-
-def _checked_plan(config: LinkConfig) -> tuple[list[Shard], Artifacts]:
-    """The corpus in shards, and the artifacts, all found to be usable and to belong together."""
-    from gemel_engine.artifacts import open_artifacts, open_calibration
-    from gemel_engine.linker import check_encoders
-
-    plan = shards.plan_shards(config.input, config.rows_per_shard, config.vision.required_columns)
-    artifacts = open_artifacts(config, verify=config.verify_artifacts)
-    check_encoders(config, artifacts)
-    open_calibration(config)
-    if (earlier := EarlierRun.of(config)) is not None:
-        earlier.check(_identity(config, plan))
-    return plan, artifacts
 
 
 def _placed_ranges(plan: Sequence[Shard], places: NDArray[np.int64]) -> list[pa.Table]:
@@ -252,12 +260,19 @@ def stream_parts(config: LinkConfig, remaining: Sequence[Shard]) -> Dataset:
     dataset = dataset.map_batches(
         GenerateEntityNames, fn_constructor_args=(config,), **actor_pool(config.resources.generation)
     )
-    return dataset.map_batches(
+    dataset = dataset.map_batches(
         partial(write_parts, output=config.output, plan={shard.index: shard for shard in remaining}),
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=0.25,
     )
+    dataset.set_name("linking")
+    return dataset
+
+
+def stream_receipts(config: LinkConfig, remaining: Sequence[Shard]) -> Generator[dict[str, Any], None, None]:
+    """Run the pipeline; yields each receipt, a row of `RECEIPT_SCHEMA`, as its part is written."""
+    yield from _rows(stream_parts(config, remaining).iter_batches(batch_size=None, batch_format="pyarrow"))
 
 
 def encode_and_retrieve(config: JobConfig, plan: Sequence[Shard], *, with_gold: bool = False) -> Dataset:
@@ -282,10 +297,18 @@ def connect() -> None:
     """Join the cluster that the job was submitted to, or start Ray on this machine."""
     if ray.is_initialized():
         return
+    root = logging.getLogger()
+    ours = root.handlers[:]
     if "RAY_ADDRESS" in os.environ:
         ray.init(log_to_driver=True)
     else:
         ray.init(address="local", num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False)
+    if asked := [handler for handler in root.handlers if handler not in ours]:
+        # RAY_LOGGING_CONFIG_ENCODING, such as JSON: Ray writes the logs of all processes in it. One handler is enough.
+        root.handlers = asked
+        for handler in logging.getLogger("ray.data").handlers:
+            if isinstance(handler, logging.StreamHandler):
+                handler.setFormatter(asked[0].formatter)
     DataContext.get_current().enable_rich_progress_bars = False
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _stop)  # after ray.init, which sets its own
@@ -297,25 +320,25 @@ def _stop(number: int, _: object) -> NoReturn:
     sys.exit(128 + number)
 
 
-def _commit_as_completed(output: str, remaining: Sequence[Shard], receipts: Iterable[pa.Table]) -> Counter[str]:
-    """Commit each shard as soon as receipts cover its rows; returns the summed costs."""
+def _commit_as_completed(output: str, remaining: Sequence[Shard], receipts: Iterable[Mapping[str, Any]]) -> Tally:
+    """Commit each shard as soon as receipts cover its rows; returns their sums."""
     commit = ray.remote(num_cpus=0)(shards.commit_shard)
     plan = {shard.index: shard for shard in remaining}
     num_missing = {shard.index: shard.stop - shard.start for shard in remaining}
     parts: dict[int, list[str]] = defaultdict(list)
-    costs: Counter[str] = Counter()
+    progress = Progress(output, sum(num_missing.values()))
     commits = []
-    for receipt in _rows(receipts):
+    for receipt in receipts:
         index = receipt["shard"]
         parts[index].append(receipt["part"])
         num_missing[index] -= receipt["num_rows"]
-        costs.update({name: receipt[name] for name in COSTS if name in receipt})
+        progress.add(receipt)
         if num_missing[index] == 0:
             commits.append(commit.remote(output, plan[index], parts.pop(index)))
             done, commits = ray.wait(commits, num_returns=len(commits), timeout=0)
             ray.get(done)  # raises what went wrong with them
     ray.get(commits)
-    return costs
+    return progress.tally
 
 
 def _rows(batches: Iterable[pa.Table]) -> Iterator[dict[str, Any]]:
@@ -328,7 +351,7 @@ def _report(
     artifacts: Artifacts,
     plan: Sequence[Shard],
     remaining: Sequence[Shard],
-    costs: Counter[str],
+    tally: Tally,
     seconds: float,
 ) -> LinkReport:
     table = shards.read_columns(f"{config.output}/data", ("error", "certified", "num_rollouts"))
@@ -345,26 +368,28 @@ def _report(
         rows_linked_now=rows_now,
         seconds=seconds,
         mentions_per_second=rows_now / seconds,
-        stage_seconds={name.removesuffix("_seconds"): costs[name] for name in COSTS if name.endswith("_seconds")},
-        prompt_tokens=round(costs["prompt_tokens"]),
-        prefix_cache_hit_rate=costs["cached_tokens"] / costs["prompt_tokens"] if costs["prompt_tokens"] else None,
+        stage_seconds=tally.stage_seconds,
+        peak_bytes=tally.peak_bytes,
+        rollouts=tally.rollouts,
+        prompt_tokens=round(tally.costs["prompt_tokens"]),
+        cached_tokens=round(tally.costs["cached_tokens"]),
+        prefix_cache_hit_rate=tally.cache_hit_rate,
         feature_mapper="none" if mapper is None else mapper.metadata.origin,
-        carried_over=_carried_over(config, rows_now, costs),
+        carried_over=_carried_over(config, tally),
     )
 
 
-def _carried_over(config: LinkConfig, num_rows: int, costs: Counter[str]) -> CarriedOver | None:
+def _carried_over(config: LinkConfig, tally: Tally) -> CarriedOver | None:
     if (earlier := EarlierRun.of(config)) is None:
         return None
     before = earlier.report()
     num_linked_before = before["rows"] - sum(before["errors"].values())
-    rows_kept, rows_extended = round(costs["rows_kept"]), round(costs["rows_extended"])
+    rows_kept, rows_extended = round(tally.costs["rows_kept"]), round(tally.costs["rows_extended"])
     return CarriedOver(
         **earlier.counts(),
         rows_kept=rows_kept,
         rows_extended=rows_extended,
-        rows_linked=num_rows - rows_kept - rows_extended,
-        rollouts=round(costs["rollouts"]),
+        rows_linked=tally.rows - rows_kept - rows_extended,
         rollouts_before=round((before["rollouts_per_mention"] or 0) * num_linked_before),
         prompt_tokens_before=before["prompt_tokens"],
     )

@@ -11,6 +11,8 @@ on the same rows at this moment, looks like one that was left; it counts as one 
 
 from __future__ import annotations
 
+import logging
+import time
 import uuid
 from collections import Counter
 from collections.abc import Callable
@@ -24,6 +26,8 @@ _ENDED_ALONE = 3
 
 Work = Callable[[pa.Table], pa.Table]
 
+logger = logging.getLogger(__name__)
+
 
 def marks_of(batch: pa.Table, output: str, stage: str) -> str:
     """Where the marks of a stage's batch lie in a run's output; `batch` has columns `shard` and `row`."""
@@ -31,14 +35,16 @@ def marks_of(batch: pa.Table, output: str, stage: str) -> str:
     return f"{output}/_marks/{stage}/{first['shard']}-{first['row']}-{batch.num_rows}"
 
 
-def isolate(work: Work, batch: pa.Table, marks: str) -> pa.Table:
-    """Work on a batch, in parts where processes have ended over it.
+def isolate(work: Work, batch: pa.Table, output: str, stage: str) -> pa.Table:
+    """Work on a batch, in parts where processes have ended over it; the log tells who did, and at which attempt.
 
     Args:
         work: What is done to rows; leaves those with an `error` alone. The rows of its result are its input's.
-        batch: Has a column `error`; comes again unchanged when a process has ended.
-        marks: Directory of this batch's marks, local or `s3://`; removed when the work is done.
+        batch: Has columns `shard`, `row` and `error`; comes again unchanged when a process has ended.
+        output: Directory of the run, local or `s3://`, which holds the batch's marks until the work is done.
+        stage: Whose batch it is.
     """
+    started, marks = time.monotonic(), marks_of(batch, output, stage)
     left = Counter(file.partition(".")[0] for file in storage.list_files(marks))
     results = []
     parts = [(0, batch.num_rows)]
@@ -62,4 +68,23 @@ def isolate(work: Work, batch: pa.Table, marks: str) -> pa.Table:
         storage.remove_tree(mark)
     if left:
         storage.remove_tree(marks)
+    _log_done(batch, stage, attempt=1 + left.total(), seconds=time.monotonic() - started)
     return pa.concat_tables(results)
+
+
+def _log_done(batch: pa.Table, stage: str, attempt: int, seconds: float) -> None:
+    """Say it to people and, field by field, to programs; louder if processes have ended over the batch."""
+    shard, row = batch["shard"][0].as_py(), batch["row"][0].as_py()
+    logger.log(
+        logging.INFO if attempt == 1 else logging.WARNING,
+        "%s: %d rows of shard %d, from row %d: attempt %d, %.1f s",
+        *(stage, batch.num_rows, shard, row, attempt, seconds),
+        extra={
+            "stage": stage,
+            "shard": shard,
+            "first_row": row,
+            "num_rows": batch.num_rows,
+            "attempt": attempt,
+            "seconds": round(seconds, 3),
+        },
+    )

@@ -58,6 +58,21 @@ _TYPE_CHECKS = {
 }
 
 
+# Columns that linking reads, in types that hold those of any corpus.
+_MENTION_TYPES = {
+    "mention_id": pa.large_string(),
+    "text": pa.large_string(),
+    "mention": pa.large_string(),
+    "mention_start": pa.int64(),
+    "candidate_ids": pa.list_(pa.large_string()),
+    "group": pa.large_string(),
+    "image_uri": pa.large_string(),
+    "image_bytes": pa.large_binary(),
+    "image_features": pa.list_(pa.float64()),
+}
+_ROWS_PER_READ = 256  # with pictures a row group may be larger than memory
+
+
 @dataclass(frozen=True, slots=True)
 class Shard:
     """Rows `start` to `stop` - 1 of an input file, and the version that the file had when the run was planned."""
@@ -121,6 +136,42 @@ def order_by_surface_form(plan: Sequence[Shard]) -> NDArray[np.int64] | None:
     places = np.empty(len(order), np.int64)
     places[order] = np.arange(len(order))
     return places
+
+
+def order_within_shards(plan: Sequence[Shard]) -> NDArray[np.int64]:
+    """The rows, numbered in the order of the plan, in the order in which they are linked where they stay in place."""
+    orders, first = [], 0
+    for uri, of_file in groupby(plan, key=lambda shard: shard.uri):
+        file_system, path = storage.resolve(uri)
+        mentions = pq.read_table(path, columns=["mention"], filesystem=file_system, partitioning=None)["mention"]
+        for shard in of_file:
+            within = pc.sort_indices(mentions.slice(shard.start, shard.stop - shard.start)).to_numpy()
+            orders.append(first + within.astype(np.int64))
+            first += len(within)
+    return np.concatenate(orders)
+
+
+def take_rows(plan: Sequence[Shard], rows: NDArray[np.int64]) -> pa.Table:
+    """All columns that linking reads of some rows, by their numbers in the order of the plan, which must rise.
+
+    A row group that holds any of them is read once, a few rows at a time.
+    """
+    tables, first = [], 0
+    for uri in dict.fromkeys(shard.uri for shard in plan):
+        file_system, path = storage.resolve(uri)
+        with pq.ParquetFile(path, filesystem=file_system) as parquet:
+            present = [name for name in _MENTION_TYPES if name in parquet.schema_arrow.names]
+            schema = pa.schema([(name, _MENTION_TYPES[name]) for name in present])
+            for group in range(parquet.num_row_groups):
+                end = first + parquet.metadata.row_group(group).num_rows
+                if not np.any((rows >= first) & (rows < end)):
+                    first = end
+                    continue
+                for batch in parquet.iter_batches(_ROWS_PER_READ, row_groups=[group], columns=present):
+                    wanted = rows[(rows >= first) & (rows < first + batch.num_rows)] - first
+                    tables.append(pa.Table.from_batches([batch.take(pa.array(wanted))]).select(present).cast(schema))
+                    first += batch.num_rows
+    return pa.concat_tables(tables, promote_options="default")
 
 
 def recut(plan: Sequence[Shard], rows_per_shard: int) -> list[Shard]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -27,7 +28,7 @@ from gemel_engine import shards, storage
 from gemel_engine.config import JobConfig, LinkConfig, RetrievalSettings, TrainConfig
 from gemel_engine.errors import EngineDiedError, ImageFetchError, MentionError
 from gemel_engine.image_source import fetch_image
-from gemel_engine.poison import isolate, marks_of
+from gemel_engine.poison import isolate
 from gemel_engine.relinking import EarlierRun
 from gemel_engine.shards import Shard
 from gemel_engine.storage import download_directory
@@ -69,6 +70,18 @@ COSTS = (
     "rollouts",
     "rows_kept",
     "rows_extended",
+)
+# The most memory that the process of a stage had held by the time when it was done with a row.
+PEAKS = ("image_peak_bytes", "retrieval_peak_bytes", "generation_peak_bytes")
+# What is said of finished rows of a shard; costs and peaks are null where the stage is none of the run's.
+RECEIPT_SCHEMA = pa.schema(
+    [
+        pa.field("shard", pa.int32(), nullable=False),
+        pa.field("part", pa.string(), nullable=False),
+        pa.field("num_rows", pa.int64(), nullable=False),
+        pa.field("error_kinds", pa.list_(pa.string()), nullable=False),  # of each row with an error
+        *(pa.field(name, pa.float64()) for name in (*COSTS, *PEAKS)),
+    ]
 )
 
 
@@ -124,7 +137,7 @@ class EncodeImages:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Encode a batch's pictures."""
-        return isolate(self._encode, batch, marks_of(batch, self._output, "images"))
+        return isolate(self._encode, batch, self._output, "images")
 
     def _encode(self, batch: pa.Table) -> pa.Table:
         started = time.monotonic()
@@ -142,7 +155,7 @@ class EncodeImages:
         columns = ("image_features", *IMAGE_COLUMNS)
         batch = batch.drop_columns([column for column in columns if column in batch.column_names])
         batch = batch.append_column("image_features", pa.array(features, pa.list_(pa.float32())))
-        return _with_cost(_with_errors(batch, errors), "image_seconds", time.monotonic() - started)
+        return _with_use(_with_errors(batch, errors), "image", started)
 
     def _files(self, batch: pa.Table, needed: list[bool]) -> Iterator[bytes | ImageFetchError | None]:
         """The image file of each row that needs one; a row that has both a file and an address keeps the file."""
@@ -187,7 +200,7 @@ class RetrieveDemonstrations:
         for row, demonstrations in zip(rows, found, strict=True):
             retrieved[row] = demonstrations
         batch = batch.append_column("demonstrations", pa.array(retrieved, pa.list_(pa.int32())))
-        return _with_cost(batch, "retrieval_seconds", time.monotonic() - started)
+        return _with_use(batch, "retrieval", started)
 
 
 class GenerateEntityNames:
@@ -203,7 +216,7 @@ class GenerateEntityNames:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Link a batch; keeps `shard`, `row` and the costs."""
-        return isolate(self._generate, batch, marks_of(batch, self._output, "generation"))
+        return isolate(self._generate, batch, self._output, "generation")
 
     def _generate(self, batch: pa.Table) -> pa.Table:
         started = time.monotonic()
@@ -227,10 +240,10 @@ class GenerateEntityNames:
         for row, prediction in zip(rows, linked, strict=True):
             predictions[row] = prediction
         table = predictions_to_table(predictions)
-        for column in ("shard", "row", *COSTS):
+        for column in ("shard", "row", *COSTS, *PEAKS):
             if column in batch.column_names:
                 table = table.append_column(column, batch[column])
-        table = _with_cost(table, "generation_seconds", time.monotonic() - started)
+        table = _with_use(table, "generation", started)
         now = self._cache_counts()
         num_rollouts = sum(
             (after.num_rollouts or 0) - (0 if before is None else before.num_rollouts or 0)
@@ -311,14 +324,20 @@ def read_file(batch: pa.Table) -> pa.Table:
 
 
 def write_parts(batch: pa.Table, output: str, plan: dict[int, Shard]) -> pa.Table:
-    """Store a batch's predictions, shard by shard; returns a receipt for each: shard, number of rows, part, costs."""
+    """Store a batch's predictions, shard by shard; returns a receipt for each, of `RECEIPT_SCHEMA`."""
     receipts = []
     for index in pc.unique(batch["shard"]).to_pylist():
         part = batch.filter(pc.equal(batch["shard"], index))
         costs = {name: pc.sum(part[name]).as_py() for name in COSTS if name in part.column_names}
-        uri = shards.write_part(output, plan[index], part.drop_columns(list(costs)))
-        receipts.append({"shard": index, "num_rows": part.num_rows, "part": uri, **costs})
-    return pa.Table.from_pylist(receipts)
+        peaks = {name: pc.max(part[name]).as_py() for name in PEAKS if name in part.column_names}
+        receipt = {
+            "shard": index,
+            "part": shards.write_part(output, plan[index], part.drop_columns([*costs, *peaks])),
+            "num_rows": part.num_rows,
+            "error_kinds": [error.partition(":")[0] for error in part["error"].drop_null().to_pylist()],
+        }
+        receipts.append(receipt | costs | peaks)
+    return pa.Table.from_pylist(receipts, schema=RECEIPT_SCHEMA)
 
 
 def _without_invalid_text(table: pa.Table) -> tuple[pa.Table, list[str | None]]:
@@ -377,6 +396,13 @@ def _column(batch: pa.Table, name: str) -> list[Any]:
 
 def _with_errors(batch: pa.Table, errors: list[str | None]) -> pa.Table:
     return batch.set_column(batch.column_names.index("error"), "error", pa.array(errors, pa.string()))
+
+
+def _with_use(batch: pa.Table, stage: str, started: float) -> pa.Table:
+    """With the seconds since a stage started on a batch, and the most memory that this process has ever held."""
+    batch = _with_cost(batch, f"{stage}_seconds", time.monotonic() - started)
+    peak = 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux counts in KiB
+    return batch.append_column(f"{stage}_peak_bytes", pa.array(np.full(batch.num_rows, peak)))
 
 
 def _with_cost(batch: pa.Table, name: str, cost: float) -> pa.Table:

@@ -179,15 +179,14 @@ def made_once(target: Path, make: Callable[[Path], object]) -> Path:
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}")
-    with target.with_name(f".{target.name}.lock").open("w") as lock:
+    with _room_for(target), target.with_name(f".{target.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if target.is_dir():
             return target
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
         try:
-            with _room_for(target):
-                make(temporary)
+            temporary.mkdir()
+            make(temporary)
             return temporary.rename(target)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -196,19 +195,20 @@ def made_once(target: Path, make: Callable[[Path], object]) -> Path:
 def remove_tree(uri: str) -> None:
     """Remove a directory and all that is in it; do nothing if it does not exist.
 
-    Other processes may write there or remove it at the same time.
+    Other processes may write there or remove it at the same time; what they write meanwhile may stay.
     """
     root = _normalised(uri)
     if root.startswith("s3://"):
         s3.remove_tree(root)
-        return
-    while os.path.isdir(root):
-        try:
-            shutil.rmtree(root)
-            return
-        except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):  # somebody else removes, or writes
-                raise
+    elif os.path.isdir(root):
+        shutil.rmtree(root, onerror=_unless_others_are_there)
+
+
+def _unless_others_are_there(_: object, __: str, raised: tuple[type, BaseException, object]) -> None:
+    """Let a removal go on where somebody else removes, or writes."""
+    error = raised[1]
+    if not isinstance(error, OSError) or error.errno not in (errno.ENOENT, errno.ENOTEMPTY):
+        raise error
 
 
 def _normalised(uri: str) -> str:

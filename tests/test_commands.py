@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from gemel_engine.commands import PARSED, UNPARSED, build_demonstrations, main
+from gemel_engine.artifact_commands import build_demonstrations
+from gemel_engine.commands import PARSED, UNPARSED, main
 from gemel_engine.config import VisionSettings
 from gemel_engine.errors import InputError
 from gemel_engine.feature_mapper import FeatureMapper

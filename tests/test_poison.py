@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import subprocess
 import sys
@@ -27,11 +28,11 @@ def batch_of(num_rows: int) -> pa.Table:
     return pa.table({"shard": [3] * num_rows, "row": list(range(num_rows)), "error": pa.nulls(num_rows, pa.string())})
 
 
-def worked_on(marks: str, num_rows: int, deadly: set[int], killed_at: Collection[int] = ()) -> tuple[pa.Table, int]:
+def worked_on(output: str, num_rows: int, deadly: set[int], killed_at: Collection[int] = ()) -> tuple[pa.Table, int]:
     """The result after as many processes as it takes, and how many of these ended early.
 
     Args:
-        marks: Directory.
+        output: Directory of the run.
         num_rows: Of the batch.
         deadly: Rows that end every process.
         killed_at: Numbers of calls at which somebody ends the process.
@@ -50,7 +51,7 @@ def worked_on(marks: str, num_rows: int, deadly: set[int], killed_at: Collection
 
     for num_ended in range(200):
         try:
-            return isolate(work, batch_of(num_rows), marks), num_ended
+            return isolate(work, batch_of(num_rows), output, "images"), num_ended
         except ProcessEndedError:
             continue
     raise AssertionError("it never ends")
@@ -58,20 +59,20 @@ def worked_on(marks: str, num_rows: int, deadly: set[int], killed_at: Collection
 
 @given(num_rows=st.integers(1, 20), deadly=st.sets(st.integers(0, 19), max_size=3))
 def test_deadly_rows_and_no_others_become_errors(num_rows: int, deadly: set[int]) -> None:
-    with TemporaryDirectory() as marks:
-        result, num_ended = worked_on(marks, num_rows, deadly)
+    with TemporaryDirectory() as output:
+        result, num_ended = worked_on(output, num_rows, deadly)
         assert result["row"].to_pylist() == list(range(num_rows))
         poisoned = {row for row, error in enumerate(result["error"].to_pylist()) if error is not None}
         assert poisoned == {row for row in deadly if row < num_rows}
         assert all(error.startswith("poison: 3 processes") for error in result["error"].drop_null().to_pylist())
         assert num_ended <= len(poisoned) * 8  # halving 20 rows five times, then three times alone
-        assert storage.list_files(marks) == []
+        assert storage.list_files(output) == []
 
 
 @given(num_rows=st.integers(4, 20), killed_at=st.sets(st.integers(1, 12), max_size=4))
 def test_a_few_kills_from_outside_make_no_row_poison(num_rows: int, killed_at: set[int]) -> None:
-    with TemporaryDirectory() as marks:
-        result, num_ended = worked_on(marks, num_rows, set(), killed_at)
+    with TemporaryDirectory() as output:
+        result, num_ended = worked_on(output, num_rows, set(), killed_at)
         assert result.equals(batch_of(num_rows))
         assert num_ended <= len(killed_at)
 
@@ -81,12 +82,22 @@ def test_an_error_ends_no_process_and_leaves_no_mark(tmp_path: Path) -> None:
         raise OSError("no room left")
 
     with pytest.raises(OSError, match="no room left"):
-        isolate(work, batch_of(4), str(tmp_path))
-    assert storage.list_files(str(tmp_path)) == []
+        isolate(work, batch_of(4), str(tmp_path), "stage")
+    assert storage.list_files(marks_of(batch_of(4), str(tmp_path), "stage")) == []
 
 
 def test_each_batch_has_marks_of_its_own() -> None:
     assert marks_of(batch_of(5).slice(2), "out", "images") == "out/_marks/images/3-2-3"
+
+
+def test_the_log_tells_shard_and_attempt(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "gemel_engine.poison")
+    worked_on(str(tmp_path), 4, {2})
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.getMessage().startswith("images: 4 rows of shard 3, from row 0: attempt 6, ")
+    fields = ("stage", "shard", "first_row", "num_rows", "attempt")
+    assert [getattr(record, name) for name in fields] == ["images", 3, 0, 4, 6]
 
 
 WORKER = """
@@ -99,17 +110,17 @@ def work(rows):
         os.kill(os.getpid(), signal.SIGKILL)
     return rows
 
-batch = pa.table({"row": list(range(5)), "error": pa.nulls(5, pa.string())})
-pq.write_table(isolate(work, batch, sys.argv[1]), sys.argv[2])
+batch = pa.table({"shard": [0] * 5, "row": list(range(5)), "error": pa.nulls(5, pa.string())})
+pq.write_table(isolate(work, batch, sys.argv[1], "images"), sys.argv[2])
 """
 
 
 @pytest.mark.heavy
 def test_a_killed_process_leaves_its_mark(tmp_path: Path) -> None:
-    marks, result = tmp_path / "marks", tmp_path / "result.parquet"
+    output, result = tmp_path / "output", tmp_path / "result.parquet"
     returned = [-signal.SIGKILL]
     while returned[-1] == -signal.SIGKILL and len(returned) < 20:
-        command = [sys.executable, "-c", WORKER, str(marks), str(result)]
+        command = [sys.executable, "-c", WORKER, str(output), str(result)]
         returned.append(subprocess.run(command, check=False).returncode)
     assert returned[-1] == 0
     errors = pq.read_table(result)["error"].to_pylist()

@@ -101,7 +101,8 @@ def assert_equal_predictions(found: list[dict[str, Any]], expected: list[dict[st
     return len(certified)
 
 
-@pytest.mark.parametrize("objective", ["sum", pytest.param("mean", marks=pytest.mark.heavy)])
+@pytest.mark.heavy
+@pytest.mark.parametrize("objective", ["sum", "mean"])
 def test_a_carried_on_run_equals_linking_everything_again(
     run: LinkConfig, updated: str, local_ray: None, tmp_path: Path, objective: Objective
 ) -> None:
@@ -123,8 +124,7 @@ def test_a_carried_on_run_equals_linking_everything_again(
     assert carried.rows_linked >= 3  # two with candidates that have changed, one without a text
     assert carried.rows_kept + carried.rows_extended + carried.rows_linked == report.rows == 28
     assert before.rollouts_per_mention is not None
-    assert in_full.rollouts_per_mention is not None
-    assert carried.rollouts < in_full.rollouts_per_mention * 27
+    assert report.rollouts < in_full.rollouts
     assert carried.rollouts_before == pytest.approx(before.rollouts_per_mention * (28 - sum(before.errors.values())))
 
     # A deleted shard is made again, and the run can be carried on itself, without a change.
