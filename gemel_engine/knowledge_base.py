@@ -231,7 +231,10 @@ class _Strings:
 
     def __init__(self, column: pa.LargeStringArray) -> None:
         _, offsets, text = column.buffers()
-        self._offsets: NDArray[np.int64] = np.frombuffer(offsets, np.int64)[: len(column) + 1]
+        try:
+            self._offsets: NDArray[np.int64] = np.frombuffer(offsets, np.int64, len(column) + 1)
+        except ValueError as error:
+            raise ArtifactError(f"strings of the knowledge base are damaged ({error}); build it again") from error
         self._text = memoryview(text or b"")
 
     def __getitem__(self, row: int) -> str:
