@@ -16,7 +16,6 @@ import random
 import re
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from decode_systems import Beams, Systems
 from numpy.typing import NDArray
 from record import record
 from vllm import RequestOutput, SamplingParams
+from wikidiverse import guesses
 
 from gemel_engine.config import LinkConfig, load_config
 from gemel_engine.errors import MentionError
@@ -170,7 +170,7 @@ def answers(corpus: Corpus, row: Row) -> Answers:
     gold = [item["entity_id"] for item in sample]
     mentions = [Mention(item["mention_id"], item["text"], item["mention"]) for item in sample]
     if row.change == "no model":
-        return Answers(equal(guesses(corpus, mentions), gold))
+        return Answers(equal(guesses(corpus.directory, [mention.mention for mention in mentions]), gold))
     if row.change == "beams":
         systems = Systems(corpus.directory)
         return Answers(equal(Beams(systems).best(systems.prompts(mentions)).entity_ids, gold))
@@ -200,16 +200,6 @@ def answers(corpus: Corpus, row: Row) -> Answers:
         float(np.mean([prediction.num_rollouts for prediction in predictions])),
         (statistics.num_prompt_tokens - statistics.num_cached_tokens) / len(mentions),
     )
-
-
-def guesses(corpus: Corpus, mentions: Sequence[Mention]) -> list[str | None]:
-    """The commonest training entity of each surface form, else the entity of that name."""
-    counts: dict[str, Counter[str]] = {}
-    for item in pq.read_table(corpus.directory / "train.parquet", columns=["mention", "entity_id"]).to_pylist():
-        counts.setdefault(item["mention"], Counter())[item["entity_id"]] += 1
-    of_name = {name: entity_id for entity_id, name in names_of_entities(corpus).items()}
-    forms = [mention.mention for mention in mentions]
-    return [counts[form].most_common(1)[0][0] if form in counts else of_name.get(form) for form in forms]
 
 
 def names_of_entities(corpus: Corpus) -> dict[str, str]:

@@ -14,9 +14,8 @@ from __future__ import annotations
 import json
 import logging
 import random
-import subprocess
-import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import tyro
 from numpy.typing import NDArray
-from record import record
+from record import record, run_script
 from sklearn.metrics import roc_auc_score
 
 from gemel_engine.calibration import Calibration, ConfidenceQuality, evidence_of, quality
@@ -40,6 +39,7 @@ SEED = 0
 REMOVED_SHARE = 0.2
 NIL_PRECISION = 0.8
 
+run = partial(run_script, WORK / "log.txt")
 logger = logging.getLogger("calibration")
 
 
@@ -178,12 +178,6 @@ def outcomes(directory: Path) -> tuple[pa.Table, NDArray[np.bool_], NDArray[np.b
 def noted(value: object, what: str) -> dict[str, Any]:
     """A result with what made it."""
     return record(value, "python benchmarks/calibration.py WIKIDIVERSE", what)
-
-
-def run(*command: str) -> None:
-    """Run a script of the project with this Python; its output goes to the log of the benchmark."""
-    with (WORK / "log.txt").open("a") as log:
-        subprocess.run([sys.executable, *command], check=True, stdout=log, stderr=log)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,6 @@ from __future__ import annotations
 import json
 import logging
 import random
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tyro
 from emoji_mapper import CORPUS, entities_of_forms
-from record import record
+from record import record, run_script
 
 WORK = Path("build/mapper_ablation")
 RESULTS = Path("benchmarks/results/mapper_ablation.json")
@@ -109,8 +107,7 @@ def measure(name: str, gold: dict[str, str]) -> dict[str, Any]:
         ),
     ]
     for command in (training, linking):
-        with (WORK / "log.txt").open("a") as log:
-            subprocess.run([sys.executable, *command], check=True, stdout=log, stderr=log)
+        run_script(WORK / "log.txt", *command)
     linked = pq.read_table(directory / "linked/data", columns=["mention_id", "entity_id"]).to_pylist()
     right = {row["mention_id"]: gold[row["mention_id"]] == row["entity_id"] for row in linked}
     report = json.loads((directory / "training/report.json").read_text())

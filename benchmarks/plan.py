@@ -13,8 +13,6 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,7 +23,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import ray
 import tyro
-from record import record
+from record import record, run_script
 
 from gemel_engine import shards
 from gemel_engine.config import LinkConfig, load_config
@@ -118,8 +116,7 @@ def compared(results: dict[str, Any]) -> dict[str, Any]:
 def run(*command: str) -> float:
     """Run a script of the project with this Python; its output goes to a log. Returns its seconds."""
     started = time.perf_counter()
-    with (WORK / "log.txt").open("a") as log:
-        subprocess.run([sys.executable, *command], check=True, stdout=log, stderr=log)
+    run_script(WORK / "log.txt", *command)
     return time.perf_counter() - started
 
 

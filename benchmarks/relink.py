@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import tyro
-from record import record
+from record import record, run_script
 
 from gemel_engine.config import LinkConfig, load_config
 from gemel_engine.knowledge_base import KnowledgeBase, KnowledgeBaseSettings
@@ -41,6 +42,7 @@ WORK = Path("build/relink")
 RESULTS = Path("benchmarks/results/relink.json")
 SHARE, SEED = 0.01, 0
 
+run = partial(run_script, WORK / "log.txt")
 logger = logging.getLogger("relink")
 
 
@@ -132,8 +134,8 @@ def cost_of_relinking(name: str) -> dict[str, float | int | None]:
         "equal_of_these": num_equal,
         "rollouts": carried_on["rollouts"],
         "rollouts_in_full": in_full["rollouts"],
-        "prompt_tokens_computed": computed(carried_on),
-        "prompt_tokens_computed_in_full": computed(in_full),
+        "prompt_tokens_computed": carried_on["prompt_tokens"] - carried_on["cached_tokens"],
+        "prompt_tokens_computed_in_full": in_full["prompt_tokens"] - in_full["cached_tokens"],
         "generation_seconds": carried_on["stage_seconds"]["generation"],
         "generation_seconds_in_full": in_full["stage_seconds"]["generation"],
         "job_seconds": carried_on["seconds"],
@@ -188,17 +190,6 @@ def report(output: str) -> dict[str, Any]:
 def predictions(output: str) -> dict[str, dict[str, Any]]:
     """Rows of a run by mention."""
     return {row["mention_id"]: row for row in pq.read_table(WORK / output / "data").to_pylist()}
-
-
-def computed(run_report: dict[str, Any]) -> int:
-    """Prompt tokens that the engine did not find in its cache."""
-    return int(run_report["prompt_tokens"] * (1 - (run_report["prefix_cache_hit_rate"] or 0)))
-
-
-def run(*command: str) -> None:
-    """Run a script of the project with this Python; its output goes to the log of the benchmark."""
-    with (WORK / "log.txt").open("a") as log:
-        subprocess.run([sys.executable, *command], check=True, stdout=log, stderr=log)
 
 
 if __name__ == "__main__":

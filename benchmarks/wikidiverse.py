@@ -12,22 +12,23 @@ from __future__ import annotations
 import json
 import logging
 import random
-import subprocess
-import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import tyro
-from record import record
+from record import record, run_script
 
 RESULTS = Path("benchmarks/results/wikidiverse.json")
 WORK = Path("build/wikidiverse")
 SEED = 0
 
+run = partial(run_script, WORK / "log.txt")
 logger = logging.getLogger("wikidiverse")
 
 
@@ -145,24 +146,20 @@ def measure(setting: Setting, gold: dict[str, str]) -> dict[str, float | None]:
 
 
 def baseline(data: Path) -> float:
-    """Accuracy of the commonest training entity of the surface form, else the entity of that name."""
+    """Accuracy of `guesses` on the sample."""
+    sample = pq.read_table(WORK / "sample.parquet").to_pylist()
+    guessed = guesses(data, [row["mention"] for row in sample])
+    return sum(bool(guess == row["entity_id"]) for guess, row in zip(guessed, sample, strict=True)) / len(sample)
+
+
+def guesses(data: Path, surface_forms: Sequence[str]) -> list[str | None]:
+    """The commonest training entity of each surface form, else the entity of that name."""
     counts: dict[str, Counter[str]] = {}
     for row in pq.read_table(data / "train.parquet", columns=["mention", "entity_id"]).to_pylist():
         counts.setdefault(row["mention"], Counter())[row["entity_id"]] += 1
-    entity_of_name = {row["name"]: row["entity_id"] for row in pq.read_table(data / "entities.parquet").to_pylist()}
-    sample = pq.read_table(WORK / "sample.parquet").to_pylist()
-    guesses = [
-        counts[row["mention"]].most_common(1)[0][0] if row["mention"] in counts else entity_of_name.get(row["mention"])
-        for row in sample
-    ]
-    num_right = sum(bool(guess == row["entity_id"]) for guess, row in zip(guesses, sample, strict=True))
-    return num_right / len(sample)
-
-
-def run(*command: str) -> None:
-    """Run a script of the project with this Python; its output goes to the log of the benchmark."""
-    with (WORK / "log.txt").open("a") as log:
-        subprocess.run([sys.executable, *command], check=True, stdout=log, stderr=log)
+    entities = pq.read_table(data / "entities.parquet", columns=["entity_id", "name"]).to_pylist()
+    entity_of_name = {row["name"]: row["entity_id"] for row in entities}
+    return [counts[form].most_common(1)[0][0] if form in counts else entity_of_name.get(form) for form in surface_forms]
 
 
 def noted(value: dict[str, float | None], language_model: str, mention_encoder: str) -> dict[str, Any]:

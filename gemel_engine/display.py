@@ -43,6 +43,11 @@ def excerpt(text: str, surface_form: str, start: int | None, context: int) -> tu
     return before, cut(surface_form, context), cut(after, context)
 
 
+def percent(share: float | None, nothing: str = "-") -> str:
+    """A share with one decimal; `nothing` where there is none."""
+    return nothing if share is None else f"{100 * share:.1f}%"
+
+
 def shares(probability: float | None, log_probs: Sequence[float]) -> list[float]:
     """Share of each name in the probability of all names, as a lower bound.
 

@@ -35,6 +35,7 @@ from ray.data import ActorPoolStrategy, DataContext, Dataset
 
 from gemel_engine import shards, storage
 from gemel_engine.config import JobConfig, LinkConfig, PoolSettings, config_json
+from gemel_engine.display import percent
 from gemel_engine.errors import TooManyFailuresError, shown
 from gemel_engine.progress import Progress, Tally
 from gemel_engine.relinking import EarlierRun
@@ -137,8 +138,8 @@ class LinkReport:
     def summary(self) -> str:
         """One line for a terminal."""
         return (
-            f"rows={self.rows} errors={sum(self.errors.values())} certified={_percent(self.certified_share)} "
-            f"mentions_per_s={self.mentions_per_second:.2f} cache_hits={_percent(self.prefix_cache_hit_rate)} "
+            f"rows={self.rows} errors={sum(self.errors.values())} certified={percent(self.certified_share)} "
+            f"mentions_per_s={self.mentions_per_second:.2f} cache_hits={percent(self.prefix_cache_hit_rate)} "
             f"feature_mapper={self.feature_mapper}"
         )
 
@@ -442,7 +443,3 @@ def actor_pool(settings: PoolSettings) -> dict[str, Any]:
         "num_gpus": settings.num_gpus,
         **({"runtime_env": {"env_vars": threads}} if threads else {}),
     }
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.1f}%"

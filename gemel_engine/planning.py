@@ -21,6 +21,7 @@ from rich.table import Table
 from gemel_engine import shards, storage
 from gemel_engine.capacity import ClusterPlan, Estimate, StageCost, Workload, draw_windows
 from gemel_engine.config import LinkConfig, PoolSettings, ResourceSettings
+from gemel_engine.display import percent
 from gemel_engine.errors import ConfigurationError
 from gemel_engine.linking import checked_plan, connect, ordered_plan, stream_receipts
 from gemel_engine.progress import Tally
@@ -211,7 +212,7 @@ def as_tables(plan: RunPlan) -> list[Table]:
     """What is predicted, for a terminal: stages, then clusters."""
     stages = Table(
         title=f"{plan.sample_rows:,} of {plan.num_rows:,} rows linked, in {plan.num_windows} windows",
-        caption=f"cache hits {_percent(plan.cache_hit_rate)}, {plan.rollouts_per_row:.1f} rollouts a row, "
+        caption=f"cache hits {percent(plan.cache_hit_rate)}, {plan.rollouts_per_row:.1f} rollouts a row, "
         f"{sum(plan.errors.values())} errors; start {plan.start_seconds:,.0f} s; "
         f"input {_size(plan.input_bytes)}, output {_size(plan.output_bytes)}",
     )
@@ -256,10 +257,6 @@ def _one_of_each(resources: ResourceSettings) -> ResourceSettings:
         retrieval=single(resources.retrieval),
         generation=single(resources.generation),
     )
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.1f}%"
 
 
 def _size(num_bytes: float) -> str:

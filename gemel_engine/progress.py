@@ -23,6 +23,7 @@ from typing import Any
 
 from ray.util import metrics
 
+from gemel_engine.display import percent
 from gemel_engine.errors import shown
 from gemel_engine.stages import COSTS, PEAKS
 
@@ -147,7 +148,7 @@ class Progress:
             "-" if rate is None else f"{rate:.2f}",
             "-" if left is None else left,
             tally.errors.total(),
-            "-" if tally.cache_hit_rate is None else f"{100 * tally.cache_hit_rate:.1f}%",
+            percent(tally.cache_hit_rate),
             ", ".join(f"{stage} {100 * spent / busy:.0f}%" for stage, spent in tally.stage_seconds.items()),
             extra={
                 "rows": tally.rows,

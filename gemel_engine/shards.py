@@ -58,18 +58,21 @@ _TYPE_CHECKS = {
 }
 
 
-# Columns that linking reads, in types that hold those of any corpus.
-_MENTION_TYPES = {
-    "mention_id": pa.large_string(),
-    "text": pa.large_string(),
-    "mention": pa.large_string(),
-    "mention_start": pa.int64(),
-    "candidate_ids": pa.list_(pa.large_string()),
-    "group": pa.large_string(),
-    "image_uri": pa.large_string(),
-    "image_bytes": pa.large_binary(),
-    "image_features": pa.list_(pa.float64()),
-}
+# Columns that linking reads, in types that hold those of any corpus: those that are sorted by surface form, and all.
+SMALL_SCHEMA = pa.schema(
+    {
+        "mention_id": pa.large_string(),
+        "text": pa.large_string(),
+        "mention": pa.large_string(),
+        "mention_start": pa.int64(),
+        "candidate_ids": pa.list_(pa.large_string()),
+        "group": pa.large_string(),
+        "image_uri": pa.large_string(),
+    }
+)
+_SCHEMA = pa.schema(
+    [*SMALL_SCHEMA, pa.field("image_bytes", pa.large_binary()), pa.field("image_features", pa.list_(pa.float64()))]
+)
 _ROWS_PER_READ = 256  # with pictures a row group may be larger than memory
 
 
@@ -160,16 +163,17 @@ def take_rows(plan: Sequence[Shard], rows: NDArray[np.int64]) -> pa.Table:
     for uri in dict.fromkeys(shard.uri for shard in plan):
         file_system, path = storage.resolve(uri)
         with pq.ParquetFile(path, filesystem=file_system) as parquet:
-            present = [name for name in _MENTION_TYPES if name in parquet.schema_arrow.names]
-            schema = pa.schema([(name, _MENTION_TYPES[name]) for name in present])
+            schema = pa.schema([field for field in _SCHEMA if field.name in parquet.schema_arrow.names])
             for group in range(parquet.num_row_groups):
                 end = first + parquet.metadata.row_group(group).num_rows
                 if not np.any((rows >= first) & (rows < end)):
                     first = end
                     continue
-                for batch in parquet.iter_batches(_ROWS_PER_READ, row_groups=[group], columns=present):
+                for batch in parquet.iter_batches(_ROWS_PER_READ, row_groups=[group], columns=schema.names):
                     wanted = rows[(rows >= first) & (rows < first + batch.num_rows)] - first
-                    tables.append(pa.Table.from_batches([batch.take(pa.array(wanted))]).select(present).cast(schema))
+                    tables.append(
+                        pa.Table.from_batches([batch.take(pa.array(wanted))]).select(schema.names).cast(schema)
+                    )
                     first += batch.num_rows
     return pa.concat_tables(tables, promote_options="default")
 

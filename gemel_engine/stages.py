@@ -46,18 +46,6 @@ logger = logging.getLogger(__name__)
 
 _COLUMNS = ("mention_id", "text", "mention", "mention_start", "candidate_ids", "group")
 IMAGE_COLUMNS = ("image_bytes", "image_uri")
-# What is sorted of a corpus; one with pictures or image features is not.
-_ORDERED_SCHEMA = pa.schema(
-    [
-        pa.field("mention_id", pa.large_string()),
-        pa.field("text", pa.large_string()),
-        pa.field("mention", pa.large_string()),
-        pa.field("mention_start", pa.int64()),
-        pa.field("candidate_ids", pa.list_(pa.large_string())),
-        pa.field("group", pa.large_string()),
-        pa.field("image_uri", pa.large_string()),
-    ]
-)
 _FETCH_THREADS = 16
 _FETCHED_AHEAD = 64  # image files that are held at once, at most
 # What a stage spent on a batch, spread evenly over its rows, so that it can be summed wherever the rows end up.
@@ -109,12 +97,14 @@ def read_mentions(batch: pa.Table, also: Sequence[str], earlier: EarlierRun | No
 def read_with_places(batch: pa.Table) -> pa.Table:
     """Read a range of rows; adds `place`, that of each row in the ordered corpus, which the batch brings."""
     (fields,) = batch.drop_columns(["places"]).to_pylist()
-    table = shards.read_rows(Shard(**fields), _ORDERED_SCHEMA.names)
+    table = shards.read_rows(Shard(**fields), shards.SMALL_SCHEMA.names)
     columns = [
         table[field.name].cast(field.type) if field.name in table.column_names else pa.nulls(len(table), field.type)
-        for field in _ORDERED_SCHEMA
+        for field in shards.SMALL_SCHEMA
     ]
-    return pa.table(columns, schema=_ORDERED_SCHEMA).append_column("place", batch["places"].combine_chunks().flatten())
+    return pa.table(columns, schema=shards.SMALL_SCHEMA).append_column(
+        "place", batch["places"].combine_chunks().flatten()
+    )
 
 
 def write_ordered(batch: pa.Table, directory: str, rows_per_shard: int) -> pa.Table:

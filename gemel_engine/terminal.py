@@ -10,7 +10,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from gemel_engine.display import cut, excerpt, shares, visible
+from gemel_engine.display import cut, excerpt, percent, shares, visible
 from gemel_engine.explain import Explanation, UsedDemonstration, VisualMark
 from gemel_engine.types import Candidate, Prediction
 
@@ -52,7 +52,7 @@ def _search(prediction: Prediction) -> str:
     )
     return (
         f"{certificate}; rollouts {prediction.num_rollouts}; margin {_number(prediction.margin)}; "
-        f"unexplored mass at most {_percent(prediction.unexplored_mass)}; "
+        f"unexplored mass at most {percent(prediction.unexplored_mass, _NOTHING)}; "
         f"demonstrations left out {prediction.num_demonstrations_dropped}"
     )
 
@@ -95,7 +95,7 @@ def _ranking_cells(ranked: tuple[int, Candidate, float] | None) -> list[Text]:
     if ranked is None:
         return [Text(_NOTHING)] * 3
     place, candidate, share = ranked
-    return [Text(str(place)), Text(_number(candidate.log_prob)), Text(_percent(share))]
+    return [Text(str(place)), Text(_number(candidate.log_prob)), Text(percent(share, _NOTHING))]
 
 
 def _demonstrations(used: Sequence[UsedDemonstration]) -> Table:
@@ -136,7 +136,3 @@ def _name(name: str | None) -> str:
 
 def _number(value: float | None) -> str:
     return _NOTHING if value is None else f"{value:.2f}"
-
-
-def _percent(share: float | None) -> str:
-    return _NOTHING if share is None else f"{100 * share:.1f}%"

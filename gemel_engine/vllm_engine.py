@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 import torch._dynamo
-from torch import Tensor
 from vllm import EngineArgs, LLMEngine, SamplingParams, envs
 from vllm.inputs import EmbedsPrompt, TokensPrompt
 from vllm.logprobs import FlatLogprobs
@@ -69,7 +68,6 @@ class VllmEngine:
         self._num_children = num_children
         self._width = language_model_width(settings.name)
         self._dtype = DTYPES[settings.dtype]
-        self._embeddings: tuple[Prompt, Tensor | None] | None = None
         self.cache_statistics = CacheStatistics()
         _set_environment(settings)
         additional = {"prefix_trie": str(trie_directory), "terminator": terminator}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import time
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from chaos_runs import NO_DAMAGE, ROWS_PER_SHARD, Blow, Chaos, Corpus, Damage, T
 from faulty_s3 import FAULTS, faulty_proxy
 from s3_server import S3Server
 from test_linking import ROOT
+from trouble import small_file_system
 
 from gemel_engine import shards, storage
 
@@ -103,13 +103,8 @@ def test_a_run_over_an_s3_server_in_trouble(
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system with room for a few shards."""
-    directory = tmp_path / "small"
-    directory.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=160k", "tmpfs", str(directory)]
-    if os.geteuid() or subprocess.run(mount, check=False, capture_output=True).returncode:
-        pytest.skip("only root may mount a small file system")
-    yield directory
-    subprocess.run(["umount", "--lazy", str(directory)], check=True)
+    with small_file_system(tmp_path / "small", "160k") as directory:
+        yield directory
 
 
 def test_a_full_disk_ends_a_run_which_goes_on_when_there_is_room(

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
+from trouble import damage
 
 from gemel_engine.errors import ArtifactError
 from gemel_engine.prefix_trie import PrefixTrie
@@ -290,12 +291,7 @@ def test_damaged_bytes_give_an_error_or_a_trie_in_which_every_path_ends(
     directory = tmp_path_factory.mktemp("damaged")
     build(AWKWARD_NAMES)[0].save(directory)
     path = directory / f"{name}.npy"
-    content = bytearray(path.read_bytes())
-    for position, value in changes:
-        content[position % len(content)] = value
-    is_changed = content != path.read_bytes()
-    path.write_bytes(content)
-    if is_changed:
+    if damage(path, changes):
         with pytest.raises(ArtifactError):
             PrefixTrie.open(directory, verify=True)
     try:

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from trouble import damage
 
 from gemel_engine.config import RetrievalSettings
 from gemel_engine.errors import ArtifactError, InputError
@@ -372,10 +373,7 @@ def test_damaged_bytes_give_an_error_or_demonstrations(
     table = TableEncoder({form: [float(len(form)), 1.0] for form in FORMS})
     DemonstrationIndex.build(directory, demonstrations(FORMS), table)  # type: ignore[arg-type]
     path = directory / "demonstrations.parquet"
-    content = bytearray(path.read_bytes())
-    for position, value in changes:
-        content[position % len(content)] = value
-    path.write_bytes(content)
+    damage(path, changes)
     with suppress(ArtifactError):
         index = DemonstrationIndex.open(directory)
         index.retrieve(table.encode(FORMS), 3)

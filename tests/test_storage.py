@@ -18,6 +18,7 @@ import pytest
 from faulty_s3 import FAULTS, faulty_proxy
 from loopback import Answer, serve
 from s3_server import S3Server, run_s3_server  # noqa: F401
+from trouble import small_file_system
 
 from gemel_engine import storage
 from gemel_engine.errors import ArtifactError, ConfigurationError, InputError
@@ -339,13 +340,8 @@ def test_a_link_that_leads_nowhere_is_not_left_out(tmp_path: Path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    directory = tmp_path / "small"
-    directory.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(directory)]
-    if os.geteuid() or subprocess.run(mount, check=False, capture_output=True).returncode:
-        pytest.skip("only root may mount a small file system")
-    yield directory
-    subprocess.run(["umount", str(directory)], check=True)
+    with small_file_system(tmp_path / "small", "64k") as directory:
+        yield directory
 
 
 def test_a_full_disk_is_said_and_leaves_no_part_of_a_file(small_disk: Path, s3_directory: str, tmp_path: Path) -> None:
