@@ -76,7 +76,9 @@ class Answers:
 
 
 _DEMONSTRATIONS = {
-    **{f"{number} demonstrations": Row(("--retrieval.num-demonstrations", str(number))) for number in (1, 4, 16)},
+    "1 demonstration": Row(("--retrieval.num-demonstrations", "1")),
+    "4 demonstrations": Row(("--retrieval.num-demonstrations", "4")),
+    "16 demonstrations": Row(("--retrieval.num-demonstrations", "16")),
     "most similar first": Row(change="most similar first"),
     "retrieved by surface form and sentence": Row(change="by sentence"),
 }
