@@ -97,8 +97,8 @@ class Blow:
     Attributes:
         target: What it is.
         delay: Seconds to wait with it.
-        at_work: Count them from the next shard that is finished; else from now, so that the target may be starting. One
-            that is not there then is killed as soon as it is.
+        at_work: Count them from the next shard that is finished; else from now, so that the target may be starting. A
+            target that is not there gives way to the next.
     """
 
     target: Target
@@ -193,10 +193,14 @@ class Chaos:
                 elif left and due is None:
                     if not left[0].at_work or self._num_shards() > num_shards:
                         due = time.monotonic() + left[0].delay
-                elif left and due is not None and time.monotonic() >= due and self._strike(left[0].target, driver):
-                    self.kills.append(left.pop(0).target)
-                    logger.info("killed: %s", self.kills[-1])
-                    due, num_shards = None, self._num_shards()
+                elif left and due is not None and time.monotonic() >= due:
+                    blow = left.pop(0)
+                    if self._strike(blow.target, driver):
+                        self.kills.append(blow.target)
+                        logger.info("killed: %s", blow.target)
+                        due, num_shards = None, self._num_shards()
+                    else:
+                        left.append(blow)  # its work may be done until a driver begins anew: the others go first
                 time.sleep(0.1)
         finally:
             driver.kill()

@@ -18,7 +18,7 @@ from gemel_engine import shards, storage
 
 pytestmark = pytest.mark.heavy
 
-NUM_ROWS = 320
+NUM_ROWS = 192
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,6 @@ def test_two_drivers_at_once(corpus: Corpus, undisturbed: str, tmp_path: Path) -
     assert left_over(output) == set()
 
 
-@pytest.mark.chaos
 def test_a_run_that_is_asked_to_stop_goes_on_later(corpus: Corpus, undisturbed: str, tmp_path: Path) -> None:
     output = str(tmp_path / "output")
     chaos = Chaos(corpus.command(tmp_path / "link.toml", output), output, tmp_path / "log.txt", {}, None, [])

@@ -168,7 +168,8 @@ def test_equal_surface_forms_meet_in_one_shard(config: LinkConfig, local_ray: No
     pq.write_table(pa.Table.from_pylist(rows[:10]), corpus / "a.parquet")
     large = pa.schema([(name, pa.large_string()) for name in (*rows[0], "image_uri")])
     pq.write_table(pa.Table.from_pylist(rows[10:], schema=large), corpus / "b.parquet")
-    config = replace(config, input=str(corpus), rows_per_shard=6, max_failed_fraction=0.1)
+    vision = replace(config.vision, image_encoder=None)
+    config = replace(config, input=str(corpus), rows_per_shard=6, max_failed_fraction=0.1, vision=vision)
     report = link_corpus(config)
     assert (report.rows, report.shards, report.errors) == (18, 3, {"invalid_mention": 1})
     found = [row["mention_id"] for row in predictions(config.output)]

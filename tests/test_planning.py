@@ -41,40 +41,34 @@ def config(artifacts: dict[str, Path], tmp_path: Path) -> LinkConfig:
     return load_config(LinkConfig, path)
 
 
-def test_a_plan_predicts_and_leaves_nothing(config: LinkConfig, local_ray: None, tmp_path: Path) -> None:
-    files = set(tmp_path.rglob("*"))
-    plan = plan_run(config, sample_rows=40, actors=(1, 4), price_per_actor_hour=2.0)
-    assert set(tmp_path.rglob("*")) == files
-    assert (plan.num_rows, plan.sample_rows, plan.num_windows, plan.errors) == (NUM_ROWS, 33, 17, {})
-    assert set(plan.stage_costs) == set(plan.peak_bytes) == {"image", "retrieval", "generation"}
-    assert all(cost.num_free in (14, 15) for cost in plan.stage_costs.values())
-    assert plan.rollouts_per_row >= 1
-    assert plan.cache_hit_rate is None  # of the reference engine
-    assert 50 << 20 < plan.peak_bytes["generation"] < 8 << 30
-    assert plan.start_seconds > 0
-    one, four = plan.clusters
-    assert (one.actors, four.actors) == (1, 4)
-    assert one.seconds.low <= one.seconds.value <= one.seconds.high
-    assert one.seconds.value > four.seconds.value > plan.start_seconds
-    assert one.cost is not None
-    assert one.cost.value == pytest.approx(one.seconds.value / 3600 * 2.0)
-    assert json.loads(plan.to_json())["clusters"][1]["actors"] == 4
-
-
-def test_the_command_prints_and_writes(
+def test_a_plan_predicts_and_leaves_nothing(
     config: LinkConfig,
     local_ray: None,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    files = set(tmp_path.rglob("*"))
     written = tmp_path / "plan.json"
-    options = ["--sample-rows", "33", "--actors", "2", "--write-to", str(written), "--rows-per-shard", "8"]
-    monkeypatch.setattr(sys, "argv", ["gemel", "plan", str(tmp_path / "link.toml"), *options])
+    options = f"--sample-rows 40 --actors 1 4 --price-per-actor-hour 2 --write-to {written} --rows-per-shard 8"
+    monkeypatch.setattr(sys, "argv", ["gemel", "plan", str(tmp_path / "link.toml"), *options.split()])
     main()
+    assert set(tmp_path.rglob("*")) == files | {written}
     assert "33 of 80 rows linked, in 17 windows" in capsys.readouterr().out
     plan = json.loads(written.read_text())
-    assert (plan["rows_per_shard"], plan["clusters"][0]["actors"]) == (8, 2)
+    assert (plan["num_rows"], plan["sample_rows"], plan["num_windows"], plan["errors"]) == (NUM_ROWS, 33, 17, {})
+    assert plan["rows_per_shard"] == 8
+    assert set(plan["stage_costs"]) == set(plan["peak_bytes"]) == {"image", "retrieval", "generation"}
+    assert all(cost["num_free"] in (14, 15) for cost in plan["stage_costs"].values())
+    assert plan["rollouts_per_row"] >= 1
+    assert plan["cache_hit_rate"] is None  # of the reference engine
+    assert 50 << 20 < plan["peak_bytes"]["generation"] < 8 << 30
+    assert plan["start_seconds"] > 0
+    one, four = plan["clusters"]
+    assert (one["actors"], four["actors"]) == (1, 4)
+    assert one["seconds"]["low"] <= one["seconds"]["value"] <= one["seconds"]["high"]
+    assert one["seconds"]["value"] > four["seconds"]["value"] > plan["start_seconds"]
+    assert one["cost"]["value"] == pytest.approx(one["seconds"]["value"] / 3600 * 2.0)
 
 
 @pytest.mark.parametrize(
@@ -107,18 +101,26 @@ def test_windows_follow_the_order_of_the_run(config: LinkConfig) -> None:
     assert shards.take_rows(plan, everything)["mention_id"].to_pylist() == [f"m{n}" for n in everything]
 
 
-def test_rows_with_pictures_are_drawn_from_the_order_within_their_shards(
-    config: LinkConfig, local_ray: None, tmp_path: Path
-) -> None:
-    mentions = pa.Table.from_pylist(mention_rows(), schema=MENTION_SCHEMA)
-    pq.write_table(mentions, tmp_path / "pictures.parquet")
-    config = replace(config, input=str(tmp_path / "pictures.parquet"))
+def test_rows_with_pictures_are_drawn_from_the_order_within_their_shards(config: LinkConfig, tmp_path: Path) -> None:
+    config = with_pictures(config, tmp_path)
     plan = shards.plan_shards(config.input, config.rows_per_shard)
     assert shards.order_by_surface_form(plan) is None
-    order = shards.order_within_shards(plan)
     expected = [row for shard in plan for row in sorted(range(shard.start, shard.stop), key=lambda n: ENTITY_NAMES[n])]
-    assert order.tolist() == expected
+    assert shards.order_within_shards(plan).tolist() == expected
+
+
+@pytest.mark.heavy
+def test_windows_of_rows_with_pictures_are_linked(config: LinkConfig, local_ray: None, tmp_path: Path) -> None:
+    config = with_pictures(config, tmp_path)
+    plan = shards.plan_shards(config.input, config.rows_per_shard)
+    order = shards.order_within_shards(plan)
     sample = link_windows(config, plan, [order[:2], order[2:5], order[5:6], order[6:9]])
     assert sorted(sample.rows) == [1, 2, 3, 3]
     assert sample.tally.errors == {}
     assert all(len(seconds) == 4 and min(seconds) >= 0 for seconds in sample.stage_seconds.values())
+
+
+def with_pictures(config: LinkConfig, directory: Path) -> LinkConfig:
+    path = directory / "pictures.parquet"
+    pq.write_table(pa.Table.from_pylist(mention_rows(), schema=MENTION_SCHEMA), path)
+    return replace(config, input=str(path))

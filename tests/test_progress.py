@@ -112,6 +112,7 @@ def test_on_a_terminal_ray_s_bars_are_enough(
     assert caplog.records == []
 
 
+@pytest.mark.heavy
 def test_logs_of_all_processes_are_json_where_that_is_asked_for(config: LinkConfig, tmp_path: Path) -> None:
     finished = run_job(tmp_path / "link.toml", RAY_LOGGING_CONFIG_ENCODING="JSON")
     assert finished.returncode == 0, finished.stderr[-3000:]

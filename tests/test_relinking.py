@@ -139,6 +139,7 @@ def test_a_carried_on_run_equals_linking_everything_again(
     assert_equal_predictions(predictions(third.output), predictions(full.output))
 
 
+@pytest.mark.heavy
 def test_without_added_names_no_model_is_asked_about_untouched_rows(
     run: LinkConfig, local_ray: None, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
@@ -244,6 +245,7 @@ def finished(run: LinkConfig, local_ray: None) -> LinkConfig:
     return run
 
 
+@pytest.mark.heavy
 def test_what_cannot_be_carried_on_is_refused(
     finished: LinkConfig, updated: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
