@@ -22,7 +22,7 @@ from s3_server import S3Server
 
 from gemel_engine import storage
 from gemel_engine.calibration import EVIDENCE, Calibration, LogisticModel, scoring_settings
-from gemel_engine.config import LinkConfig, config_json, load_config
+from gemel_engine.config import LinkConfig, VisionSettings, config_json, load_config
 from gemel_engine.errors import (
     ArtifactError,
     ConfigurationError,
@@ -168,7 +168,7 @@ def test_equal_surface_forms_meet_in_one_shard(config: LinkConfig, local_ray: No
     pq.write_table(pa.Table.from_pylist(rows[:10]), corpus / "a.parquet")
     large = pa.schema([(name, pa.large_string()) for name in (*rows[0], "image_uri")])
     pq.write_table(pa.Table.from_pylist(rows[10:], schema=large), corpus / "b.parquet")
-    vision = replace(config.vision, image_encoder=None)
+    vision = VisionSettings()  # none, which spares a process
     config = replace(config, input=str(corpus), rows_per_shard=6, max_failed_fraction=0.1, vision=vision)
     report = link_corpus(config)
     assert (report.rows, report.shards, report.errors) == (18, 3, {"invalid_mention": 1})

@@ -49,8 +49,8 @@ class Nodes:
         return self.cluster.add_node(env_vars=environment, **arguments)
 
     def kept(self, name: str) -> set[str]:
-        """Names of the artifacts that a node has kept, without the mark of their version."""
-        return {path.name.rpartition("-")[0] for path in self.temporary(name).glob("gemel-artifacts/*")}
+        """Names of the artifacts that a node has kept, without the mark of their version; not of their locks."""
+        return {path.name.rpartition("-")[0] for path in self.temporary(name).glob("gemel-artifacts/[!.]*")}
 
     def start(self, command: list[str], log: Path) -> subprocess.Popen[bytes]:
         """Start a driver on the head."""
@@ -108,7 +108,7 @@ def test_pools_grow_and_shrink_with_the_cluster(
     nodes: Nodes, artifacts: dict[str, Path], s3_server: S3Server, tmp_path: Path
 ) -> None:
     """One node joins, and one that is at work goes."""
-    corpus = Corpus.write(f"{s3_server.uri}/elastic", artifacts, 1600)
+    corpus = Corpus.write(f"{s3_server.uri}/elastic", artifacts, 800)
     link(corpus, tmp_path / "undisturbed", f"{tmp_path}/undisturbed/output")
     output, log = str(tmp_path / "output"), tmp_path / "log.txt"
     options = ["--resources.generation.max-actors=3", ONE_A_NODE]
