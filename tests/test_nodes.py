@@ -108,7 +108,7 @@ def test_pools_grow_and_shrink_with_the_cluster(
     nodes: Nodes, artifacts: dict[str, Path], s3_server: S3Server, tmp_path: Path
 ) -> None:
     """One node joins, and one that is at work goes."""
-    corpus = Corpus.write(f"{s3_server.uri}/elastic", artifacts, 800)
+    corpus = Corpus.write(f"{s3_server.uri}/elastic", artifacts, 400)
     link(corpus, tmp_path / "undisturbed", f"{tmp_path}/undisturbed/output")
     output, log = str(tmp_path / "output"), tmp_path / "log.txt"
     options = ["--resources.generation.max-actors=3", ONE_A_NODE]
