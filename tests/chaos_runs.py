@@ -45,6 +45,7 @@ _TITLES = {
     "engine worker": "VLLM::Worker",
     "task": r"ray::(MapBatches|commit_shard|IDLE)",  # an idle one has done a task, or is about to
 }
+_EARLY = ("image encoder", "retrieval")  # a small corpus has gone through them when the first shard is finished
 _COLOURS = ("red", "green", "blue")
 _COUNTERS = {"num_rollouts"}
 _TOLERANCE = 1e-3
@@ -98,7 +99,7 @@ class Blow:
         target: What it is.
         delay: Seconds to wait with it.
         at_work: Count them from the next shard that is finished; else from now, so that the target may be starting. A
-            target that is not there gives way to the next.
+            target that is not there by the time that a shard is finished gives way to the next.
     """
 
     target: Target
@@ -107,11 +108,12 @@ class Blow:
 
     @classmethod
     def draw(cls, targets: Sequence[Target], seed: int) -> list[Blow]:
-        """Random blows against these targets, in random order."""
+        """Random blows against these targets, in random order, but first those whose work is done first."""
         draws = random.Random(seed)
+        order = sorted(draws.sample(targets, len(targets)), key=lambda target: target not in _EARLY)
         return [
-            cls(target, draws.uniform(0, 1.5), at_work=draws.random() < 0.75)
-            for target in draws.sample(targets, len(targets))
+            cls(target, draws.uniform(0, 1.5), at_work=target not in _EARLY and draws.random() < 0.75)
+            for target in order
         ]
 
 
@@ -194,13 +196,12 @@ class Chaos:
                     if not left[0].at_work or self._num_shards() > num_shards:
                         due = time.monotonic() + left[0].delay
                 elif left and due is not None and time.monotonic() >= due:
-                    blow = left.pop(0)
-                    if self._strike(blow.target, driver):
-                        self.kills.append(blow.target)
-                        logger.info("killed: %s", blow.target)
+                    if self._strike(left[0].target, driver):
+                        self.kills.append(left.pop(0).target)
+                        logger.info("killed: %s", self.kills[-1])
                         due, num_shards = None, self._num_shards()
-                    else:
-                        left.append(blow)  # its work may be done until a driver begins anew: the others go first
+                    elif self._num_shards() > num_shards:
+                        left.append(left.pop(0))  # its work may be done until a driver begins anew
                 time.sleep(0.1)
         finally:
             driver.kill()
