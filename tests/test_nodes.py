@@ -108,7 +108,7 @@ def test_pools_grow_and_shrink_with_the_cluster(
     nodes: Nodes, artifacts: dict[str, Path], s3_server: S3Server, tmp_path: Path
 ) -> None:
     """One node joins, and one that is at work goes."""
-    corpus = Corpus.write(f"{s3_server.uri}/elastic", artifacts, 400)
+    corpus = Corpus.write(f"{s3_server.uri}/elastic", artifacts, 560)
     link(corpus, tmp_path / "undisturbed", f"{tmp_path}/undisturbed/output")
     output, log = str(tmp_path / "output"), tmp_path / "log.txt"
     options = ["--resources.generation.max-actors=3", ONE_A_NODE]
@@ -119,7 +119,7 @@ def test_pools_grow_and_shrink_with_the_cluster(
             assert driver.poll() is None, f"the run has ended: {log.read_text()[-4000:]}"
             time.sleep(0.1)
 
-    wait_until(lambda: bool(shards.finished_shards(output)))
+    wait_until(lambda: shards.is_claimed(output))
     (gone, *_) = nodes.cluster.worker_nodes
     nodes.add("third", num_cpus=2)
     wait_until(lambda: "knowledge_base" in nodes.kept("third"))  # a generation actor has started there
