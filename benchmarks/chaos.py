@@ -108,7 +108,7 @@ def undisturbed(engine: str, artifacts: dict[str, Path]) -> str:
     directory = WORK / f"undisturbed-{engine}"
     if not (directory / "output/report.json").exists():
         corpus = Corpus.write(f"{directory}/corpus", artifacts, NUM_ROWS)
-        link(corpus, directory, f"{directory}/output", engine=engine)
+        link(corpus, directory, engine=engine)
     return f"{directory}/output"
 
 

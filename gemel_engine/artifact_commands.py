@@ -5,14 +5,17 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
-from tyro.conf import Positional, arg
+from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from gemel_engine.errors import InputError
+
+if TYPE_CHECKING:
+    from gemel_engine.knowledge_base import KnowledgeBaseSettings
 
 Entities = Annotated[Positional[str], arg(metavar="ENTITIES")]
 KnowledgeBase = Annotated[Positional[str], arg(metavar="KNOWLEDGE_BASE")]
@@ -25,13 +28,32 @@ Checkpoint = Annotated[Positional[Path], arg(metavar="CHECKPOINT")]
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NameOptions:
+    """Which names are usable, and what to do with the others.
+
+    Attributes:
+        tokenizer: The language model's directory or hub name.
+        max_name_tokens: Longer names are unusable.
+        on_bad_name: Refuse the table if a name is unusable, or leave its row out.
+    """
+
+    tokenizer: str
+    max_name_tokens: int = 32
+    on_bad_name: Literal["error", "skip"] = "error"
+
+    def settings(self) -> KnowledgeBaseSettings:
+        """What a knowledge base is built with."""
+        from gemel_engine.knowledge_base import KnowledgeBaseSettings
+
+        return KnowledgeBaseSettings(max_name_tokens=self.max_name_tokens, on_bad_name=self.on_bad_name)
+
+
 def build_kb(
     entities: Entities,
     output_dir: OutputDir,
     *,
-    tokenizer: str,
-    max_name_tokens: int = 32,
-    on_bad_name: Literal["error", "skip"] = "error",
+    names: OmitArgPrefixes[NameOptions],
 ) -> None:
     """Build a knowledge base from a table of entities.
 
@@ -39,16 +61,15 @@ def build_kb(
         entities: Parquet file, or directory of them; local or s3://bucket/prefix. Columns `entity_id` and `name`, and
             optionally `description`, `popularity`, `image_uri`, `aliases`.
         output_dir: New or empty local directory.
-        tokenizer: The language model's directory or hub name.
-        max_name_tokens: Longer names are unusable.
-        on_bad_name: Refuse the table if a name is unusable, or leave its entity out.
+        names: Which are usable.
     """
-    from gemel_engine.knowledge_base import KnowledgeBaseSettings, build_knowledge_base, read_entities
+    from gemel_engine.knowledge_base import build_knowledge_base, read_entities
     from gemel_engine.model import load_tokenizer
 
     started = time.perf_counter()
-    settings = KnowledgeBaseSettings(max_name_tokens=max_name_tokens, on_bad_name=on_bad_name)
-    report = build_knowledge_base(read_entities(entities), load_tokenizer(tokenizer), output_dir, settings)
+    report = build_knowledge_base(
+        read_entities(entities), load_tokenizer(names.tokenizer), output_dir, names.settings()
+    )
     logger.info(
         "%s: %d entities, %d names of at most %d tokens, %d entities skipped, in %.1f s",
         output_dir,
@@ -65,9 +86,7 @@ def update_kb(
     changes: Changes,
     output_dir: OutputDir,
     *,
-    tokenizer: str,
-    max_name_tokens: int = 32,
-    on_bad_name: Literal["error", "skip"] = "error",
+    names: OmitArgPrefixes[NameOptions],
 ) -> None:
     """Add, rename and retire entities: an update that stands wherever a knowledge base does, and needs it beside it.
 
@@ -76,18 +95,15 @@ def update_kb(
         changes: Parquet file, or directory of them, with the columns of `gemel build-kb` and `retired`. A row whose
             `entity_id` is known takes the place of that entity, in the columns that the table has.
         output_dir: New or empty local directory.
-        tokenizer: The language model's directory or hub name.
-        max_name_tokens: Longer names are unusable.
-        on_bad_name: Refuse the table if a name is unusable, or leave that change out.
+        names: Which are usable.
     """
-    from gemel_engine.knowledge_base import KnowledgeBaseSettings, read_entities
+    from gemel_engine.knowledge_base import read_entities
     from gemel_engine.knowledge_base_update import update_knowledge_base
     from gemel_engine.model import load_tokenizer
 
     started = time.perf_counter()
-    settings = KnowledgeBaseSettings(max_name_tokens=max_name_tokens, on_bad_name=on_bad_name)
     table = read_entities(changes, also=("retired",))
-    report = update_knowledge_base(knowledge_base, table, load_tokenizer(tokenizer), output_dir, settings)
+    report = update_knowledge_base(knowledge_base, table, load_tokenizer(names.tokenizer), output_dir, names.settings())
     logger.info(
         "%s: %d entities added, %d replaced, %d retired, %d changes skipped, in %.1f s",
         output_dir,

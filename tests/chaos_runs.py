@@ -265,11 +265,13 @@ def add_node(cluster: Cluster) -> None:
     cluster.add_node(num_cpus=4)
 
 
-def link(corpus: Corpus, directory: Path, output: str, **settings: str) -> None:
-    """Link a corpus undisturbed."""
+def link(corpus: Corpus, directory: Path, **settings: str) -> str:
+    """Link a corpus undisturbed; returns the output, which lies in the directory."""
     directory.mkdir(parents=True, exist_ok=True)
+    output = f"{directory}/output"
     command = corpus.command(directory / "link.toml", output, **settings)
     Chaos(command, output, directory / "log.txt", {}, None, []).run([])
+    return output
 
 
 def _agree(expected: Any, found: Any) -> bool:

@@ -29,9 +29,7 @@ def corpus(artifacts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
 @pytest.fixture(scope="module")
 def undisturbed(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The output that all others are compared with."""
-    directory = tmp_path_factory.mktemp("undisturbed")
-    link(corpus, directory, f"{directory}/output")
-    return f"{directory}/output"
+    return link(corpus, tmp_path_factory.mktemp("undisturbed"))
 
 
 @pytest.fixture(scope="module")

@@ -106,7 +106,7 @@ def test_a_stopped_job_goes_on_when_it_is_submitted_again(
     artifacts: dict[str, Path], dashboard: str, tmp_path: Path
 ) -> None:
     corpus = Corpus.write(str(tmp_path / "corpus"), artifacts, 640)
-    link(corpus, tmp_path / "undisturbed", f"{tmp_path}/undisturbed/output")
+    undisturbed = link(corpus, tmp_path / "undisturbed")
     output = str(tmp_path / "output")
     config = tmp_path / "link.toml"
     options = corpus.command(config, output)[3:]
@@ -122,4 +122,4 @@ def test_a_stopped_job_goes_on_when_it_is_submitted_again(
     assert again.returncode == 0, again.stdout[-5000:]
     report = json.loads(storage.read_bytes(f"{output}/report.json"))
     assert report["shards_skipped"] >= num_finished
-    assert Damage.of(output, f"{tmp_path}/undisturbed/output") == NO_DAMAGE
+    assert Damage.of(output, undisturbed) == NO_DAMAGE

@@ -81,7 +81,7 @@ def test_artifacts_are_read_once_a_node_and_mapped(
     nodes: Nodes, artifacts: dict[str, Path], s3_server: S3Server, tmp_path: Path
 ) -> None:
     corpus = Corpus.write(f"{s3_server.uri}/nodes", artifacts, 160)
-    link(corpus, tmp_path / "undisturbed", f"{tmp_path}/undisturbed/output")
+    undisturbed = link(corpus, tmp_path / "undisturbed")
     output, log = str(tmp_path / "output"), tmp_path / "log.txt"
     pool = ["--resources.generation.min-actors=2", "--resources.generation.max-actors=2", ONE_A_NODE]
     driver = nodes.start(corpus.command(tmp_path / "link.toml", output, *pool), log)
@@ -92,7 +92,7 @@ def test_artifacts_are_read_once_a_node_and_mapped(
                 mapped |= {item.path for item in process.memory_maps()}
         time.sleep(0.5)
     assert driver.returncode == 0, log.read_text()[-4000:]
-    assert Damage.of(output, f"{tmp_path}/undisturbed/output") == NO_DAMAGE
+    assert Damage.of(output, undisturbed) == NO_DAMAGE
     for name in ("first", "second"):
         assert nodes.kept(name) == ARTIFACTS
         assert any(path.startswith(str(nodes.temporary(name))) and "/trie/" in path for path in mapped)
@@ -109,7 +109,7 @@ def test_pools_grow_and_shrink_with_the_cluster(
 ) -> None:
     """One node joins, and one that is at work goes."""
     corpus = Corpus.write(f"{s3_server.uri}/elastic", artifacts, 560)
-    link(corpus, tmp_path / "undisturbed", f"{tmp_path}/undisturbed/output")
+    undisturbed = link(corpus, tmp_path / "undisturbed")
     output, log = str(tmp_path / "output"), tmp_path / "log.txt"
     options = ["--resources.generation.max-actors=3", ONE_A_NODE]
     driver = nodes.start(corpus.command(tmp_path / "link.toml", output, *options), log)
@@ -125,4 +125,4 @@ def test_pools_grow_and_shrink_with_the_cluster(
     wait_until(lambda: "knowledge_base" in nodes.kept("third"))  # a generation actor has started there
     nodes.cluster.remove_node(gone, allow_graceful=False)
     assert driver.wait(540) == 0, log.read_text()[-4000:]
-    assert Damage.of(output, f"{tmp_path}/undisturbed/output") == NO_DAMAGE
+    assert Damage.of(output, undisturbed) == NO_DAMAGE
