@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from gemel_engine import storage
@@ -69,6 +69,7 @@ def test_deadly_rows_and_no_others_become_errors(num_rows: int, deadly: set[int]
         assert storage.list_files(output) == []
 
 
+@example(num_rows=4, killed_at={1, 2, 3, 4})  # the last two hit a row that stands alone
 @given(num_rows=st.integers(4, 20), killed_at=st.sets(st.integers(1, 12), max_size=4))
 def test_a_few_kills_from_outside_make_no_row_poison(num_rows: int, killed_at: set[int]) -> None:
     with TemporaryDirectory() as output:
