@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from gemel_engine import shards, storage
+from gemel_engine.errors import ConfigurationError, InputError
 from gemel_engine.shards import Shard
 from gemel_engine.types import Prediction, predictions_to_table
 
@@ -53,3 +55,24 @@ def test_what_a_killed_process_has_begun_is_no_shard(tmp_path: Path) -> None:
     assert shards.finished_shards(output) == set()
     assert shards.commit_shard(output, SHARD, [write_part(output, 0, 1, 2, 3)])
     assert shards.finished_shards(output) == {"shard-00003"}
+
+
+def test_a_corpus_that_has_changed_is_another_run_s(tmp_path: Path) -> None:
+    corpus, output = str(tmp_path / "corpus.parquet"), str(tmp_path / "output")
+
+    def write_corpus(*mention_ids: str) -> None:
+        pq.write_table(pa.table(dict.fromkeys(("mention_id", "text", "mention"), mention_ids)), corpus)
+
+    def claim() -> None:
+        shards.claim_output(output, {"plan": shards.plan_identity(shards.plan_shards(corpus, 10))})
+
+    write_corpus("a", "b")
+    (shard,) = shards.plan_shards(corpus, 10)
+    claim()
+    claim()
+    assert shards.read_rows(shard, ["text"])["text"].to_pylist() == ["a", "b"]
+    write_corpus("a", "b", "c")
+    with pytest.raises(InputError, match="has changed since the run was planned: link it again to a new output"):
+        shards.read_rows(shard, ["text"])
+    with pytest.raises(ConfigurationError, match="holds a run that differs in plan: choose another output"):
+        claim()
