@@ -54,7 +54,7 @@ gpu-check: $(INSTALLED) ## check what a GPU changes; ENGINE=gpu installs for it,
 test-all: $(INSTALLED) $(MODELS) ## run all tests, those with real models included
 	$(BIN)/pytest -m ""
 
-test-chaos: $(INSTALLED) ## run the tests that kill processes of linking runs and put them in trouble
+test-chaos: $(INSTALLED) ## link while processes and a node are killed at random; a few minutes
 	$(BIN)/pytest -m chaos
 
 check: lint types test ## everything that has to pass before a commit

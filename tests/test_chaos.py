@@ -57,7 +57,6 @@ def test_a_run_whose_processes_are_killed_gives_the_same_output(
     assert left_over(output) == set()
 
 
-@pytest.mark.chaos
 def test_two_drivers_at_once(corpus: Corpus, undisturbed: str, tmp_path: Path) -> None:
     """The second begins right behind the first, has as much to do, and is at work when the first ends."""
     output = str(tmp_path / "output")
