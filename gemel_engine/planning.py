@@ -26,6 +26,7 @@ from gemel_engine.errors import ConfigurationError
 from gemel_engine.linking import checked_plan, connect, ordered_plan, stream_receipts
 from gemel_engine.progress import Tally
 from gemel_engine.shards import Shard
+from gemel_engine.types import PREDICTION_SCHEMA
 
 _POOLS = {"image": "images", "retrieval": "retrieval", "generation": "generation"}  # a stage's name in the settings
 
@@ -40,7 +41,7 @@ class Sample:
         stage_seconds: Of each stage, the seconds that its actor spent on each window.
         first_seconds: Until the first window was done: Ray, the sort, the start of the actors, and the window.
         tally: The receipts of all windows.
-        output_bytes: Of all windows, compressed.
+        output_bytes: Of all windows in one file; one each would be mostly frame.
     """
 
     rows: list[int]
@@ -202,7 +203,7 @@ def link_windows(config: LinkConfig, plan: Sequence[Shard], windows: Sequence[ND
             },
             first_seconds=first_seconds,
             tally=whole,
-            output_bytes=sum(file.size for file in storage.list_parquet(f"{sampled.output}/_parts")),
+            output_bytes=_bytes_in_one_file(f"{sampled.output}/_parts"),
         )
     finally:
         storage.remove_tree(scratch)
@@ -246,6 +247,10 @@ def _write_windows(plan: Sequence[Shard], windows: Sequence[NDArray[np.int64]], 
     for number, window in enumerate(windows):
         table = rows.take(np.searchsorted(wanted, window))
         storage.write_bytes(f"{directory}/{number:05d}.parquet", shards.parquet_bytes(table))
+
+
+def _bytes_in_one_file(parts: str) -> int:
+    return len(shards.parquet_bytes(shards.read_columns(parts, PREDICTION_SCHEMA.names)))
 
 
 def _one_of_each(resources: ResourceSettings) -> ResourceSettings:

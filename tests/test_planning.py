@@ -63,6 +63,7 @@ def test_a_plan_predicts_and_leaves_nothing(
     assert plan["rollouts_per_row"] >= 1
     assert plan["cache_hit_rate"] is None  # of the reference engine
     assert 50 << 20 < plan["peak_bytes"]["generation"] < 8 << 30
+    assert plan["output_bytes"] < NUM_ROWS * 600, "the frame of a file counts once, not for each window"
     assert plan["start_seconds"] > 0
     one, four = plan["clusters"]
     assert (one["actors"], four["actors"]) == (1, 4)
