@@ -129,7 +129,7 @@ class BareGenerateEntityNames(WaitingGenerateEntityNames):
         return self._generate(batch)
 
 
-def main(num_mentions: int = 256, *, measure: tuple[System, Pictures] | None = None) -> None:
+def main(num_mentions: int = 192, *, measure: tuple[System, Pictures] | None = None) -> None:
     """Measure what has no result yet.
 
     Args:

@@ -46,7 +46,7 @@ run = partial(run_script, WORK / "log.txt")
 logger = logging.getLogger("relink")
 
 
-def main(wikidiverse: tyro.conf.Positional[Path], *, num_mentions: int = 500, large: bool = False) -> None:
+def main(wikidiverse: tyro.conf.Positional[Path], *, num_mentions: int = 100, large: bool = False) -> None:
     """Measure what has no result yet.
 
     Args:
