@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from decode_comparison import accuracy, budgets, ours, systems, union
+from decode_comparison import UNION, accuracy, budgets, ours, systems, union
 from decode_exact import brute_force
 from decode_trie import trie, trie_speed
 from decode_vllm_beams import vllm_beams
@@ -37,6 +37,8 @@ PARTS = (
     "accuracy",
     "budgets_sum",
     "budgets_mean",
+    "budgets_sum_union",
+    "budgets_mean_union",
     "brute_force",
     "vllm_beams",
 )
@@ -72,6 +74,8 @@ def main(
         "accuracy": lambda: accuracy(wikidiverse, 200),
         "budgets_sum": lambda: budgets(wikidiverse, num_mentions, "sum"),
         "budgets_mean": lambda: budgets(wikidiverse, num_mentions, "mean"),
+        "budgets_sum_union": lambda: budgets(wikidiverse, num_mentions, "sum", UNION),
+        "budgets_mean_union": lambda: budgets(wikidiverse, num_mentions, "mean", UNION),
         "brute_force": lambda: brute_force(wikidiverse, 30),
         "vllm_beams": lambda: vllm_beams(wikidiverse),
     }

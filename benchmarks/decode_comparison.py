@@ -15,6 +15,7 @@ from decode_systems import WORK, Beams, Systems, timed
 
 from gemel_engine.search import NameSearch, Objective, Rollout, RolloutRequest, run_searches
 
+UNION = str(WORK / "union")  # made by the part "trie"
 BUDGETS = (1, 2, 4, 8, 16, 64)
 NUM_WEIGHTS = 134_515_008 - 49_152 * 576  # of SmolLM2-135M, all but the embeddings, which a prompt's tokens don't meet
 
@@ -94,12 +95,14 @@ def accuracy(wikidiverse: Path, num_mentions: int) -> dict[str, tuple[Any, str]]
     return {name: (systems.accuracy(mentions, names), what) for name, names in found.items()}
 
 
-def budgets(wikidiverse: Path, num_mentions: int, objective: Objective) -> dict[str, tuple[Any, str]]:
+def budgets(
+    wikidiverse: Path, num_mentions: int, objective: Objective, knowledge_base: str | None = None
+) -> dict[str, tuple[Any, str]]:
     """What the search would have answered with fewer rollouts, read off one run with the largest budget."""
-    ours = Systems(wikidiverse)
+    ours = Systems(wikidiverse, knowledge_base)
     mentions = ours.sample(num_mentions)
     settings = replace(ours.config.search, objective=objective, max_rollouts=max(BUDGETS), width=1)
-    knowledge_base = ours.artifacts.knowledge_base
+    names = ours.artifacts.knowledge_base
     retrieved = ours._retriever.retrieve(mentions, [None] * len(mentions))
     searches = {}
 
@@ -114,7 +117,7 @@ def budgets(wikidiverse: Path, num_mentions: int, objective: Objective) -> dict[
     trajectory: dict[int, list[tuple[int, bool]]] = {}
     for position, (mention, rows) in enumerate(zip(mentions, retrieved, strict=True)):
         prompt = ours.generator.prompt(mention, None, rows)[0]
-        searches[position] = prompt, Watched(knowledge_base.trie, ours.generator._builder.terminator, settings)
+        searches[position] = prompt, Watched(names.trie, ours.generator._builder.terminator, settings)
     started = time.perf_counter()
     queue = ((position, prompt, search, None) for position, (prompt, search) in searches.items())
     for _ in run_searches(ours.generator.engine, queue, ours.config.language_model.max_num_seqs):
@@ -123,7 +126,7 @@ def budgets(wikidiverse: Path, num_mentions: int, objective: Objective) -> dict[
     table = []
     for budget in BUDGETS:
         found = [trajectory[id(search)][:budget] for _, search in searches.values()]
-        ids = [knowledge_base.entity(knowledge_base.entities_of_name(seen[-1][0])[0]).entity_id for seen in found]
+        ids = [names.entity(names.entities_of_name(seen[-1][0])[0]).entity_id for seen in found]
         table.append(
             {
                 "max_rollouts": budget,
@@ -132,13 +135,13 @@ def budgets(wikidiverse: Path, num_mentions: int, objective: Objective) -> dict[
                 "rollouts_per_mention": float(np.mean([len(seen) for seen in found])),
             }
         )
-    what = f"{num_mentions} mentions of dev, 8 demonstrations, one rollout at a time"
-    return {f"budgets_{objective}": (table, what)}
+    what = f"{num_mentions} mentions of dev, {names.trie.num_names} names, 8 demonstrations, one rollout at a time"
+    return {f"budgets_{objective}{'_union' if knowledge_base else ''}": (table, what)}
 
 
 def union(wikidiverse: Path, num_mentions: int) -> dict[str, tuple[Any, str]]:
     """The same mentions against all titles at once."""
-    systems = Systems(wikidiverse, str(WORK / "union"))
+    systems = Systems(wikidiverse, UNION)
     mentions = systems.sample(num_mentions)
     floor = systems.floor(systems.prompts(mentions))
     cost, predictions = systems.ours(mentions)
