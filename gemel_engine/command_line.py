@@ -19,8 +19,8 @@ _SETTINGS = "Every setting: a key of CONFIG.toml, and an option that overrides i
 
 def run(command: Callable[[], object]) -> None:
     """Call a command; an error that the project raises on purpose ends the process with its exit code."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("faiss.loader").setLevel(logging.WARNING)  # tells of variants that it could not find
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("gemel_engine").setLevel(logging.INFO)  # open_clip and faiss write how they load to the root's
     try:
         command()
     except GemelError as error:

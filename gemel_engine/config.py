@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import tyro
 from pydantic import (
+    AfterValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
@@ -35,6 +36,8 @@ from gemel_engine.types import FeatureScaling
 Dtype = Literal["float32", "bfloat16", "float16"]
 Config = TypeVar("Config")
 Fraction = Annotated[float, Field(ge=0, le=1)]
+# In S3 `runs/` and `runs` would be two places.
+Address = Annotated[str, AfterValidator(lambda uri: uri.rstrip("/") or uri)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +129,7 @@ class VisionSettings:
 
     image_encoder: str | None = None
     pretrained: str | None = None
-    feature_mapper: str | None = None
+    feature_mapper: Address | None = None
     batch_size: int = 32
     max_image_pixels: int = 50_000_000
     device: str = "cpu"
@@ -146,6 +149,8 @@ class PoolSettings:
         max_actors: Upper limit as the stage falls behind.
         num_cpus: Logical CPUs of one actor.
         num_gpus: GPUs of one actor, a whole number; or a fraction, for actors that share one.
+        memory_gib: Memory that Ray sets aside for one actor; 0 asks for none. `gemel plan` and `report.json` tell how
+            much one held.
         num_threads: Threads of one actor's models on CPU; None leaves it to Ray, which gives one below two CPUs.
     """
 
@@ -153,6 +158,7 @@ class PoolSettings:
     max_actors: int = 1
     num_cpus: float = 0.5
     num_gpus: float = 0.0
+    memory_gib: NonNegativeFloat = 0.0
     num_threads: int | None = None
 
     def __post_init__(self) -> None:
@@ -194,9 +200,9 @@ class JobConfig:
 
     __pydantic_config__ = ConfigDict(extra="forbid")  # also for the settings within
 
-    output: str
-    knowledge_base: str
-    demonstrations: str | None = None
+    output: Address
+    knowledge_base: Address
+    demonstrations: Address | None = None
     language_model: LanguageModelSettings
     retrieval: RetrievalSettings = field(default_factory=RetrievalSettings)
     vision: VisionSettings = field(default_factory=VisionSettings)
@@ -234,10 +240,10 @@ class LinkConfig(JobConfig):
         dry_run: Check everything, say how many rows are to be linked, and do nothing.
     """
 
-    input: str
+    input: Address
     language_model: EngineSettings
-    calibration: str | None = None
-    previous: str | None = None
+    calibration: Address | None = None
+    previous: Address | None = None
     dry_run: bool = False
 
     def __post_init__(self) -> None:
@@ -390,14 +396,14 @@ class TrainConfig(JobConfig):
             share; None: in the output.
     """
 
-    train: str
-    dev: str | None = None
+    train: Address
+    dev: Address | None = None
     language_model: TrainedModelSettings
     mapper: MapperSettings = field(default_factory=MapperSettings)
     optimisation: OptimisationSettings = field(default_factory=OptimisationSettings)
     validation: ValidationSettings = field(default_factory=ValidationSettings)
     workers: WorkerSettings = field(default_factory=WorkerSettings)
-    examples: str | None = None
+    examples: Address | None = None
 
 
 def load_config(

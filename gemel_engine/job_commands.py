@@ -111,6 +111,7 @@ class Question:
 
 def explain(arguments: Sequence[str]) -> None:
     """Link one mention and show why: CONFIG.toml --text TEXT --mention FORM [--picture FILE] [--key value ...]."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # the output is for the explanation
     from gemel_engine.config import LinkConfig
 
@@ -147,7 +148,7 @@ def evaluate(
 
     Args:
         output: The run's output, local or s3://bucket/prefix.
-        gold: Mentions with `entity_id`; the run's input by default, if it has that column.
+        gold: `mention_id` and `entity_id` of mentions, in Parquet; the run's input by default, if it has the latter.
         train: The training split, to tell mentions by what it holds, for the baseline without a model, and for the
             pictures of demonstrations.
         against: Output of another run over the same mentions, to compare with.
@@ -181,8 +182,8 @@ def calibrate(output: Output, calibration: OutputDir, *, gold: str | None = None
     Args:
         output: The run's output, local or s3://bucket/prefix; of a dev split, not of what is to be judged later.
         calibration: Local directory for it.
-        gold: Mentions with `entity_id`; the run's input by default. Those whose entity the knowledge base lacks, or
-            that have none, teach what NIL looks like.
+        gold: `mention_id` and `entity_id` of mentions, in Parquet; the run's input by default. Those whose entity the
+            knowledge base lacks, or that have none, teach what NIL looks like.
         nil_precision: So large a share of the mentions called NIL shall be NIL.
     """
     from gemel_engine.linked_run import LinkedRun, calibrate_run

@@ -50,7 +50,7 @@ class LinkedRun:
         Raises:
             InputError: It is not one, or the run has not finished.
         """
-        documents = []
+        documents, output = [], output.rstrip("/")
         for name in ("_run.json", "report.json"):
             if not storage.exists(f"{output}/{name}"):
                 raise InputError(f"{output} has no {name}: name the output of a linking run that has finished")
@@ -104,7 +104,7 @@ def judge_run(
 
     Args:
         linked: The run.
-        gold: Mentions with `entity_id`; the run's input by default.
+        gold: See `read_gold`; the run's input by default.
         train: The training split.
         against: Another run over the same mentions.
         protocol: When an answer is right.
@@ -112,7 +112,7 @@ def judge_run(
     Raises:
         InputError: There are no labels, or they are not of the linked mentions.
     """
-    labelled = read_gold(gold or linked.settings["input"])
+    labelled = read_gold(gold or linked.settings["input"], linked.settings["input"])
     training = None if train is None else read_gold(train)
     knowledge_base = linked.open_knowledge_base()
     runs = [linked.predictions, *([] if against is None else [against.predictions])]
@@ -133,14 +133,14 @@ def calibrate_run(linked: LinkedRun, *, gold: str | None = None, nil_precision: 
 
     Args:
         linked: The run.
-        gold: Mentions with `entity_id`; the run's input by default.
+        gold: See `read_gold`; the run's input by default.
         nil_precision: See `Calibration.fit`.
 
     Raises:
         InputError: There are no labels, or too few mentions of an outcome.
         ConfigurationError: No threshold of NIL reaches that precision.
     """
-    labelled = read_gold(gold or linked.settings["input"])
+    labelled = read_gold(gold or linked.settings["input"], linked.settings["input"])
     entities = entities_to_judge(linked.open_knowledge_base(), labelled, [linked.predictions])
     predictions, is_right, is_nil = Judge(labelled, entities=entities).outcomes(linked.predictions)
     scoring = scoring_settings(linked.settings)
@@ -199,11 +199,12 @@ def as_table(judged: JudgedRun) -> Table:
     return table
 
 
-def read_gold(uri: str) -> pa.Table:
+def read_gold(uri: str, described_by: str | None = None) -> pa.Table:
     """The small columns of mentions with gold labels.
 
     Args:
         uri: Parquet file or directory.
+        described_by: Where the rest stands if the labels come without `text`: the input of their run.
 
     Returns:
         `mention_id`, `entity_id`, where they are there `mention`, `text`, `candidate_ids`, `image_uri`, and
@@ -215,9 +216,23 @@ def read_gold(uri: str) -> pa.Table:
     dataset = _dataset(uri)
     if missing := {"mention_id", "entity_id"} - set(dataset.schema.names):
         raise InputError(f"{uri} has no column {', '.join(sorted(missing))}: name a table of mentions with gold labels")
+    if described_by is None or "text" in dataset.schema.names:
+        return _small_columns(dataset)
+    labels = dataset.to_table(["mention_id", "entity_id"])
+    ids = labels["mention_id"].combine_chunks()
+    described = _small_columns(_dataset(described_by), pads.field("mention_id").isin(ids))
+    place = pc.index_in(ids, described["mention_id"].combine_chunks().cast(ids.type))
+    for name in described.column_names:
+        if name not in labels.column_names:
+            labels = labels.append_column(name, described[name].take(place))
+    return labels
+
+
+def _small_columns(dataset: pads.Dataset, where: pads.Expression | None = None) -> pa.Table:
     columns = {name: pads.field(name) for name in _GOLD_COLUMNS if name in dataset.schema.names}
     pictures = [pads.field(name).is_valid() for name in _PICTURES if name in dataset.schema.names]
-    return dataset.to_table(columns | {"has_picture": reduce(operator.or_, pictures, pads.scalar(False))})
+    columns["has_picture"] = reduce(operator.or_, pictures, pads.scalar(False))
+    return dataset.to_table(columns, filter=where)
 
 
 def entities_to_judge(knowledge_base: KnowledgeBase, gold: pa.Table, predictions: Sequence[pa.Table]) -> pa.Table:

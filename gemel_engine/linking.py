@@ -444,5 +444,6 @@ def actor_pool(settings: PoolSettings) -> dict[str, Any]:
         "compute": ActorPoolStrategy(min_size=settings.min_actors, max_size=settings.max_actors),
         "num_cpus": settings.num_cpus,
         "num_gpus": settings.num_gpus,
+        **({"memory": int(settings.memory_gib * 2**30)} if settings.memory_gib else {}),
         **({"runtime_env": {"env_vars": threads}} if threads else {}),
     }

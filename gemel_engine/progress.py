@@ -160,10 +160,10 @@ class Progress:
         )
 
     def _rows_per_second(self, now: float) -> float | None:
-        """Since the first receipt: what went before is the start of the actors. None until there is a second one."""
+        """Since the first receipt: what went before is the start of the actors. None until a second has passed."""
         assert self._first is not None, "called when there is a receipt"
         started, rows = self._first
-        return (self.tally.rows - rows) / (now - started) if self.tally.rows > rows and now > started else None
+        return (self.tally.rows - rows) / (now - started) if self.tally.rows > rows and now > started + 1 else None
 
 
 def _increase(counter: metrics.Counter, value: float, tags: dict[str, str]) -> None:

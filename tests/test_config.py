@@ -30,6 +30,11 @@ def test_overrides_come_last(tmp_path: Path) -> None:
     assert (config.input, config.search.width, config.search.max_rollouts) == ("other", 2, 9)
 
 
+def test_a_slash_at_the_end_of_an_address_means_nothing(tmp_path: Path) -> None:
+    config = load(tmp_path, MINIMAL, "--output", "s3://bucket/out/", "--knowledge-base", "kb//", "--input", "/")
+    assert (config.output, config.knowledge_base, config.input) == ("s3://bucket/out", "kb", "/")
+
+
 @pytest.mark.parametrize(
     ("addition", "message"),
     [

@@ -124,6 +124,18 @@ def test_calibrated_scores_are_judged_beside_the_raw_ones(output: str) -> None:
     assert fitted.nil is not None
 
 
+def test_labels_may_come_alone_and_in_any_order(output: str, tmp_path: Path) -> None:
+    labelled = pq.read_table(tmp_path / "mentions.parquet").sort_by("entity_id").slice(40)
+    pq.write_table(labelled, tmp_path / "all.parquet")
+    pq.write_table(labelled.select(["mention_id", "entity_id"]), tmp_path / "labels.parquet")
+    linked, train = LinkedRun.open(f"{output}/"), str(tmp_path / "mentions.parquet")
+    alone, described = (
+        judge_run(linked, gold=str(tmp_path / name), train=train) for name in ("labels.parquet", "all.parquet")
+    )
+    assert alone.to_json() == described.to_json()
+    assert linked.output == output
+
+
 def test_what_is_no_finished_run_is_refused(output: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"has no _run\.json"):
         LinkedRun.open(str(tmp_path))

@@ -22,7 +22,7 @@ from s3_server import S3Server
 
 from gemel_engine import storage
 from gemel_engine.calibration import EVIDENCE, Calibration, LogisticModel, scoring_settings
-from gemel_engine.config import LinkConfig, VisionSettings, config_json, load_config
+from gemel_engine.config import LinkConfig, PoolSettings, VisionSettings, config_json, load_config
 from gemel_engine.errors import (
     ArtifactError,
     ConfigurationError,
@@ -32,7 +32,7 @@ from gemel_engine.errors import (
 )
 from gemel_engine.feature_mapper import FeatureMapper
 from gemel_engine.linker import Linker
-from gemel_engine.linking import LinkReport, describe_run, link_corpus, ordered_plan
+from gemel_engine.linking import LinkReport, actor_pool, describe_run, link_corpus, ordered_plan
 from gemel_engine.shards import plan_shards
 from gemel_engine.types import PREDICTION_SCHEMA
 
@@ -154,6 +154,13 @@ def test_every_row_comes_out_once_in_order(linked: tuple[LinkConfig, LinkReport]
     assert json.loads(storage.read_bytes(f"{config.output}/report.json")) == asdict(report)
     assert not storage.exists(f"{config.output}/_parts")
     assert not storage.exists(f"{config.output}/_marks")
+
+
+def test_actors_claim_what_their_settings_say() -> None:
+    asked = actor_pool(PoolSettings(num_cpus=2, num_gpus=0.25, memory_gib=1.5, num_threads=3))
+    assert (asked["num_cpus"], asked["num_gpus"], asked["memory"]) == (2, 0.25, 1.5 * 2**30)
+    assert asked["runtime_env"] == {"env_vars": {"OMP_NUM_THREADS": "3"}}
+    assert not {"memory", "runtime_env"} & actor_pool(PoolSettings()).keys()
 
 
 def test_equal_surface_forms_meet_in_one_shard(config: LinkConfig, local_ray: None, tmp_path: Path) -> None:
