@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from decode_comparison import UNION, accuracy, budgets, ours, systems, union
+from decode_comparison import UNION, accuracy, budgets, systems, union
 from decode_exact import brute_force
 from decode_trie import trie, trie_speed
 from decode_vllm_beams import vllm_beams
@@ -31,7 +31,6 @@ PARTS = (
     "trie",
     "trie_speed",
     "systems",
-    "ours",
     "zipf",
     "union",
     "accuracy",
@@ -67,8 +66,7 @@ def main(
     measures: dict[str, Callable[[], dict[str, tuple[Any, str]]]] = {
         "trie": lambda: trie(wikidiverse, titles),
         "trie_speed": trie_speed,
-        "systems": lambda: systems(wikidiverse, num_rounds),
-        "ours": lambda: ours(wikidiverse, num_mentions),
+        "systems": lambda: systems(wikidiverse, num_mentions, num_rounds),
         "zipf": lambda: zipf(wikidiverse),
         "union": lambda: union(wikidiverse, num_mentions),
         "accuracy": lambda: accuracy(wikidiverse, 200),

@@ -15,7 +15,7 @@ _CACHE_GIB = 1
 _NUM_PAPER = 12  # mentions for the paper's loop
 
 
-def zipf(wikidiverse: Path, num_mentions: int = 1000) -> dict[str, tuple[Any, str]]:
+def zipf(wikidiverse: Path, num_mentions: int = 5000) -> dict[str, tuple[Any, str]]:
     """A corpus in which a few surface forms are very common, ordered by surface form against random order."""
     systems = Systems(wikidiverse, kv_cache_gib=_CACHE_GIB)
     corpus = zipf_corpus(systems.dev, num_mentions)
@@ -30,7 +30,8 @@ def zipf(wikidiverse: Path, num_mentions: int = 1000) -> dict[str, tuple[Any, st
         f"{len({mention.mention for mention in corpus})} distinct, 1 GiB of cache, float32, one run of each"
     )
     num_tokens = sum(map(len, prompts))
-    curve = cache_curve(prompts, [prompts[corpus.index(mention)] for mention in ordered])
+    prompt_of = {mention.mention_id: prompt for mention, prompt in zip(corpus, prompts, strict=True)}
+    curve = cache_curve(prompts, [prompt_of[mention.mention_id] for mention in ordered])
     (of_this_size,) = (point for point in curve if point["gib"] == _CACHE_GIB)
     return {
         "zipf_gain_from_ordering": (at_random.seconds / in_order.seconds, what),
