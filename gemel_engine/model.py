@@ -16,21 +16,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.hub import cached_file
 
 from gemel_engine.errors import ArtifactError, ConfigurationError
-from gemel_engine.packing import PackedPrompts
+from gemel_engine.packing import PackedPrompts, Stretch
 from gemel_engine.prompt import Prompt
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SAMPLED_BYTES = 1 << 20
+_PACKED_ATTENTION = "gemel_packed"
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
@@ -116,6 +121,8 @@ class FrozenLanguageModel:
             )
         except (OSError, ValueError) as error:
             raise ArtifactError(f"no language model can be loaded from {name_or_path!r}: {error}") from error
+        if model.config._attn_implementation == "sdpa" and model._can_set_attn_implementation():
+            model.set_attn_implementation(_PACKED_ATTENTION)
         self.module = model.eval().requires_grad_(False)  # type: ignore[no-untyped-call]
         self.module.to(torch.device(device))
         self._embedding = model.get_input_embeddings()
@@ -165,6 +172,7 @@ class FrozenLanguageModel:
                 attention_mask=self._attention_mask(packed),
                 position_ids=torch.from_numpy(packed.position_ids).to(self.device)[None],
                 use_cache=False,
+                stretches=packed.stretches(),
                 logits_to_keep=torch.from_numpy(packed.label_positions).to(self.device),
             )
         labels = torch.from_numpy(packed.labels).to(self.device)
@@ -198,6 +206,48 @@ class FrozenLanguageModel:
     def _additive(self, seen: Tensor) -> Tensor:
         mask = torch.zeros(seen.shape, dtype=self.module.dtype, device=self.device)
         return mask.masked_fill_(~seen, torch.finfo(mask.dtype).min)[None, None]
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    stretches: Sequence[Stretch] | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """PyTorch's attention; of packed prompts, each stretch over those that it sees, which are few of all.
+
+    Args:
+        module: The attention layer.
+        query: (1, heads, T, head width), as `key` and `value`, which may have fewer heads.
+        key: See `query`.
+        value: See `query`.
+        attention_mask: What is added to scores, (1, 1, T, T).
+        stretches: Of the sequence; None if it is not of packed prompts.
+        **options: For `sdpa_attention_forward` of transformers.
+
+    Returns:
+        (1, T, heads, head width), and no attention weights.
+    """
+    if stretches is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    assert attention_mask is not None, "packed prompts have one"
+    lengths = [stretch.length for stretch in stretches]
+    queries, keys, values = (torch.split(states, lengths, dim=2) for states in (query, key, value))
+    outputs = []
+    for part, rows, stretch in zip(queries, torch.split(attention_mask, lengths, dim=2), stretches, strict=True):
+        columns = torch.split(rows, lengths, dim=3)
+        key, value = (torch.cat([pieces[number] for number in stretch.sees], dim=2) for pieces in (keys, values))
+        mask = torch.cat([columns[number] for number in stretch.sees], dim=3)
+        outputs.append(sdpa_attention_forward(module, part, key, value, mask, **options)[0])
+    return torch.cat(outputs, dim=1), None
+
+
+AttentionInterface.register(_PACKED_ATTENTION, packed_attention)
+AttentionMaskInterface.register(_PACKED_ATTENTION, sdpa_mask)
 
 
 def check_trainable(name_or_path: str, *, activation_checkpointing: bool = False) -> None:

@@ -10,6 +10,7 @@ T tokens, N segments, M pictures, P prefix length, L labels.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -53,6 +54,19 @@ class LabelledPrompt(NamedTuple):
     target: tuple[int, ...]
 
 
+class Stretch(NamedTuple):
+    """Segments of a packed sequence that stand below each other, with no branch between them.
+
+    Attributes:
+        length: Tokens of all of them.
+        sees: Numbers of the stretches above, from the top, and at last its own. It sees the others as a whole, and of
+            itself what stands before.
+    """
+
+    length: int
+    sees: tuple[int, ...]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedPrompts:
     """A tree of segments as one sequence.
@@ -80,6 +94,22 @@ class PackedPrompts:
     def mask(self) -> NDArray[np.bool_]:
         """(T, T): whether the token of a row sees that of a column."""
         return np.tril(self.is_above[self.segment_ids][:, self.segment_ids])
+
+    def stretches(self) -> list[Stretch]:
+        """The sequence from one branch of the tree to the next, in its order."""
+        lengths = np.bincount(self.segment_ids, minlength=len(self.is_above)).tolist()
+        parents = [int(above[:number].nonzero()[0].max(initial=-1)) for number, above in enumerate(self.is_above)]
+        num_children = Counter(parents)
+        stretches: list[Stretch] = []
+        stretch_of: list[int] = []
+        for number, (parent, length) in enumerate(zip(parents, lengths, strict=True)):
+            if number and parent == number - 1 and num_children[parent] == 1:
+                stretches[-1] = stretches[-1]._replace(length=stretches[-1].length + length)
+            else:
+                above = () if parent < 0 else stretches[stretch_of[parent]].sees
+                stretches.append(Stretch(length, (*above, len(stretches))))
+            stretch_of.append(len(stretches) - 1)
+        return stretches
 
 
 def split_into_packs(

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import ENTITY_NAMES, save_tiny_model
 from test_engines import link, make_prompts
 from test_packing import DEMONSTRATIONS, PROMPTS, D, P, plain_losses
+from torch import Tensor, nn
 from transformers import BloomConfig, PreTrainedTokenizerFast
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from gemel_engine.config import EngineSettings
 from gemel_engine.errors import ConfigurationError
@@ -28,15 +31,23 @@ def model_directory(
     return save_tiny_model(request.param, tokenizer, tmp_path_factory.mktemp(request.param))
 
 
-def test_packed_prompts_are_independent(model_directory: Path) -> None:
+def test_packed_prompts_are_independent(model_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check_trainable(str(model_directory))
     model = FrozenLanguageModel(str(model_directory))
     prefixes = torch.randn(9, P, D, generator=torch.Generator().manual_seed(0)).requires_grad_()
     expected = torch.cat([plain_losses(model, prompt, prefixes, beginning=1) for prompt in PROMPTS])
     (expected_gradient,) = torch.autograd.grad(expected.sum(), prefixes)
     packed = pack_prompts(PROMPTS, DEMONSTRATIONS.__getitem__, P, beginning=(1,))
+    lengths = []
+
+    def attention(module: nn.Module, query: Tensor, *rest: Any, **options: Any) -> tuple[Tensor, None]:
+        lengths.append(query.shape[2])
+        return sdpa_attention_forward(module, query, *rest, **options)
+
+    monkeypatch.setattr("gemel_engine.model.sdpa_attention_forward", attention)
     losses = model.label_losses(packed, prefixes[torch.from_numpy(packed.pictures)])
     (gradient,) = torch.autograd.grad(losses.sum(), prefixes)
+    assert lengths == model.module.config.num_hidden_layers * [stretch.length for stretch in packed.stretches()]
     torch.testing.assert_close(losses, expected, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(gradient, expected_gradient, atol=1e-4, rtol=1e-3)
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from torch import Tensor
 
 from gemel_engine.model import FrozenLanguageModel
-from gemel_engine.packing import LabelledPrompt, Segment, pack_prompts, split_into_packs
+from gemel_engine.packing import LabelledPrompt, PackedPrompts, Segment, pack_prompts, split_into_packs
 
 P, D = 3, 64
 DEMONSTRATIONS = [Segment((20 + row, 30, 31, 10 + row), picture=row if row % 2 else None) for row in range(6)]
@@ -60,4 +62,20 @@ def test_packs_hold_every_prompt_once_and_keep_their_limit(
     for pack in packs:
         packed = pack_prompts(pack, DEMONSTRATIONS.__getitem__, P)
         assert len(packed.token_ids) <= max_tokens or len(pack) == 1
-        assert packed.mask().diagonal().all()
+        assert (seen_by_stretches(packed) == packed.mask()).all()
+
+
+def seen_by_stretches(packed: PackedPrompts) -> NDArray[np.bool_]:
+    """The mask of a pack, as its stretches tell it."""
+    stretches = packed.stretches()
+    ends = np.cumsum([stretch.length for stretch in stretches])
+    seen = np.zeros((ends[-1], ends[-1]), bool)
+    for end, stretch in zip(ends, stretches, strict=True):
+        for number in stretch.sees:
+            seen[end - stretch.length : end, ends[number] - stretches[number].length : ends[number]] = True
+    return np.tril(seen)
+
+
+def test_a_stretch_goes_on_to_the_next_branch() -> None:
+    stretches = pack_prompts(PROMPTS[:3], DEMONSTRATIONS.__getitem__, P).stretches()
+    assert [stretch.sees for stretch in stretches] == [(0,), (0, 1), (0, 1, 2), (0, 1, 3), (0, 4)]
