@@ -31,7 +31,6 @@ help: ## list the targets
 
 install: $(INSTALLED) ## create .venv with the pinned requirements and this project
 
-demo: export VLLM_LOGGING_LEVEL = WARNING
 demo: $(KNOWLEDGE_BASE) $(DEMONSTRATIONS) ## link a few mentions of emoji, pictures and text, with real models
 	$(BIN)/python examples/demo.py
 

@@ -11,7 +11,7 @@ mkdir -p "$OUT"
 
 (umask 077 && python -c 'import secrets; print(secrets.token_hex(32))' > "$OUT/token")
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$OUT/token
-export RAY_USAGE_STATS_ENABLED=0 VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1 HF_HUB_OFFLINE=1 VLLM_LOGGING_LEVEL=WARNING
+export RAY_USAGE_STATS_ENABLED=0 VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1 HF_HUB_OFFLINE=1
 
 read -r GCS DASHBOARD HEAD_AGENT WORKER_AGENT < <(python - <<'PYTHON'
 import socket

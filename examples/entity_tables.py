@@ -14,6 +14,7 @@ import bz2
 import gzip
 import json
 import re
+import sys
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -64,10 +65,20 @@ def dbpedia(dump: tyro.conf.Positional[Path], output: tyro.conf.Positional[Path]
 
 
 def write(output: Path, rows: Iterator[dict[str, Any]]) -> None:
-    """Write rows of `SCHEMA`."""
-    with pq.ParquetWriter(output, SCHEMA, compression="zstd") as writer:
-        while group := list(islice(rows, _ROWS_PER_GROUP)):
-            writer.write_table(pa.Table.from_pylist(group, SCHEMA))
+    """Write rows of `SCHEMA`, at least one."""
+    num_written = 0
+    try:
+        with pq.ParquetWriter(output, SCHEMA, compression="zstd") as writer:
+            while group := list(islice(rows, _ROWS_PER_GROUP)):
+                writer.write_table(pa.Table.from_pylist(group, SCHEMA))
+                num_written += len(group)
+    except OSError as error:
+        output.unlink(missing_ok=True)
+        sys.exit(f"error: {error}")
+    if not num_written:
+        output.unlink()
+        sys.exit("error: the dump has no entity with a label in this language: see --help for the dump that is needed")
+    sys.stderr.write(f"{num_written} entities written to {output}\n")
 
 
 def _wikidata_items(dump: Path, language: str) -> Iterator[dict[str, Any]]:

@@ -127,7 +127,7 @@ def count_skipped(
         examples = "; ".join(f"row {row} ({entity_ids[row].as_py()!r}): {reasons[row]}" for row in rows[:_NUM_EXAMPLES])
         raise InputError(
             f"{len(rows)} of {len(reasons)} names are unusable, the first {examples}; "
-            'correct them, or leave out their entities with on_bad_name "skip" if others remain'
+            "correct them, or leave out their entities with `--on-bad-name skip` if others remain"
         )
     num_skipped = dict(Counter(reasons[rows].tolist()))
     logger.warning("skipped %d of %d entities for their names: %s", len(rows), len(reasons), num_skipped)

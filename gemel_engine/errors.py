@@ -20,6 +20,7 @@ address it names as `shown` writes it.
 
 from __future__ import annotations
 
+import os
 import re
 from typing import ClassVar
 
@@ -64,6 +65,14 @@ class ArtifactError(GemelError):
     """An artifact directory is missing, damaged, of another format version, or does not fit its neighbours."""
 
     exit_code = 4
+
+
+def not_loadable(what: str, name_or_path: str, error: Exception) -> ArtifactError:
+    """The error of a model that is neither in a local directory nor to be had by its name on the model hub."""
+    missing = (
+        "" if os.path.isdir(name_or_path) else ", which is no directory here, and so taken for a name on the model hub"
+    )
+    return ArtifactError(f"no {what} can be loaded from {name_or_path!r}{missing}: {error}")
 
 
 class TooManyFailuresError(GemelError):

@@ -56,8 +56,11 @@ def import_mapper(checkpoint: Path, language_model_width: int) -> FeatureMapper:
     """
     try:
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise ArtifactError(f"{checkpoint} is no checkpoint of tensors alone ({error}); download it again") from error
+    except OSError as error:
+        raise ArtifactError(f"{checkpoint} can't be read: {error.strerror}") from error
+    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        # PyTorch's own message advises to unpickle whatever the file holds.
+        raise ArtifactError(f"{checkpoint} is damaged, or holds more than tensors; nothing of it was run") from error
     if not isinstance(state, dict) or set(state) != {"weight", "bias"}:
         found = sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__
         raise ArtifactError(f"{checkpoint} holds {found}, not the weight and bias of a linear layer")

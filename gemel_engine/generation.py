@@ -8,6 +8,7 @@ B mentions, C vision width, P prefix length, D language-model width.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -243,6 +244,7 @@ def _start_engine(config: LinkConfig, artifacts: Artifacts, added_names: SavedTr
     if settings.engine == "transformers":
         model = FrozenLanguageModel(settings.name, settings.dtype)
         return TransformersEngine(model, artifacts.knowledge_base.trie, terminator, num_children)
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # read when vLLM is imported
     from gemel_engine.vllm_engine import VllmEngine  # takes seconds to import, and only engines need it
 
     max_prompt_tokens = config.prompt.max_prompt_tokens

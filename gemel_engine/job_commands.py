@@ -111,7 +111,6 @@ class Question:
 
 def explain(arguments: Sequence[str]) -> None:
     """Link one mention and show why: CONFIG.toml --text TEXT --mention FORM [--picture FILE] [--key value ...]."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # the output is for the explanation
     from gemel_engine.config import LinkConfig
 

@@ -199,6 +199,8 @@ def _merged(directory: Path, cache_dir: Path) -> Path:
     if "base" not in read_manifest(directory / MANIFEST, FORMAT_VERSION):
         return directory
     manifest = _read_manifest(directory)
+    if not storage.exists(f"{manifest.base.address}/{MANIFEST}"):  # this node may have merged it, but others have not
+        raise _base_is_missing(directory, manifest.base)
     content = json.dumps(asdict(manifest) | {"base": manifest.base.sha256}, sort_keys=True)
     target = cache_dir / f"{directory.name}-merged-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
     return storage.made_once(target, lambda temporary: _merge(directory, manifest, temporary, cache_dir))
@@ -239,17 +241,24 @@ def _download_base(directory: Path, base: _Base, cache_dir: Path) -> Path:
     Raises:
         ArtifactError: It is not there, or another one is.
     """
-    remedy = f"put the base of {directory} back, or write the update again"
     try:
         downloaded = storage.download_directory(base.address, cache_dir)
         is_same = _checksum(str(downloaded)) == base.sha256
     except (ArtifactError, FileNotFoundError) as error:
-        raise ArtifactError(f"there is no knowledge base at {shown(base.address)}: {remedy}") from error
+        raise _base_is_missing(directory, base) from error
     if not is_same:
         raise ArtifactError(
-            f"{shown(base.address)} is another knowledge base than the update was written for: {remedy}"
+            f"{shown(base.address)} is another knowledge base than the update was written for: {_remedy(directory)}"
         )
     return downloaded
+
+
+def _base_is_missing(directory: Path, base: _Base) -> ArtifactError:
+    return ArtifactError(f"there is no knowledge base at {shown(base.address)}: {_remedy(directory)}")
+
+
+def _remedy(directory: Path) -> str:
+    return f"put the base of {directory} back, or write the update again"
 
 
 def _checksum(uri: str) -> str:

@@ -169,8 +169,11 @@ def link_corpus(config: LinkConfig) -> LinkReport:
     for working_files in ("_parts", "_marks"):  # of this run and of any other: all shards are complete
         storage.remove_tree(f"{config.output}/{working_files}")
     report = _report(config, artifacts, plan, remaining, tally, time.monotonic() - started)
-    storage.write_bytes(f"{config.output}/report.json", json.dumps(asdict(report), indent=2).encode())
-    logger.info("linked %s: %s", shown(config.output), report.summary())
+    if remaining or not storage.exists(f"{config.output}/report.json"):  # else it tells of the run that did the work
+        storage.write_bytes(f"{config.output}/report.json", json.dumps(asdict(report), indent=2).encode())
+        logger.info("linked %s: %s", shown(config.output), report.summary())
+    else:
+        logger.info("nothing is left to link: %s has all %d rows", shown(config.output), report.rows)
     if report.carried_over is not None:
         logger.info("carried on %s: %s", shown(str(config.previous)), report.carried_over.summary())
     _check_failures(config, report)
@@ -204,6 +207,7 @@ def checked_plan(config: LinkConfig) -> tuple[list[Shard], Artifacts]:
     from gemel_engine.artifacts import open_artifacts, open_calibration
     from gemel_engine.linker import check_encoders
 
+    storage.check_kept(config.output)
     plan = shards.plan_shards(config.input, config.rows_per_shard, config.vision.required_columns)
     artifacts = open_artifacts(config, verify=config.verify_artifacts)
     check_encoders(config, artifacts)

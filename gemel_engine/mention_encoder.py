@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 
-from gemel_engine.errors import ArtifactError, ConfigurationError
+from gemel_engine.errors import ConfigurationError, not_loadable
 from gemel_engine.knowledge_base import tokenizer_fingerprint
 
 
@@ -48,7 +48,7 @@ class MentionEncoder:
                 name_or_path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
             )
         except (OSError, ValueError, SafetensorError) as error:
-            raise ArtifactError(f"no mention encoder can be loaded from {name_or_path!r}: {error}") from error
+            raise not_loadable("mention encoder", name_or_path, error) from error
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
             raise ConfigurationError(f"the tokenizer of {name_or_path!r} has no fast implementation, which is needed")
         self.width: int = model.config.hidden_size

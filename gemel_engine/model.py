@@ -29,7 +29,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.hub import cached_file
 
-from gemel_engine.errors import ArtifactError, ConfigurationError
+from gemel_engine.errors import ConfigurationError, not_loadable
 from gemel_engine.packing import PackedPrompts, Stretch
 from gemel_engine.prompt import Prompt
 
@@ -48,7 +48,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ArtifactError(f"no tokenizer can be loaded from {name_or_path!r}: {error}") from error
+        raise not_loadable("tokenizer", name_or_path, error) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ConfigurationError(f"the tokenizer of {name_or_path!r} has no fast implementation, which is needed")
     return tokenizer
@@ -76,7 +76,7 @@ def language_model_fingerprint(name_or_path: str) -> str:
     try:
         config_file = cached_file(name_or_path, "config.json")
     except OSError as error:
-        raise ArtifactError(f"no language model can be loaded from {name_or_path!r}: {error}") from error
+        raise not_loadable("language model", name_or_path, error) from error
     directory = Path(str(config_file)).parent
     config = json.loads((directory / "config.json").read_text())
     config.pop("transformers_version", None)
@@ -120,7 +120,7 @@ class FrozenLanguageModel:
                 name_or_path, config=config, dtype=DTYPES[dtype], trust_remote_code=False
             )
         except (OSError, ValueError) as error:
-            raise ArtifactError(f"no language model can be loaded from {name_or_path!r}: {error}") from error
+            raise not_loadable("language model", name_or_path, error) from error
         if model.config._attn_implementation == "sdpa" and model._can_set_attn_implementation():
             model.set_attn_implementation(_PACKED_ATTENTION)
         self.module = model.eval().requires_grad_(False)  # type: ignore[no-untyped-call]
@@ -294,7 +294,7 @@ def _load_config(name_or_path: str) -> PreTrainedConfig:
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ArtifactError(f"no language model can be loaded from {name_or_path!r}: {error}") from error
+        raise not_loadable("language model", name_or_path, error) from error
     return config
 
 

@@ -29,6 +29,7 @@ from gemel_engine import s3
 from gemel_engine.errors import ArtifactError, ConfigurationError, InputError, shown
 
 ARTIFACT_CACHE = Path(tempfile.gettempdir()) / "gemel-artifacts"
+_RAY_WORKING_DIRECTORIES = "working_dir_files"
 _MAX_VANISHED = 100
 
 
@@ -65,6 +66,20 @@ def local_path(uri: str) -> Path | None:
         f"cannot use the address {shown(uri)}: give a local path, file:///path or s3://bucket/key, and credentials in "
         "the environment"
     )
+
+
+def check_kept(uri: str) -> None:
+    """See that an address is not in the working directory that a job brought to a cluster: Ray removes that later.
+
+    Raises:
+        ConfigurationError: It is.
+    """
+    path, here = local_path(uri), Path.cwd()
+    if path is not None and _RAY_WORKING_DIRECTORIES in here.parts and path.is_relative_to(here):
+        raise ConfigurationError(
+            f"{shown(uri)} is in the job's working directory, which Ray removes: give s3://bucket/prefix, or an "
+            "absolute path that all nodes share"
+        )
 
 
 def resolve(uri: str) -> tuple[FileSystem, str]:

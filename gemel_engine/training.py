@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import random
+import sys
 import tempfile
 import time
 import uuid
@@ -98,6 +99,8 @@ def train_mapper(config: TrainConfig) -> TrainReport:
             many mentions can't be used.
     """
     started = time.monotonic()
+    for address in filter(None, (config.output, config.examples)):
+        storage.check_kept(address)
     check_trainable(config.language_model.name, activation_checkpointing=config.language_model.activation_checkpointing)
     config = replace(config, retrieval=replace(config.retrieval, exclude_group=True))
     splits = {"train": config.train}
@@ -116,7 +119,8 @@ def train_mapper(config: TrainConfig) -> TrainReport:
         raise InputError(f"no mention of {config.train} has a usable picture: there is nothing to train on")
     left_out = {split: _left_out(config, split, examples) for split, examples in prepared.items()}
     datasets = {split: _read_examples(examples) for split, examples in prepared.items()}
-    result = _trainer(config, {"config": config, "image_encoder_fingerprint": fingerprint}, datasets).fit()
+    settings = {"config": config, "image_encoder_fingerprint": fingerprint, "shows_bar": sys.stderr.isatty()}
+    result = _trainer(config, settings, datasets).fit()
     num_examples = sum(shard.stop - shard.start for shard in plans["train"]) - sum(left_out["train"].values())
     report = _keep_best(config, result, num_examples, left_out, time.monotonic() - started)
     storage.write_bytes(f"{config.output}/report.json", json.dumps(asdict(report), indent=2).encode())
@@ -187,6 +191,7 @@ def _read_examples(prepared: _Prepared) -> Dataset:
     """Prepared mentions, a block for each file."""
     files = storage.list_parquet(prepared.directory)
     dataset = ray.data.from_items([{"uri": file.uri} for file in files], override_num_blocks=len(files))
+    dataset.context.enable_progress_bars = False  # over in a moment, and again for each worker
     # Workers may hold all CPUs while they read.
     return dataset.map_batches(read_file, batch_size=1, batch_format="pyarrow", num_cpus=0)
 
@@ -238,7 +243,12 @@ def _trainer(config: TrainConfig, settings: dict[str, Any], datasets: dict[str, 
             storage_filesystem=file_system,
             failure_config=FailureConfig(max_failures=workers.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=2, checkpoint_score_attribute=_SCORE),
-            callbacks=[_TensorBoard(f"{storage.local_path(config.output) or config.output}/tensorboard")],
+            callbacks=[
+                _Reports(
+                    f"{storage.local_path(config.output) or config.output}/tensorboard",
+                    as_lines=not settings["shows_bar"],
+                )
+            ],
             worker_runtime_env={"env_vars": threads},
         ),
         datasets=datasets,
@@ -279,7 +289,8 @@ def _train_worker(settings: dict[str, Any]) -> None:
     validation = None
     if config.dev is not None and config.validation.num_mentions:
         validation = _Validation(config, artifacts, model, _examples("dev"), rank, world_size)
-    _loop(config, trainer, validation, is_first=rank == 0, is_new=checkpoint is None)
+    shows_bar = rank == 0 and settings["shows_bar"]
+    _loop(config, trainer, validation, is_first=rank == 0, is_new=checkpoint is None, shows_bar=shows_bar)
 
 
 def _prefix_length(config: TrainConfig, starting_mapper: FeatureMapper | None) -> int:
@@ -291,10 +302,16 @@ def _examples(split: str) -> list[TrainingExample]:
 
 
 def _loop(
-    config: TrainConfig, trainer: MapperTrainer, validation: _Validation | None, *, is_first: bool, is_new: bool
+    config: TrainConfig,
+    trainer: MapperTrainer,
+    validation: _Validation | None,
+    *,
+    is_first: bool,
+    is_new: bool,
+    shows_bar: bool,
 ) -> None:
     """Step, and report where the configuration says; the starting mapper is validated as step 0."""
-    progress = tqdm_ray.tqdm(total=trainer.num_steps, desc="train", unit="step") if is_first else None
+    progress = tqdm_ray.tqdm(total=trainer.num_steps, desc="train", unit="step") if shows_bar else None
     if progress is not None:
         progress.update(trainer.step)
     validate_every = config.validation.every_steps or trainer.steps_per_epoch
@@ -392,18 +409,22 @@ class _Validation:
         return num_right.item() / self._size
 
 
-class _TensorBoard(UserCallback):  # type: ignore[misc]
-    """Writes what the first worker reports as TensorBoard events, and copies the events to the run's output."""
+class _Reports(UserCallback):  # type: ignore[misc]
+    """Writes what the first worker reports as TensorBoard events, which it copies to the run's output, and as lines."""
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, *, as_lines: bool) -> None:
         self._uri = uri
+        self._as_lines = as_lines
         self._writer: SummaryWriter | None = None
 
     def after_report(self, run_context: object, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None) -> None:
         if self._writer is None:
             self._writer = SummaryWriter(tempfile.mkdtemp(prefix="gemel-tensorboard-"))
         first = metrics[0]
-        for name in first.keys() - {"step", _SCORE}:
+        names = [name for name in first if name not in ("step", _SCORE)]
+        if self._as_lines:
+            sys.stderr.write(f"step {first['step']}: {', '.join(f'{name} {first[name]:.4g}' for name in names)}\n")
+        for name in names:
             self._writer.add_scalar(name, first[name], first["step"])
         self._writer.flush()
         for path in Path(self._writer.logdir).iterdir():

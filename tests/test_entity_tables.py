@@ -39,6 +39,19 @@ def test_wikidata_items_become_entities(tmp_path: Path) -> None:
     assert read_entities(str(output))["entity_id"].to_pylist() == ["Q1"]
 
 
+def test_a_dump_without_entities_is_refused(tmp_path: Path) -> None:
+    dump, output = tmp_path / "dump.json", tmp_path / "entities.parquet"
+    command = [sys.executable, "examples/entity_tables.py", "wikidata", str(dump), str(output)]
+    for content, message in ((None, "No such file"), ("[\n]\n", "no entity with a label")):
+        if content is not None:
+            dump.write_text(content)
+        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert ended.returncode == 1
+        assert message in ended.stderr
+        assert "Traceback" not in ended.stderr
+        assert not output.exists()
+
+
 @pytest.mark.parametrize("pack", [None, bz2.compress])
 def test_dbpedia_labels_become_entities(tmp_path: Path, pack: object) -> None:
     label = "<http://www.w3.org/2000/01/rdf-schema#label>"

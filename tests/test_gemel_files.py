@@ -70,8 +70,10 @@ def test_a_released_mapper_keeps_its_arithmetic(
 
 def test_a_checkpoint_that_is_more_than_tensors_is_refused(tmp_path: Path) -> None:
     torch.save({"weight": torch.zeros(P * D, C), "bias": Path("x")}, tmp_path / "object.pkl")
-    with pytest.raises(ArtifactError, match="no checkpoint of tensors alone"):
+    with pytest.raises(ArtifactError, match="is damaged, or holds more than tensors"):
         import_mapper(tmp_path / "object.pkl", D)
+    with pytest.raises(ArtifactError, match="can't be read: No such file"):
+        import_mapper(tmp_path / "none.pkl", D)
     torch.save({"weight": torch.zeros(P * D, C)}, tmp_path / "half.pkl")
     with pytest.raises(ArtifactError, match=r"holds \['weight'\]"):
         import_mapper(tmp_path / "half.pkl", D)

@@ -123,12 +123,15 @@ def test_ids_alone_are_enough_to_retire(base: Path, tmp_path: Path, tokenizer: P
     assert sorted(left["entity_id"].to_pylist()) == ["Q3", "Q4"]
 
 
-def test_merging_happens_once(update: Path, tmp_path: Path) -> None:
+def test_merging_happens_once(update: Path, base: Path, tmp_path: Path) -> None:
     merged = local_knowledge_base(str(update), tmp_path / "cache")
     written = (merged / "entities.arrow").stat().st_mtime_ns
     assert local_knowledge_base(str(update), tmp_path / "cache") == merged
     assert (merged / "entities.arrow").stat().st_mtime_ns == written
     assert [path for path in (tmp_path / "cache").iterdir() if path.is_dir()] == [merged]
+    base.rename(tmp_path / "elsewhere")  # other nodes may not have merged it yet
+    with pytest.raises(ArtifactError, match="there is no knowledge base at"):
+        local_knowledge_base(str(update), tmp_path / "cache")
 
 
 IDS = st.sampled_from([f"Q{number}" for number in range(12)])

@@ -221,6 +221,8 @@ def test_a_rerun_skips_finished_shards_and_refuses_other_settings(
     report = link_corpus(config)
     assert (report.shards_skipped, report.rows_linked_now, report.rows) == (2, 4, 9)
     assert predictions(config.output) == predictions(finished.output)
+    link_corpus(config)  # has nothing to do, and leaves the report of who did the work
+    assert json.loads(Path(config.output, "report.json").read_text()) == asdict(report)
     other = replace(config, search=replace(config.search, objective="mean"))
     with pytest.raises(ConfigurationError, match=r"differs in settings\.search\.objective"):
         link_corpus(other)

@@ -144,6 +144,18 @@ def test_a_local_write_leaves_no_temporary_file(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["a", "b"]
 
 
+def test_what_a_job_writes_is_not_left_where_ray_removes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = tmp_path / "runtime_resources/working_dir_files/_ray_pkg_1"
+    here.mkdir(parents=True)
+    monkeypatch.chdir(here)
+    for kept in ("/shared/linked", "s3://bucket/linked"):
+        storage.check_kept(kept)
+    with pytest.raises(ConfigurationError, match="'linked' is in the job's working directory, which Ray removes"):
+        storage.check_kept("linked")
+    monkeypatch.chdir(tmp_path)
+    storage.check_kept("linked")
+
+
 def test_local_addresses_may_be_relative_or_file_uris(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     storage.write_bytes("a b.parquet", b"x")
