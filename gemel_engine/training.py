@@ -422,7 +422,7 @@ class _Reports(UserCallback):  # type: ignore[misc]
             self._writer = SummaryWriter(tempfile.mkdtemp(prefix="gemel-tensorboard-"))
         first = metrics[0]
         names = [name for name in first if name not in ("step", _SCORE)]
-        if self._as_lines:
+        if self._as_lines and names:
             sys.stderr.write(f"step {first['step']}: {', '.join(f'{name} {first[name]:.4g}' for name in names)}\n")
         for name in names:
             self._writer.add_scalar(name, first[name], first["step"])
