@@ -160,8 +160,8 @@ def pack_prompts(
         beginning: Tokens in front of every prompt.
     """
     layout = _Layout(prefix_length)
-    root = layout.add(Segment(beginning), parent=None)
-    numbers: dict[tuple[int, ...], int] = {(): root}
+    root = layout.add(Segment(beginning), parent=None) if beginning else None
+    numbers: dict[tuple[int, ...], int | None] = {(): root}
     for prompt in prompts:
         for path in _paths(prompt):
             if path not in numbers:

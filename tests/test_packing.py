@@ -62,6 +62,7 @@ def test_packs_hold_every_prompt_once_and_keep_their_limit(
     for pack in packs:
         packed = pack_prompts(pack, DEMONSTRATIONS.__getitem__, P)
         assert len(packed.token_ids) <= max_tokens or len(pack) == 1
+        assert all(stretch.length for stretch in packed.stretches())
         assert (seen_by_stretches(packed) == packed.mask()).all()
 
 
