@@ -50,7 +50,7 @@ gpu-check: $(INSTALLED) ## check what a GPU changes; ENGINE=gpu installs for it,
 	test $(DEVICE) = cpu || VLLM_USE_V2_MODEL_RUNNER=1 $(BIN)/pytest tests/test_engines.py -m gpu --device $(DEVICE) \
 		-v --tb=line
 
-test-all: $(INSTALLED) $(MODELS) ## run all tests, those with real models included
+test-all: $(KNOWLEDGE_BASE) $(DEMONSTRATIONS) ## run all tests, those with real models included
 	$(BIN)/pytest -m ""
 
 test-chaos: $(INSTALLED) ## link while processes and a node are killed at random; a few minutes

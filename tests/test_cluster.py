@@ -249,3 +249,14 @@ def test_make_targets_that_are_named_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
     for path in (CLUSTER / "local_trial.sh", *DOCUMENTS):
         assert set(re.findall(r"`make ([a-z-]+)", path.read_text("utf-8"))) <= targets, path.name
+
+
+@pytest.mark.heavy
+@pytest.mark.timeout(1800)
+def test_the_local_trial_links_and_trains(tmp_path: Path) -> None:
+    if not (ROOT / "build/emoji/demonstrations.stamp").exists():
+        pytest.skip("the demo's artifacts are not there: `make test-all` makes them")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    subprocess.run([CLUSTER / "local_trial.sh", tmp_path], check=True, env=os.environ | {"PATH": path})
+    linked, trained = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("linked", "trained"))
+    assert (linked["rows"], linked["errors"], trained["steps"]) == (100, {}, 2)
