@@ -69,7 +69,7 @@ def main(
         "systems": lambda: systems(wikidiverse, num_mentions, num_rounds),
         "zipf": lambda: zipf(wikidiverse),
         "union": lambda: union(wikidiverse, num_mentions),
-        "accuracy": lambda: accuracy(wikidiverse, 200),
+        "accuracy": lambda: accuracy(wikidiverse, num_mentions),
         "budgets_sum": lambda: budgets(wikidiverse, num_mentions, "sum"),
         "budgets_mean": lambda: budgets(wikidiverse, num_mentions, "mean"),
         "budgets_sum_union": lambda: budgets(wikidiverse, num_mentions, "sum", UNION),

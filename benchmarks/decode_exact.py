@@ -27,7 +27,7 @@ logger = logging.getLogger("decode")
 
 def brute_force(wikidiverse: Path, num_mentions: int) -> dict[str, tuple[Any, str]]:
     """Score all names for the first certified answers of a sample, and compare the best with the answer."""
-    systems = Systems(wikidiverse)
+    systems = Systems(wikidiverse, ranking="objective")
     model = FrozenLanguageModel(systems.config.language_model.name, systems.config.language_model.dtype)
     trie = systems.artifacts.knowledge_base.trie
     terminator = systems.generator._builder.terminator

@@ -22,6 +22,7 @@ from gemel_engine.config import LinkConfig, load_config
 from gemel_engine.generation import EntityNameGenerator
 from gemel_engine.linker import DemonstrationRetriever
 from gemel_engine.model import FrozenLanguageModel
+from gemel_engine.search import Ranking
 from gemel_engine.types import Mention, Prediction
 
 CONFIG = Path("build/wikidiverse/link.toml")
@@ -41,9 +42,19 @@ class Cost:
 class Systems:
     """Everything that links the same mentions with the same prompts."""
 
-    def __init__(self, wikidiverse: Path, knowledge_base: str | None = None, kv_cache_gib: int = 2) -> None:
+    def __init__(
+        self,
+        wikidiverse: Path,
+        knowledge_base: str | None = None,
+        kv_cache_gib: int = 2,
+        ranking: Ranking = "mean",  # as beam search, which it is compared with; it costs nothing
+    ) -> None:
         config = load_config(LinkConfig, CONFIG)
-        config = replace(config, language_model=replace(config.language_model, kv_cache_gib=kv_cache_gib))
+        config = replace(
+            config,
+            language_model=replace(config.language_model, kv_cache_gib=kv_cache_gib),
+            search=replace(config.search, ranking=ranking),
+        )
         if knowledge_base is not None:
             config = replace(config, knowledge_base=knowledge_base)
         self.config = config

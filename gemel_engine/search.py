@@ -6,7 +6,9 @@ a name, and reports at each step the log-probs of the K best allowed tokens. Eve
 item whose score is known; where a node allows more than K tokens, the rest is one item bounded by the K-th.
 
 Log-probs are never positive, so the score of a node bounds the score of every name below it. Once no open item's
-bound exceeds the best finished name, that name is the argmax over *all* allowed names: it is certified.
+bound exceeds the best finished name, that name is the argmax over *all* allowed names: it is certified. Any proof of it
+has to start a rollout at each item whose bound is above its score, whatever the order; the names that these meet are
+therefore a property of the model and the trie, and `ranking` may choose among them.
 
     search = NameSearch(trie, terminator, settings)
     while not search.is_done:
@@ -31,6 +33,7 @@ from gemel_engine.prefix_trie import PrefixTrie
 from gemel_engine.prompt import Prompt
 
 Objective = Literal["sum", "mean"]
+Ranking = Literal["objective", "mean"]
 Key = TypeVar("Key", bound=Hashable)
 
 _ROUNDING = 1e-5  # by how much a sum of probabilities, computed in float32, may fall short
@@ -43,6 +46,9 @@ class SearchSettings:
     Attributes:
         objective: `sum` of the log-probs of a name's tokens and its terminator, or their `mean` (the default length
             penalty of Hugging Face's beam search, which GEMEL uses).
+        ranking: `objective`: the best by the objective comes first. `mean`: first come, by the mean of their log-probs,
+            the names that no proof of the best by the objective can do without: each ends, greedily, a prefix more
+            probable than the whole of that best name. A sum prefers short names; beam search ranks like this.
         num_candidates: Names to return.
         num_to_certify: Stop once this many of the best names are proved. At most `num_candidates`.
         num_children: K, the log-probs asked for at each step of a rollout.
@@ -53,6 +59,7 @@ class SearchSettings:
     """
 
     objective: Objective = "sum"
+    ranking: Ranking = "objective"
     num_candidates: int = 5
     num_to_certify: int = 1
     num_children: int = 10
@@ -102,11 +109,11 @@ class FoundName:
 
 @dataclass(frozen=True, slots=True)
 class SearchResult:
-    """Names in descending order of the objective, and what is proved of them.
+    """Names in the order of the ranking, and what is proved of them.
 
     Attributes:
         names: At most `num_candidates`.
-        num_certified: The first `num_certified` names are proved to be the best ones of all allowed names.
+        num_certified: The first `num_certified` names are proved to be the best ones of all allowed names, in order.
         log_explored_mass: Log of the probability of all names that were finished.
         unexplored_mass: Upper bound of the probability of all names that were not.
         num_rollouts: Rollouts asked for.
@@ -119,6 +126,16 @@ class SearchResult:
     unexplored_mass: float
     num_rollouts: int
     highest_bound: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Finished:
+    """A name that a rollout met: `mean` of its log-probs in nats, and the `bound` of the item that it started from."""
+
+    name: FoundName
+    path: tuple[int, ...]
+    mean: float
+    bound: float
 
 
 @dataclass(order=True, slots=True)
@@ -157,7 +174,7 @@ class NameSearch:
         self._rivals = tuple(rivals)
         self._frontier = [self._item((), 0, 0.0)]
         self._in_flight: dict[RolloutRequest, _OpenItem] = {}
-        self._found: list[tuple[float, tuple[int, ...], FoundName]] = []  # ascending (-score, path)
+        self._found: list[_Finished] = []  # in descending order of the score, ties by path
         self._num_rollouts = 0
         self._num_tokens = 0
 
@@ -181,10 +198,11 @@ class NameSearch:
     def observe(self, request: RolloutRequest, rollout: Rollout) -> None:
         """Take in the answer to a request: the names it finished, and the open items beside its way."""
         item = self._in_flight.pop(request)
+        bound = -item.negative_bound
         self._num_tokens += len(rollout.tokens)
         for tokens, log_probs in zip(rollout.tokens, rollout.log_probs, strict=True):
             self._open_remainder(item, tokens, log_probs)
-            children = [self._child(item, *child) for child in zip(tokens, log_probs, strict=True)]
+            children = [self._child(item, *child, bound) for child in zip(tokens, log_probs, strict=True)]
             for child in filter(None, children[1:]):
                 heapq.heappush(self._frontier, child)
             if children[0] is None:
@@ -201,16 +219,27 @@ class NameSearch:
 
     def result(self) -> SearchResult:
         """The best names found so far, the rivals left out; there is one from the first `observe` on."""
-        names = tuple(found for _, _, found in self._found[: self._settings.num_candidates])
+        found, num_certified = self._ranked()
         open_items = itertools.chain(self._frontier, self._in_flight.values())
         return SearchResult(
-            names=names,
-            num_certified=sum(found.score >= self._highest_bound for found in names),
-            log_explored_mass=_log_sum_exp([found.log_prob for _, _, found in self._found]),
+            names=tuple(finished.name for finished in found[: self._settings.num_candidates]),
+            num_certified=min(num_certified, self._settings.num_candidates),
+            log_explored_mass=_log_sum_exp([finished.name.log_prob for finished in self._found]),
             unexplored_mass=min(1.0, sum(item.mass for item in open_items)),
             num_rollouts=self._num_rollouts,
             highest_bound=self._highest_bound,
         )
+
+    def _ranked(self) -> tuple[list[_Finished], int]:
+        """All names found, the best first, and how many of the first are proved to be in their place."""
+        num_certified = sum(finished.name.score >= self._highest_bound for finished in self._found)
+        if self._settings.ranking == "objective" or not self._found:
+            return self._found, num_certified
+        best = self._found[0]
+        needed = [best, *(finished for finished in self._found[1:] if finished.bound > best.name.score)]
+        others = [finished for finished in self._found[1:] if finished.bound <= best.name.score]
+        needed.sort(key=lambda finished: (-finished.mean, finished.path))
+        return [*needed, *others], len(needed) if num_certified else 0
 
     @property
     def _is_spent(self) -> bool:
@@ -229,7 +258,7 @@ class NameSearch:
     @property
     def _score_to_beat(self) -> float:
         n = self._settings.num_to_certify
-        best = sorted([*self._rivals, *(found.score for _, _, found in self._found[:n])], reverse=True)
+        best = sorted([*self._rivals, *(finished.name.score for finished in self._found[:n])], reverse=True)
         return best[n - 1] if len(best) >= n else -math.inf
 
     def _bound(self, log_prob: float, depth: int, node: int) -> float:
@@ -241,14 +270,15 @@ class NameSearch:
     def _item(self, path: tuple[int, ...], node: int, log_prob: float) -> _OpenItem:
         return _OpenItem(-self._bound(log_prob, len(path), node), path, node, log_prob, math.exp(log_prob))
 
-    def _child(self, parent: _OpenItem, token: int, log_prob: float) -> _OpenItem | None:
-        """The open item of a child, or None when the token ended a name, which is noted."""
+    def _child(self, parent: _OpenItem, token: int, log_prob: float, bound: float) -> _OpenItem | None:
+        """The open item of a child, or None when the token ended a name, which is noted with its rollout's bound."""
         total = parent.log_prob + log_prob
         if token == self._terminator and self._trie.is_terminal(parent.node):
-            length = len(parent.path) + 1
-            score = total if self._settings.objective == "sum" else total / length
+            mean = total / (len(parent.path) + 1)
+            score = total if self._settings.objective == "sum" else mean
             name = FoundName(self._trie.name_index(parent.node), total, score)
-            insort(self._found, (-score, parent.path, name), key=lambda entry: entry[:2])
+            finished = _Finished(name, parent.path, mean, bound)
+            insort(self._found, finished, key=lambda finished: (-finished.name.score, finished.path))
             return None
         node = self._trie.child(parent.node, token)
         assert node is not None, f"token {token} is not allowed after {parent.path}"

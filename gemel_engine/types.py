@@ -72,8 +72,9 @@ class Prediction:
         nil_probability: Probability that the knowledge base lacks the mention's entity; None without a calibration, or
             one that was fitted without such mentions.
         unexplored_mass: Upper bound of the probability of all names that the search did not reach.
-        margin: Objective of the best name minus that of the second; None when only one name was found.
-        certified: The best name is proved to be the argmax over all allowed names.
+        margin: Objective of the first name minus that of the second, negative where another ranking put it first; None
+            when only one name was found.
+        certified: The first name is proved to be the best of all allowed names by the search's ranking.
         num_certified: How many of the leading candidate names are proved to be in their place.
         is_nil: The mention refers to no entity of the knowledge base, says the calibration; None like
             `nil_probability`. The best entity is given all the same.

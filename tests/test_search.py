@@ -136,6 +136,29 @@ def test_a_budget_never_makes_a_false_claim(
         assert math.fsum(math.exp(scorer.name_log_prob(name)) for name in missing) <= result.unexplored_mass + 1e-9
 
 
+@settings(max_examples=500)
+@given(problem=problems, widths=st.tuples(st.integers(1, 6), st.integers(1, 6)))
+def test_the_names_that_a_proof_meets_depend_on_no_order(problem: dict[str, Any], widths: tuple[int, int]) -> None:
+    trie, _ = PrefixTrie.from_sequences(problem["names"])
+    scorer = RandomScorer(trie, problem["seed"], problem["temperature"], problem["num_children"])
+    ranked = []
+    for width, newest_first in zip(widths, (False, True), strict=True):
+        by_mean = SearchSettings(ranking="mean", num_candidates=100, width=width, max_rollouts=10_000)
+        search = NameSearch(trie, TERMINATOR, by_mean)
+        open_requests: list[RolloutRequest] = []
+        while not search.is_done:
+            open_requests += search.next_requests()
+            request = open_requests.pop(-1 if newest_first else 0)
+            search.observe(request, scorer.rollout(request, trie))
+        result = search.result()
+        ranked.append([name.name_index for name in result.names[: result.num_certified]])
+    assert ranked[0] == ranked[1]
+    means = [name.log_prob / (len(trie.name_tokens(name.name_index)) + 1) for name in result.names]
+    assert result.num_certified >= 1
+    assert means[: result.num_certified] == sorted(means[: result.num_certified], reverse=True)
+    assert max(name.log_prob for name in result.names) in [name.log_prob for name in result.names[: len(ranked[0])]]
+
+
 @settings(max_examples=200)
 @given(problem=problems)
 def test_one_rollout_of_greedy_decoding_comes_first(problem: dict[str, Any]) -> None:
