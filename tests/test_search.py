@@ -141,22 +141,22 @@ def test_a_budget_never_makes_a_false_claim(
 def test_the_names_that_a_proof_meets_depend_on_no_order(problem: dict[str, Any], widths: tuple[int, int]) -> None:
     trie, _ = PrefixTrie.from_sequences(problem["names"])
     scorer = RandomScorer(trie, problem["seed"], problem["temperature"], problem["num_children"])
-    ranked = []
+    results = []
     for width, newest_first in zip(widths, (False, True), strict=True):
         by_mean = SearchSettings(ranking="mean", num_candidates=100, width=width, max_rollouts=10_000)
         search = NameSearch(trie, TERMINATOR, by_mean)
-        open_requests: list[RolloutRequest] = []
+        requests: list[RolloutRequest] = []
         while not search.is_done:
-            open_requests += search.next_requests()
-            request = open_requests.pop(-1 if newest_first else 0)
+            requests += search.next_requests()
+            request = requests.pop(-1 if newest_first else 0)
             search.observe(request, scorer.rollout(request, trie))
-        result = search.result()
-        ranked.append([name.name_index for name in result.names[: result.num_certified]])
-    assert ranked[0] == ranked[1]
-    means = [name.log_prob / (len(trie.name_tokens(name.name_index)) + 1) for name in result.names]
-    assert result.num_certified >= 1
-    assert means[: result.num_certified] == sorted(means[: result.num_certified], reverse=True)
-    assert max(name.log_prob for name in result.names) in [name.log_prob for name in result.names[: len(ranked[0])]]
+        results.append(search.result())
+    first, second = (result.names[: result.num_certified] for result in results)
+    assert first == second
+    assert first
+    means = [name.log_prob / (len(trie.name_tokens(name.name_index)) + 1) for name in first]
+    assert means == sorted(means, reverse=True)
+    assert max(first, key=lambda name: name.log_prob) == max(results[0].names, key=lambda name: name.log_prob)
 
 
 @settings(max_examples=200)
