@@ -84,6 +84,7 @@ _DEMONSTRATIONS = {
 }
 _DECODING = {
     "one rollout": Row(("--search.max-rollouts", "1")),
+    "ranked by the mean": Row(("--search.ranking", "mean")),
     "mean of log-probs": Row(("--search.objective", "mean")),
     "end-of-text token ends a name": Row(("--prompt.terminator", "eos")),
     "greedy without the trie": Row(change="free"),
@@ -97,7 +98,7 @@ ROWS: dict[str, dict[str, Row]] = {
         "random demonstrations": Row(("--retrieval.policy", "random")),
         **_DEMONSTRATIONS,
         **_DECODING,
-        "beam search, 5 beams, mean": Row(change="beams", against="mean of log-probs"),
+        "beam search, 5 beams, mean": Row(change="beams", against="ranked by the mean"),
     },
     "emoji": {
         "no model": Row(change="no model"),
