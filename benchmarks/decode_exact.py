@@ -20,7 +20,7 @@ from transformers import DynamicCache
 from gemel_engine.model import FrozenLanguageModel
 from gemel_engine.prefix_trie import PrefixTrie
 
-_NODES_AT_ONCE = 1024
+_NODES_AT_ONCE = 256  # attention under a mask costs their square
 
 logger = logging.getLogger("decode")
 
