@@ -75,7 +75,7 @@ def main(
         "budgets_sum_union": lambda: budgets(wikidiverse, num_mentions, "sum", UNION),
         "budgets_mean_union": lambda: budgets(wikidiverse, num_mentions, "mean", UNION),
         "brute_force": lambda: brute_force(wikidiverse, 30),
-        "vllm_beams": lambda: vllm_beams(wikidiverse),
+        "vllm_beams": lambda: vllm_beams(wikidiverse, titles),
     }
     for part in parts:
         if part in results.get("parts", []):

@@ -15,14 +15,14 @@ from vllm.sampling_params import BeamSearchParams, StructuredOutputsParams
 
 from gemel_engine.config import LinkConfig, load_config
 
-_NUM_NAMES = (10, 100, 1000, 7642)
+_NUM_NAMES = (10, 100, 1000, 7642, 100_000)  # titles beyond the corpus's own; with 1M none was done in 7 minutes
 _NUM_MENTIONS = 3
 _PATIENCE = 60.0  # seconds a mention, beyond which no more names are tried
 
 logger = logging.getLogger("decode")
 
 
-def vllm_beams(wikidiverse: Path) -> dict[str, tuple[Any, str]]:
+def vllm_beams(wikidiverse: Path, titles: Path) -> dict[str, tuple[Any, str]]:
     """Seconds a mention by number of names; the mentions' own names are among them."""
     systems = Systems(wikidiverse)
     mentions = systems.sample(_NUM_MENTIONS)
@@ -37,11 +37,13 @@ def vllm_beams(wikidiverse: Path) -> dict[str, tuple[Any, str]]:
         max_model_len=2048,
         max_logprobs=2 * NUM_BEAMS,
         enable_prefix_caching=True,
+        structured_outputs_config={"backend": "guidance"},
         disable_log_stats=True,
     )
     entities = pq.read_table(wikidiverse / "entities.parquet", columns=["entity_id", "name"]).to_pylist()
     gold = {systems.gold[mention.mention_id] for mention in mentions}
     names = [row["name"] for row in sorted(entities, key=lambda row: row["entity_id"] not in gold)]
+    names += pq.read_table(titles, columns=["name"])["name"][: max(_NUM_NAMES) - len(names)].to_pylist()
     table = []
     for num_names in _NUM_NAMES:
         parameters = BeamSearchParams(
@@ -58,6 +60,7 @@ def vllm_beams(wikidiverse: Path) -> dict[str, tuple[Any, str]]:
         if seconds > _PATIENCE:
             break
     what = (
-        f"{_NUM_MENTIONS} mentions of dev, {NUM_BEAMS} beams, float32; ours took {ours:.2f} s a mention over all names"
+        f"{_NUM_MENTIONS} mentions of dev, {NUM_BEAMS} beams, float32; "
+        f"ours took {ours:.2f} s a mention over the corpus's own names"
     )
     return {"vllm_beam_search": (table, what)}

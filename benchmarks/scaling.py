@@ -148,7 +148,7 @@ def tiny_model() -> Path:
             num_hidden_layers=2,
             num_attention_heads=2,
             intermediate_size=128,
-            max_position_embeddings=2048,
+            max_position_embeddings=4096,
         )
         AutoModelForCausalLM.from_config(config).save_pretrained(directory)  # type: ignore[no-untyped-call]
         tokenizer.save_pretrained(directory)
