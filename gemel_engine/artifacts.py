@@ -10,11 +10,11 @@ from transformers import PreTrainedTokenizerFast
 
 from gemel_engine.calibration import Calibration
 from gemel_engine.config import JobConfig, LinkConfig, config_json
-from gemel_engine.errors import ArtifactError
+from gemel_engine.errors import ArtifactError, ConfigurationError
 from gemel_engine.feature_mapper import FeatureMapper
 from gemel_engine.knowledge_base import KnowledgeBase, tokenizer_fingerprint
 from gemel_engine.knowledge_base_update import local_knowledge_base
-from gemel_engine.model import language_model_fingerprint, language_model_width, load_tokenizer
+from gemel_engine.model import language_model_fingerprint, language_model_width, load_tokenizer, max_positions
 from gemel_engine.prompt import PromptBuilder
 from gemel_engine.retrieval import DemonstrationIndex
 from gemel_engine.storage import download_directory
@@ -46,7 +46,7 @@ def open_artifacts(config: JobConfig, *, verify: bool = False) -> Artifacts:
 
     Raises:
         ArtifactError: One is missing or damaged, or they were made for different models.
-        ConfigurationError: The language model's tokenizer can't write the prompts.
+        ConfigurationError: The language model's tokenizer can't write the prompts, or it can't read as long ones.
     """
     tokenizer = load_tokenizer(config.language_model.name)
     PromptBuilder(tokenizer, config.prompt)  # says what is wrong with the template or the terminator
@@ -64,6 +64,7 @@ def open_artifacts(config: JobConfig, *, verify: bool = False) -> Artifacts:
         )
     if knowledge_base.trie.tokens.max() >= len(tokenizer):
         raise ArtifactError(f"the trie of {config.knowledge_base} holds tokens that no tokenizer made; build it again")
+    _check_length(config, knowledge_base)
     if mapper is not None:
         _check_mapper(config, mapper, index)
     return Artifacts(tokenizer, knowledge_base, directory / "trie", index, mapper)
@@ -81,6 +82,16 @@ def open_calibration(config: LinkConfig) -> Calibration | None:
     calibration = Calibration.open(download_directory(config.calibration))
     calibration.check_scoring(json.loads(config_json(config)))
     return calibration
+
+
+def _check_length(config: JobConfig, knowledge_base: KnowledgeBase) -> None:
+    num_tokens, limit = knowledge_base.trie.longest(0) + 1, max_positions(config.language_model.name)
+    if limit is not None and config.prompt.max_prompt_tokens + num_tokens > limit:
+        raise ConfigurationError(
+            f"prompt.max_prompt_tokens is {config.prompt.max_prompt_tokens}, and the longest name of the knowledge base "
+            f"takes {num_tokens} tokens more, but {config.language_model.name} reads {limit} at most: set "
+            f"prompt.max_prompt_tokens to {limit - num_tokens} or less"
+        )
 
 
 def _check_mapper(config: JobConfig, mapper: FeatureMapper, index: DemonstrationIndex | None) -> None:

@@ -64,6 +64,15 @@ def language_model_width(name_or_path: str) -> int:
     return int(getattr(config, "word_embed_proj_dim", None) or config.hidden_size)
 
 
+def max_positions(name_or_path: str) -> int | None:
+    """Tokens that the language model can read, what it writes included; None where its configuration doesn't say.
+
+    Raises:
+        ArtifactError: The model's configuration can't be loaded.
+    """
+    return getattr(_load_config(name_or_path).get_text_config(), "max_position_embeddings", None)
+
+
 def language_model_fingerprint(name_or_path: str) -> str:
     """A hash that tells language models apart without reading all of their weights.
 

@@ -371,11 +371,16 @@ def with_template_without_mention(config: LinkConfig, directory: Path) -> LinkCo
     return replace(config, prompt=replace(config.prompt, template="{text}"))
 
 
+def with_prompts_too_long_for_the_model(config: LinkConfig, directory: Path) -> LinkConfig:
+    return replace(config, prompt=replace(config.prompt, max_prompt_tokens=1024))
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
         (without_text, InputError, "has no column 'text'"),
         (with_template_without_mention, ConfigurationError, r"must hold the fields \{text\} and \{mention\}"),
+        (with_prompts_too_long_for_the_model, ConfigurationError, r"reads 1024 at most: set prompt\.max_prompt_tokens"),
         (with_repeated_id, InputError, r"repeats 1 mention_id, such as \['m3'\]"),
         (with_numeric_mention, InputError, "column 'mention' is of type int64, it must be string"),
         (without_rows, InputError, "has no rows"),
