@@ -171,7 +171,10 @@ class VllmEngine:
 
 
 def _to_rollout(output: RequestOutput) -> Rollout:
-    """The log-probs of allowed tokens, step by step; vLLM puts the chosen token before the K best."""
+    """The log-probs of allowed tokens, step by step; vLLM puts the chosen token before the K best.
+
+    Where several are the most probable, to the bit, the one chosen need not be the first of the K, nor one of them.
+    """
     flat = output.outputs[0].logprobs
     assert isinstance(flat, FlatLogprobs)
     rollout = Rollout([], [])
@@ -180,7 +183,11 @@ def _to_rollout(output: RequestOutput) -> Rollout:
         if any(map(math.isnan, log_probs)):
             raise GemelError("the language model's log-probs are not numbers: use dtype bfloat16 or float32")
         num_allowed = sum(log_prob != -math.inf for log_prob in log_probs)
-        rollout.tokens.append(flat.token_ids[start + 1 : start + 1 + num_allowed])
+        tokens, chosen = flat.token_ids[start + 1 : start + 1 + num_allowed], flat.token_ids[start]
+        if tokens[0] != chosen:
+            tokens[tokens.index(chosen) if chosen in tokens else -1] = tokens[0]
+            tokens[0] = chosen
+        rollout.tokens.append(tokens)
         rollout.log_probs.append(log_probs[:num_allowed])
     return rollout
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ENTITY_NAMES
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from gemel_engine.config import EngineSettings
 from gemel_engine.model import FrozenLanguageModel
@@ -130,6 +131,27 @@ def test_vllm_equals_transformers(
         assert_equal_results(link(engine, prompts, trie, terminator, max_in_flight=12), expected)
     assert cached.cache_statistics.num_cached_tokens > 0
     assert uncached.cache_statistics.num_cached_tokens == 0
+
+
+@pytest.mark.gpu
+def test_tokens_that_are_equally_probable(
+    language_models: dict[str, Path], trie: PrefixTrie, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """A model to which all tokens are the same: then a step's best one and the first of its K best may be two."""
+    model = AutoModelForCausalLM.from_pretrained(language_models["llama"])
+    torch.nn.init.zeros_(model.lm_head.weight)
+    model.save_pretrained(tmp_path / "model")
+    trie.save(tmp_path / "trie")
+    terminator = PromptBuilder(tokenizer, PromptSettings()).terminator
+    engine = VllmEngine(engine_settings(tmp_path / "model"), tmp_path / "trie", terminator, NUM_CHILDREN, 512)
+    (result,) = link(engine, make_prompts(tokenizer)[:1], trie, terminator, max_in_flight=1)
+    lengths = [len(trie.name_tokens(name.name_index)) for name in result.names]
+    assert result.num_certified == 5
+    assert lengths == sorted(len(trie.name_tokens(name)) for name in range(trie.num_names))[:5]
+    of_one_token = -math.log(model.config.vocab_size)
+    assert [name.log_prob for name in result.names] == pytest.approx(
+        [(n + 1) * of_one_token for n in lengths], abs=1e-4
+    )
 
 
 @pytest.mark.gpu
