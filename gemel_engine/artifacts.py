@@ -88,9 +88,9 @@ def _check_length(config: JobConfig, knowledge_base: KnowledgeBase) -> None:
     num_tokens, limit = knowledge_base.trie.longest(0) + 1, max_positions(config.language_model.name)
     if limit is not None and config.prompt.max_prompt_tokens + num_tokens > limit:
         raise ConfigurationError(
-            f"prompt.max_prompt_tokens is {config.prompt.max_prompt_tokens}, and the longest name of the knowledge base "
-            f"takes {num_tokens} tokens more, but {config.language_model.name} reads {limit} at most: set "
-            f"prompt.max_prompt_tokens to {limit - num_tokens} or less"
+            f"prompt.max_prompt_tokens is {config.prompt.max_prompt_tokens}, and the longest name takes {num_tokens} "
+            f"tokens more, but {config.language_model.name} reads {limit} at most: set prompt.max_prompt_tokens to "
+            f"{limit - num_tokens} or less"
         )
 
 
