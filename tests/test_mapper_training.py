@@ -165,6 +165,7 @@ def run_worker(rank: int, artifacts: dict[str, Path], output: Path) -> None:
     curve = losses(trainer, 8)
     if rank == 0:
         torch.save([torch.tensor(curve), *weights(trainer)], output)
+    del trainer  # were its reducer the last to hold the group, it would wait for the group's threads with Python's lock
     distributed.destroy_process_group()
 
 
