@@ -114,7 +114,13 @@ def job_cost(wikidiverse: Path, num_rows: int) -> dict[str, float]:
     seconds = time.perf_counter() - started
     assert job.returncode == 0, f"see {directory}/log.txt"
     report = json.loads((directory / "linked/report.json").read_text())
-    return {"rows": report["rows"], "seconds": seconds, "peak_gib": peak / 2**30}
+    return {
+        "rows": report["rows"],
+        "seconds": seconds,
+        "peak_gib": peak / 2**30,
+        "generation_seconds": report["stage_seconds"]["generation"],
+        "prompt_tokens_computed_per_mention": (report["prompt_tokens"] - report["cached_tokens"]) / report["rows"],
+    }
 
 
 def most_memory(job: subprocess.Popen[bytes]) -> int:
