@@ -10,6 +10,7 @@ days; it stands in `docs/ablations.md`, whose tables are written anew after each
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import random
@@ -134,6 +135,11 @@ class Corpus:
         drawn = random.Random(SEED).sample(rows, NUM_MENTIONS)
         return sorted(drawn, key=lambda row: (row["mention"], row["mention_id"]))
 
+    def digest(self) -> str:
+        """Of the sample."""
+        ids = [[item["mention_id"], item["entity_id"]] for item in self.sample()]
+        return hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]
+
 
 def main(
     wikidiverse: tyro.conf.Positional[Path],
@@ -161,7 +167,9 @@ def main(
                 command = [sys.executable, __file__, str(wikidiverse), "--corpora", name, "--rows", row]
                 subprocess.run(command, check=True)
                 continue
-            results.setdefault(name, {})[row] = noted(answers(corpus_of[name], ROWS[name][row]), name, row)
+            found = noted(answers(corpus_of[name], ROWS[name][row]), name, row, corpus_of[name].digest())
+            results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}  # others may have written meanwhile
+            results.setdefault(name, {})[row] = found
             RESULTS.write_text(json.dumps(results, indent=2) + "\n")
             DOCUMENT.write_text(with_tables(DOCUMENT.read_text(), results))
             logger.info("%s, %s: %.3f", name, row, results[name][row]["value"]["accuracy"])
@@ -187,7 +195,8 @@ def answers(corpus: Corpus, row: Row) -> Answers:
         assert linker.retriever is not None, "both corpora have demonstrations"
         demonstrations = linker.retriever.retrieve(mentions, features)
     elif row.change == "most similar first":
-        demonstrations = [rows[::-1] for rows in demonstrations]
+        num_shared = config.retrieval.num_demonstrations  # those repeated for their pictures stay at the end
+        demonstrations = [[*rows[:num_shared][::-1], *rows[num_shared:]] for rows in demonstrations]
     elif row.change == "by sentence":
         nearest = by_sentence(linker, mentions, config.retrieval.num_demonstrations)
         demonstrations = [rows + old[len(rows) :] for rows, old in zip(nearest, demonstrations, strict=True)]
@@ -255,10 +264,10 @@ def equal(found: Sequence[str | None], gold: Sequence[str]) -> list[bool]:
     return [answer == right for answer, right in zip(found, gold, strict=True)]
 
 
-def noted(found: Answers, corpus: str, row: str) -> dict[str, Any]:
+def noted(found: Answers, corpus: str, row: str, digest: str) -> dict[str, Any]:
     """A row of the table with what made it; `right` has a digit for each mention, so that rows can be paired."""
     figure = Figure.of(found.right)
-    value = {"accuracy": figure.value, "interval": [figure.low, figure.high], **asdict(found)}
+    value = {"accuracy": figure.value, "interval": [figure.low, figure.high], **asdict(found), "digest": digest}
     value["right"] = "".join("01"[is_right] for is_right in found.right)
     command = f'python benchmarks/ablations.py WIKIDIVERSE --corpora {corpus} --rows "{row}"'
     return record(value, command, f"{NUM_MENTIONS} mentions of dev, seed {SEED}, float32")
@@ -275,6 +284,8 @@ def with_tables(text: str, results: dict[str, Any]) -> str:
 def table(corpus: str, results: dict[str, Any]) -> str:
     """All rows in Markdown; those without a result say so."""
     lines = ["| | accuracy | against | certified | rollouts | prompt tokens |", "|---|---|---|---|---|---|"]
+    digests = {results[name]["value"]["digest"] for name in ROWS[corpus] if name in results}
+    assert len(digests) < 2, f"rows of {corpus} are of other mentions than others: remove them"
     for name, row in ROWS[corpus].items():
         if name not in results:
             lines.append(f"| {name} | not measured yet | | | | |")
@@ -291,6 +302,8 @@ def table(corpus: str, results: dict[str, Any]) -> str:
             for cost, layout in (("certified_share", ".1%"), ("rollouts", ".1f"), ("prompt_tokens", ".0f"))
         ]
         lines.append(f"| {name} | {value['accuracy']:.3f} [{low:.3f}, {high:.3f}] | {against} | {' | '.join(costs)} |")
+    commits = sorted({results[name]["commit"][:7] for name in ROWS[corpus] if name in results})
+    lines += ["", f"Commits of the rows: {', '.join(commits)}."] if commits else []
     return "\n".join(lines) + "\n"
 
 

@@ -4,9 +4,10 @@ python benchmarks/calibration.py WIKIDIVERSE
 
 WIKIDIVERSE holds `train.parquet`, `dev.parquet` and `entities.parquet`. Needs what `make demo` and
 `benchmarks/wikidiverse.py` build. The dev splits of WikiDiverse (text) and of the emoji corpus are linked by the
-linking job twice: to their knowledge bases, and to what is left of these, and of the demonstrations, without a random
-fifth of the entities. Surface forms are then divided into two halves: each is judged by a calibration fitted on the
-other. An interrupted run goes on. Results go to `benchmarks/results/calibration.json`.
+linking job twice: to their knowledge bases, and to what is left of these, of the demonstrations and of what the feature
+mapper was fitted to, without a random fifth of the entities. Surface forms are then divided into two halves: each is
+judged by a calibration fitted on the other. Results go to `benchmarks/results/calibration.json`; what has results there
+is skipped, and an interrupted run goes on.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+import shutil
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -45,11 +47,12 @@ logger = logging.getLogger("calibration")
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """A corpus with the configuration that links it."""
+    """A corpus with the configuration that links it, and the one that fits its feature mapper, if it has one."""
 
     name: str
     directory: Path
     config: Path
+    training: Path | None = None
 
     @property
     def settings(self) -> LinkConfig:
@@ -66,19 +69,26 @@ def main(wikidiverse: tyro.conf.Positional[Path]) -> None:
     WORK.mkdir(parents=True, exist_ok=True)
     for corpus in (
         Corpus("wikidiverse", wikidiverse, Path("build/wikidiverse/link.toml")),
-        Corpus("emoji", Path("examples/emoji"), Path("examples/emoji/link.toml")),
+        Corpus("emoji", Path("examples/emoji"), Path("examples/emoji/link.toml"), Path("jobs/configs/emoji.toml")),
     ):
         whole, reduced = WORK / f"{corpus.name}_whole", WORK / f"{corpus.name}_reduced"
-        link(corpus, whole)
-        note(corpus, judged(whole))
-        remove_entities(corpus, reduced)
-        link(corpus, reduced, "--knowledge-base", f"{reduced}/kb", "--demonstrations", f"{reduced}/demonstrations")
-        note(corpus, nil_found(reduced))
+        if "expected_calibration_error" not in noted_results().get(corpus.name, {}):
+            link(corpus, whole)
+            note(corpus, judged(whole))
+        if "nil_auc" not in noted_results().get(corpus.name, {}):
+            link(corpus, reduced, *without_entities(corpus, reduced))
+            note(corpus, nil_found(reduced))
+
+
+def noted_results() -> dict[str, Any]:
+    """What was measured before."""
+    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    return results
 
 
 def note(corpus: Corpus, found: dict[str, Any]) -> None:
     """Write results of a corpus."""
-    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results = noted_results()
     results[corpus.name] = results.get(corpus.name, {}) | found
     RESULTS.write_text(json.dumps(results, indent=2) + "\n")
     for name, result in found.items():
@@ -93,11 +103,19 @@ def link(corpus: Corpus, directory: Path, *overrides: str) -> None:
     run("jobs/link_corpus.py", str(corpus.config), *arguments)
 
 
-def remove_entities(corpus: Corpus, directory: Path) -> None:
-    """Build a knowledge base without a fifth of the entities, and demonstrations without their mentions."""
-    if (directory / "demonstrations/index.json").exists():
-        return
-    directory.mkdir(exist_ok=True)
+def without_entities(corpus: Corpus, directory: Path) -> list[str]:
+    """Build a knowledge base without a fifth of the entities, and demonstrations and a mapper without their mentions.
+
+    Returns:
+        Settings of the linking job.
+    """
+    artifacts = ["--knowledge-base", f"{directory}/kb", "--demonstrations", f"{directory}/demonstrations"]
+    mapper = f"{directory}/training/feature_mapper"
+    linking = [*artifacts, *(("--vision.feature-mapper", mapper) if corpus.training else ())]
+    if (directory / "made").exists():
+        return linking
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir()
     entities = pq.read_table(corpus.directory / "entities.parquet")
     ids = sorted(entities["entity_id"].to_pylist())
     kept = pa.array(random.Random(SEED).sample(ids, round(len(ids) * (1 - REMOVED_SHARE))))
@@ -110,24 +128,30 @@ def remove_entities(corpus: Corpus, directory: Path) -> None:
     encoders = ["--mention-encoder", str(settings.retrieval.mention_encoder)]
     if settings.vision.image_encoder is not None:
         encoders += ["--image-encoder", settings.vision.image_encoder]
-    index = f"{directory}/demonstrations"
-    run("jobs/build_demonstration_index.py", f"{directory}/train.parquet", entities_path, index, *encoders)
+    train_path, index = f"{directory}/train.parquet", f"{directory}/demonstrations"
+    run("jobs/build_demonstration_index.py", train_path, entities_path, index, *encoders)
+    if corpus.training is not None:
+        places = ["--train", train_path, "--output", f"{directory}/training", "--examples", f"{directory}/examples"]
+        run("jobs/train.py", str(corpus.training), *places, *artifacts, "--validation.num-mentions", "0")
+    (directory / "made").touch()
+    return linking
 
 
 def judged(directory: Path) -> dict[str, Any]:
     """Calibration of each half fitted on the other, beside the raw score and a constant."""
-    predictions, is_right, is_nil, halves = outcomes(directory)
+    predictions, is_right, is_nil, _, halves = outcomes(directory)
     evidence, calibrated, constant = evidence_of(predictions), np.empty(len(halves)), np.empty(len(halves))
     for half in (halves, ~halves):
         fitted = Calibration.fit(predictions.filter(half), is_right[half], is_nil[half])
         calibrated[~half], constant[~half] = fitted.right(evidence[~half]), is_right[half].mean()
-    scores = {"": calibrated, "raw_": np.array(predictions["probability"]), "constant_": constant}
+    scores = {"": calibrated, "raw_": np.array(predictions["probability"])}
     what = f"{len(halves)} mentions of dev; each half of the surface forms judged by what was fitted on the other"
     results = {"accuracy": noted(float(is_right.mean()), what)}
     for prefix, score in scores.items():
         found: ConfidenceQuality = quality(score, is_right)
         for name in ("expected_calibration_error", "brier_score", "area_under_risk_coverage"):
             results[f"{prefix}{name}"] = noted(getattr(found, name), what)
+    results["constant_brier_score"] = noted(float(np.mean((constant - is_right) ** 2)), what)
     # All ties: whichever is answered first, the risk expected is the error rate.
     results["constant_area_under_risk_coverage"] = noted(float(1 - is_right.mean()), what)
     return results
@@ -135,11 +159,17 @@ def judged(directory: Path) -> dict[str, Any]:
 
 def nil_found(directory: Path) -> dict[str, Any]:
     """How well mentions of removed entities are told, each half by what was fitted on the other."""
-    predictions, is_right, is_nil, halves = outcomes(directory)
+    predictions, is_right, is_nil, forms, halves = outcomes(directory)
     evidence, confidence, nil = evidence_of(predictions), np.empty(len(halves)), np.empty(len(halves))
     called = np.empty(len(halves), bool)
     for half in (halves, ~halves):
-        fitted = Calibration.fit(predictions.filter(half), is_right[half], is_nil[half], nil_precision=NIL_PRECISION)
+        fitted = Calibration.fit(
+            predictions.filter(half),
+            is_right[half],
+            is_nil[half],
+            nil_precision=NIL_PRECISION,
+            surface_forms=forms[half].tolist(),
+        )
         assert fitted.nil is not None, "a fifth of the entities was removed"
         assert fitted.nil_threshold is not None, "fitted with it"
         confidence[~half], nil[~half] = fitted.right(evidence[~half]), fitted.nil(evidence[~half])
@@ -160,19 +190,21 @@ def nil_found(directory: Path) -> dict[str, Any]:
     }
 
 
-def outcomes(directory: Path) -> tuple[pa.Table, NDArray[np.bool_], NDArray[np.bool_], NDArray[np.bool_]]:
-    """Predictions, whether they are right, whether their mentions are NIL, and whether they are of the first half."""
+def outcomes(
+    directory: Path,
+) -> tuple[pa.Table, NDArray[np.bool_], NDArray[np.bool_], NDArray[np.str_], NDArray[np.bool_]]:
+    """Predictions, whether they are right, whether their mentions are NIL, their surface forms, and the first half."""
     linked = LinkedRun.open(f"{directory}/linked")
     gold = read_gold(linked.settings["input"])
     entities = entities_to_judge(linked.open_knowledge_base(), gold, [linked.predictions])
     predictions, is_right, is_nil = Judge(gold, entities=entities).outcomes(linked.predictions)
     usable = np.array(predictions["error"].is_null())
     predictions, is_right, is_nil = predictions.filter(usable), is_right[usable], is_nil[usable]
-    forms = sorted(set(gold["mention"].to_pylist()))
-    first = set(random.Random(SEED).sample(forms, len(forms) // 2))
+    distinct = sorted(set(gold["mention"].to_pylist()))
+    first = set(random.Random(SEED).sample(distinct, len(distinct) // 2))
     form_of = dict(zip(gold["mention_id"].to_pylist(), gold["mention"].to_pylist(), strict=True))
-    in_first = np.array([form_of[mention_id] in first for mention_id in predictions["mention_id"].to_pylist()])
-    return predictions, is_right, is_nil, in_first
+    forms = np.array([form_of[mention_id] for mention_id in predictions["mention_id"].to_pylist()])
+    return predictions, is_right, is_nil, forms, np.array([form in first for form in forms])
 
 
 def noted(value: object, what: str) -> dict[str, Any]:

@@ -36,7 +36,7 @@ ROWS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "random start": ((), ("--mapper.initialisation", "random")),
     "features as they are": ((), ("--mapper.scaling", "none")),
     "features z-scored": ((), ("--mapper.scaling", "z_score")),
-    "0 demonstrations": (("--retrieval.num-demonstrations", "0"), ()),
+    "0 demonstrations": (("--retrieval.num-demonstrations", "0", "--retrieval.num-similar-pictures", "0"), ()),
     **{
         f"{number} demonstrations{what}": (("--retrieval.num-demonstrations", str(number), *flags), ())
         for number in (2, 4, 8)
@@ -89,7 +89,8 @@ def measure(name: str, gold: dict[str, str]) -> dict[str, Any]:
     shared, own = ROWS[name]
     directory = WORK / name.replace(" ", "_").replace("=", "is")
     # Runs share prepared examples where those do not differ: in the number of demonstrations and the prefix length.
-    examples = "_".join(value for key, value in pairwise((*shared, *own)) if key in _EXAMPLE_SETTINGS) or "base"
+    changed = [(key, value) for key, value in pairwise((*shared, *own)) if key in _EXAMPLE_SETTINGS]
+    examples = "_".join(f"{key.rpartition('.')[2]}_{value}" for key, value in changed) or "base"
     training = [
         *("jobs/train.py", "jobs/configs/emoji.toml", "--output", f"{directory}/training", *shared, *own),
         *("--optimisation.epochs", "1", "--optimisation.max-steps", str(NUM_STEPS)),

@@ -50,11 +50,11 @@ def main(*, num_mentions: int = 64, num_rounds: int = 3) -> None:
     artifacts = open_artifacts(config)
     model = FrozenLanguageModel(config.language_model.name, config.language_model.dtype)
     examples = training_examples(config, artifacts)
-    order = epoch_order([item.mention.mention for item in examples], config.optimisation.mentions_per_form, "0 0")
-    examples = [examples[number] for number in order[:num_mentions]]
-    prompts = TrainingPrompts(
-        examples, artifacts, config.prompt, config.mapper.prefix_length, config.retrieval.num_demonstrations
-    )
+    layout = config.prompt, config.mapper.prefix_length, config.retrieval.num_demonstrations
+    everything = TrainingPrompts(examples, artifacts, *layout)
+    beginnings = [everything.beginning(number) for number in range(len(examples))]
+    order = epoch_order(beginnings, config.optimisation.mentions_per_form, "0 0")
+    prompts = TrainingPrompts([examples[number] for number in order[:num_mentions]], artifacts, *layout)
     mapper = initial_mapper(config.mapper, 0, prompts, model)
     settings = replace(config.optimisation, epochs=1000)
     trainer = MapperTrainer(mapper, model, prompts, settings)
@@ -68,7 +68,10 @@ def main(*, num_mentions: int = 64, num_rounds: int = 3) -> None:
             num_ours += trainer.train_step().num_tokens
         ours.append(time.perf_counter() - started)
         logger.info("plain %.1f s, ours %.1f s, %.0f GFLOP/s", plain[-1], ours[-1], rates[-1] / 1e9)
-    num_plain = sum(len(pack_prompts([prompts[n]], prompts.demonstration, 4).token_ids) for n in range(num_mentions))
+    num_plain = sum(
+        len(pack_prompts([prompts[n]], prompts.demonstration, prompts.prefix_length).token_ids)
+        for n in range(num_mentions)
+    )
     parameters = matrix_parameters(model)
     limit = 4 * parameters * num_ours / statistics.median(rates)
     value = {

@@ -45,6 +45,7 @@ _MANIFEST = "calibration.json"
 _NUM_BINS = 10
 _NUM_FOLDS = 5
 _LEAST = 20  # mentions of each outcome, below which nothing is fitted
+_LEAST_CALLED = 10  # mentions called NIL, below which their precision says nothing
 _HIGHEST_MARGIN = 10.0  # nats; what lies above says no more
 
 Numbers = npt.NDArray[np.float64]
@@ -121,7 +122,7 @@ class Calibration:
         *,
         nil_precision: float = 0.8,
         scoring: Mapping[str, Any] | None = None,
-        seed: int = 0,
+        surface_forms: Sequence[str] | None = None,
     ) -> Self:
         """Fit to a run over mentions with gold labels.
 
@@ -131,20 +132,23 @@ class Calibration:
             is_nil: Whether each mention's entity is not in the knowledge base (N,).
             nil_precision: The share of `is_nil` that shall be true, on mentions left out of fitting.
             scoring: `scoring_settings` of the run.
-            seed: Of the folds.
+            surface_forms: Of the mentions. Those of one form share their demonstrations, so they are left out of
+                fitting together; None: each has its own.
 
         Raises:
-            InputError: There are too few mentions of an outcome.
+            InputError: There are too few mentions of an outcome, or they are of too few surface forms.
             ConfigurationError: No threshold reaches that precision.
         """
         usable = np.array(predictions["error"].is_null())
-        evidence, is_right, is_nil = evidence_of(predictions.filter(usable)), is_right[usable], is_nil[usable]
+        forms = np.arange(len(usable)) if surface_forms is None else np.unique(surface_forms, return_inverse=True)[1]
+        evidence, forms = evidence_of(predictions.filter(usable)), forms[usable]
+        is_right, is_nil = is_right[usable], is_nil[usable]
         if min(is_right.sum(), (~is_right).sum()) < _LEAST:
             raise InputError(
                 f"{is_right.sum()} of {len(is_right)} answers are right: calibration needs at least {_LEAST} right and "
                 f"{_LEAST} wrong ones; link more mentions with gold labels"
             )
-        judged = quality(_left_out(evidence, is_right, seed), is_right)
+        judged = quality(_left_out(evidence, is_right, forms), is_right)
         fitted_on = {
             "num_mentions": float(len(is_right)),
             "accuracy": float(is_right.mean()),
@@ -153,7 +157,7 @@ class Calibration:
         }
         nil, threshold = None, None
         if is_nil.sum() >= _LEAST:
-            threshold, reached = _threshold(_left_out(evidence, is_nil, seed), is_nil, nil_precision)
+            threshold, reached = _threshold(_left_out(evidence, is_nil, forms), is_nil, nil_precision)
             nil = LogisticModel.fit(evidence, is_nil)
             fitted_on |= {"num_nil": float(is_nil.sum()), **reached}
         return cls(
@@ -289,13 +293,22 @@ def quality(confidence: Numbers, is_right: Outcomes) -> ConfidenceQuality:
     )
 
 
-def _left_out(evidence: Numbers, outcomes: Outcomes, seed: int) -> Numbers:
-    """The probability of each mention by a model that was fitted without it."""
-    from sklearn.model_selection import StratifiedKFold
+def _left_out(evidence: Numbers, outcomes: Outcomes, forms: npt.NDArray[np.intp]) -> Numbers:
+    """The probability of each mention by a model that was fitted without any mention of its surface form."""
+    from sklearn.model_selection import StratifiedGroupKFold
 
     probabilities = np.empty(len(outcomes))
-    for fitted, judged in StratifiedKFold(_NUM_FOLDS, shuffle=True, random_state=seed).split(evidence, outcomes):
-        probabilities[judged] = LogisticModel.fit(evidence[fitted], outcomes[fitted])(evidence[judged])
+    folds = StratifiedGroupKFold(_NUM_FOLDS, shuffle=True, random_state=0)
+    has_enough = len(np.unique(forms)) >= _NUM_FOLDS
+    for fitted, judged in folds.split(evidence, outcomes, forms) if has_enough else ():
+        has_enough &= len(np.unique(outcomes[fitted])) > 1
+        if has_enough:
+            probabilities[judged] = LogisticModel.fit(evidence[fitted], outcomes[fitted])(evidence[judged])
+    if not has_enough:
+        raise InputError(
+            "the mentions of one outcome are of too few surface forms to judge a calibration by others: link more "
+            "mentions with gold labels"
+        )
     return probabilities
 
 
@@ -304,11 +317,13 @@ def _threshold(probabilities: Numbers, is_nil: Outcomes, wanted: float) -> tuple
     from sklearn.metrics import precision_recall_curve, roc_auc_score
 
     precision, recall, thresholds = precision_recall_curve(is_nil, probabilities)
-    reaching = np.flatnonzero(precision[:-1] >= wanted)
+    num_called = len(probabilities) - np.searchsorted(np.sort(probabilities), thresholds)
+    can_tell = num_called >= _LEAST_CALLED
+    reaching = np.flatnonzero(can_tell & (precision[:-1] >= wanted))
     if not len(reaching):
         raise ConfigurationError(
-            f"no threshold finds NIL with precision {wanted}; the highest precision on these mentions is "
-            f"{precision[:-1].max():.2f}: ask for less"
+            f"no threshold finds NIL with precision {wanted} among {_LEAST_CALLED} mentions or more; the highest "
+            f"precision there is {precision[:-1][can_tell].max():.2f}: ask for less"
         )
     first = reaching[0]
     return float(thresholds[first]), {

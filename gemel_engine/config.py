@@ -304,7 +304,7 @@ class MapperSettings:
     prefix_length: PositiveInt = 4
     initialisation: Literal["random", "ridge"] = "random"
     scaling: FeatureScaling = "none"
-    ridge_penalty: NonNegativeFloat = 1.0
+    ridge_penalty: PositiveFloat = 1.0
     ridge_gain: PositiveFloat = 1.0
     saved_dtype: Literal["float32", "bfloat16"] = "float32"
 
@@ -321,8 +321,8 @@ class OptimisationSettings:
         adam_epsilon: Keeps small second moments from making large steps.
         max_gradient_norm: A longer gradient is shortened to it.
         batch_size: Mentions of one step, over all workers.
-        mentions_per_form: At most so many mentions of one surface form stand together in a batch. They share most of
-            their demonstrations, which are computed once for all of them; GEMEL has 1.
+        mentions_per_form: At most so many mentions of one surface form stand together in a batch. Demonstrations that
+            they share are computed once for all of them; GEMEL has 1.
         max_pack_tokens: Tokens of one forward and backward pass; a batch takes as many passes as it needs.
         max_steps: Stop after so many steps, as if the schedule ended there; None for all epochs.
         seed: Of the mapper's start and of the order of the mentions.

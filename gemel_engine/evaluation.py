@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -112,7 +113,8 @@ class LeakAudit:
         mention_ids: With an id of the training split.
         texts: With a text of the training split.
         mentions_in_texts: With surface form and text of a training mention.
-        pictures: With a picture (the same bytes, or the same address) of the training split; None if there are none.
+        pictures: With a picture (the same bytes, or the same address) of the training split; None if one of the two has
+            no pictures.
     """
 
     num_mentions: int
@@ -134,7 +136,7 @@ class Judge:
         protocol: When an answer is right.
 
     Raises:
-        InputError: A table lacks what the protocol needs.
+        InputError: A table lacks what the protocol needs, or two gold rows are of one mention.
     """
 
     def __init__(
@@ -150,6 +152,11 @@ class Judge:
         self._entities = None if entities is None else _frame(entities, ("entity_id", "name"), "entities")
         self._train = None if train is None else _frame(train, ("mention", "entity_id"), "train")
         self._check_protocol()
+        repeated = self._gold.loc[self._gold["mention_id"].duplicated(), "mention_id"]
+        if len(repeated):
+            raise InputError(
+                f"{len(repeated)} gold rows repeat a mention_id, such as {repeated.iloc[0]!r}: remove them"
+            )
         if self._entities is not None:
             known = self._gold["entity_id"].isin(self._entities["entity_id"])
             self._gold.loc[~known, "entity_id"] = None
@@ -209,7 +216,7 @@ class Judge:
         labelled, is_right, is_nil = self.outcomes(predictions)
         mention_ids = labelled["mention_id"].to_pandas()
         wanted = mention_ids.map(self._gold.set_index("mention_id")["entity_id"])
-        names = wanted.map(self._names()) if self._entities is not None else pd.Series([None] * len(wanted))
+        names = wanted.map(self._names) if self._entities is not None else pd.Series([None] * len(wanted))
         return pa.table(
             {
                 "mention_id": pa.array(mention_ids, pa.string()),
@@ -283,8 +290,9 @@ class Judge:
 
     def _answers(self, entity_ids: pd.Series) -> pd.Series:
         """What is compared under the protocol: ids, or the names of these."""
-        return entity_ids.map(self._names()) if self.protocol == "name" else entity_ids
+        return entity_ids.map(self._names) if self.protocol == "name" else entity_ids
 
+    @cached_property
     def _names(self) -> pd.Series:
         assert self._entities is not None, "asked for only with them"
         return self._entities.drop_duplicates("entity_id").set_index("entity_id")["name"]
@@ -306,7 +314,7 @@ class Judge:
         if "has_picture" in judged:
             yield "picture", _either(judged["has_picture"], "with", "without")
         if self._entities is not None and "mention" in judged:
-            is_name = judged["mention"].str.casefold() == judged["entity_id_gold"].map(self._names()).str.casefold()
+            is_name = judged["mention"].str.casefold() == judged["entity_id_gold"].map(self._names).str.casefold()
             yield "surface form", _either(is_name, "is the name", "is another")
         if self._train is not None:
             frequency = judged["entity_id_gold"].map(self._train["entity_id"].value_counts()).fillna(0)
@@ -332,14 +340,14 @@ def audit_leaks(train: pa.Table, test: pa.Table) -> LeakAudit:
     """Count mentions of a test split that share something with the training split.
 
     Args:
-        train: Columns `mention_id`, `text`, `mention` and optionally `image_bytes` or `image_uri`.
+        train: Columns `mention_id`, `text`, `mention` and optionally `image_digest` (of the bytes) or `image_uri`.
         test: The same.
     """
     seen, asked = (
         _frame(table, ("mention_id", "text", "mention"), name) for table, name in ((train, "train"), (test, "test"))
     )
     keys = ["mention", "text"]
-    pictures = [column for column in ("image_bytes", "image_uri") if column in seen and column in asked]
+    pictures = [column for column in ("image_digest", "image_uri") if column in seen and column in asked]
     shared = [asked[column].notna() & asked[column].isin(seen[column].dropna()) for column in pictures]
     return LeakAudit(
         num_mentions=len(asked),

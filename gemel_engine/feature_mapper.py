@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from gemel_engine.errors import ArtifactError
+from gemel_engine.errors import ArtifactError, InputError
 from gemel_engine.manifest import file_sha256, read_manifest, write_manifest
 from gemel_engine.types import FeatureScaling
 
@@ -144,24 +144,36 @@ class FeatureMapper(nn.Module):
             embeddings: What each picture's visual prefix should be, (N, P, D).
             penalty: Added to the variance of each feature, in units of the mean variance.
             gain: What deviates from the mean embedding is multiplied by this, since a regression shrinks it.
+
+        Raises:
+            InputError: All pictures are equal.
         """
         inputs = self.scaled(features).double()
         targets = embeddings.flatten(1).double()
         input_mean, target_mean = inputs.mean(dim=0), targets.mean(dim=0)
         inputs, targets = inputs - input_mean, targets - target_mean
         covariance = inputs.T @ inputs / len(inputs)  # (C, C)
-        covariance.diagonal().add_(penalty * covariance.diagonal().mean())
+        variance = covariance.diagonal().mean()
+        if not variance:
+            raise InputError(
+                f"the {len(inputs)} training pictures have the same features: there is nothing to regress on"
+            )
+        covariance.diagonal().add_(penalty * variance)
         weight = gain * torch.linalg.solve(covariance, inputs.T @ targets / len(inputs)).T  # (P * D, C)
         self.linear.weight.copy_(weight)
         self.linear.bias.copy_(target_mean - weight @ input_mean)
         self.metadata = replace(self.metadata, initialisation="ridge", seed=None)
 
     def save(self, directory: str | Path, dtype: torch.dtype = torch.float32) -> None:
-        """Write `mapper.safetensors` in `dtype`, then `mapper.json`: a directory that has the second is complete."""
+        """Write `mapper.safetensors`, then `mapper.json`: a directory that has the second is complete.
+
+        The linear layer is written in `dtype`, the scaling in float32: a mean may be many deviations away from zero.
+        """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         (directory / _METADATA).unlink(missing_ok=True)
-        tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in self.state_dict().items()}
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        tensors |= {name: tensor.to(dtype) for name, tensor in tensors.items() if name.startswith("linear.")}
         save_file(tensors, directory / _WEIGHTS)
         checksum = {_CHECKSUM: file_sha256(directory / _WEIGHTS)}
         write_manifest(directory / _METADATA, asdict(self.metadata) | checksum)

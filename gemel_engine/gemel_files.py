@@ -13,7 +13,6 @@ C vision width, P prefix length, D language-model width.
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -58,7 +57,7 @@ def import_mapper(checkpoint: Path, language_model_width: int) -> FeatureMapper:
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)
     except OSError as error:
         raise ArtifactError(f"{checkpoint} can't be read: {error.strerror}") from error
-    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+    except Exception as error:  # anything can stand in the file, and anything is raised then
         # PyTorch's own message advises to unpickle whatever the file holds.
         raise ArtifactError(f"{checkpoint} is damaged, or holds more than tensors; nothing of it was run") from error
     if not isinstance(state, dict) or set(state) != {"weight", "bias"}:
@@ -156,10 +155,10 @@ def _rows(path: Path, pictures: h5py.File | None) -> Iterator[dict[str, object] 
             try:
                 fields = json.loads(line)  # UnicodeDecodeError is a ValueError
                 mention, text, target, golden = (fields[key] for key in _KEYS)
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise InputError(f"{where} is no JSON object with {', '.join(_KEYS)}: {error!r}") from error
             picture = next((fields[key] for key in _PICTURE_KEYS if fields.get(key)), None)
-            if not all(isinstance(value, str) for value in (mention, text, target, golden, picture or "")):
+            if not all(map(_is_text, (mention, text, target, golden, picture or ""))):
                 raise InputError(f"{where}: {', '.join((*_KEYS, *_PICTURE_KEYS))} must be strings; correct the line")
             if golden == _NIL:
                 yield None
@@ -174,6 +173,11 @@ def _rows(path: Path, pictures: h5py.File | None) -> Iterator[dict[str, object] 
             }
 
 
+def _is_text(value: object) -> bool:
+    """Whether it is a string that can be written: JSON may hold half of a surrogate pair."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+
+
 def _features(pictures: h5py.File, name: str, where: str) -> Features:
     # A link could lead out of the file.
     linked = isinstance(pictures.get(name, getlink=True, default=None), h5py.ExternalLink)
@@ -181,10 +185,16 @@ def _features(pictures: h5py.File, name: str, where: str) -> Features:
     if not isinstance(item, h5py.Dataset) or item.file.filename != pictures.filename:
         raise InputError(f"{where}: {pictures.filename} has no features of {name!r}; use the file made for this corpus")
     # So could a dataset whose numbers are in other files; and one of terabytes takes no room if they are all equal.
-    if item.external or item.is_virtual or item.dtype.kind != "f" or not 0 < item.size <= _MAX_WIDTH:
+    if item.external or item.is_virtual or item.dtype.kind != "f" or not 0 < (item.size or 0) <= _MAX_WIDTH:
         raise InputError(f"{where}: the features of {name!r} are no array of up to {_MAX_WIDTH} numbers; extract them")
+    try:
+        stored = item[()]
+    except OSError as error:
+        raise InputError(
+            f"{where}: the features of {name!r} can't be read ({error}); download the file again"
+        ) from error
     with np.errstate(over="ignore"):
-        features = np.asarray(item[()], np.float32).ravel()
+        features = np.asarray(stored, np.float32).ravel()
     if not are_features(features, len(features)):
         raise InputError(f"{where}: the features of {name!r} are not finite; extract them again")
     return features

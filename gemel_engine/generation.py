@@ -10,14 +10,12 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from gemel_engine.artifacts import Artifacts, open_artifacts, open_calibration
@@ -144,17 +142,14 @@ class EntityNameGenerator:
         prompt = self._builder.build([blocks[place] for place in places], question)
         return prompt, [demonstrations[place] for place in places]
 
-    def search(self, mention: Mention) -> tuple[NameSearch, PrefixTrie | None, NDArray[np.intp] | None]:
-        """The search for a mention; with candidates also their trie, and the name index of each of its names.
+    def search(self, mention: Mention) -> tuple[NameSearch, PrefixTrie | None]:
+        """The search for a mention, and the trie of its own candidates, if it has any.
 
         Raises:
             InvalidMentionError: A candidate is not in the knowledge base.
         """
-        trie, names = None, None
-        if mention.candidate_ids is not None:
-            trie, names = self._candidate_trie(mention.candidate_ids)
-        search = NameSearch(trie or self.artifacts.knowledge_base.trie, self._builder.terminator, self._search)
-        return search, trie, names
+        trie = None if mention.candidate_ids is None else self._candidate_trie(mention.candidate_ids)
+        return NameSearch(trie or self.artifacts.knowledge_base.trie, self._builder.terminator, self._search), trie
 
     def search_added(self, mention: Mention, earlier: SearchResult) -> NameSearch | None:
         """The search for an added name that beats what was found before; None where there can't be one."""
@@ -168,11 +163,13 @@ class EntityNameGenerator:
         """The search behind an earlier prediction, in the numbers of this knowledge base."""
         return result_of(prediction, self.artifacts.knowledge_base, self._search.objective)
 
-    def with_added(self, earlier: SearchResult, added: SearchResult) -> SearchResult:
+    def numbered(self, result: SearchResult, searched: PrefixTrie) -> SearchResult:
+        """The result of a search over some names, in the numbers of the knowledge base."""
+        return numbered_in(self.artifacts.knowledge_base.trie, result, searched)
+
+    def merged(self, earlier: SearchResult, added: SearchResult) -> SearchResult:
         """What was found before and what was found among the added names, as one result."""
-        assert self.added_names is not None, "they were searched"
-        renumbered = numbered_in(self.artifacts.knowledge_base.trie, added, self.added_names)
-        return merge_results(earlier, renumbered, self._search.num_candidates)
+        return merge_results(earlier, added, self._search.num_candidates)
 
     def candidates(self, names: Sequence[FoundName], mention: Mention) -> tuple[Candidate, ...]:
         """The entities of names, within the mention's own candidates if it has any."""
@@ -221,7 +218,7 @@ class EntityNameGenerator:
             )
         return prefix
 
-    def _candidate_trie(self, entity_ids: Sequence[str]) -> tuple[PrefixTrie, NDArray[np.intp]]:
+    def _candidate_trie(self, entity_ids: Sequence[str]) -> PrefixTrie:
         knowledge_base = self.artifacts.knowledge_base
         known = dict(zip(entity_ids, knowledge_base.names_of_entities(entity_ids), strict=True))
         unknown = [entity_id[:50] for entity_id, name in known.items() if name is None]
@@ -231,11 +228,8 @@ class EntityNameGenerator:
                 if unknown
                 else "candidate_ids is empty: list at least one entity, or leave it null to search the knowledge base"
             )
-        names = np.array(sorted({name for name in known.values() if name is not None}))
-        trie, number = PrefixTrie.from_sequences([knowledge_base.name_tokens(int(name)) for name in names])
-        name_index = np.empty_like(names)
-        name_index[number] = names
-        return trie, name_index
+        names = {name for name in known.values() if name is not None}
+        return PrefixTrie.from_sequences([knowledge_base.name_tokens(name) for name in names])[0]
 
 
 def _start_engine(config: LinkConfig, artifacts: Artifacts, added_names: SavedTrie | None) -> RolloutEngine:
@@ -267,7 +261,7 @@ class _Tasks:
         self._earlier = earlier
         self._found_before: dict[int, SearchResult] = {}
         self._used_rows: dict[int, list[int]] = {}
-        self._name_index: dict[int, NDArray[np.intp] | None] = {}
+        self._own_tries: dict[int, PrefixTrie] = {}
         self._predictions: dict[int, Prediction] = {}
 
     def searches(self) -> Iterator[tuple[int, Prompt, NameSearch, PrefixTrie | None]]:
@@ -284,19 +278,20 @@ class _Tasks:
             try:
                 prompt, self._used_rows[position] = self._generator.prompt(mention, features, rows)
                 if search is None:
-                    search, trie, self._name_index[position] = self._generator.search(mention)
+                    search, trie = self._generator.search(mention)
             except MentionError as error:
                 self._predictions[position] = Prediction(mention.mention_id, error=str(error))
                 continue
+            if trie is not None:
+                self._own_tries[position] = trie
             yield position, prompt, search, trie
 
     def finish(self, position: int, result: SearchResult) -> None:
         """Note the outcome of a search."""
-        if position in self._found_before:
-            result = self._generator.with_added(self._found_before[position], result)
-        elif (name_index := self._name_index[position]) is not None:
-            names = [replace(name, name_index=int(name_index[name.name_index])) for name in result.names]
-            result = replace(result, names=tuple(names))
+        if (trie := self._own_tries.pop(position, None)) is not None:
+            result = self._generator.numbered(result, trie)
+        if (earlier := self._found_before.pop(position, None)) is not None:
+            result = self._generator.merged(earlier, result)
         self._predict(position, result)
 
     def predictions(self) -> list[Prediction]:

@@ -164,7 +164,7 @@ def evaluate(
 
     linked = LinkedRun.open(output)
     other = None if against is None else LinkedRun.open(against)
-    directory, judged = write_to or f"{output}/evaluation", None
+    directory, judged = write_to or f"{linked.output}/evaluation", None
     if gold is not None or linked.has_gold():
         judged = judge_run(linked, gold=gold, train=train, against=other, protocol=protocol)
         Console().print(as_table(judged))

@@ -7,6 +7,7 @@ import operator
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import reduce
+from hashlib import blake2b
 from typing import Any, Self
 
 import numpy as np
@@ -112,12 +113,18 @@ def judge_run(
     Raises:
         InputError: There are no labels, or they are not of the linked mentions.
     """
-    labelled = read_gold(gold or linked.settings["input"], linked.settings["input"])
-    training = None if train is None else read_gold(train)
+    labels = gold or linked.settings["input"]
+    labelled = read_gold(labels, linked.settings["input"], with_digests=train is not None)
+    training = None if train is None else read_gold(train, with_digests=True)
     knowledge_base = linked.open_knowledge_base()
     runs = [linked.predictions, *([] if against is None else [against.predictions])]
     entities = entities_to_judge(knowledge_base, labelled, runs)
     judge = Judge(labelled, entities=entities, train=training, protocol=protocol)
+    if against is not None:
+        try:
+            Judge(read_gold(labels, against.settings["input"]), entities=entities, protocol=protocol)
+        except InputError as error:
+            raise InputError(f"of the run to compare with: {error}") from error
     return JudgedRun(
         evaluation=judge.evaluate(linked.predictions),
         confidence=qualities(judge, linked.predictions),
@@ -137,26 +144,35 @@ def calibrate_run(linked: LinkedRun, *, gold: str | None = None, nil_precision: 
         nil_precision: See `Calibration.fit`.
 
     Raises:
-        InputError: There are no labels, or too few mentions of an outcome.
+        InputError: There are no labels, too few mentions of an outcome, or mentions with candidates of their own.
         ConfigurationError: No threshold of NIL reaches that precision.
     """
     labelled = read_gold(gold or linked.settings["input"], linked.settings["input"])
+    if "candidate_ids" in labelled.column_names and labelled["candidate_ids"].null_count < len(labelled):
+        raise InputError(
+            "some mentions of the run have candidate_ids, and a search over a few names gives other evidence than one "
+            "over all: fit the calibration on a run without candidates"
+        )
     entities = entities_to_judge(linked.open_knowledge_base(), labelled, [linked.predictions])
     predictions, is_right, is_nil = Judge(labelled, entities=entities).outcomes(linked.predictions)
     scoring = scoring_settings(linked.settings)
-    return Calibration.fit(predictions, is_right, is_nil, nil_precision=nil_precision, scoring=scoring)
+    form_of = dict(zip(labelled["mention_id"].to_pylist(), labelled["mention"].to_pylist(), strict=True))
+    forms = [form_of[mention_id] for mention_id in predictions["mention_id"].to_pylist()]
+    return Calibration.fit(
+        predictions, is_right, is_nil, nil_precision=nil_precision, scoring=scoring, surface_forms=forms
+    )
 
 
 def qualities(judge: Judge, predictions: pa.Table) -> dict[str, ConfidenceQuality]:
-    """How good each score is that a run gives its answers, on the mentions without an error."""
-    judged = judge.judge(predictions)
-    judged = judged[judged["error"].isna()]
-    is_right = (judged["rank"] == 1).to_numpy()
+    """How good each score is that a run gives its answers, those to NIL mentions too; rows with an error have none."""
+    judged, is_right, _ = judge.outcomes(predictions)
+    has_answer = np.array(judged["error"].is_null())
+    judged, is_right = judged.filter(has_answer), is_right[has_answer]
     scores = {"calibrated": "confidence", "raw": "probability"}
     return {
-        name: quality(judged[column].to_numpy(np.float64), is_right)
+        name: quality(judged[column].to_numpy(), is_right)
         for name, column in scores.items()
-        if len(judged) and judged[column].notna().all()
+        if len(judged) and not judged[column].null_count
     }
 
 
@@ -199,16 +215,18 @@ def as_table(judged: JudgedRun) -> Table:
     return table
 
 
-def read_gold(uri: str, described_by: str | None = None) -> pa.Table:
+def read_gold(uri: str, linked: str | None = None, *, with_digests: bool = False) -> pa.Table:
     """The small columns of mentions with gold labels.
 
     Args:
         uri: Parquet file or directory.
-        described_by: Where the rest stands if the labels come without `text`: the input of their run.
+        linked: The input of their run, which alone says what their candidates were, and all else if the labels come
+            without `text`; None if there is no run.
+        with_digests: Read all pictures, for their digests.
 
     Returns:
-        `mention_id`, `entity_id`, where they are there `mention`, `text`, `candidate_ids`, `image_uri`, and
-        `has_picture`.
+        `mention_id`, `entity_id`, where they are there `mention`, `text`, `candidate_ids`, `image_uri`,
+        `image_digest` (of `image_bytes`), and `has_picture`.
 
     Raises:
         InputError: The mentions have no labels.
@@ -216,11 +234,14 @@ def read_gold(uri: str, described_by: str | None = None) -> pa.Table:
     dataset = _dataset(uri)
     if missing := {"mention_id", "entity_id"} - set(dataset.schema.names):
         raise InputError(f"{uri} has no column {', '.join(sorted(missing))}: name a table of mentions with gold labels")
-    if described_by is None or "text" in dataset.schema.names:
-        return _small_columns(dataset)
+    if linked is None or linked == uri:
+        return _small_columns(dataset, with_digests=with_digests)
     labels = dataset.to_table(["mention_id", "entity_id"])
+    if "text" in dataset.schema.names:
+        labels = _small_columns(dataset, with_digests=with_digests)
+        labels = labels.drop_columns([name for name in ("candidate_ids",) if name in labels.column_names])
     ids = labels["mention_id"].combine_chunks()
-    described = _small_columns(_dataset(described_by), pads.field("mention_id").isin(ids))
+    described = _small_columns(_dataset(linked), pads.field("mention_id").isin(ids), with_digests=with_digests)
     place = pc.index_in(ids, described["mention_id"].combine_chunks().cast(ids.type))
     for name in described.column_names:
         if name not in labels.column_names:
@@ -228,11 +249,22 @@ def read_gold(uri: str, described_by: str | None = None) -> pa.Table:
     return labels
 
 
-def _small_columns(dataset: pads.Dataset, where: pads.Expression | None = None) -> pa.Table:
+def _small_columns(
+    dataset: pads.Dataset, where: pads.Expression | None = None, *, with_digests: bool = False
+) -> pa.Table:
     columns = {name: pads.field(name) for name in _GOLD_COLUMNS if name in dataset.schema.names}
     pictures = [pads.field(name).is_valid() for name in _PICTURES if name in dataset.schema.names]
     columns["has_picture"] = reduce(operator.or_, pictures, pads.scalar(False))
-    return dataset.to_table(columns, filter=where)
+    table = dataset.to_table(columns, filter=where)
+    if with_digests and "image_bytes" in dataset.schema.names:
+        batches = dataset.to_batches(columns=["image_bytes"], filter=where)
+        digests = [_digest(value) for batch in batches for value in batch["image_bytes"]]
+        table = table.append_column("image_digest", pa.array(digests, pa.binary()))
+    return table
+
+
+def _digest(value: pa.Scalar) -> bytes | None:
+    return blake2b(value.as_buffer(), digest_size=16).digest() if value.is_valid else None
 
 
 def entities_to_judge(knowledge_base: KnowledgeBase, gold: pa.Table, predictions: Sequence[pa.Table]) -> pa.Table:

@@ -37,7 +37,7 @@ from gemel_engine.packing import LabelledPrompt, Segment, pack_prompts, split_in
 from gemel_engine.prompt import Block, PromptBuilder, PromptSettings
 from gemel_engine.types import Features, Mention
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _STATE = "training.json"
 _OPTIMISER = "optimiser.safetensors"
 
@@ -114,6 +114,11 @@ class TrainingPrompts:
         places = self.builder.fitting(blocks, self._num_shared, question)
         kept = tuple(example.demonstrations[place] for place in places)
         return LabelledPrompt(kept, Segment(question.token_ids, picture), self.target(number))
+
+    def beginning(self, number: int) -> tuple[str, tuple[int, ...]]:
+        """Surface form and shared demonstrations of an example: prompts that have both in common begin alike."""
+        example = self.examples[number]
+        return example.mention.mention, example.demonstrations[: self._num_shared]
 
     def target(self, number: int) -> tuple[int, ...]:
         """Tokens of the name of an example's entity, and the terminator."""
@@ -361,7 +366,7 @@ class MapperTrainer:
             self._epoch = (
                 epoch,
                 epoch_order(
-                    [example.mention.mention for example in self._prompts.examples],
+                    [self._prompts.beginning(number) for number in range(len(self._prompts.examples))],
                     self._settings.mentions_per_form,
                     f"{self._settings.seed} {epoch}",
                 ),
@@ -388,15 +393,24 @@ def _is_state_of(parameter: Tensor, state: Mapping[str, Tensor]) -> bool:
     )
 
 
-def epoch_order(surface_forms: Sequence[str], mentions_per_form: int, seed: str) -> list[int]:
-    """A random order of all mentions in which up to `mentions_per_form` of one surface form follow each other."""
+def epoch_order(beginnings: Sequence[tuple[str, tuple[int, ...]]], mentions_per_form: int, seed: str) -> list[int]:
+    """A random order of all mentions in which up to `mentions_per_form` of one surface form follow each other.
+
+    Those of a form that have the same demonstrations are neighbours: where groups are left out, it has several lists.
+
+    Args:
+        beginnings: `TrainingPrompts.beginning` of each mention.
+        mentions_per_form: See above.
+        seed: Of the order.
+    """
     generator = random.Random(seed)
     numbers_of_form: dict[str, list[int]] = defaultdict(list)
-    for number, form in enumerate(surface_forms):
+    for number, (form, _) in enumerate(beginnings):
         numbers_of_form[form].append(number)
     chunks = []
     for numbers in numbers_of_form.values():
         generator.shuffle(numbers)
+        numbers.sort(key=lambda number: beginnings[number])
         chunks += [numbers[i : i + mentions_per_form] for i in range(0, len(numbers), mentions_per_form)]
     generator.shuffle(chunks)
     return [number for chunk in chunks for number in chunk]

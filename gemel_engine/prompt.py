@@ -204,8 +204,9 @@ def _check(settings: PromptSettings) -> None:
         raise ConfigurationError(f"prompt.template {settings.template!r} is malformed: {error!r}") from error
     if "\x01" not in filled or "\x02" not in filled:
         raise ConfigurationError(f"prompt.template {settings.template!r} must hold the fields {{text}} and {{mention}}")
-    if not 0 < settings.query_reserve <= settings.max_prompt_tokens:
+    longest = settings.max_prompt_tokens - settings.begin_with_bos
+    if not 0 < settings.query_reserve <= longest:
         raise ConfigurationError(
-            f"prompt.query_reserve is {settings.query_reserve}: it must be positive and at most max_prompt_tokens, "
-            f"{settings.max_prompt_tokens}"
+            f"prompt.query_reserve is {settings.query_reserve}: it must be positive and at most {longest}, which is "
+            "max_prompt_tokens, less one for a BOS token"
         )

@@ -7,8 +7,8 @@ item whose score is known; where a node allows more than K tokens, the rest is o
 
 Log-probs are never positive, so the score of a node bounds the score of every name below it. Once no open item's
 bound exceeds the best finished name, that name is the argmax over *all* allowed names: it is certified. Any proof of it
-has to start a rollout at each item whose bound is above its score, whatever the order; the names that these meet are
-therefore a property of the model and the trie, and `ranking` may choose among them.
+has to follow each token beside a rollout's way whose bound is above its score, whatever the order and K; the names in
+which these end are therefore a property of the model and the trie, and `ranking` may choose among them.
 
     search = NameSearch(trie, terminator, settings)
     while not search.is_done:
@@ -24,11 +24,12 @@ import itertools
 import math
 from bisect import insort
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 
+from gemel_engine.errors import GemelError
 from gemel_engine.prefix_trie import PrefixTrie
 from gemel_engine.prompt import Prompt
 
@@ -37,6 +38,7 @@ Ranking = Literal["objective", "mean"]
 Key = TypeVar("Key", bound=Hashable)
 
 _ROUNDING = 1e-5  # by how much a sum of probabilities, computed in float32, may fall short
+_request_ids = map(str, itertools.count())  # none comes twice: an engine may still hold those of an interrupted call
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,8 +49,9 @@ class SearchSettings:
         objective: `sum` of the log-probs of a name's tokens and its terminator, or their `mean` (the default length
             penalty of Hugging Face's beam search, which GEMEL uses).
         ranking: `objective`: the best by the objective comes first. `mean`: first come, by the mean of their log-probs,
-            the names that no proof of the best by the objective can do without: each ends, greedily, a prefix more
-            probable than the whole of that best name. A sum prefers short names; beam search ranks like this.
+            the names that no proof of the best by the objective can do without: each ends, greedily, a prefix whose
+            bound is above the score of that best name. A sum prefers short names; beam search ranks like this. For the
+            objective `mean` it is the same.
         num_candidates: Names to return.
         num_to_certify: Stop once this many of the best names are proved. At most `num_candidates`.
         num_children: K, the log-probs asked for at each step of a rollout.
@@ -113,9 +116,11 @@ class SearchResult:
 
     Attributes:
         names: At most `num_candidates`.
-        num_certified: The first `num_certified` names are proved to be the best ones of all allowed names, in order.
+        num_certified: The first `num_certified` names are proved to be in their place: ranked by the objective, they
+            are the best ones of all allowed names.
         log_explored_mass: Log of the probability of all names that were finished.
-        unexplored_mass: Upper bound of the probability of all names that were not.
+        unexplored_mass: Upper bound of the probability of all names that were not, as far as two passes over the same
+            prefix give the same probabilities.
         num_rollouts: Rollouts asked for.
         highest_bound: No name that was not finished has a higher score.
     """
@@ -130,7 +135,11 @@ class SearchResult:
 
 @dataclass(frozen=True, slots=True)
 class _Finished:
-    """A name that a rollout met: `mean` of its log-probs in nats, and the `bound` of the item that it started from."""
+    """A name that a rollout met, and the `mean` of its log-probs in nats.
+
+    Its `bound` is that of the token from which greedy decoding went on to it: the first that its rollout took. A name
+    beside a rollout's way has its score.
+    """
 
     name: FoundName
     path: tuple[int, ...]
@@ -152,6 +161,11 @@ class _OpenItem:
     mass: float = field(compare=False)
     excluded: frozenset[int] = field(compare=False, default=frozenset())
     excluded_mass: float = field(compare=False, default=0.0)
+
+    @property
+    def bound(self) -> float:
+        """No name in it has a higher score."""
+        return -self.negative_bound
 
 
 class NameSearch:
@@ -186,7 +200,7 @@ class NameSearch:
             self._frontier
             and len(self._in_flight) < min(self._settings.width, max(1, num_answered))
             and not self._is_spent
-            and -self._frontier[0].negative_bound > self._score_to_beat
+            and self._frontier[0].bound > self._score_to_beat
         ):
             item = heapq.heappop(self._frontier)
             request = RolloutRequest(item.path, item.excluded)
@@ -198,16 +212,18 @@ class NameSearch:
     def observe(self, request: RolloutRequest, rollout: Rollout) -> None:
         """Take in the answer to a request: the names it finished, and the open items beside its way."""
         item = self._in_flight.pop(request)
-        bound = -item.negative_bound
+        bound = None if request.excluded else item.bound
         self._num_tokens += len(rollout.tokens)
         for tokens, log_probs in zip(rollout.tokens, rollout.log_probs, strict=True):
             self._open_remainder(item, tokens, log_probs)
-            children = [self._child(item, *child, bound) for child in zip(tokens, log_probs, strict=True)]
-            for child in filter(None, children[1:]):
-                heapq.heappush(self._frontier, child)
-            if children[0] is None:
+            taken, *others = [self._child(item, *child) for child in zip(tokens, log_probs, strict=True)]
+            for other in others:
+                self._add(other)
+            bound = taken.bound if bound is None else bound
+            if isinstance(taken, _Finished):
+                self._add(replace(taken, bound=bound))
                 return
-            item = children[0]
+            item = taken
         raise AssertionError("a rollout ends with the terminator")
 
     @property
@@ -233,7 +249,7 @@ class NameSearch:
     def _ranked(self) -> tuple[list[_Finished], int]:
         """All names found, the best first, and how many of the first are proved to be in their place."""
         num_certified = sum(finished.name.score >= self._highest_bound for finished in self._found)
-        if self._settings.ranking == "objective" or not self._found:
+        if self._settings.ranking == "objective" or self._settings.objective == "mean" or not self._found:
             return self._found, num_certified
         best = self._found[0]
         needed = [best, *(finished for finished in self._found[1:] if finished.bound > best.name.score)]
@@ -250,9 +266,9 @@ class NameSearch:
 
     @property
     def _highest_bound(self) -> float:
-        bounds = [-item.negative_bound for item in self._in_flight.values()]
+        bounds = [item.bound for item in self._in_flight.values()]
         if self._frontier:
-            bounds.append(-self._frontier[0].negative_bound)
+            bounds.append(self._frontier[0].bound)
         return max(bounds, default=-math.inf)
 
     @property
@@ -270,19 +286,23 @@ class NameSearch:
     def _item(self, path: tuple[int, ...], node: int, log_prob: float) -> _OpenItem:
         return _OpenItem(-self._bound(log_prob, len(path), node), path, node, log_prob, math.exp(log_prob))
 
-    def _child(self, parent: _OpenItem, token: int, log_prob: float, bound: float) -> _OpenItem | None:
-        """The open item of a child, or None when the token ended a name, which is noted with its rollout's bound."""
+    def _child(self, parent: _OpenItem, token: int, log_prob: float) -> _OpenItem | _Finished:
+        """The open item of a child, or the name that the token ended."""
         total = parent.log_prob + log_prob
         if token == self._terminator and self._trie.is_terminal(parent.node):
             mean = total / (len(parent.path) + 1)
             score = total if self._settings.objective == "sum" else mean
             name = FoundName(self._trie.name_index(parent.node), total, score)
-            finished = _Finished(name, parent.path, mean, bound)
-            insort(self._found, finished, key=lambda finished: (-finished.name.score, finished.path))
-            return None
+            return _Finished(name, parent.path, mean, bound=score)
         node = self._trie.child(parent.node, token)
         assert node is not None, f"token {token} is not allowed after {parent.path}"
         return self._item((*parent.path, token), node, total)
+
+    def _add(self, item: _OpenItem | _Finished) -> None:
+        if isinstance(item, _OpenItem):
+            heapq.heappush(self._frontier, item)
+        else:
+            insort(self._found, item, key=lambda finished: (-finished.name.score, finished.path))
 
     def _open_remainder(self, item: _OpenItem, tokens: list[int], log_probs: list[float]) -> None:
         """Push the allowed children of `item` that a step did not report, as one item, if there are any."""
@@ -300,7 +320,7 @@ class NameSearch:
         remainder = _OpenItem(
             -bound, item.path, item.node, item.log_prob, math.exp(item.log_prob) * mass_left, excluded, excluded_mass
         )
-        heapq.heappush(self._frontier, remainder)
+        self._add(remainder)
 
 
 def merge_results(first: SearchResult, second: SearchResult, num_candidates: int) -> SearchResult:
@@ -342,16 +362,18 @@ def run_searches(
         engine: Answers the rollouts.
         mentions: Key, prompt, search, and the candidates' own trie (None: the engine's).
         max_in_flight: Searches that are open at once.
+
+    Raises:
+        GemelError: The language model's log-probs are not numbers.
     """
     waiting = iter(mentions)
     open_searches: dict[Key, tuple[Prompt, NameSearch, PrefixTrie | None]] = {}
     rollouts: dict[str, tuple[Key, RolloutRequest]] = {}
-    request_ids = map(str, itertools.count())
 
     def submit(key: Key) -> None:
         prompt, search, candidates = open_searches[key]
         for request in search.next_requests():
-            request_id = next(request_ids)
+            request_id = next(_request_ids)
             rollouts[request_id] = key, request
             engine.submit(request_id, prompt, request, candidates)
 
@@ -362,9 +384,12 @@ def run_searches(
         if not rollouts:
             return
         for request_id, rollout in engine.step():
-            key, request = rollouts.pop(request_id)
-            if key not in open_searches:
-                continue  # a rollout of a search that was proved without it
+            asked = rollouts.pop(request_id, None)
+            if asked is None or asked[0] not in open_searches:
+                continue  # of a call that was interrupted, or of a search that was proved without it
+            if any(math.isnan(log_prob) for step in rollout.log_probs for log_prob in step):
+                raise GemelError("the language model's log-probs are not numbers: use dtype bfloat16 or float32")
+            key, request = asked
             search = open_searches[key][1]
             search.observe(request, rollout)
             if search.is_done:

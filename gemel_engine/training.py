@@ -17,6 +17,7 @@ import tempfile
 import time
 import uuid
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -53,6 +54,7 @@ from gemel_engine.prompt import PromptBuilder
 from gemel_engine.shards import Shard
 from gemel_engine.stages import CheckExamples, read_file, write_examples
 from gemel_engine.transformers_engine import TransformersEngine
+from gemel_engine.vision import ImageEncoder
 
 logger = logging.getLogger(__name__)
 
@@ -108,16 +110,17 @@ def train_mapper(config: TrainConfig) -> TrainReport:
         splits["dev"] = config.dev
     required = ("entity_id", *(("image_features",) if config.vision.image_encoder is None else ()))
     plans = {split: shards.plan_shards(uri, config.rows_per_shard, required) for split, uri in splits.items()}
+    _check_disjoint(splits)
     artifacts = open_artifacts(config, verify=config.verify_artifacts)
     image_encoder = check_encoders(config, artifacts)
     fingerprint = None if image_encoder is None else image_encoder.fingerprint
     shards.claim_output(config.output, _identity(config, plans))
     connect()
     _check_resources(config)
-    prepared = {split: _prepare(config, split, plan, artifacts, fingerprint) for split, plan in plans.items()}
+    prepared = {split: _prepare(config, split, plan, artifacts, image_encoder) for split, plan in plans.items()}
+    left_out = {split: _left_out(config, split, examples) for split, examples in prepared.items()}
     if not prepared["train"].num_pictures:
         raise InputError(f"no mention of {config.train} has a usable picture: there is nothing to train on")
-    left_out = {split: _left_out(config, split, examples) for split, examples in prepared.items()}
     datasets = {split: _read_examples(examples) for split, examples in prepared.items()}
     settings = {"config": config, "image_encoder_fingerprint": fingerprint, "shows_bar": sys.stderr.isatty()}
     result = _trainer(config, settings, datasets).fit()
@@ -128,15 +131,30 @@ def train_mapper(config: TrainConfig) -> TrainReport:
     return report
 
 
+def _check_disjoint(splits: Mapping[str, str]) -> None:
+    """See that no id is in two splits: a mention is kept from being its own demonstration by its id."""
+    ids = [set(shards.read_columns(uri, ("mention_id",))["mention_id"].to_pylist()) for uri in splits.values()]
+    common = set.intersection(*ids) if len(ids) > 1 else set()
+    if common:
+        raise InputError(
+            f"{' and '.join(splits.values())} have {len(common)} mention_id in common, such as {min(common)[:50]!r}: "
+            "keep the splits apart, and give their mentions different ids"
+        )
+
+
 def _check_resources(config: TrainConfig) -> None:
     """See that this machine has room for the workers; a cluster may grow."""
-    num_cpus: float = ray.cluster_resources().get("CPU", 0.0)  # type: ignore[no-untyped-call]
-    asked = (config.workers.min_workers or config.workers.num_workers) * config.workers.num_cpus
-    if "RAY_ADDRESS" not in os.environ and asked > num_cpus:
-        raise ConfigurationError(
-            f"the workers ask for {asked:g} CPUs, and this machine's Ray has {num_cpus:g}: lower workers.num_workers "
-            "or workers.num_cpus"
-        )
+    if "RAY_ADDRESS" in os.environ:
+        return
+    workers = config.workers
+    has: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    for kind, of_worker in (("CPU", workers.num_cpus), ("GPU", float(workers.use_gpu))):
+        asked = (workers.min_workers or workers.num_workers) * of_worker
+        if asked > has.get(kind, 0.0):
+            raise ConfigurationError(
+                f"the workers ask for {asked:g} {kind}s, and this machine's Ray has {has.get(kind, 0.0):g}: lower "
+                f"workers.num_workers or {'workers.num_cpus' if kind == 'CPU' else 'unset workers.use_gpu'}"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,7 +173,7 @@ class _Prepared:
 
 
 def _prepare(
-    config: TrainConfig, split: str, plan: list[Shard], artifacts: Artifacts, fingerprint: str | None
+    config: TrainConfig, split: str, plan: list[Shard], artifacts: Artifacts, image_encoder: ImageEncoder | None
 ) -> _Prepared:
     """Encode the pictures of a split and retrieve its demonstrations, unless that was done before.
 
@@ -165,8 +183,11 @@ def _prepare(
     root = f"{config.examples or f'{config.output}/examples'}/{split}"
     mapper, index = artifacts.feature_mapper, artifacts.index
     prefix_length = _prefix_length(config, mapper)
-    sized = mapper or index
-    vision_width = None if sized is None else sized.metadata.vision_width
+    fingerprint, vision_width = None, None
+    if image_encoder is not None:
+        fingerprint, vision_width = image_encoder.fingerprint, image_encoder.width
+    elif (sized := mapper or index) is not None:
+        vision_width = sized.metadata.vision_width
     shards.claim_output(root, _example_identity(config, plan, prefix_length, vision_width, fingerprint))
     done = f"{root}/_prepared.json"
     if not storage.exists(done):

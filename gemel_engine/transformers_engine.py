@@ -36,7 +36,7 @@ class TransformersEngine:
         self._terminator = terminator
         self._num_children = num_children
         self._queue: deque[tuple[str, Prompt, RolloutRequest, PrefixTrie]] = deque()
-        self._prefilled: tuple[Prompt, Cache, Tensor] | None = None
+        self._prefilled: tuple[Prompt, DynamicCache, Tensor] | None = None
 
     def submit(self, request_id: str, prompt: Prompt, request: RolloutRequest, candidates: PrefixTrie | None) -> None:
         """Queue a rollout under the engine's trie, or under `candidates` where that is given."""
@@ -75,12 +75,11 @@ class TransformersEngine:
         What the prompt has in common with the one before it is not computed again.
         """
         if self._prefilled is None or self._prefilled[0] is not prompt:
-            num_known = 0 if self._prefilled is None else _common_length(self._prefilled[0], prompt)
-            if self._prefilled is None or num_known == 0:
-                # Without the model's configuration every layer keeps all positions, so that any number can be cut off.
-                cache: Cache = DynamicCache()
-            else:
-                cache = self._prefilled[1]
+            before, self._prefilled = self._prefilled, None  # if this is interrupted, nobody knows what the cache holds
+            # Without the model's configuration every layer keeps all positions, so that any number can be cut off.
+            num_known, cache = 0, DynamicCache()
+            if before is not None:
+                num_known, cache = _common_length(before[0], prompt), before[1]
                 cache.crop(num_known - cache.get_seq_length())  # minus the number of positions to remove
             embeddings = self._model.embed_prompt(prompt)[num_known:].unsqueeze(0)  # (1, T - known, D)
             output = self._model.module(
@@ -105,7 +104,7 @@ def _common_length(first: Prompt, second: Prompt) -> int:
     common = next((i for i, (a, b) in enumerate(pairs) if a != b), longest)
     for (start, prefix), (other_start, other) in zip(first.visual_prefixes, second.visual_prefixes, strict=False):
         if start != other_start or not torch.equal(prefix, other):
-            return min(common, longest, start, other_start)
+            return min(common, start, other_start)
     num_both = min(len(first.visual_prefixes), len(second.visual_prefixes))
     rest = (*first.visual_prefixes[num_both:], *second.visual_prefixes[num_both:])
-    return min([common, longest, *(start for start, _ in rest)])
+    return min([common, *(start for start, _ in rest)])

@@ -25,7 +25,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from gemel_engine.config import EngineSettings
-from gemel_engine.errors import EngineDiedError, GemelError
+from gemel_engine.errors import EngineDiedError
 from gemel_engine.model import DTYPES, language_model_width
 from gemel_engine.prefix_trie import PrefixTrie, SavedTrie
 from gemel_engine.prompt import Prompt
@@ -69,7 +69,7 @@ class VllmEngine:
         self._width = language_model_width(settings.name)
         self._dtype = DTYPES[settings.dtype]
         self.cache_statistics = CacheStatistics()
-        _set_environment(settings)
+        _set_environment()
         additional = {"prefix_trie": str(trie_directory), "terminator": terminator}
         if common_candidates is not None:
             additional["common_candidates"] = str(common_candidates.directory)
@@ -88,6 +88,7 @@ class VllmEngine:
                 max_model_len=max_prompt_tokens + self._trie.longest(0) + 1,
                 block_size=settings.block_size or (32 if on_cpu else None),
                 gpu_memory_utilization=settings.gpu_memory_utilization,
+                kv_cache_memory_bytes=settings.kv_cache_gib << 30 if on_cpu else None,
                 tensor_parallel_size=settings.tensor_parallel_size,
                 distributed_executor_backend="mp" if settings.tensor_parallel_size > 1 else "uni",
                 max_num_seqs=settings.max_num_seqs,
@@ -133,7 +134,6 @@ class VllmEngine:
 
         Raises:
             EngineDiedError: A process of the engine has ended, where it has several.
-            GemelError: The language model's log-probs are not numbers.
         """
         finished = []
         for output in self._step():
@@ -180,8 +180,6 @@ def _to_rollout(output: RequestOutput) -> Rollout:
     rollout = Rollout([], [])
     for start, end in zip(flat.start_indices, flat.end_indices, strict=True):
         log_probs = flat.logprobs[start + 1 : end]
-        if any(map(math.isnan, log_probs)):
-            raise GemelError("the language model's log-probs are not numbers: use dtype bfloat16 or float32")
         num_allowed = sum(log_prob != -math.inf for log_prob in log_probs)
         tokens, chosen = flat.token_ids[start + 1 : start + 1 + num_allowed], flat.token_ids[start]
         if tokens[0] != chosen:
@@ -192,10 +190,9 @@ def _to_rollout(output: RequestOutput) -> Rollout:
     return rollout
 
 
-def _set_environment(settings: EngineSettings) -> None:
+def _set_environment() -> None:
     """What vLLM takes from the environment only; what the user has set there stays."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # the other one is not tried on a GPU yet: docs/gpu.md
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(settings.kv_cache_gib))

@@ -131,6 +131,16 @@ def test_another_search_needs_another_calibration() -> None:
         fitted.check_scoring(SCORING | {"search": {"objective": "mean"}})
 
 
+def test_mentions_of_one_surface_form_are_left_out_together() -> None:
+    table, forms = predictions_to_table(PREDICTIONS), [str(row % 7) for row in range(600)]
+    fitted = Calibration.fit(table, IS_RIGHT, np.zeros(600, bool), surface_forms=forms)
+    alone = Calibration.fit(table, IS_RIGHT, np.zeros(600, bool))
+    assert fitted.right == alone.right
+    assert fitted.fitted_on["brier_score"] != alone.fitted_on["brier_score"]
+    with pytest.raises(InputError, match="of one outcome are of too few surface forms"):
+        Calibration.fit(table, IS_RIGHT, np.zeros(600, bool), surface_forms=[str(right) for right in IS_RIGHT])
+
+
 def test_too_few_outcomes_are_refused() -> None:
     rows = pa.concat_tables([predictions_to_table(PREDICTIONS[:30])])
     with pytest.raises(InputError, match="0 of 30 answers are right"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -199,6 +200,23 @@ def test_the_reference_forgets_what_two_prompts_do_not_share(
         fresh = TransformersEngine(plain, trie, builder.terminator, NUM_CHILDREN)
         (expected,) = link(fresh, [prompt], trie, builder.terminator, max_in_flight=1)
         assert_equal_results(link(kept, [prompt], trie, builder.terminator, max_in_flight=1), [expected])
+
+
+def test_the_reference_forgets_a_prompt_in_which_it_was_interrupted(
+    language_models: dict[str, Path],
+    trie: PrefixTrie,
+    tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    prompts, terminator = make_prompts(tokenizer)[:2], PromptBuilder(tokenizer, PromptSettings()).terminator
+    model = FrozenLanguageModel(str(language_models["llama"]))
+    engine = TransformersEngine(model, trie, terminator, NUM_CHILDREN)
+    expected = link(engine, prompts[:1], trie, terminator, max_in_flight=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "embed_prompt", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            link(engine, prompts[1:], trie, terminator, max_in_flight=1)
+    assert_equal_results(link(engine, prompts[:1], trie, terminator, max_in_flight=1), expected)
 
 
 @pytest.mark.gpu

@@ -135,3 +135,8 @@ def test_leaks_are_counted_by_what_is_shared() -> None:
     train = train.append_column("image_uri", pa.array(["x.png", None]))
     test = test.append_column("image_uri", pa.array(["x.png", None, "y.png"]))
     assert audit_leaks(train, test).pictures == 1
+
+
+def test_a_mention_with_two_gold_rows_is_refused() -> None:
+    with pytest.raises(InputError, match="1 gold rows repeat a mention_id, such as 'a': remove them"):
+        Judge(pa.table({"mention_id": ["a", "b", "a"], "entity_id": ["Q1", "Q2", "Q2"]}))

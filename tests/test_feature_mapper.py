@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from trouble import damage
 
-from gemel_engine.errors import ArtifactError
+from gemel_engine.errors import ArtifactError, InputError
 from gemel_engine.feature_mapper import FeatureMapper
 
 C, P, D = 5, 3, 4
@@ -99,6 +99,19 @@ def test_load_returns_what_was_saved(mapper: FeatureMapper, tmp_path: Path) -> N
 def test_bfloat16_weights_load_as_float32(mapper: FeatureMapper, tmp_path: Path) -> None:
     mapper.bfloat16().save(tmp_path)
     assert FeatureMapper.load(tmp_path).linear.weight.dtype == torch.float32
+
+
+def test_the_scaling_is_kept_in_full(mapper: FeatureMapper, tmp_path: Path) -> None:
+    mapper.metadata = replace(mapper.metadata, scaling="z_score")
+    mapper.fit_scaling(100 + 0.1 * torch.randn(50, C))
+    mapper.save(tmp_path, torch.bfloat16)
+    features = 100 + 0.1 * torch.randn(2, C)
+    torch.testing.assert_close(FeatureMapper.load(tmp_path)(features), mapper(features), atol=0.05, rtol=0.05)
+
+
+def test_equal_pictures_teach_nothing(mapper: FeatureMapper) -> None:
+    with pytest.raises(InputError, match="the 3 training pictures have the same features"):
+        mapper.fit_ridge(torch.ones(3, C), torch.randn(3, P, D), penalty=1.0)
 
 
 @pytest.mark.parametrize("name", ["mapper.json", "mapper.safetensors"])

@@ -79,6 +79,10 @@ def test_a_run_is_judged_by_the_labels_of_its_input(output: str) -> None:
     assert evaluation.accuracy.value == pytest.approx(IS_RIGHT[30:-1].sum() / 170)
     assert {"with", "without"} == set(evaluation.buckets["picture"])
     assert set(judged.confidence) == {"raw"}
+    reliability = judged.confidence["raw"].reliability
+    assert sum(number for _, _, number in reliability) == NUM_MENTIONS - 1
+    num_right = sum(accuracy * number for _, accuracy, number in reliability)
+    assert num_right == pytest.approx(IS_RIGHT[30:-1].sum())  # answers to the 30 without a known entity are wrong
     assert judged.knowledge_base_names == len(set(ENTITY_NAMES))
     assert json.loads(judged.to_json())["evaluation"]["num_mentions"] == 170
     assert as_table(judged).row_count > 5
@@ -102,6 +106,7 @@ def test_a_run_is_compared_with_another_and_its_split_with_training(output: str)
     assert judged.comparison.num_changed == 0
     assert judged.leaks is not None
     assert judged.leaks.mention_ids == NUM_MENTIONS
+    assert judged.leaks.pictures == sum(n % 3 > 0 for n in range(NUM_MENTIONS))
 
 
 def test_a_calibration_fits_the_run_that_it_was_fitted_on(output: str) -> None:
@@ -134,6 +139,22 @@ def test_labels_may_come_alone_and_in_any_order(output: str, tmp_path: Path) -> 
     )
     assert alone.to_json() == described.to_json()
     assert linked.output == output
+
+
+def test_what_candidates_a_run_had_its_own_input_says(output: str, tmp_path: Path) -> None:
+    mentions = pq.read_table(tmp_path / "mentions.parquet")
+    pq.write_table(mentions, tmp_path / "gold.parquet")
+    candidates = pa.array([["Q1", f"Q{n % 20}"] for n in range(NUM_MENTIONS)])
+    pq.write_table(mentions.append_column("candidate_ids", candidates), tmp_path / "mentions.parquet")
+    linked, gold = LinkedRun.open(output), str(tmp_path / "gold.parquet")
+    assert judge_run(linked, gold=gold, protocol="candidates").evaluation.protocol == "candidates"
+    with pytest.raises(InputError, match="some mentions have candidate_ids"):
+        judge_run(linked, gold=gold)
+    over_all = replace(linked, settings=linked.settings | {"input": gold})
+    with pytest.raises(InputError, match="of the run to compare with: some mentions have candidate_ids"):
+        judge_run(over_all, gold=gold, against=linked)
+    with pytest.raises(InputError, match="fit the calibration on a run without candidates"):
+        calibrate_run(linked, gold=gold, nil_precision=0.1)
 
 
 def test_what_is_no_finished_run_is_refused(output: str, tmp_path: Path) -> None:

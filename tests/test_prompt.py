@@ -79,3 +79,9 @@ def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenised(tokenizer: Pre
         builder.question("x" * 12_000, "x", None)
     with pytest.raises(PromptTooLongError, match="has 1000001 characters, and query_reserve is 100 tokens"):
         builder.question("x" * 1_000_000, "x", None)
+
+
+def test_a_reserve_that_leaves_no_room_for_the_bos_token_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    PromptBuilder(tokenizer, PromptSettings(max_prompt_tokens=64, query_reserve=64))
+    with pytest.raises(ConfigurationError, match="query_reserve is 64: it must be positive and at most 63"):
+        PromptBuilder(tokenizer, PromptSettings(max_prompt_tokens=64, query_reserve=64, begin_with_bos=True))

@@ -13,6 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from gemel_engine.earlier import numbered_in
+from gemel_engine.errors import GemelError
 from gemel_engine.prefix_trie import PrefixTrie
 from gemel_engine.prompt import Prompt
 from gemel_engine.search import (
@@ -137,12 +138,18 @@ def test_a_budget_never_makes_a_false_claim(
 
 
 @settings(max_examples=500)
-@given(problem=problems, widths=st.tuples(st.integers(1, 6), st.integers(1, 6)))
-def test_the_names_that_a_proof_meets_depend_on_no_order(problem: dict[str, Any], widths: tuple[int, int]) -> None:
+@given(
+    problem=problems,
+    widths=st.tuples(st.integers(1, 6), st.integers(1, 6)),
+    nums_children=st.tuples(st.integers(1, VOCABULARY), st.integers(1, VOCABULARY)),
+)
+def test_the_names_that_a_proof_meets_depend_on_no_order_and_no_number_of_children(
+    problem: dict[str, Any], widths: tuple[int, int], nums_children: tuple[int, int]
+) -> None:
     trie, _ = PrefixTrie.from_sequences(problem["names"])
-    scorer = RandomScorer(trie, problem["seed"], problem["temperature"], problem["num_children"])
     results = []
-    for width, newest_first in zip(widths, (False, True), strict=True):
+    for width, num_children, newest_first in zip(widths, nums_children, (False, True), strict=True):
+        scorer = RandomScorer(trie, problem["seed"], problem["temperature"], num_children)
         by_mean = SearchSettings(ranking="mean", num_candidates=100, width=width, max_rollouts=10_000)
         search = NameSearch(trie, TERMINATOR, by_mean)
         requests: list[RolloutRequest] = []
@@ -216,6 +223,34 @@ def test_many_searches_share_an_engine() -> None:
     assert {results[i].names[0].name_index for i in range(0, 20, 2)} == {trie.name_index(trie.walk(best_of_all))}
     assert {results[i].names[0].name_index for i in range(1, 20, 2)} == {int(numbers[best_of_few])}
     assert all(results[i].unexplored_mass == 0 for i in range(1, 20, 2))
+
+
+def test_a_call_after_an_interrupted_one_takes_no_answer_of_that() -> None:
+    trie, _ = PrefixTrie.from_sequences([[a, b] for a in range(5) for b in range(5)])
+    few, _ = PrefixTrie.from_sequences([[4, 4], [3, 3], [2, 2]])
+    scorer = RandomScorer(trie, 1, 1.0, 3)
+
+    def search(names: PrefixTrie) -> NameSearch:
+        return NameSearch(names, TERMINATOR, SearchSettings())
+
+    ((_, expected),) = run_searches(scorer, [("key", PROMPT, search(trie), None)], max_in_flight=1)
+    interrupted = run_searches(scorer, [(n, PROMPT, search(few), few) for n in range(3)], max_in_flight=3)
+    next(interrupted)
+    del interrupted
+    assert scorer.queue
+    ((_, result),) = run_searches(scorer, [("key", PROMPT, search(trie), None)], max_in_flight=1)
+    assert result == expected
+
+
+def test_log_probs_that_are_not_numbers() -> None:
+    class BrokenScorer(RandomScorer):
+        def log_probs(self, path: tuple[int, ...]) -> np.ndarray:
+            return np.full(VOCABULARY, np.nan)
+
+    scorer = BrokenScorer(PrefixTrie.from_sequences([[0], [1]])[0], 1, 1.0, 3)
+    search = NameSearch(scorer.trie, TERMINATOR, SearchSettings())
+    with pytest.raises(GemelError, match="not numbers: use dtype bfloat16 or float32"):
+        list(run_searches(scorer, [("key", PROMPT, search, None)], max_in_flight=1))
 
 
 def test_probability_mass_is_complete_when_everything_is_explored() -> None:

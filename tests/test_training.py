@@ -123,6 +123,8 @@ def test_a_corpus_or_a_setting_that_is_wrong_stops_the_job_at_once(config_path: 
         train_mapper(replace(config, train=str(tmp_path / "no_gold.parquet")))
     with pytest.raises(InputError, match="no column 'image_features'"):
         train_mapper(replace(config, vision=replace(config.vision, image_encoder=None)))
+    with pytest.raises(InputError, match=r"have \d+ mention_id in common, such as '.*': keep the splits apart"):
+        train_mapper(replace(config, dev=config.train))
     assert not storage.exists(config.output)
     with pytest.raises(ConfigurationError, match=r"optimisation\.batch_size: .*greater than 0 \(got 0\)"):
         load_config(TrainConfig, config_path, ["--optimisation.batch-size", "0"])
@@ -133,7 +135,7 @@ def test_mentions_that_cannot_be_used_are_counted(local_ray: None, config_path: 
     config = load_config(TrainConfig, config_path)
     strangers = write_split(tmp_path / "strangers.parquet", 4, entity_id=["X1"] * 4)
     other = replace(config, train=str(strangers), output=str(tmp_path / "strangers"))
-    with pytest.raises(InputError, match=r"no mention of .* has a usable picture"):
+    with pytest.raises(InputError, match=r"none of the 4 train mentions can be used: \{'unknown_entity': 4\}"):
         train_mapper(other)
     with pytest.raises(ConfigurationError, match=r"differs in .*settings\.mapper\.prefix_length"):
         train_mapper(replace(other, mapper=replace(config.mapper, prefix_length=3)))
