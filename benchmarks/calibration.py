@@ -33,7 +33,7 @@ from sklearn.metrics import roc_auc_score
 from gemel_engine.calibration import Calibration, ConfidenceQuality, evidence_of, quality
 from gemel_engine.config import LinkConfig, load_config
 from gemel_engine.evaluation import Judge
-from gemel_engine.linked_run import LinkedRun, entities_to_judge, read_gold
+from gemel_engine.linked_run import LinkedRun, entities_to_judge, read_gold, surface_forms
 
 WORK = Path("build/calibration")
 RESULTS = Path("benchmarks/results/calibration.json")
@@ -201,10 +201,9 @@ def outcomes(
     usable = np.array(predictions["error"].is_null())
     predictions, is_right, is_nil = predictions.filter(usable), is_right[usable], is_nil[usable]
     distinct = sorted(set(gold["mention"].to_pylist()))
-    first = set(random.Random(SEED).sample(distinct, len(distinct) // 2))
-    form_of = dict(zip(gold["mention_id"].to_pylist(), gold["mention"].to_pylist(), strict=True))
-    forms = np.array([form_of[mention_id] for mention_id in predictions["mention_id"].to_pylist()])
-    return predictions, is_right, is_nil, forms, np.array([form in first for form in forms])
+    first = random.Random(SEED).sample(distinct, len(distinct) // 2)
+    forms = np.array(surface_forms(gold, predictions))
+    return predictions, is_right, is_nil, forms, np.isin(forms, first)
 
 
 def noted(value: object, what: str) -> dict[str, Any]:

@@ -299,16 +299,14 @@ def _left_out(evidence: Numbers, outcomes: Outcomes, forms: npt.NDArray[np.intp]
 
     probabilities = np.empty(len(outcomes))
     folds = StratifiedGroupKFold(_NUM_FOLDS, shuffle=True, random_state=0)
-    has_enough = len(np.unique(forms)) >= _NUM_FOLDS
-    for fitted, judged in folds.split(evidence, outcomes, forms) if has_enough else ():
-        has_enough &= len(np.unique(outcomes[fitted])) > 1
-        if has_enough:
-            probabilities[judged] = LogisticModel.fit(evidence[fitted], outcomes[fitted])(evidence[judged])
-    if not has_enough:
+    splits = list(folds.split(evidence, outcomes, forms)) if len(np.unique(forms)) >= _NUM_FOLDS else []
+    if not splits or any(len(np.unique(outcomes[fitted])) < 2 for fitted, _ in splits):
         raise InputError(
             "the mentions of one outcome are of too few surface forms to judge a calibration by others: link more "
             "mentions with gold labels"
         )
+    for fitted, judged in splits:
+        probabilities[judged] = LogisticModel.fit(evidence[fitted], outcomes[fitted])(evidence[judged])
     return probabilities
 
 

@@ -260,11 +260,7 @@ class Judge:
         Raises:
             InputError: A mention has no prediction in one of them.
         """
-        try:
-            one = self.judge(first)
-        except InputError as error:
-            raise InputError(f"of the run to compare with: {error}") from error
-        two = self.judge(second)
+        one, two = self.judge(first), self.judge(second)
         right_one, right_two = (one["rank"] == 1).to_numpy(), (two["rank"] == 1).to_numpy()
         won, lost = right_two & ~right_one, right_one & ~right_two
         num_won, num_uneven = int(won.sum()), int((won | lost).sum())

@@ -120,15 +120,17 @@ def judge_run(
     runs = [linked.predictions, *([] if against is None else [against.predictions])]
     entities = entities_to_judge(knowledge_base, labelled, runs)
     judge = Judge(labelled, entities=entities, train=training, protocol=protocol)
+    evaluation, comparison = judge.evaluate(linked.predictions), None
     if against is not None:
-        try:
+        try:  # what may be wrong is not the run's own, which has been judged
             Judge(read_gold(labels, against.settings["input"]), entities=entities, protocol=protocol)
+            comparison = judge.compare(against.predictions, linked.predictions)
         except InputError as error:
             raise InputError(f"of the run to compare with: {error}") from error
     return JudgedRun(
-        evaluation=judge.evaluate(linked.predictions),
+        evaluation=evaluation,
         confidence=qualities(judge, linked.predictions),
-        comparison=None if against is None else judge.compare(against.predictions, linked.predictions),
+        comparison=comparison,
         leaks=None if training is None else audit_leaks(training, labelled),
         knowledge_base_names=knowledge_base.trie.num_names,
         verdicts=judge.verdicts(linked.predictions),
@@ -155,12 +157,20 @@ def calibrate_run(linked: LinkedRun, *, gold: str | None = None, nil_precision: 
         )
     entities = entities_to_judge(linked.open_knowledge_base(), labelled, [linked.predictions])
     predictions, is_right, is_nil = Judge(labelled, entities=entities).outcomes(linked.predictions)
-    scoring = scoring_settings(linked.settings)
-    form_of = dict(zip(labelled["mention_id"].to_pylist(), labelled["mention"].to_pylist(), strict=True))
-    forms = [form_of[mention_id] for mention_id in predictions["mention_id"].to_pylist()]
     return Calibration.fit(
-        predictions, is_right, is_nil, nil_precision=nil_precision, scoring=scoring, surface_forms=forms
+        predictions,
+        is_right,
+        is_nil,
+        nil_precision=nil_precision,
+        scoring=scoring_settings(linked.settings),
+        surface_forms=surface_forms(labelled, predictions),
     )
+
+
+def surface_forms(gold: pa.Table, predictions: pa.Table) -> list[str]:
+    """The surface form of each prediction, all of whose mentions have a gold row."""
+    form_of = dict(zip(gold["mention_id"].to_pylist(), gold["mention"].to_pylist(), strict=True))
+    return [form_of[mention_id] for mention_id in predictions["mention_id"].to_pylist()]
 
 
 def qualities(judge: Judge, predictions: pa.Table) -> dict[str, ConfidenceQuality]:
@@ -236,11 +246,13 @@ def read_gold(uri: str, linked: str | None = None, *, with_digests: bool = False
         raise InputError(f"{uri} has no column {', '.join(sorted(missing))}: name a table of mentions with gold labels")
     if linked is None or linked == uri:
         return _small_columns(dataset, with_digests=with_digests)
-    labels = dataset.to_table(["mention_id", "entity_id"])
     if "text" in dataset.schema.names:
         labels = _small_columns(dataset, with_digests=with_digests)
-        labels = labels.drop_columns([name for name in ("candidate_ids",) if name in labels.column_names])
+        labels = labels.select([name for name in labels.column_names if name != "candidate_ids"])
+    else:
+        labels = dataset.to_table(["mention_id", "entity_id"])
     ids = labels["mention_id"].combine_chunks()
+    with_digests &= "image_digest" not in labels.column_names
     described = _small_columns(_dataset(linked), pads.field("mention_id").isin(ids), with_digests=with_digests)
     place = pc.index_in(ids, described["mention_id"].combine_chunks().cast(ids.type))
     for name in described.column_names:
