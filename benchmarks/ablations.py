@@ -86,6 +86,9 @@ _DEMONSTRATIONS = {
 _DECODING = {
     "one rollout": Row(("--search.max-rollouts", "1")),
     "ranked by the mean": Row(("--search.ranking", "mean")),
+    "16 demonstrations, ranked by the mean": Row(
+        ("--retrieval.num-demonstrations", "16", "--search.ranking", "mean"), against="ranked by the mean"
+    ),
     "mean of log-probs": Row(("--search.objective", "mean")),
     "end-of-text token ends a name": Row(("--prompt.terminator", "eos")),
     "greedy without the trie": Row(change="free"),
