@@ -26,8 +26,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import tyro
 from decode_systems import Beams, Systems
-from numpy.typing import NDArray
-from record import record
+from record import from_digits, record, to_digits
 from vllm import RequestOutput, SamplingParams
 from wikidiverse import guesses
 
@@ -271,7 +270,7 @@ def noted(found: Answers, corpus: str, row: str, digest: str) -> dict[str, Any]:
     """A row of the table with what made it; `right` has a digit for each mention, so that rows can be paired."""
     figure = Figure.of(found.right)
     value = {"accuracy": figure.value, "interval": [figure.low, figure.high], **asdict(found), "digest": digest}
-    value["right"] = "".join("01"[is_right] for is_right in found.right)
+    value["right"] = to_digits(found.right)
     command = f'python benchmarks/ablations.py WIKIDIVERSE --corpora {corpus} --rows "{row}"'
     return record(value, command, f"{NUM_MENTIONS} mentions of dev, seed {SEED}, float32")
 
@@ -297,7 +296,7 @@ def table(corpus: str, results: dict[str, Any]) -> str:
         low, high = value["interval"]
         against = ""
         if name != row.against and row.against in results:
-            difference = Figure.of(digits(value) - digits(results[row.against]["value"]))
+            difference = Figure.of(from_digits(value["right"]) - from_digits(results[row.against]["value"]["right"]))
             other = "" if row.against == "base" else f" ({row.against})"
             against = f"{difference.value:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]{other}"
         costs = [
@@ -308,11 +307,6 @@ def table(corpus: str, results: dict[str, Any]) -> str:
     commits = sorted({results[name]["commit"][:7] for name in ROWS[corpus] if name in results})
     lines += ["", f"Commits of the rows: {', '.join(commits)}."] if commits else []
     return "\n".join(lines) + "\n"
-
-
-def digits(value: dict[str, Any]) -> NDArray[np.int8]:
-    """1 for each right answer, 0 for each wrong one."""
-    return np.array([int(digit) for digit in value["right"]], np.int8)
 
 
 if __name__ == "__main__":

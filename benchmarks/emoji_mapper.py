@@ -24,10 +24,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import tyro
 from numpy.typing import NDArray
-from record import record
+from record import commit, from_digits, record, to_digits
 
 from gemel_engine.artifacts import Artifacts, open_artifacts
 from gemel_engine.config import LinkConfig, VisionSettings, load_config
+from gemel_engine.evaluation import Figure
 from gemel_engine.feature_mapper import FeatureMapper
 from gemel_engine.generation import EntityNameGenerator
 from gemel_engine.linker import DemonstrationRetriever, load_picture_encoder
@@ -146,8 +147,7 @@ class _Bench:
             train(mapper_name)
             mapper = FeatureMapper.load(WORK / mapper_name / "feature_mapper")
             right = self._right(split, mapper, shuffled=run == "shuffled")
-        digits = ["".join("01"[is_right] for is_right in row) for row in right]
-        return dict(zip(METRICS, digits, strict=True)) | {"commit": record(None, "", "")["commit"]}
+        return dict(zip(METRICS, map(to_digits, right), strict=True)) | {"commit": commit()}
 
     def accuracies(self, name: str, mapper: FeatureMapper | None) -> list[float]:
         """Accuracy over all names, and among the surface form's entities."""
@@ -256,11 +256,9 @@ def noted(runs: list[dict[str, str]], row: str, split: str) -> dict[str, Any]:
     commits = ", ".join(dict.fromkeys(run["commit"][:12] for run in runs))
     result = {}
     for metric in METRICS:
-        right = np.mean([[int(digit) for digit in run[metric]] for run in runs], axis=0)  # (mentions,)
-        means = np.random.default_rng(0).choice(right, (2000, len(right))).mean(axis=1)
-        found = record(float(right.mean()), command, f"{len(right)} mentions of {split}, {len(runs)} run(s)")
-        interval = [float(bound) for bound in np.quantile(means, [0.025, 0.975])]
-        result[metric] = found | {"interval": interval, "commit": commits}
+        figure = Figure.of(np.mean([from_digits(run[metric]) for run in runs], axis=0))
+        found = record(figure.value, command, f"{figure.num_mentions} mentions of {split}, {len(runs)} run(s)")
+        result[metric] = found | {"interval": [figure.low, figure.high], "commit": commits}
     return result
 
 

@@ -1,4 +1,4 @@
-"""What benchmarks share: how a result is noted, with what made it, and how a script of the project is run."""
+"""What benchmarks share: how a result is noted, with what made it, and how a script is run."""
 
 from __future__ import annotations
 
@@ -6,18 +6,36 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 
 def record(value: object, command: str, what: str) -> dict[str, Any]:
     """A result with its command, commit and conditions; `what` says what was measured."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
     machine = (
         f"{os.cpu_count()} cores {platform.machine()}, load {os.getloadavg()[2]:.1f}, {datetime.now(UTC):%Y-%m-%d}"
     )
-    return {"value": value, "command": command, "commit": commit, "conditions": f"{what}, {machine}"}
+    return {"value": value, "command": command, "commit": commit(), "conditions": f"{what}, {machine}"}
+
+
+def commit() -> str:
+    """The commit that is checked out."""
+    return subprocess.run(["git", "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def to_digits(right: Iterable[bool]) -> str:
+    """A digit for each mention, 1 where its answer is right."""
+    return "".join("01"[is_right] for is_right in right)
+
+
+def from_digits(digits: str) -> NDArray[np.int8]:
+    """What `to_digits` wrote: (mentions,), 1 for each right answer, 0 for each wrong one."""
+    return np.array([int(digit) for digit in digits], np.int8)
 
 
 def run_script(log: Path, *command: str) -> None:
