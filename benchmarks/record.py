@@ -28,9 +28,9 @@ def commit() -> str:
     return subprocess.run(["git", "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
 
 
-def to_digits(right: Iterable[bool]) -> str:
+def to_digits(right: Iterable[bool | np.bool_]) -> str:
     """A digit for each mention, 1 where its answer is right."""
-    return "".join("01"[is_right] for is_right in right)
+    return "".join("1" if is_right else "0" for is_right in right)
 
 
 def from_digits(digits: str) -> NDArray[np.int8]:
