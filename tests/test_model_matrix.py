@@ -16,7 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from gemel_engine.config import EngineSettings
 from gemel_engine.errors import ConfigurationError
-from gemel_engine.model import FrozenLanguageModel, check_trainable
+from gemel_engine.model import FrozenLanguageModel, attention_by_products, check_trainable
 from gemel_engine.packing import pack_prompts
 from gemel_engine.prefix_trie import PrefixTrie
 from gemel_engine.prompt import PromptBuilder, PromptSettings, encode_text
@@ -31,7 +31,8 @@ def model_directory(
     return save_tiny_model(request.param, tokenizer, tmp_path_factory.mktemp(request.param))
 
 
-def test_packed_prompts_are_independent(model_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("of_one", [sdpa_attention_forward, attention_by_products], ids=["sdpa", "products"])
+def test_packed_prompts_are_independent(of_one: Any, model_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check_trainable(str(model_directory))
     model = FrozenLanguageModel(str(model_directory))
     prefixes = torch.randn(9, P, D, generator=torch.Generator().manual_seed(0)).requires_grad_()
@@ -42,9 +43,9 @@ def test_packed_prompts_are_independent(model_directory: Path, monkeypatch: pyte
 
     def attention(module: nn.Module, query: Tensor, *rest: Any, **options: Any) -> tuple[Tensor, None]:
         lengths.append(query.shape[2])
-        return sdpa_attention_forward(module, query, *rest, **options)
+        return of_one(module, query, *rest, **options)  # type: ignore[no-any-return]
 
-    monkeypatch.setattr("gemel_engine.model.sdpa_attention_forward", attention)
+    monkeypatch.setattr("gemel_engine.model.attention_by_products", attention)
     losses = model.label_losses(packed, prefixes[torch.from_numpy(packed.pictures)])
     (gradient,) = torch.autograd.grad(losses.sum(), prefixes)
     assert lengths == model.module.config.num_hidden_layers * [stretch.length for stretch in packed.stretches()]
