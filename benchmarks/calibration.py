@@ -139,10 +139,14 @@ def without_entities(corpus: Corpus, directory: Path) -> list[str]:
 
 def judged(directory: Path) -> dict[str, Any]:
     """Calibration of each half fitted on the other, beside the raw score and a constant."""
-    predictions, is_right, is_nil, _, halves = outcomes(directory)
-    evidence, calibrated, constant = evidence_of(predictions), np.empty(len(halves)), np.empty(len(halves))
+    predictions, is_right, is_nil, forms, halves = outcomes(directory)
+    evidence, calibrated, constant = (
+        evidence_of(predictions, forms.tolist()),
+        np.empty(len(halves)),
+        np.empty(len(halves)),
+    )
     for half in (halves, ~halves):
-        fitted = Calibration.fit(predictions.filter(half), is_right[half], is_nil[half])
+        fitted = Calibration.fit(predictions.filter(half), forms[half].tolist(), is_right[half], is_nil[half])
         calibrated[~half], constant[~half] = fitted.right(evidence[~half]), is_right[half].mean()
     scores = {"": calibrated, "raw_": np.array(predictions["probability"])}
     what = f"{len(halves)} mentions of dev; each half of the surface forms judged by what was fitted on the other"
@@ -160,15 +164,11 @@ def judged(directory: Path) -> dict[str, Any]:
 def nil_found(directory: Path) -> dict[str, Any]:
     """How well mentions of removed entities are told, each half by what was fitted on the other."""
     predictions, is_right, is_nil, forms, halves = outcomes(directory)
-    evidence, confidence, nil = evidence_of(predictions), np.empty(len(halves)), np.empty(len(halves))
+    evidence, confidence, nil = evidence_of(predictions, forms.tolist()), np.empty(len(halves)), np.empty(len(halves))
     called = np.empty(len(halves), bool)
     for half in (halves, ~halves):
         fitted = Calibration.fit(
-            predictions.filter(half),
-            is_right[half],
-            is_nil[half],
-            nil_precision=NIL_PRECISION,
-            surface_forms=forms[half].tolist(),
+            predictions.filter(half), forms[half].tolist(), is_right[half], is_nil[half], nil_precision=NIL_PRECISION
         )
         assert fitted.nil is not None, "a fifth of the entities was removed"
         assert fitted.nil_threshold is not None, "fitted with it"

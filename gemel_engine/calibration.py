@@ -2,9 +2,10 @@
 
     calibration.json    two logistic regressions, the threshold of NIL, the settings of the run that they were fitted on
 
-Fitted on linked mentions with gold labels. The evidence of an answer is in its row of the output, so fitting needs no
-model and applying costs nothing. What the search calls `probability` is the share of a name among names; how often
-the best name is the right one is another question, and has to be learnt from mentions of which one knows.
+Fitted on linked mentions with gold labels. The evidence of an answer is its row of the output and the mention's surface
+form, so fitting needs no model and applying costs nothing. What the search calls `probability` is the share of a name
+among names; how often the best name is the right one is another question, and has to be learnt from mentions of which
+one knows.
 
 N mentions, F pieces of evidence.
 """
@@ -13,6 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from difflib import SequenceMatcher
+from itertools import compress
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,7 +29,7 @@ from gemel_engine.errors import ArtifactError, ConfigurationError, InputError
 from gemel_engine.manifest import read_manifest, write_manifest
 from gemel_engine.types import Prediction, predictions_to_table
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 EVIDENCE = (
     "logit_probability",
     "log_prob",
@@ -39,6 +42,7 @@ EVIDENCE = (
     "is_supported",
     "is_supported_by_last",
     "entities_per_demonstration",
+    "name_similarity",  # of the surface form and the answer's name
 )
 
 _MANIFEST = "calibration.json"
@@ -47,6 +51,7 @@ _NUM_FOLDS = 5
 _LEAST = 20  # mentions of each outcome, below which nothing is fitted
 _LEAST_CALLED = 10  # mentions called NIL, below which their precision says nothing
 _HIGHEST_MARGIN = 10.0  # nats; what lies above says no more
+_COMPARED = 100  # characters of a surface form and a name
 
 Numbers = npt.NDArray[np.float64]
 Outcomes = npt.NDArray[np.bool_]
@@ -117,31 +122,31 @@ class Calibration:
     def fit(
         cls,
         predictions: pa.Table,
+        surface_forms: Sequence[str],
         is_right: Outcomes,
         is_nil: Outcomes,
         *,
         nil_precision: float = 0.8,
         scoring: Mapping[str, Any] | None = None,
-        surface_forms: Sequence[str] | None = None,
     ) -> Self:
         """Fit to a run over mentions with gold labels.
 
         Args:
             predictions: N rows of `PREDICTION_SCHEMA`; those with an error are left out.
+            surface_forms: Of the mentions (N). Those of one form share their demonstrations, so they are left out of
+                fitting together where it is judged.
             is_right: Whether each answer is right (N,).
             is_nil: Whether each mention's entity is not in the knowledge base (N,).
             nil_precision: The share of `is_nil` that shall be true, on mentions left out of fitting.
             scoring: `scoring_settings` of the run.
-            surface_forms: Of the mentions. Those of one form share their demonstrations, so they are left out of
-                fitting together; None: each has its own.
 
         Raises:
             InputError: There are too few mentions of an outcome, or they are of too few surface forms.
             ConfigurationError: No threshold reaches that precision.
         """
         usable = np.array(predictions["error"].is_null())
-        forms = np.arange(len(usable)) if surface_forms is None else np.unique(surface_forms, return_inverse=True)[1]
-        evidence, forms = evidence_of(predictions.filter(usable)), forms[usable]
+        surface_forms = list(compress(surface_forms, usable))
+        evidence, forms = evidence_of(predictions.filter(usable), surface_forms), np.unique_inverse(surface_forms)[1]
         is_right, is_nil = is_right[usable], is_nil[usable]
         if min(is_right.sum(), (~is_right).sum()) < _LEAST:
             raise InputError(
@@ -168,10 +173,11 @@ class Calibration:
             fitted_on=fitted_on,
         )
 
-    def apply(self, predictions: Sequence[Prediction]) -> list[Prediction]:
+    def apply(self, predictions: Sequence[Prediction], surface_forms: Sequence[str]) -> list[Prediction]:
         """Set `confidence`, `nil_probability` and `is_nil` of all predictions without an error."""
-        usable = [prediction for prediction in predictions if prediction.error is None]
-        evidence = evidence_of(predictions_to_table(usable))
+        has_answer = [prediction.error is None for prediction in predictions]
+        usable = list(compress(predictions, has_answer))
+        evidence = evidence_of(predictions_to_table(usable), list(compress(surface_forms, has_answer)))
         right = self.right(evidence).tolist()
         nil = self.nil(evidence).tolist() if self.nil is not None else [None] * len(usable)
         judged = iter(
@@ -251,8 +257,8 @@ def scoring_settings(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return {"language_model": model, "prompt": settings["prompt"], "retrieval": retrieval, "search": search}
 
 
-def evidence_of(predictions: pa.Table) -> Numbers:
-    """What an answer's row says for and against it, (N, F) in the order of `EVIDENCE`."""
+def evidence_of(predictions: pa.Table, surface_forms: Sequence[str]) -> Numbers:
+    """What speaks for and against the answers to N mentions, (N, F) in the order of `EVIDENCE`."""
     columns = {name: np.array(predictions[name].to_numpy(), np.float64) for name in ("probability", "log_prob")}
     probability = np.clip(columns["probability"], 1e-9, 1 - 1e-9)
     unexplored = np.clip(np.array(predictions["unexplored_mass"].to_numpy(), np.float64), 1e-9, 1.0)
@@ -260,7 +266,8 @@ def evidence_of(predictions: pa.Table) -> Numbers:
     has_margin = ~np.isnan(margin)
     shown = [ids or [] for ids in predictions["demonstration_entity_ids"].to_pylist()]
     answers = predictions["entity_id"].to_pylist()
-    lengths = np.array([len(name) for name in predictions["entity_name"].to_pylist()], np.float64)
+    names = predictions["entity_name"].to_pylist()
+    lengths = np.array([len(name) for name in names], np.float64)
     return np.column_stack(
         [
             np.log(probability / (1 - probability)),
@@ -273,8 +280,14 @@ def evidence_of(predictions: pa.Table) -> Numbers:
             [answer in ids for ids, answer in zip(shown, answers, strict=True)],
             [ids[-1:] == [answer] for ids, answer in zip(shown, answers, strict=True)],
             [len(set(ids)) / max(1, len(ids)) for ids in shown],
+            [_similarity(form, name) for form, name in zip(surface_forms, names, strict=True)],
         ]
     ).reshape(-1, len(EVIDENCE))
+
+
+def _similarity(form: str, name: str) -> float:
+    """Share of the characters of both that stand in common blocks, in any case."""
+    return SequenceMatcher(None, form[:_COMPARED].casefold(), name[:_COMPARED].casefold(), autojunk=False).ratio()
 
 
 def quality(confidence: Numbers, is_right: Outcomes) -> ConfidenceQuality:

@@ -126,7 +126,9 @@ class EntityNameGenerator:
         for position, result in run_searches(self.engine, tasks.searches(), self._max_in_flight):
             tasks.finish(position, result)
         predictions = tasks.predictions()
-        return predictions if self._calibration is None else self._calibration.apply(predictions)
+        if self._calibration is None:
+            return predictions
+        return self._calibration.apply(predictions, [mention.mention for mention in mentions])
 
     def prompt(
         self, mention: Mention, features: Features | None, demonstrations: Sequence[int]

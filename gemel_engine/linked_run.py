@@ -159,11 +159,11 @@ def calibrate_run(linked: LinkedRun, *, gold: str | None = None, nil_precision: 
     predictions, is_right, is_nil = Judge(labelled, entities=entities).outcomes(linked.predictions)
     return Calibration.fit(
         predictions,
+        surface_forms(labelled, predictions),
         is_right,
         is_nil,
         nil_precision=nil_precision,
         scoring=scoring_settings(linked.settings),
-        surface_forms=surface_forms(labelled, predictions),
     )
 
 

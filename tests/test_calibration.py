@@ -29,6 +29,7 @@ PREDICTIONS = [
     )
     for row, share in enumerate(SHARES)
 ]
+FORMS = [str(row) for row in range(600)]
 SCORING = {
     "language_model": {"name": "models/lm"},
     "prompt": {"terminator": "newline"},
@@ -39,7 +40,7 @@ SCORING = {
 
 @pytest.fixture(scope="module")
 def calibration() -> Calibration:
-    return Calibration.fit(predictions_to_table(PREDICTIONS), IS_RIGHT, IS_NIL, nil_precision=0.4)
+    return Calibration.fit(predictions_to_table(PREDICTIONS), FORMS, IS_RIGHT, IS_NIL, nil_precision=0.4)
 
 
 def test_evidence_is_read_from_the_rows() -> None:
@@ -48,15 +49,15 @@ def test_evidence_is_read_from_the_rows() -> None:
         replace(PREDICTIONS[0], probability=0.5, log_prob=-2.0, unexplored_mass=0.0, margin=None),
         replace(PREDICTIONS[2], demonstration_entity_ids=shown),
     ]
-    evidence = evidence_of(predictions_to_table(rows))
-    assert evidence[0] == pytest.approx([0.0, -2.0, np.log(1e-9), 0.0, 0.0, np.log(6), 0.0, 0.0, 0.0, 0.0])
+    evidence = evidence_of(predictions_to_table(rows), ["A BEAR", "bee"])
+    assert evidence[0] == pytest.approx([0.0, -2.0, np.log(1e-9), 0.0, 0.0, np.log(6), 0.0, 0.0, 0.0, 0.0, 1.0])
     assert evidence[1, 3:5] == pytest.approx([1.5, 1.0])
-    assert evidence[1, 6:] == pytest.approx([0.5, 1.0, 1.0, 0.5])
-    assert evidence_of(predictions_to_table([])).shape == (0, len(EVIDENCE))
+    assert evidence[1, 6:] == pytest.approx([0.5, 1.0, 1.0, 0.5, 2 * 2 / 9])
+    assert evidence_of(predictions_to_table([]), []).shape == (0, len(EVIDENCE))
 
 
 def test_the_model_is_scikit_learns() -> None:
-    evidence = evidence_of(predictions_to_table(PREDICTIONS))
+    evidence = evidence_of(predictions_to_table(PREDICTIONS), FORMS)
     standardised = StandardScaler().fit_transform(evidence)
     expected = LogisticRegression(max_iter=1000).fit(standardised, IS_RIGHT).predict_proba(standardised)[:, 1]
     assert LogisticModel.fit(evidence, IS_RIGHT)(evidence) == pytest.approx(expected, abs=1e-6)
@@ -69,7 +70,7 @@ def test_fitted_probabilities_are_calibrated_where_raw_ones_are_not(calibration:
         replace(PREDICTIONS[0], probability=float(p), log_prob=float(np.log(p)), unexplored_mass=float(1 - p))
         for p in shares
     ]
-    confidence = np.array([prediction.confidence for prediction in calibration.apply(fresh)])
+    confidence = np.array([prediction.confidence for prediction in calibration.apply(fresh, FORMS[:1] * 4000)])
     raw, fitted = quality(shares, is_right), quality(confidence, is_right)
     assert raw.expected_calibration_error > 0.1
     assert fitted.expected_calibration_error < 0.05
@@ -87,23 +88,23 @@ def test_quality_is_what_one_counts_by_hand() -> None:
 
 def test_rows_with_an_error_stay_as_they_are(calibration: Calibration) -> None:
     broken = Prediction("x", error="image: broken")
-    first, second, third = calibration.apply([PREDICTIONS[0], broken, PREDICTIONS[1]])
+    first, second, third = calibration.apply([PREDICTIONS[0], broken, PREDICTIONS[1]], FORMS[:3])
     assert second == broken
     assert first.confidence is not None
     assert third.nil_probability is not None
     assert third.is_nil == (third.nil_probability >= (calibration.nil_threshold or 0))
-    assert calibration.apply([]) == []
+    assert calibration.apply([], []) == []
 
 
 def test_nil_has_the_precision_that_was_asked_for(calibration: Calibration) -> None:
     assert calibration.fitted_on["nil_precision"] >= 0.4
-    called = np.array([bool(prediction.is_nil) for prediction in calibration.apply(PREDICTIONS)])
+    called = np.array([bool(prediction.is_nil) for prediction in calibration.apply(PREDICTIONS, FORMS)])
     assert IS_NIL[called].mean() == pytest.approx(0.4, abs=0.05)
     with pytest.raises(ConfigurationError, match="ask for less"):
-        Calibration.fit(predictions_to_table(PREDICTIONS), IS_RIGHT, IS_NIL, nil_precision=1.0)
-    without = Calibration.fit(predictions_to_table(PREDICTIONS), IS_RIGHT, np.zeros(600, bool))
+        Calibration.fit(predictions_to_table(PREDICTIONS), FORMS, IS_RIGHT, IS_NIL, nil_precision=1.0)
+    without = Calibration.fit(predictions_to_table(PREDICTIONS), FORMS, IS_RIGHT, np.zeros(600, bool))
     assert without.nil is None
-    assert without.apply(PREDICTIONS[:1])[0].is_nil is None
+    assert without.apply(PREDICTIONS[:1], FORMS[:1])[0].is_nil is None
 
 
 def test_it_comes_back_from_disk(calibration: Calibration, tmp_path: Path) -> None:
@@ -125,7 +126,7 @@ def test_damaged_files_are_refused_by_name(calibration: Calibration, tmp_path: P
 
 def test_another_search_needs_another_calibration() -> None:
     table = predictions_to_table(PREDICTIONS)
-    fitted = Calibration.fit(table, IS_RIGHT, IS_NIL, nil_precision=0.4, scoring=scoring_settings(SCORING))
+    fitted = Calibration.fit(table, FORMS, IS_RIGHT, IS_NIL, nil_precision=0.4, scoring=scoring_settings(SCORING))
     fitted.check_scoring(SCORING | {"language_model": {"name": "elsewhere/lm"}, "search": {"objective": "sum"}})
     with pytest.raises(ConfigurationError, match=r"search\.objective"):
         fitted.check_scoring(SCORING | {"search": {"objective": "mean"}})
@@ -133,15 +134,15 @@ def test_another_search_needs_another_calibration() -> None:
 
 def test_mentions_of_one_surface_form_are_left_out_together() -> None:
     table, forms = predictions_to_table(PREDICTIONS), [str(row % 7) for row in range(600)]
-    fitted = Calibration.fit(table, IS_RIGHT, np.zeros(600, bool), surface_forms=forms)
-    alone = Calibration.fit(table, IS_RIGHT, np.zeros(600, bool))
+    fitted = Calibration.fit(table, forms, IS_RIGHT, np.zeros(600, bool))
+    alone = Calibration.fit(table, FORMS, IS_RIGHT, np.zeros(600, bool))
     assert fitted.right == alone.right
     assert fitted.fitted_on["brier_score"] != alone.fitted_on["brier_score"]
     with pytest.raises(InputError, match="of one outcome are of too few surface forms"):
-        Calibration.fit(table, IS_RIGHT, np.zeros(600, bool), surface_forms=[str(right) for right in IS_RIGHT])
+        Calibration.fit(table, [str(right) for right in IS_RIGHT], IS_RIGHT, np.zeros(600, bool))
 
 
 def test_too_few_outcomes_are_refused() -> None:
     rows = pa.concat_tables([predictions_to_table(PREDICTIONS[:30])])
     with pytest.raises(InputError, match="0 of 30 answers are right"):
-        Calibration.fit(rows, np.zeros(30, bool), np.zeros(30, bool))
+        Calibration.fit(rows, FORMS[:30], np.zeros(30, bool), np.zeros(30, bool))
