@@ -96,8 +96,8 @@ clean: ## remove what was built; .venv stays
 $(INSTALLED): requirements-$(ENGINE).txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
-	$(BIN)/uv pip install --requirement requirements-$(ENGINE).txt
-	$(BIN)/uv pip install --no-deps --editable .
+	$(BIN)/uv pip install --python $(BIN)/python --requirement requirements-$(ENGINE).txt
+	$(BIN)/uv pip install --python $(BIN)/python --no-deps --editable .
 	touch $@
 
 $(MODELS): examples/demo_models.py | $(INSTALLED)
