@@ -84,7 +84,7 @@ def test_the_demo_has_a_mapper() -> None:
     directory = Path(__file__).parents[1] / "examples" / "emoji" / "feature_mapper"
     metadata = FeatureMapper.load(directory).metadata
     assert (metadata.vision_width, metadata.prefix_length, metadata.language_model_width) == (1280, 4, 576)
-    assert metadata.origin == "ridge"
+    assert (metadata.origin, metadata.initialisation) == ("trained", "ridge")
 
 
 def test_load_returns_what_was_saved(mapper: FeatureMapper, tmp_path: Path) -> None:
