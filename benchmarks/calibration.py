@@ -140,11 +140,8 @@ def without_entities(corpus: Corpus, directory: Path) -> list[str]:
 def judged(directory: Path) -> dict[str, Any]:
     """Calibration of each half fitted on the other, beside the raw score and a constant."""
     predictions, is_right, is_nil, forms, halves = outcomes(directory)
-    evidence, calibrated, constant = (
-        evidence_of(predictions, forms.tolist()),
-        np.empty(len(halves)),
-        np.empty(len(halves)),
-    )
+    evidence = evidence_of(predictions, forms.tolist())
+    calibrated, constant = np.empty(len(halves)), np.empty(len(halves))
     for half in (halves, ~halves):
         fitted = Calibration.fit(predictions.filter(half), forms[half].tolist(), is_right[half], is_nil[half])
         calibrated[~half], constant[~half] = fitted.right(evidence[~half]), is_right[half].mean()
