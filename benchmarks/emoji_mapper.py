@@ -86,7 +86,7 @@ def main(
         num_mentions: At most so many of a split, drawn with a fixed seed.
         mapper: Measure this mapper instead, and write no results: for choosing settings on dev.
     """
-    config = load_config(LinkConfig, CORPUS / "link.toml")
+    config = load_config(LinkConfig, CORPUS / "link.toml", ("--search.ranking", "objective"))
     bench = _Bench(config, num_mentions)
     if mapper is not None:
         for split in splits:

@@ -179,7 +179,8 @@ def link(knowledge_base: str, output: str, *overrides: str) -> None:
     """Run the linking job, unless it has finished; an interrupted run goes on, and its costs are those of the rest."""
     if not (WORK / output / "report.json").exists():
         arguments = ("--input", f"{WORK}/sample.parquet", "--output", f"{WORK}/{output}")
-        run("jobs/link_corpus.py", str(CONFIG), *arguments, "--knowledge-base", f"{WORK}/{knowledge_base}", *overrides)
+        arguments = (*arguments, "--knowledge-base", f"{WORK}/{knowledge_base}", "--search.ranking", "objective")
+        run("jobs/link_corpus.py", str(CONFIG), *arguments, *overrides)
 
 
 def report(output: str) -> dict[str, Any]:

@@ -133,6 +133,7 @@ def measure(setting: Setting, gold: dict[str, str]) -> dict[str, float | None]:
         *("--retrieval.num-demonstrations", str(setting.num_demonstrations)),
         *("--retrieval.policy", setting.policy),
         *("--prompt.terminator", setting.terminator),
+        *("--search.ranking", "objective"),  # the default when the table was made
     )
     report = json.loads((output / "report.json").read_text())
     linked = pq.read_table(output / "data", columns=["mention_id", "entity_id"]).to_pylist()

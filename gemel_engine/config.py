@@ -250,10 +250,10 @@ class LinkConfig(JobConfig):
         JobConfig.__post_init__(self)  # super() does not know a class with slots
         if self.vision.image_encoder is not None and self.vision.feature_mapper is None:
             raise ValueError("vision.image_encoder needs vision.feature_mapper: set both, or neither")
-        if self.previous is not None and self.search.ranking != "objective":
+        if self.previous is not None and (self.search.ranking, self.search.objective) == ("mean", "sum"):
             raise ValueError(
-                f"search.ranking is {self.search.ranking!r}: whether added names change such a ranking shows only when "
-                "everything is linked again; leave out `previous`, or rank by the objective in both runs"
+                "search.ranking is 'mean': whether added names change such a ranking shows only when everything is "
+                'linked again; leave out `previous`, or set search.ranking = "objective" in both runs'
             )
         self._check_gpus(self.language_model, self.resources.generation.num_gpus)
 

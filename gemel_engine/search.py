@@ -48,10 +48,10 @@ class SearchSettings:
     Attributes:
         objective: `sum` of the log-probs of a name's tokens and its terminator, or their `mean` (the default length
             penalty of Hugging Face's beam search, which GEMEL uses).
-        ranking: `objective`: the best by the objective comes first. `mean`: first come, by the mean of their log-probs,
-            the names that no proof of the best by the objective can do without: each ends, greedily, a prefix whose
-            bound is above the score of that best name. A sum prefers short names; beam search ranks like this. For the
-            objective `mean` it is the same.
+        ranking: `mean`: first come, by the mean of their log-probs, the names that no proof of the best by the
+            objective can do without: each ends, greedily, a prefix whose bound is above the score of that best name. A
+            sum prefers short names; beam search ranks like this. `objective`: the best by the objective comes first.
+            For the objective `mean` it is the same.
         num_candidates: Names to return.
         num_to_certify: Stop once this many of the best names are proved. At most `num_candidates`.
         num_children: K, the log-probs asked for at each step of a rollout.
@@ -62,7 +62,7 @@ class SearchSettings:
     """
 
     objective: Objective = "sum"
-    ranking: Ranking = "objective"
+    ranking: Ranking = "mean"
     num_candidates: int = 5
     num_to_certify: int = 1
     num_children: int = 10
@@ -255,7 +255,9 @@ class NameSearch:
         needed = [best, *(finished for finished in self._found[1:] if finished.bound > best.name.score)]
         others = [finished for finished in self._found[1:] if finished.bound <= best.name.score]
         needed.sort(key=lambda finished: (-finished.mean, finished.path))
-        return [*needed, *others], len(needed) if num_certified else 0
+        if num_certified:  # then no other name is needed, and the others follow by their scores
+            num_certified = len(needed) + sum(finished.name.score >= self._highest_bound for finished in others)
+        return [*needed, *others], num_certified
 
     @property
     def _is_spent(self) -> bool:

@@ -44,7 +44,7 @@ def test_a_slash_at_the_end_of_an_address_means_nothing(tmp_path: Path) -> None:
         ("search = { width = 'wide' }", r"search\.width: .*integer"),
         ("search = { width = 0 }", "width is 0: it must be at least 1"),
         ("search = { num_to_certify = 9 }", "num_to_certify is 9: it must be from 1 to 5"),
-        ("search = { ranking = 'mean' }\nprevious = 'linked'", "ranking is 'mean': .*leave out `previous`"),
+        ("previous = 'linked'", "ranking is 'mean': .*leave out `previous`, or set search.ranking = \"objective\""),
         ("rows_per_shard = 0", "rows_per_shard: .*greater than 0"),
         ("max_failed_fraction = 2.0", "max_failed_fraction: .*less than or equal to 1"),
         ("demonstrations = 'd'", "demonstrations need retrieval.mention_encoder"),

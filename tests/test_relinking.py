@@ -77,7 +77,7 @@ def run(artifacts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
     path = directory / "link.toml"
     path.write_text(toml(artifacts, write_corpus(directory / "mentions.parquet"), directory / "before"))
     config = load_config(LinkConfig, path, ["--rows-per-shard", "8", "--max-failed-fraction", "0.2"])
-    return replace(config, search=replace(config.search, max_rollouts=500))
+    return replace(config, search=replace(config.search, ranking="objective", max_rollouts=500))
 
 
 @pytest.fixture(scope="module")
