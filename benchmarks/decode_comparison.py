@@ -28,7 +28,7 @@ logger = logging.getLogger("decode")
 def systems(wikidiverse: Path, num_mentions: int, num_rounds: int) -> dict[str, tuple[Any, str]]:
     """All systems in turn; of `NUM_SLOW` mentions the slow ones have a share in each round, and all in the end."""
     ours = Systems(wikidiverse)
-    beams = Beams(ours)
+    beams = Beams(ours.config.language_model, ours.generator)
     mentions = ours.sample(num_mentions)
     prompts = ours.prompts(mentions)
     few = random.Random(0).sample(prompts, NUM_SLOW)
@@ -74,7 +74,8 @@ def matmul_gflops() -> float:
 def accuracy(wikidiverse: Path, num_mentions: int) -> dict[str, tuple[Any, str]]:
     """The systems' accuracy on the same `NUM_PAIRED` of the mentions."""
     systems = Systems(wikidiverse)
-    beams, mentions = Beams(systems), random.Random(0).sample(systems.sample(num_mentions), NUM_PAIRED)
+    beams = Beams(systems.config.language_model, systems.generator)
+    mentions = random.Random(0).sample(systems.sample(num_mentions), NUM_PAIRED)
     prompts = systems.prompts(mentions)
     what = f"{NUM_PAIRED} of the {num_mentions} mentions of dev, the same for all"
     found = {

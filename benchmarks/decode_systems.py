@@ -18,10 +18,11 @@ from vllm import SamplingParams
 from vllm.inputs import TokensPrompt
 
 from gemel_engine.artifacts import Artifacts, open_artifacts
-from gemel_engine.config import LinkConfig, load_config
+from gemel_engine.config import LanguageModelSettings, LinkConfig, load_config
 from gemel_engine.generation import EntityNameGenerator
 from gemel_engine.linker import DemonstrationRetriever
 from gemel_engine.model import FrozenLanguageModel
+from gemel_engine.prompt import Prompt
 from gemel_engine.search import Ranking
 from gemel_engine.types import Mention, Prediction
 
@@ -116,10 +117,10 @@ class Systems:
 class Beams:
     """Beam search by transformers over the same names, each followed by the terminator."""
 
-    def __init__(self, systems: Systems) -> None:
-        self._model = FrozenLanguageModel(systems.config.language_model.name, systems.config.language_model.dtype)
-        self._terminator = systems.generator._builder.terminator
-        self._knowledge_base = systems.artifacts.knowledge_base
+    def __init__(self, model: LanguageModelSettings, generator: EntityNameGenerator) -> None:
+        self._model = FrozenLanguageModel(model.name, model.dtype)
+        self._terminator = generator._builder.terminator
+        self._knowledge_base = generator.artifacts.knowledge_base
         self._root: dict[int, Any] = {}
         self._name_of: dict[tuple[int, ...], int] = {}
         for name in range(self._knowledge_base.trie.num_names):
@@ -133,7 +134,8 @@ class Beams:
         """As the paper's code: one mention after another, a dictionary trie; the prompt is read once for each beam."""
         started, names = time.perf_counter(), []
         for prompt in prompts:
-            names += self._generate([prompt], None)
+            ids = torch.tensor([prompt])
+            names += self._generate(len(prompt), input_ids=ids, attention_mask=torch.ones_like(ids))
         return Cost(time.perf_counter() - started, names)
 
     def best(self, prompts: Sequence[tuple[int, ...]], batch_size: int = 8) -> Cost:
@@ -146,6 +148,11 @@ class Beams:
             for row, name in zip(rows, self._batch([prompts[row] for row in rows]), strict=True):
                 names[row] = name
         return Cost(time.perf_counter() - started, names)
+
+    def entity_ids(self, prompts: Sequence[Prompt]) -> list[str | None]:
+        """What it finds behind prompts with visual prefixes, one after another."""
+        embedded = [self._model.embed_prompt(prompt).unsqueeze(0) for prompt in prompts]  # (1, T, D) each
+        return [entity_id for item in embedded for entity_id in self._generate(0, inputs_embeds=item)]
 
     @torch.inference_mode()
     def _batch(self, prompts: Sequence[tuple[int, ...]]) -> list[str | None]:
@@ -163,14 +170,11 @@ class Beams:
             logits_to_keep=1,
         )
         cache.batch_repeat_interleave(NUM_BEAMS)
-        return self._generate([tuple(row) for row in ids.tolist()], mask, cache)
+        return self._generate(longest, input_ids=ids, attention_mask=mask, past_key_values=cache)
 
     @torch.inference_mode()
-    def _generate(
-        self, prompts: Sequence[tuple[int, ...]], mask: torch.Tensor | None, cache: DynamicCache | None = None
-    ) -> list[str | None]:
-        ids = torch.tensor(prompts)
-        length = ids.shape[1]
+    def _generate(self, length: int, **inputs: Any) -> list[str | None]:
+        """The names behind a batch; what is generated stands behind `length` tokens of the input."""
 
         def allowed(_: int, tokens: torch.Tensor) -> list[int]:
             node = self._root
@@ -181,9 +185,7 @@ class Beams:
             return list(node) or [self._terminator]
 
         found = self._model.module.generate(
-            ids,
-            attention_mask=torch.ones_like(ids) if mask is None else mask,
-            past_key_values=cache,
+            **inputs,
             num_beams=NUM_BEAMS,
             do_sample=False,
             max_new_tokens=40,

@@ -31,7 +31,7 @@ def zipf(wikidiverse: Path, num_mentions: int = 5000) -> dict[str, tuple[Any, st
     ordered = sorted(corpus, key=lambda mention: (mention.mention, mention.mention_id))
     prompts = systems.prompts(corpus)
     few = random.Random(0).sample(prompts, _NUM_PAPER * _NUM_MEASURED)
-    beams = Beams(systems)
+    beams = Beams(systems.config.language_model, systems.generator)
     seconds: dict[str, list[float]] = {"ordered": [], "random": [], "paper_loop": []}
     computed = {"ordered": 0, "random": 0}
     systems.ours(corpus[:2])  # whatever happens only once

@@ -179,8 +179,8 @@ def link(knowledge_base: str, output: str, *overrides: str) -> None:
     """Run the linking job, unless it has finished; an interrupted run goes on, and its costs are those of the rest."""
     if not (WORK / output / "report.json").exists():
         arguments = ("--input", f"{WORK}/sample.parquet", "--output", f"{WORK}/{output}")
-        arguments = (*arguments, "--knowledge-base", f"{WORK}/{knowledge_base}", "--search.ranking", "objective")
-        run("jobs/link_corpus.py", str(CONFIG), *arguments, *overrides)
+        settings = ("--knowledge-base", f"{WORK}/{knowledge_base}", "--search.ranking", "objective", *overrides)
+        run("jobs/link_corpus.py", str(CONFIG), *arguments, *settings)
 
 
 def report(output: str) -> dict[str, Any]:
