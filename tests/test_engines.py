@@ -21,7 +21,9 @@ from gemel_engine.transformers_engine import TransformersEngine
 from gemel_engine.vllm_engine import VllmEngine
 
 WIDTH, PREFIX_LENGTH, NUM_CHILDREN = 64, 4, 4
-EXHAUSTIVE = SearchSettings(num_candidates=5, num_to_certify=5, num_children=NUM_CHILDREN, max_rollouts=500)
+EXHAUSTIVE = SearchSettings(
+    ranking="objective", num_candidates=5, num_to_certify=5, num_children=NUM_CHILDREN, max_rollouts=500
+)
 
 
 @pytest.fixture(scope="module")
