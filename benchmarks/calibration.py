@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from record import record, run_script
 from sklearn.metrics import roc_auc_score
 
-from gemel_engine.calibration import Calibration, ConfidenceQuality, evidence_of, quality
+from gemel_engine.calibration import Calibration, evidence_of, quality
 from gemel_engine.config import LinkConfig, load_config
 from gemel_engine.evaluation import Judge
 from gemel_engine.linked_run import LinkedRun, entities_to_judge, read_gold, surface_forms
@@ -149,9 +149,12 @@ def judged(directory: Path) -> dict[str, Any]:
     what = f"{len(halves)} mentions of dev; each half of the surface forms judged by what was fitted on the other"
     results = {"accuracy": noted(float(is_right.mean()), what)}
     for prefix, score in scores.items():
-        found: ConfidenceQuality = quality(score, is_right)
-        for name in ("expected_calibration_error", "brier_score", "area_under_risk_coverage"):
+        found = quality(score, is_right)
+        for name in ("expected_calibration_error", "brier_score"):
             results[f"{prefix}{name}"] = noted(getattr(found, name), what)
+        # Risk and coverage are of an order, and only one calibration's probabilities have one.
+        areas = [quality(score[half], is_right[half]).area_under_risk_coverage for half in (halves, ~halves)]
+        results[f"{prefix}area_under_risk_coverage"] = noted(float(np.mean(areas)), f"{what}; mean of both halves")
     results["constant_brier_score"] = noted(float(np.mean((constant - is_right) ** 2)), what)
     # All ties: whichever is answered first, the risk expected is the error rate.
     results["constant_area_under_risk_coverage"] = noted(float(1 - is_right.mean()), what)

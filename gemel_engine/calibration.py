@@ -48,6 +48,7 @@ EVIDENCE = (
 _MANIFEST = "calibration.json"
 _NUM_BINS = 10
 _NUM_FOLDS = 5
+_FREEDOMS = (1.0, 0.3, 0.1, 0.03, 0.01)  # inverse strengths of regularisation
 _LEAST = 20  # mentions of each outcome, below which nothing is fitted
 _LEAST_CALLED = 10  # mentions called NIL, below which their precision says nothing
 _HIGHEST_MARGIN = 10.0  # nats; what lies above says no more
@@ -80,13 +81,13 @@ class LogisticModel:
             raise ValueError(f"scale is {self.scale}: it must be positive")
 
     @classmethod
-    def fit(cls, evidence: Numbers, outcomes: Outcomes) -> Self:
-        """Fit to evidence (N, F) and outcomes (N,)."""
+    def fit(cls, evidence: Numbers, outcomes: Outcomes, freedom: float) -> Self:
+        """Fit to evidence (N, F) and outcomes (N,); the smaller `freedom`, the more the weights are kept near 0."""
         from sklearn.linear_model import LogisticRegression  # takes a second to import, and only fitting needs it
 
         mean, scale = evidence.mean(axis=0), evidence.std(axis=0)
         scale = np.where(scale > 0, scale, 1.0)
-        fitted = LogisticRegression(max_iter=1000).fit((evidence - mean) / scale, outcomes)
+        fitted = LogisticRegression(C=freedom, max_iter=1000).fit((evidence - mean) / scale, outcomes)
         return cls(
             mean=tuple(mean.tolist()),
             scale=tuple(scale.tolist()),
@@ -153,7 +154,8 @@ class Calibration:
                 f"{is_right.sum()} of {len(is_right)} answers are right: calibration needs at least {_LEAST} right and "
                 f"{_LEAST} wrong ones; link more mentions with gold labels"
             )
-        judged = quality(_left_out(evidence, is_right, forms), is_right)
+        right, left_out = _fitted(evidence, is_right, forms)
+        judged = quality(left_out, is_right)
         fitted_on = {
             "num_mentions": float(len(is_right)),
             "accuracy": float(is_right.mean()),
@@ -162,11 +164,11 @@ class Calibration:
         }
         nil, threshold = None, None
         if is_nil.sum() >= _LEAST:
-            threshold, reached = _threshold(_left_out(evidence, is_nil, forms), is_nil, nil_precision)
-            nil = LogisticModel.fit(evidence, is_nil)
+            nil, left_out = _fitted(evidence, is_nil, forms)
+            threshold, reached = _threshold(left_out, is_nil, nil_precision)
             fitted_on |= {"num_nil": float(is_nil.sum()), **reached}
         return cls(
-            right=LogisticModel.fit(evidence, is_right),
+            right=right,
             nil=nil,
             nil_threshold=threshold,
             scoring=dict(scoring or {}),
@@ -306,7 +308,16 @@ def quality(confidence: Numbers, is_right: Outcomes) -> ConfidenceQuality:
     )
 
 
-def _left_out(evidence: Numbers, outcomes: Outcomes, forms: npt.NDArray[np.intp]) -> Numbers:
+def _fitted(evidence: Numbers, outcomes: Outcomes, forms: npt.NDArray[np.intp]) -> tuple[LogisticModel, Numbers]:
+    """A model as free as is best for mentions that are left out, and the probabilities that it gives these."""
+    from sklearn.metrics import log_loss
+
+    left_out = {freedom: _left_out(evidence, outcomes, forms, freedom) for freedom in _FREEDOMS}
+    best = min(left_out, key=lambda freedom: log_loss(outcomes, left_out[freedom]))
+    return LogisticModel.fit(evidence, outcomes, best), left_out[best]
+
+
+def _left_out(evidence: Numbers, outcomes: Outcomes, forms: npt.NDArray[np.intp], freedom: float) -> Numbers:
     """The probability of each mention by a model that was fitted without any mention of its surface form."""
     from sklearn.model_selection import StratifiedGroupKFold
 
@@ -319,7 +330,7 @@ def _left_out(evidence: Numbers, outcomes: Outcomes, forms: npt.NDArray[np.intp]
             "mentions with gold labels"
         )
     for fitted, judged in splits:
-        probabilities[judged] = LogisticModel.fit(evidence[fitted], outcomes[fitted])(evidence[judged])
+        probabilities[judged] = LogisticModel.fit(evidence[fitted], outcomes[fitted], freedom)(evidence[judged])
     return probabilities
 
 

@@ -59,8 +59,15 @@ def test_evidence_is_read_from_the_rows() -> None:
 def test_the_model_is_scikit_learns() -> None:
     evidence = evidence_of(predictions_to_table(PREDICTIONS), FORMS)
     standardised = StandardScaler().fit_transform(evidence)
-    expected = LogisticRegression(max_iter=1000).fit(standardised, IS_RIGHT).predict_proba(standardised)[:, 1]
-    assert LogisticModel.fit(evidence, IS_RIGHT)(evidence) == pytest.approx(expected, abs=1e-6)
+    expected = LogisticRegression(C=0.3, max_iter=1000).fit(standardised, IS_RIGHT).predict_proba(standardised)[:, 1]
+    assert LogisticModel.fit(evidence, IS_RIGHT, 0.3)(evidence) == pytest.approx(expected, abs=1e-6)
+
+
+def test_evidence_that_says_nothing_is_kept_from_having_a_say() -> None:
+    table, is_right = predictions_to_table(PREDICTIONS[:100]), RNG.uniform(size=100) < 0.5
+    evidence = evidence_of(table, FORMS[:100])
+    fitted = Calibration.fit(table, FORMS[:100], is_right, np.zeros(100, bool))
+    assert fitted.right(evidence).std() < LogisticModel.fit(evidence, is_right, 1.0)(evidence).std() / 2
 
 
 def test_fitted_probabilities_are_calibrated_where_raw_ones_are_not(calibration: Calibration) -> None:
@@ -136,7 +143,6 @@ def test_mentions_of_one_surface_form_are_left_out_together() -> None:
     table, forms = predictions_to_table(PREDICTIONS), [str(row % 7) for row in range(600)]
     fitted = Calibration.fit(table, forms, IS_RIGHT, np.zeros(600, bool))
     alone = Calibration.fit(table, FORMS, IS_RIGHT, np.zeros(600, bool))
-    assert fitted.right == alone.right
     assert fitted.fitted_on["brier_score"] != alone.fitted_on["brier_score"]
     with pytest.raises(InputError, match="of one outcome are of too few surface forms"):
         Calibration.fit(table, [str(right) for right in IS_RIGHT], IS_RIGHT, np.zeros(600, bool))
