@@ -248,7 +248,8 @@ class NameSearch:
 
     def _ranked(self) -> tuple[list[_Finished], int]:
         """All names found, the best first, and how many of the first are proved to be in their place."""
-        num_certified = sum(finished.name.score >= self._highest_bound for finished in self._found)
+        highest_bound = self._highest_bound
+        num_certified = sum(finished.name.score >= highest_bound for finished in self._found)
         if self._settings.ranking == "objective" or self._settings.objective == "mean" or not self._found:
             return self._found, num_certified
         best = self._found[0]
@@ -256,7 +257,7 @@ class NameSearch:
         others = [finished for finished in self._found[1:] if finished.bound <= best.name.score]
         needed.sort(key=lambda finished: (-finished.mean, finished.path))
         if num_certified:  # then no other name is needed, and the others follow by their scores
-            num_certified = len(needed) + sum(finished.name.score >= self._highest_bound for finished in others)
+            num_certified = len(needed) + sum(finished.name.score >= highest_bound for finished in others)
         return [*needed, *others], num_certified
 
     @property
