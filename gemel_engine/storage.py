@@ -219,9 +219,11 @@ def remove_tree(uri: str) -> None:
         shutil.rmtree(root, onerror=_unless_others_are_there)
 
 
-def _unless_others_are_there(_: object, __: str, raised: tuple[type, BaseException, object]) -> None:
+def _unless_others_are_there(_: object, path: str, raised: tuple[type, BaseException, object]) -> None:
     """Let a removal go on where somebody else removes, or writes."""
     error = raised[1]
+    if isinstance(error, OSError) and error.errno is None and not os.path.islink(path):
+        return  # rmtree takes a directory that was made anew while it opened it for a link
     if not isinstance(error, OSError) or error.errno not in (errno.ENOENT, errno.ENOTEMPTY):
         raise error
 

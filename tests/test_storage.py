@@ -328,11 +328,14 @@ def test_a_directory_may_be_removed_while_others_write_there(tmp_path: Path) -> 
     with ThreadPoolExecutor(8) as pool:
         writers = [pool.submit(write, rank) for rank in range(4)]
         removers = [pool.submit(remove) for _ in range(2)]
-        for _ in range(50):
-            assert {file.rpartition("/")[2] for file in storage.list_files(str(root)) if "/." not in file} <= {"file"}
-        for remover in removers:
-            remover.result()
-        stop.set()
+        try:
+            for _ in range(50):
+                files = storage.list_files(str(root))
+                assert {file.rpartition("/")[2] for file in files if "/." not in file} <= {"file"}
+            for remover in removers:
+                remover.result()
+        finally:
+            stop.set()
         assert all(writer.result() for writer in writers)
     storage.remove_tree(str(root))
     assert list(tmp_path.iterdir()) == []
