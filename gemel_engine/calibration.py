@@ -56,6 +56,7 @@ _COMPARED = 100  # characters of a surface form and a name
 
 Numbers = npt.NDArray[np.float64]
 Outcomes = npt.NDArray[np.bool_]
+Folds = list[tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]]
 
 
 @pydantic_dataclass(frozen=True, slots=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
@@ -312,16 +313,16 @@ def _fitted(evidence: Numbers, outcomes: Outcomes, forms: npt.NDArray[np.intp]) 
     """A model as free as is best for mentions that are left out, and the probabilities that it gives these."""
     from sklearn.metrics import log_loss
 
-    left_out = {freedom: _left_out(evidence, outcomes, forms, freedom) for freedom in _FREEDOMS}
+    folds = _folds(evidence, outcomes, forms)
+    left_out = {freedom: _left_out(evidence, outcomes, folds, freedom) for freedom in _FREEDOMS}
     best = min(left_out, key=lambda freedom: log_loss(outcomes, left_out[freedom]))
     return LogisticModel.fit(evidence, outcomes, best), left_out[best]
 
 
-def _left_out(evidence: Numbers, outcomes: Outcomes, forms: npt.NDArray[np.intp], freedom: float) -> Numbers:
-    """The probability of each mention by a model that was fitted without any mention of its surface form."""
+def _folds(evidence: Numbers, outcomes: Outcomes, forms: npt.NDArray[np.intp]) -> Folds:
+    """Mentions to fit to and mentions to judge, none of which has a surface form of the others."""
     from sklearn.model_selection import StratifiedGroupKFold
 
-    probabilities = np.empty(len(outcomes))
     folds = StratifiedGroupKFold(_NUM_FOLDS, shuffle=True, random_state=0)
     splits = list(folds.split(evidence, outcomes, forms)) if len(np.unique(forms)) >= _NUM_FOLDS else []
     if not splits or any(len(np.unique(outcomes[fitted])) < 2 for fitted, _ in splits):
@@ -329,7 +330,13 @@ def _left_out(evidence: Numbers, outcomes: Outcomes, forms: npt.NDArray[np.intp]
             "the mentions of one outcome are of too few surface forms to judge a calibration by others: link more "
             "mentions with gold labels"
         )
-    for fitted, judged in splits:
+    return splits
+
+
+def _left_out(evidence: Numbers, outcomes: Outcomes, folds: Folds, freedom: float) -> Numbers:
+    """The probability of each mention by a model that was fitted without any mention of its surface form."""
+    probabilities = np.empty(len(outcomes))
+    for fitted, judged in folds:
         probabilities[judged] = LogisticModel.fit(evidence[fitted], outcomes[fitted], freedom)(evidence[judged])
     return probabilities
 

@@ -222,9 +222,9 @@ def remove_tree(uri: str) -> None:
 def _unless_others_are_there(_: object, path: str, raised: tuple[type, BaseException, object]) -> None:
     """Let a removal go on where somebody else removes, or writes."""
     error = raised[1]
-    if isinstance(error, OSError) and error.errno is None and not os.path.islink(path):
-        return  # rmtree takes a directory that was made anew while it opened it for a link
-    if not isinstance(error, OSError) or error.errno not in (errno.ENOENT, errno.ENOTEMPTY):
+    assert isinstance(error, OSError), "rmtree catches nothing else"
+    is_made_anew = error.errno is None and not os.path.islink(path)  # rmtree takes such a directory for a link
+    if not is_made_anew and error.errno not in (errno.ENOENT, errno.ENOTEMPTY):
         raise error
 
 

@@ -341,6 +341,16 @@ def test_a_directory_may_be_removed_while_others_write_there(tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_directory_that_was_made_anew_is_no_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage.write_bytes(f"{tmp_path}/tree/file", b"")
+    (tmp_path / "link").symlink_to(tmp_path / "tree")
+    with pytest.raises(OSError, match="symbolic link"):
+        storage.remove_tree(f"{tmp_path}/link")
+    monkeypatch.setattr(os.path, "samestat", lambda *_: False)  # what was looked at is not what was opened
+    storage.remove_tree(f"{tmp_path}/tree")
+    assert storage.exists(f"{tmp_path}/tree/file")
+
+
 def test_a_file_in_place_of_a_directory_is_no_file_that_was_first(tmp_path: Path) -> None:
     storage.write_bytes(f"{tmp_path}/data", b"")
     with pytest.raises(NotADirectoryError, match="/data/"):
