@@ -145,7 +145,7 @@ def plain_loss(
             parts.append(mapper(prompts.features([segment.picture]))[0])
         parts.append(model.embed_tokens(torch.tensor(segment.token_ids)))
     parts.append(model.embed_tokens(torch.tensor(prompt.target)))
-    embeddings = torch.cat(parts)
+    embeddings = torch.cat(parts).to(model.module.dtype)
     labels = torch.full((len(embeddings),), -100)
     labels[-len(prompt.target) :] = torch.tensor(prompt.target)
     logits = model.module(inputs_embeds=embeddings[None], use_cache=False).logits[0]
