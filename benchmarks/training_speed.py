@@ -1,22 +1,25 @@
 """Mapper training against a plain loop, side by side in one process, and against what the machine could do at most.
 
-python benchmarks/training_speed.py [--num-mentions 64]
+THP_MEM_ALLOC_ENABLE=1 python benchmarks/training_speed.py [--num-mentions 64]
 
 The plain loop is written as the paper's code is: one whole prompt at a time, logits of every token, a step after 16
-prompts. Both train the emoji mapper on the same mentions; rounds alternate, and the medians are compared. A third loop
-is ours with PyTorch's kernel in the place of its own attention. The limit is 4·N·T floating-point operations (N
-parameters in matrix products, T positions; forward, and backward to activations) at the rate of a matrix product in the
-model's type, measured between the rounds.
+prompts. Both train the emoji mapper on the same mentions, others in each round; their turns alternate, and the medians
+are compared. A third loop is ours with PyTorch's kernel in the place of its own attention. The limit is 4·N·T
+floating-point operations (N parameters in matrix products, T positions; forward, and backward to activations) at the
+rate of a matrix product in the model's type, measured between the rounds. Prompts are those of the emoji configuration,
+and such as the paper has them, of 16 demonstrations. The variable is what training workers set for themselves.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import statistics
 import time
 from collections import Counter
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -33,23 +36,51 @@ from gemel_engine.config import TrainConfig, load_config
 from gemel_engine.linker import DemonstrationRetriever
 from gemel_engine.mapper_training import MapperTrainer, TrainingExample, TrainingPrompts, epoch_order, initial_mapper
 from gemel_engine.model import FrozenLanguageModel
-from gemel_engine.packing import LabelledPrompt, pack_prompts
+from gemel_engine.packing import LabelledPrompt
 from gemel_engine.types import Mention
 
 RESULTS = Path("benchmarks/results/training_speed.json")
 ACCUMULATION = 16
+# Settings other than those of the emoji configuration.
+CASES: dict[str, tuple[str, ...]] = {
+    "emoji": (),
+    "16_demonstrations": (
+        *("--retrieval.num-demonstrations", "16", "--retrieval.num-similar-pictures", "0"),
+        *("--optimisation.mentions-per-form", "8"),
+    ),
+}
 
 logger = logging.getLogger("training_speed")
 
 
-def main(*, num_mentions: int = 64, num_rounds: int = 3) -> None:
+def main(*, num_mentions: int = 64, num_rounds: int = 3, cases: tuple[str, ...] = tuple(CASES)) -> None:
     """Measure and write the results.
 
     Args:
-        num_mentions: Mentions of a round: the first of an epoch.
-        num_rounds: Rounds of either loop.
+        num_mentions: Mentions of a round.
+        num_rounds: Rounds of each loop.
+        cases: Which prompts.
     """
-    config = load_config(TrainConfig, Path("jobs/configs/emoji.toml"))
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for case in cases:
+        config = load_config(TrainConfig, Path("jobs/configs/emoji.toml"), CASES[case])
+        value = measure(config, num_mentions, num_rounds)
+        command = (
+            f"THP_MEM_ALLOC_ENABLE={os.environ.get('THP_MEM_ALLOC_ENABLE', '0')} python benchmarks/training_speed.py "
+            f"--num-mentions {num_mentions} --num-rounds {num_rounds} --cases {case}"
+        )
+        what = (
+            f"SmolLM2-135M {config.language_model.dtype}, {config.retrieval.num_demonstrations} demonstrations with "
+            f"pictures, up to {config.optimisation.mentions_per_form} mentions of a form together, "
+            f"batch {config.optimisation.batch_size}"
+        )
+        results[case] = record(value, command, what)
+        RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+        logger.info("%s: %s", case, json.dumps(value, indent=2))
+
+
+def measure(config: TrainConfig, num_mentions: int, num_rounds: int) -> dict[str, Any]:
+    """Rates of the loops, and the share that each reaches of the machine's limit."""
     artifacts = open_artifacts(config)
     model = FrozenLanguageModel(config.language_model.name, config.language_model.dtype)
     examples = training_examples(config, artifacts)
@@ -57,50 +88,65 @@ def main(*, num_mentions: int = 64, num_rounds: int = 3) -> None:
     everything = TrainingPrompts(examples, artifacts, *layout)
     beginnings = [everything.beginning(number) for number in range(len(examples))]
     order = epoch_order(beginnings, config.optimisation.mentions_per_form, "0 0")
-    prompts = TrainingPrompts([examples[number] for number in order[:num_mentions]], artifacts, *layout)
-    mapper = initial_mapper(config.mapper, 0, prompts, model)
+    mapper = initial_mapper(config.mapper, 0, everything, model)
     settings = replace(config.optimisation, epochs=1000)
-    trainer = MapperTrainer(mapper, model, prompts, settings)
-    plain, ours, with_kernel, rates, num_ours = [], [], [], [], 0
-    for _ in range(num_rounds):
-        rates.append(matmul_rate(model.module.dtype))
-        plain.append(timed(lambda: plain_epoch(model, mapper, prompts)))
-        rates.append(matmul_rate(model.module.dtype))
-        started = time.perf_counter()
-        num_ours = epoch(trainer)
-        ours.append(time.perf_counter() - started)
-        with patch("gemel_engine.model.attention_by_products", sdpa_attention_forward):
-            with_kernel.append(timed(lambda: epoch(trainer)))
-        seconds = plain[-1], ours[-1], with_kernel[-1]
-        logger.info("plain %.1f s, ours %.1f s, with PyTorch's kernel %.1f s, %.0f GFLOP/s", *seconds, rates[-1] / 1e9)
-    num_plain = sum(
-        len(pack_prompts([prompts[n]], prompts.demonstration, prompts.prefix_length).token_ids)
-        for n in range(num_mentions)
-    )
-    parameters = matrix_parameters(model)
-    limit = 4 * parameters * num_ours / statistics.median(rates)
-    value = {
-        "plain_mentions_per_s": num_mentions / statistics.median(plain),
-        "mentions_per_s": num_mentions / statistics.median(ours),
-        "ratio": statistics.median(plain) / statistics.median(ours),
-        "ratio_to_pytorchs_kernel": statistics.median(with_kernel) / statistics.median(ours),
-        "plain_tokens_per_s": num_plain / statistics.median(plain),
-        "tokens_per_s": num_ours / statistics.median(ours),
-        "tokens_of_plain_loop": num_plain,
-        "tokens": num_ours,
-        "matmul_gflops": statistics.median(rates) / 1e9,
-        "share_of_matmul_limit": limit / statistics.median(ours),
-        "plain_share_of_matmul_limit": 4 * parameters * num_plain / statistics.median(rates) / statistics.median(plain),
+    rounds = []
+    for number in range(num_rounds + 1):
+        chosen = [examples[row] for row in order[number * num_mentions : (number + 1) * num_mentions]]
+        prompts = TrainingPrompts(chosen, artifacts, *layout)
+        trainer = MapperTrainer(mapper, model, prompts, settings)
+        rounds.append(run_round(trainer, model, mapper, prompts))
+        logger.info("%s", rounds[-1])
+    del rounds[0]  # it warms up
+    limit = statistics.median(item.flops for item in rounds) / (4 * matrix_parameters(model))  # tokens a second
+    tokens_per_s = statistics.median(item.num_tokens / item.seconds for item in rounds)
+    plain_tokens_per_s = statistics.median(item.num_plain_tokens / item.plain_seconds for item in rounds)
+    return {
+        "plain_mentions_per_s": statistics.median(num_mentions / item.plain_seconds for item in rounds),
+        "mentions_per_s": statistics.median(num_mentions / item.seconds for item in rounds),
+        "ratio": statistics.median(item.plain_seconds / item.seconds for item in rounds),
+        "ratios": sorted(item.plain_seconds / item.seconds for item in rounds),
+        "ratio_to_pytorchs_kernel": statistics.median(item.kernel_seconds / item.seconds for item in rounds),
+        "plain_tokens_per_s": plain_tokens_per_s,
+        "tokens_per_s": tokens_per_s,
+        "tokens_of_plain_loop": sum(item.num_plain_tokens for item in rounds),
+        "tokens": sum(item.num_tokens for item in rounds),
+        "matmul_gflops": statistics.median(item.flops for item in rounds) / 1e9,
+        "share_of_matmul_limit": tokens_per_s / limit,
+        "plain_share_of_matmul_limit": plain_tokens_per_s / limit,
         "profile": step_profile(trainer),
     }
-    command = f"python benchmarks/training_speed.py --num-mentions {num_mentions} --num-rounds {num_rounds}"
-    what = (
-        f"SmolLM2-135M {config.language_model.dtype}, {config.retrieval.num_demonstrations} demonstrations with "
-        f"pictures, batch {settings.batch_size}"
-    )
-    result = record(value, command, what)
-    RESULTS.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(value, indent=2))
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """The loops on the same mentions.
+
+    Attributes:
+        plain_seconds: Of the plain loop.
+        seconds: Of ours.
+        kernel_seconds: Of ours with PyTorch's kernel.
+        num_plain_tokens: Positions that the plain loop computed.
+        num_tokens: Positions that ours computed.
+        flops: Floating-point operations a second of a matrix product.
+    """
+
+    plain_seconds: float
+    seconds: float
+    kernel_seconds: float
+    num_plain_tokens: int
+    num_tokens: int
+    flops: float
+
+
+def run_round(trainer: MapperTrainer, model: FrozenLanguageModel, mapper: nn.Module, prompts: TrainingPrompts) -> Round:
+    """Take the times of the loops in turn."""
+    plain_seconds, num_plain_tokens = timed(lambda: plain_epoch(model, mapper, prompts))
+    flops = matmul_rate(model.module.dtype)
+    seconds, num_tokens = timed(lambda: epoch(trainer))
+    with patch("gemel_engine.model.attention_by_products", sdpa_attention_forward):
+        kernel_seconds, _ = timed(lambda: epoch(trainer))
+    return Round(plain_seconds, seconds, kernel_seconds, num_plain_tokens, num_tokens, flops)
 
 
 def epoch(trainer: MapperTrainer) -> int:
@@ -123,22 +169,27 @@ def training_examples(config: TrainConfig, artifacts: Artifacts) -> list[Trainin
     ]
 
 
-def plain_epoch(model: FrozenLanguageModel, mapper: nn.Module, prompts: TrainingPrompts) -> None:
-    """One pass as the paper's code makes it."""
+def plain_epoch(model: FrozenLanguageModel, mapper: nn.Module, prompts: TrainingPrompts) -> int:
+    """One pass as the paper's code makes it; how many positions it computed."""
     optimiser = torch.optim.AdamW(mapper.parameters(), lr=0.0)
+    num_tokens = 0
     for number in range(len(prompts.examples)):
-        loss = plain_loss(model, mapper, prompts, prompts[number]) / ACCUMULATION
+        embeddings, labels = plain_inputs(model, mapper, prompts, prompts[number])
+        logits = model.module(inputs_embeds=embeddings[None], use_cache=False).logits[0]
+        loss = nn.functional.cross_entropy(logits[:-1].float(), labels[1:]) / ACCUMULATION
         loss.backward()  # type: ignore[no-untyped-call]
+        num_tokens += len(labels)
         if (number + 1) % ACCUMULATION == 0:
             nn.utils.clip_grad_norm_(mapper.parameters(), 1.0)
             optimiser.step()
             optimiser.zero_grad()
+    return num_tokens
 
 
-def plain_loss(
+def plain_inputs(
     model: FrozenLanguageModel, mapper: nn.Module, prompts: TrainingPrompts, prompt: LabelledPrompt
-) -> torch.Tensor:
-    """Loss of one prompt, all of whose logits are computed."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embeddings (T, D) and labels (T,) of one whole prompt."""
     parts = []
     for segment in (*map(prompts.demonstration, prompt.demonstrations), prompt.question):
         if segment.picture is not None:
@@ -148,15 +199,14 @@ def plain_loss(
     embeddings = torch.cat(parts).to(model.module.dtype)
     labels = torch.full((len(embeddings),), -100)
     labels[-len(prompt.target) :] = torch.tensor(prompt.target)
-    logits = model.module(inputs_embeds=embeddings[None], use_cache=False).logits[0]
-    return nn.functional.cross_entropy(logits[:-1].float(), labels[1:])
+    return embeddings, labels
 
 
-def timed(run: Any) -> float:
-    """Seconds that a call takes."""
+def timed(run: Callable[[], int]) -> tuple[float, int]:
+    """Seconds that a call takes, and what it gives."""
     started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
+    result = run()
+    return time.perf_counter() - started, result
 
 
 def matmul_rate(dtype: torch.dtype) -> float:
@@ -164,7 +214,7 @@ def matmul_rate(dtype: torch.dtype) -> float:
     a, b = torch.randn(1024, 576, dtype=dtype), torch.randn(576, 1536, dtype=dtype)
     for _ in range(20):
         a @ b
-    seconds = min(timed(lambda: [a @ b for _ in range(50)]) for _ in range(3))
+    seconds = min(timed(lambda: len([a @ b for _ in range(50)]))[0] for _ in range(3))
     return 50 * 2 * 1024 * 576 * 1536 / seconds
 
 
