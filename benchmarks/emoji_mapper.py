@@ -252,9 +252,14 @@ def noted(runs: list[dict[str, str]], row: str, split: str) -> dict[str, Any]:
     commits = ", ".join(dict.fromkeys(run["commit"][:12] for run in runs))
     result = {}
     for metric in METRICS:
-        figure = Figure.of(np.mean([from_digits(run[metric]) for run in runs], axis=0))
+        of_runs = np.array([from_digits(run[metric]) for run in runs])
+        figure = Figure.of(of_runs.mean(axis=0))
         found = record(figure.value, command, f"{figure.num_mentions} mentions of {split}, {len(runs)} run(s)")
-        result[metric] = found | {"interval": [figure.low, figure.high], "commit": commits}
+        result[metric] = found | {
+            "interval": [figure.low, figure.high],
+            "of_runs": of_runs.mean(axis=1).tolist(),
+            "commit": commits,
+        }
     return result
 
 
