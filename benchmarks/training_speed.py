@@ -90,13 +90,10 @@ def measure(config: TrainConfig, num_mentions: int, num_rounds: int) -> dict[str
     order = epoch_order(beginnings, config.optimisation.mentions_per_form, "0 0")
     mapper = initial_mapper(config.mapper, 0, everything, model)
     settings = replace(config.optimisation, epochs=1000)
-    rounds = []
-    for number in range(num_rounds + 1):
-        chosen = [examples[row] for row in order[number * num_mentions : (number + 1) * num_mentions]]
-        prompts = TrainingPrompts(chosen, artifacts, *layout)
-        trainer = MapperTrainer(mapper, model, prompts, settings)
-        rounds.append(run_round(trainer, model, mapper, prompts))
-        logger.info("%s", rounds[-1])
+    batches = [order[number * num_mentions : (number + 1) * num_mentions] for number in range(num_rounds + 1)]
+    prompts = [TrainingPrompts([examples[number] for number in batch], artifacts, *layout) for batch in batches]
+    trainers = [MapperTrainer(mapper, model, of_round, settings) for of_round in prompts]
+    rounds = [run_round(*of_round, model, mapper) for of_round in zip(trainers, prompts, strict=True)]
     del rounds[0]  # it warms up
     limit = statistics.median(item.flops for item in rounds) / (4 * matrix_parameters(model))  # tokens a second
     tokens_per_s = statistics.median(item.num_tokens / item.seconds for item in rounds)
@@ -114,7 +111,7 @@ def measure(config: TrainConfig, num_mentions: int, num_rounds: int) -> dict[str
         "matmul_gflops": statistics.median(item.flops for item in rounds) / 1e9,
         "share_of_matmul_limit": tokens_per_s / limit,
         "plain_share_of_matmul_limit": plain_tokens_per_s / limit,
-        "profile": step_profile(trainer),
+        "profile": step_profile(trainers[-1]),
     }
 
 
@@ -139,14 +136,16 @@ class Round:
     flops: float
 
 
-def run_round(trainer: MapperTrainer, model: FrozenLanguageModel, mapper: nn.Module, prompts: TrainingPrompts) -> Round:
+def run_round(trainer: MapperTrainer, prompts: TrainingPrompts, model: FrozenLanguageModel, mapper: nn.Module) -> Round:
     """Take the times of the loops in turn."""
     plain_seconds, num_plain_tokens = timed(lambda: plain_epoch(model, mapper, prompts))
     flops = matmul_rate(model.module.dtype)
     seconds, num_tokens = timed(lambda: epoch(trainer))
     with patch("gemel_engine.model.attention_by_products", sdpa_attention_forward):
         kernel_seconds, _ = timed(lambda: epoch(trainer))
-    return Round(plain_seconds, seconds, kernel_seconds, num_plain_tokens, num_tokens, flops)
+    result = Round(plain_seconds, seconds, kernel_seconds, num_plain_tokens, num_tokens, flops)
+    logger.info("%s", result)
+    return result
 
 
 def epoch(trainer: MapperTrainer) -> int:
