@@ -3,11 +3,11 @@
 python benchmarks/mapper_ablation.py [--rows ...]
 
 Each row trains the emoji mapper for a fixed number of steps with one setting changed, and links 300 mentions of dev
-with it, over all names and, as further rows of the same run, among the entities of the surface form. The other settings
-are those of `jobs/configs/emoji.toml`, which the row "base" changes in nothing: P = 4, the closed form of ridge regression
-as the start, features z-scored and brought to one length, 2 demonstrations and one more by its picture (every row but
-that of 0 has that one). Rows that `benchmarks/results/mapper_ablation.json` has are skipped, so that the table can be
-made over days.
+with it, over all names and, as further rows of the same run, among the entities of the surface form. The other
+settings are those of `jobs/configs/emoji.toml`, which the row "base" changes in nothing: P = 4, the closed form of
+ridge regression as the start, features z-scored and brought to one length, 2 demonstrations and one more by its picture
+(every row but that of 0 has that one). Rows that `benchmarks/results/mapper_ablation.json` has are skipped, so that the
+table can be made over days.
 """
 
 from __future__ import annotations
@@ -128,8 +128,8 @@ def measure(name: str, gold: dict[str, str]) -> dict[str, Any]:
 def table(results: dict[str, Any]) -> str:
     """All rows in Markdown; those without a result say so."""
     lines = [
-        "Base: 2 demonstrations and one more by its picture, P = 4, ridge regression as the start, z_score_norm. In each row",
-        f"one thing differs; {NUM_STEPS} steps, one seed, {NUM_MENTIONS} mentions of dev.",
+        "Base: 2 demonstrations and one more by its picture, P = 4, ridge regression as the start, z_score_norm.",
+        f"In each row one thing differs; {NUM_STEPS} steps, one seed, {NUM_MENTIONS} mentions of dev.",
         "",
         "| | all names | form's entities | steps | loss |",
         "|---|---|---|---|---|",
