@@ -26,7 +26,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from gemel_engine.config import EngineSettings
 from gemel_engine.errors import EngineDiedError
-from gemel_engine.model import DTYPES, language_model_width
+from gemel_engine.model import DTYPES, language_model_width, warn_if_slow
 from gemel_engine.prefix_trie import PrefixTrie, SavedTrie
 from gemel_engine.prompt import Prompt
 from gemel_engine.search import Rollout, RolloutRequest
@@ -75,6 +75,7 @@ class VllmEngine:
             additional["common_candidates"] = str(common_candidates.directory)
         on_cpu = not torch.cuda.is_available()
         if on_cpu:
+            warn_if_slow(settings.dtype, torch.device("cpu"))
             # Compiling the sampler's one small function costs a process more than a small job has to compute.
             torch._dynamo.config.disable = True
         # vLLM's annotation knows the first interface only.

@@ -204,6 +204,19 @@ def test_the_reference_forgets_what_two_prompts_do_not_share(
         assert_equal_results(link(kept, [prompt], trie, builder.terminator, max_in_flight=1), [expected])
 
 
+@pytest.mark.parametrize(("dtype", "is_supported"), [("bfloat16", False), ("bfloat16", True), ("float32", False)])
+def test_a_dtype_that_the_cpu_is_slow_in_is_told(
+    language_models: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    dtype: str,
+    is_supported: bool,
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: is_supported)
+    FrozenLanguageModel(str(language_models["llama"]), dtype)
+    assert ("set language_model.dtype to float32" in caplog.text) is (dtype == "bfloat16" and not is_supported)
+
+
 def test_the_reference_forgets_a_prompt_in_which_it_was_interrupted(
     language_models: dict[str, Path],
     trie: PrefixTrie,
