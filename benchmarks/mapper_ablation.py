@@ -22,7 +22,9 @@ from typing import Any
 import pyarrow.parquet as pq
 import tyro
 from emoji_mapper import CORPUS
-from record import record, run_script
+from record import from_digits, record, run_script, to_digits
+
+from gemel_engine.evaluation import Figure
 
 WORK = Path("build/mapper_ablation")
 RESULTS = Path("benchmarks/results/mapper_ablation.json")
@@ -101,30 +103,43 @@ def measure(name: str, gold: dict[str, str]) -> dict[str, Any]:
     ]
     for command in (training, linking):
         run_script(WORK / "log.txt", *command)
-    linked = pq.read_table(directory / "linked/data", columns=["mention_id", "entity_id"]).to_pylist()
-    num_right = sum(gold[row["mention_id"]] == row["entity_id"] for row in linked)
     report = json.loads((directory / "training/report.json").read_text())
-    value = {"accuracy_all": num_right / NUM_MENTIONS, "steps": report["steps"], "loss": report["loss"]}
+    right = right_of(directory / "linked/data", gold)
+    value = {"accuracy_all": sum(right) / NUM_MENTIONS, "steps": report["steps"], "loss": report["loss"]}
+    value["right"] = to_digits(right)
     commands = " && ".join(f"python {' '.join(command)}" for command in (training, linking))
     return record(value, commands, f"{NUM_MENTIONS} mentions of dev, seed {SEED}")
+
+
+def right_of(linked: Path, gold: dict[str, str]) -> list[bool]:
+    """Whether each mention of the sample, in its order, is linked to its entity."""
+    rows = pq.read_table(linked, columns=["mention_id", "entity_id"]).to_pylist()
+    answers = {row["mention_id"]: row["entity_id"] for row in rows}
+    return [answers[mention_id] == entity_id for mention_id, entity_id in gold.items()]
 
 
 def table(results: dict[str, Any]) -> str:
     """All rows in Markdown; those without a result say so."""
     lines = [
         "Base: 2 demonstrations and one more by its picture, P = 4, ridge regression as the start, z_score_norm.",
-        f"In each row one thing differs; {NUM_STEPS} steps of {BATCH_SIZE} mentions, one seed. Accuracy over all names",
-        f"on {NUM_MENTIONS} mentions of dev; mean loss of the steps.",
+        f"In each row one thing differs; {NUM_STEPS} steps of {BATCH_SIZE} mentions, one seed. Accuracy over all",
+        f"names on {NUM_MENTIONS} mentions of dev, its difference to the base's with a 95% interval, and",
+        "the mean loss of the steps.",
         "",
-        "| | accuracy | loss |",
-        "|---|---|---|",
+        "| | accuracy | difference | loss |",
+        "|---|---|---|---|",
     ]
     for name in ROWS:
         if name not in results:
-            lines.append(f"| {name} | not measured yet | |")
+            lines.append(f"| {name} | not measured yet | | |")
             continue
         value = results[name]["value"]
-        lines.append(f"| {name} | {value['accuracy_all']:.3f} | {value['loss']:.3f} |")
+        difference = ""
+        if name != "base" and "base" in results:
+            changes = from_digits(value["right"]) - from_digits(results["base"]["value"]["right"])
+            figure = Figure.of(changes.astype(float))
+            difference = f"{figure.value:+.3f} [{figure.low:+.3f}, {figure.high:+.3f}]"
+        lines.append(f"| {name} | {value['accuracy_all']:.3f} | {difference} | {value['loss']:.3f} |")
     return "\n".join(lines) + "\n"
 
 
