@@ -26,7 +26,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import tyro
 from decode_systems import Beams
-from record import from_digits, record, to_digits
+from record import difference, record, to_digits
 from vllm import RequestOutput, SamplingParams
 from wikidiverse import guesses
 
@@ -299,9 +299,8 @@ def table(corpus: str, results: dict[str, Any]) -> str:
         low, high = value["interval"]
         against = ""
         if name != row.against and row.against in results:
-            difference = Figure.of(from_digits(value["right"]) - from_digits(results[row.against]["value"]["right"]))
             other = "" if row.against == "base" else f" ({row.against})"
-            against = f"{difference.value:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]{other}"
+            against = difference(value["right"], results[row.against]["value"]["right"]) + other
         costs = [
             "" if value[cost] is None else format(value[cost], layout)
             for cost, layout in (("certified_share", ".1%"), ("rollouts", ".1f"), ("prompt_tokens", ".0f"))

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gemel_engine.evaluation import Figure
+
 
 def record(value: object, command: str, what: str) -> dict[str, Any]:
     """A result with its command, commit and conditions; `what` says what was measured."""
@@ -36,6 +38,12 @@ def to_digits(right: Iterable[bool | np.bool_]) -> str:
 def from_digits(digits: str) -> NDArray[np.int8]:
     """What `to_digits` wrote: (mentions,), 1 for each right answer, 0 for each wrong one."""
     return np.array([int(digit) for digit in digits], np.int8)
+
+
+def difference(right: str, other: str) -> str:
+    """Accuracy of the first less that of the second, with its paired 95% interval; both are of `to_digits`."""
+    figure = Figure.of(from_digits(right) - from_digits(other))
+    return f"{figure.value:+.3f} [{figure.low:+.3f}, {figure.high:+.3f}]"
 
 
 def run_script(log: Path, *command: str) -> None:
