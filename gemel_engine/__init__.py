@@ -1,1 +1,15 @@
 """Multimodal entity linking by generating entity names."""
+
+import os
+
+# Ray reads some of its settings when it is imported, so they are made before any module of this package does that.
+
+# Ray Data reserves resources for a driver, and for so many seconds after it was killed: 180, were this not here. The
+# next driver would wait for them.
+os.environ.setdefault("RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S", "30")
+# Ray Data's newer way to share out a cluster rounds down what fractions of CPUs and GPUs leave over on each node: pools
+# stay small then although there is room, on nodes that join, too.
+os.environ.setdefault("RAY_DATA_CLUSTER_AUTOSCALER", "V2")
+# Ray Train asks a cluster's dashboard every second whether its controller lives, and warns each time where there is
+# none, as in the Ray that a job starts for itself.
+os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "Failed to query Ray Train Controller actor state")

@@ -7,17 +7,9 @@ One block is one shard, or a part of it. The stages stand in `stages.py` and kno
 
 from __future__ import annotations
 
-import os
-
-# Ray Data reserves resources for a driver, and for so many seconds after it was killed: 180, were this not here. The
-# next driver would wait for them. Read when Ray Data is imported.
-os.environ.setdefault("RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S", "30")
-# Ray Data's newer way to share out a cluster rounds down what fractions of CPUs and GPUs leave over on each node: pools
-# stay small then although there is room, on nodes that join, too.
-os.environ.setdefault("RAY_DATA_CLUSTER_AUTOSCALER", "V2")
-
 import json
 import logging
+import os
 import signal
 import sys
 import threading
