@@ -45,6 +45,7 @@ MAPPERS = {
     "closed_form": ("--optimisation.epochs", "0"),
     **{f"trained_{seed}": ("--optimisation.seed", str(seed)) for seed in SEEDS},
     "random_init_trained": ("--mapper.initialisation", "random"),
+    "random_init_rate_5e-4": ("--mapper.initialisation", "random", "--optimisation.learning-rate", "5e-4"),
 }
 # Which runs a row is the mean of.
 ROWS: dict[str, tuple[str, ...]] = {
@@ -53,6 +54,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "closed_form": ("closed_form",),
     "trained": tuple(f"trained_{seed}" for seed in SEEDS),
     "random_init_trained": ("random_init_trained",),
+    "random_init_rate_5e-4": ("random_init_rate_5e-4",),
     "centroids": ("centroids",),
 }
 # The mapper of a run that is not named after one.
