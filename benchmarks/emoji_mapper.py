@@ -44,8 +44,8 @@ METRICS = ("accuracy_all", "accuracy_surface_form")
 MAPPERS = {
     "closed_form": ("--optimisation.epochs", "0"),
     **{f"trained_{seed}": ("--optimisation.seed", str(seed)) for seed in SEEDS},
-    "random_init_trained": ("--mapper.initialisation", "random"),
-    "random_init_rate_5e-4": ("--mapper.initialisation", "random", "--optimisation.learning-rate", "5e-4"),
+    "random_init_trained": ("--mapper.initialisation", "random", "--optimisation.learning-rate", "5e-4"),
+    "random_init_rate_2e-5": ("--mapper.initialisation", "random"),  # the closed form's rate
 }
 # Which runs a row is the mean of.
 ROWS: dict[str, tuple[str, ...]] = {
@@ -54,7 +54,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "closed_form": ("closed_form",),
     "trained": tuple(f"trained_{seed}" for seed in SEEDS),
     "random_init_trained": ("random_init_trained",),
-    "random_init_rate_5e-4": ("random_init_rate_5e-4",),
+    "random_init_rate_2e-5": ("random_init_rate_2e-5",),
     "centroids": ("centroids",),
 }
 # The mapper of a run that is not named after one.
