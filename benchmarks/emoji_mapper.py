@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import tyro
 from numpy.typing import NDArray
-from record import commit, from_digits, record, to_digits
+from record import commit, from_digits, machine, to_digits
 
 from gemel_engine.artifacts import Artifacts, open_artifacts
 from gemel_engine.config import LinkConfig, VisionSettings, load_config
@@ -134,7 +134,7 @@ class _Bench:
         self._splits: dict[str, Split] = {}
 
     def run(self, run: str, name: str) -> dict[str, str]:
-        """By metric, a digit for each mention of a split: 1 if its answer is right."""
+        """By metric, a digit for each mention of a split: 1 if its answer is right; and what it was measured with."""
         split = self._split(name)
         mapper_name = MAPPER_OF.get(run, run)
         if run == "centroids":
@@ -145,7 +145,7 @@ class _Bench:
             train(mapper_name)
             mapper = FeatureMapper.load(WORK / mapper_name / "feature_mapper")
             right = self._right(split, mapper, shuffled=run == "shuffled")
-        return dict(zip(METRICS, map(to_digits, right), strict=True)) | {"commit": commit()}
+        return dict(zip(METRICS, map(to_digits, right), strict=True)) | {"commit": commit(), "machine": machine()}
 
     def accuracies(self, name: str, mapper: FeatureMapper | None) -> list[float]:
         """Accuracy over all names, and among the surface form's entities."""
@@ -252,15 +252,18 @@ def noted(runs: list[dict[str, str]], row: str, split: str) -> dict[str, Any]:
     """Accuracies of a row, the mean over its runs with a bootstrap 95% interval over mentions, and what made them."""
     command = f"python benchmarks/emoji_mapper.py --rows {row} --splits {split}"
     commits = ", ".join(dict.fromkeys(run["commit"][:12] for run in runs))
+    machines = "; ".join(dict.fromkeys(run["machine"] for run in runs))
     result = {}
     for metric in METRICS:
         of_runs = np.array([from_digits(run[metric]) for run in runs])
         figure = Figure.of(of_runs.mean(axis=0))
-        found = record(figure.value, command, f"{figure.num_mentions} mentions of {split}, {len(runs)} run(s)")
-        result[metric] = found | {
+        result[metric] = {
+            "value": figure.value,
+            "command": command,
+            "commit": commits,
+            "conditions": f"{figure.num_mentions} mentions of {split}, {len(runs)} run(s), {machines}",
             "interval": [figure.low, figure.high],
             "of_runs": of_runs.mean(axis=1).tolist(),
-            "commit": commits,
         }
     return result
 

@@ -19,10 +19,12 @@ from gemel_engine.evaluation import Figure
 
 def record(value: object, command: str, what: str) -> dict[str, Any]:
     """A result with its command, commit and conditions; `what` says what was measured."""
-    machine = (
-        f"{os.cpu_count()} cores {platform.machine()}, load {os.getloadavg()[2]:.1f}, {datetime.now(UTC):%Y-%m-%d}"
-    )
-    return {"value": value, "command": command, "commit": commit(), "conditions": f"{what}, {machine}"}
+    return {"value": value, "command": command, "commit": commit(), "conditions": f"{what}, {machine()}"}
+
+
+def machine() -> str:
+    """The machine, how busy it was in the last quarter of an hour, and the date."""
+    return f"{os.cpu_count()} cores {platform.machine()}, load {os.getloadavg()[2]:.1f}, {datetime.now(UTC):%Y-%m-%d}"
 
 
 def commit() -> str:
