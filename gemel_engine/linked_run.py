@@ -55,7 +55,7 @@ class LinkedRun:
         for name in ("_run.json", "report.json"):
             if not storage.exists(f"{output}/{name}"):
                 raise InputError(f"{output} has no {name}: name the output of a linking run that has finished")
-            documents.append(json.loads(storage.read_bytes(f"{output}/{name}")))
+            documents.append(storage.read_json(f"{output}/{name}", "put it back, or link again to a new output"))
         run, report = documents
         return cls(output, run["settings"], report, _dataset(f"{output}/data", PREDICTION_SCHEMA).to_table())
 

@@ -28,10 +28,11 @@ import ray
 from numpy.typing import NDArray
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 
-from gemel_engine import shards, storage
+from gemel_engine import output_check, shards, storage
 from gemel_engine.config import JobConfig, LinkConfig, PoolSettings, config_json
 from gemel_engine.display import percent
 from gemel_engine.errors import TooManyFailuresError, shown
+from gemel_engine.fingerprints import Contents, run_contents
 from gemel_engine.progress import Progress, Tally
 from gemel_engine.relinking import EarlierRun
 from gemel_engine.shards import Shard
@@ -147,20 +148,23 @@ def link_corpus(config: LinkConfig) -> LinkReport:
             rows failed than `max_failed_fraction` allows (the output is complete then).
     """
     started = time.monotonic()
-    plan, artifacts = checked_plan(config)
-    shards.claim_output(config.output, _identity(config, plan))
+    plan, artifacts, contents = checked_plan(config)
+    identity = _identity(config, plan, contents)
+    run = shards.run_digest(identity)
+    shards.claim_output(config.output, identity)
     if (earlier := EarlierRun.of(config)) is not None:
         earlier.note_changes(config.knowledge_base)
     plan = ordered_plan(config, plan)
-    finished = shards.finished_shards(config.output)
+    finished = output_check.check_finished(config.output, plan, run)
     remaining = [shard for shard in plan if shard.name not in finished]
     tally = Tally()
     if remaining:
         connect()
-        tally = _commit_as_completed(config.output, remaining, stream_receipts(config, remaining))
+        tally = _commit_as_completed(config.output, remaining, stream_receipts(config, remaining, contents), run)
+    rows = output_check.read_complete(config.output, plan, run, ("error", "certified", "num_rollouts"))
     for working_files in ("_parts", "_marks"):  # of this run and of any other: all shards are complete
         storage.remove_tree(f"{config.output}/{working_files}")
-    report = _report(config, artifacts, plan, remaining, tally, time.monotonic() - started)
+    report = _report(config, artifacts, plan, remaining, tally, rows, time.monotonic() - started)
     if remaining or not storage.exists(f"{config.output}/report.json"):  # else it tells of the run that did the work
         storage.write_bytes(f"{config.output}/report.json", json.dumps(asdict(report), indent=2).encode())
         logger.info("linked %s: %s", shown(config.output), report.summary())
@@ -178,20 +182,25 @@ def describe_run(config: LinkConfig) -> str:
     Raises:
         GemelError: The configuration, the input or an artifact is unusable.
     """
-    plan = checked_plan(config)[0]
+    plan, _, contents = checked_plan(config)
+    finished: set[str] = set()
     if shards.is_claimed(config.output):
-        shards.check_claim(config.output, _identity(config, plan))
-        plan = shards.load_plan(config.output) or plan
-    remaining = [shard for shard in plan if shard.name not in shards.finished_shards(config.output)]
-    num_rows, num_left = (sum(shard.stop - shard.start for shard in part) for part in (plan, remaining))
+        identity = _identity(config, plan, contents)
+        shards.check_claim(config.output, identity)
+        plan = shards.load_plan(config.output, shards.num_rows(plan)) or plan
+        finished = output_check.check_finished(config.output, plan, shards.run_digest(identity))
+    remaining = [shard for shard in plan if shard.name not in finished]
+    num_rows, num_left = shards.num_rows(plan), shards.num_rows(remaining)
     return (
         f"{config.output}: {num_left} of {num_rows} rows are to be linked, in {len(remaining)} of {len(plan)} shards; "
         "nothing has been done"
     )
 
 
-def checked_plan(config: LinkConfig) -> tuple[list[Shard], Artifacts]:
-    """The corpus in shards, and the artifacts, all found to be usable and to belong together.
+def checked_plan(config: LinkConfig) -> tuple[list[Shard], Artifacts, Contents]:
+    """Return the corpus in shards, and the artifacts, all found to be usable and to belong together.
+
+    The last item holds what each model and artifact is, by its name: fingerprints and manifests.
 
     Raises:
         GemelError: They are not.
@@ -200,13 +209,19 @@ def checked_plan(config: LinkConfig) -> tuple[list[Shard], Artifacts]:
     from gemel_engine.linker import check_encoders
 
     storage.check_kept(config.output)
+    storage.check_apart(config.output, config.input)
     plan = shards.plan_shards(config.input, config.rows_per_shard, config.vision.required_columns)
     artifacts = open_artifacts(config, verify=config.verify_artifacts)
-    check_encoders(config, artifacts)
+    image_encoder = check_encoders(config, artifacts)
     open_calibration(config)
+    contents = run_contents(
+        config,
+        None if artifacts.index is None else artifacts.index.metadata.mention_encoder_fingerprint,
+        None if image_encoder is None else image_encoder.fingerprint,
+    )
     if (earlier := EarlierRun.of(config)) is not None:
-        earlier.check(_identity(config, plan))
-    return plan, artifacts
+        earlier.check(_identity(config, plan, contents))
+    return plan, artifacts, contents
 
 
 def ordered_plan(config: LinkConfig, plan: list[Shard]) -> list[Shard]:
@@ -215,7 +230,7 @@ def ordered_plan(config: LinkConfig, plan: list[Shard]) -> list[Shard]:
     The sorted rows are written to the output; a continued run takes those of the first. A corpus that holds pictures or
     image features, or is of one shard, stays as it is.
     """
-    if (ordered := shards.load_plan(config.output)) is not None:
+    if (ordered := shards.load_plan(config.output, shards.num_rows(plan))) is not None:
         return ordered
     if len(plan) == 1 or (places := shards.order_by_surface_form(plan)) is None:
         return plan
@@ -254,11 +269,11 @@ def _placed_ranges(plan: Sequence[Shard], places: NDArray[np.int64]) -> list[pa.
     return tables
 
 
-def stream_parts(config: LinkConfig, remaining: Sequence[Shard]) -> Dataset:
+def stream_parts(config: LinkConfig, remaining: Sequence[Shard], contents: Contents | None) -> Dataset:
     """The pipeline, up to the receipts of the parts that it wrote; nothing runs until it is consumed."""
-    dataset = encode_and_retrieve(config, remaining)
+    dataset = encode_and_retrieve(config, remaining, contents)
     dataset = dataset.map_batches(
-        GenerateEntityNames, fn_constructor_args=(config,), **actor_pool(config.resources.generation)
+        GenerateEntityNames, fn_constructor_args=(config, contents), **actor_pool(config.resources.generation)
     )
     dataset = dataset.map_batches(
         partial(write_parts, output=config.output, plan={shard.index: shard for shard in remaining}),
@@ -270,13 +285,20 @@ def stream_parts(config: LinkConfig, remaining: Sequence[Shard]) -> Dataset:
     return dataset
 
 
-def stream_receipts(config: LinkConfig, remaining: Sequence[Shard]) -> Generator[dict[str, Any], None, None]:
+def stream_receipts(
+    config: LinkConfig, remaining: Sequence[Shard], contents: Contents | None
+) -> Generator[dict[str, Any], None, None]:
     """Run the pipeline; yields each receipt, a row of `RECEIPT_SCHEMA`, as its part is written."""
-    yield from _rows(stream_parts(config, remaining).iter_batches(batch_size=None, batch_format="pyarrow"))
+    yield from _rows(stream_parts(config, remaining, contents).iter_batches(batch_size=None, batch_format="pyarrow"))
 
 
-def encode_and_retrieve(config: JobConfig, plan: Sequence[Shard], *, with_gold: bool = False) -> Dataset:
-    """Mentions with their image features and the rows of their demonstrations; `with_gold` keeps `entity_id`."""
+def encode_and_retrieve(
+    config: JobConfig, plan: Sequence[Shard], contents: Contents | None, *, with_gold: bool = False
+) -> Dataset:
+    """Mentions with their image features and the rows of their demonstrations; `with_gold` keeps `entity_id`.
+
+    Each actor compares what it opens with `contents`, the models and artifacts that the run began with.
+    """
     with_pictures = config.vision.image_encoder is not None
     columns = ("image_features", *(IMAGE_COLUMNS if with_pictures else ()), *(("entity_id",) if with_gold else ()))
     dataset: Dataset = ray.data.from_items([asdict(shard) for shard in plan], override_num_blocks=len(plan))
@@ -285,9 +307,9 @@ def encode_and_retrieve(config: JobConfig, plan: Sequence[Shard], *, with_gold: 
     dataset = dataset.map_batches(read, batch_size=1, batch_format="pyarrow", num_cpus=0.25)
     if with_pictures:
         pool = actor_pool(config.resources.images)
-        dataset = dataset.map_batches(EncodeImages, fn_constructor_args=(config,), **pool)
+        dataset = dataset.map_batches(EncodeImages, fn_constructor_args=(config, contents), **pool)
     if config.demonstrations is not None and config.retrieval.num_demonstrations:
-        arguments = (config.demonstrations, config.retrieval)
+        arguments = (config.demonstrations, config.retrieval, contents)
         pool = actor_pool(config.resources.retrieval)
         dataset = dataset.map_batches(RetrieveDemonstrations, fn_constructor_args=arguments, **pool)
     return dataset
@@ -320,9 +342,11 @@ def _stop(number: int, _: object) -> NoReturn:
     sys.exit(128 + number)
 
 
-def _commit_as_completed(output: str, remaining: Sequence[Shard], receipts: Iterable[Mapping[str, Any]]) -> Tally:
+def _commit_as_completed(
+    output: str, remaining: Sequence[Shard], receipts: Iterable[Mapping[str, Any]], run: str
+) -> Tally:
     """Commit each shard as soon as receipts cover its rows; returns their sums."""
-    commit = ray.remote(num_cpus=0)(shards.commit_shard)
+    commit: Any = ray.remote(num_cpus=0)(shards.commit_shard)
     plan = {shard.index: shard for shard in remaining}
     num_missing = {shard.index: shard.stop - shard.start for shard in remaining}
     parts: dict[int, list[str]] = defaultdict(list)
@@ -334,7 +358,7 @@ def _commit_as_completed(output: str, remaining: Sequence[Shard], receipts: Iter
         num_missing[index] -= receipt["num_rows"]
         progress.add(receipt)
         if num_missing[index] == 0:
-            commits.append(commit.remote(output, plan[index], parts.pop(index)))
+            commits.append(commit.remote(output, plan[index], parts.pop(index), run))
             done, commits = ray.wait(commits, num_returns=len(commits), timeout=0)
             ray.get(done)  # raises what went wrong with them
     ray.get(commits)
@@ -352,11 +376,11 @@ def _report(
     plan: Sequence[Shard],
     remaining: Sequence[Shard],
     tally: Tally,
+    table: pa.Table,
     seconds: float,
 ) -> LinkReport:
-    table = shards.read_columns(f"{config.output}/data", ("error", "certified", "num_rollouts"))
     linked = table.filter(pc.is_null(table["error"]))
-    rows_now = sum(shard.stop - shard.start for shard in remaining)
+    rows_now = shards.num_rows(remaining)
     mapper = artifacts.feature_mapper
     return LinkReport(
         rows=table.num_rows,
@@ -404,28 +428,16 @@ def _check_failures(config: LinkConfig, report: LinkReport) -> None:
         )
 
 
-def _identity(config: LinkConfig, plan: Sequence[Shard]) -> dict[str, Any]:
-    """What makes up a run: settings, input files and artifacts."""
+def _identity(config: LinkConfig, plan: Sequence[Shard], contents: Contents) -> dict[str, Any]:
+    """What makes up a run: settings, input files, models and artifacts."""
     settings = {key: value for key, value in json.loads(config_json(config)).items() if key not in _NOT_IDENTITY}
     earlier = EarlierRun.of(config)
     return {
         "settings": settings,
         "plan": shards.plan_identity(plan),
-        "artifacts": artifact_manifests(config),
+        "artifacts": contents,
         **({} if earlier is None else {"previous": earlier.identity()}),
     }
-
-
-def artifact_manifests(config: JobConfig) -> dict[str, Any]:
-    """What the artifacts of a run say of themselves, checksums included."""
-    calibration = config.calibration if isinstance(config, LinkConfig) else None
-    manifests = {
-        "knowledge_base": f"{config.knowledge_base}/knowledge_base.json",
-        "demonstrations": config.demonstrations and f"{config.demonstrations}/index.json",
-        "feature_mapper": config.vision.feature_mapper and f"{config.vision.feature_mapper}/mapper.json",
-        "calibration": calibration and f"{calibration}/calibration.json",
-    }
-    return {name: json.loads(storage.read_bytes(uri)) for name, uri in manifests.items() if uri}
 
 
 def actor_pool(settings: PoolSettings) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from gemel_engine.capacity import ClusterPlan, Estimate, StageCost, Workload, dr
 from gemel_engine.config import LinkConfig, PoolSettings, ResourceSettings
 from gemel_engine.display import percent
 from gemel_engine.errors import ConfigurationError
+from gemel_engine.fingerprints import Contents
 from gemel_engine.linking import checked_plan, connect, ordered_plan, stream_receipts
 from gemel_engine.progress import Tally
 from gemel_engine.shards import Shard
@@ -126,13 +127,13 @@ def plan_run(
             "actor, and a price is not negative"
         )
     started = time.monotonic()
-    plan, _ = checked_plan(config)
+    plan, _, contents = checked_plan(config)
     num_rows = sum(shard.stop - shard.start for shard in plan)
     windows = draw_windows(num_rows, sample_rows, seed)
     places = shards.order_by_surface_form(plan)
     order = shards.order_within_shards(plan) if places is None else np.argsort(places)
     check_seconds = time.monotonic() - started
-    sample = link_windows(config, plan, [order[start:stop] for start, stop in windows])
+    sample = link_windows(config, plan, [order[start:stop] for start, stop in windows], contents)
     costs = sample.costs()
     of_first_window = sum(cost.seconds(1, sample.rows[0]).value for cost in costs.values())
     workload = Workload(
@@ -165,13 +166,16 @@ def plan_run(
     )
 
 
-def link_windows(config: LinkConfig, plan: Sequence[Shard], windows: Sequence[NDArray[np.int64]]) -> Sample:
+def link_windows(
+    config: LinkConfig, plan: Sequence[Shard], windows: Sequence[NDArray[np.int64]], contents: Contents | None = None
+) -> Sample:
     """Link windows of a corpus, each as one shard, with one actor for each stage.
 
     Args:
         config: The run.
         plan: Its corpus.
         windows: Rows, numbered in the order of the plan.
+        contents: What each model and artifact is.
     """
     scratch = f"{config.output.rstrip('/')}-plan-{uuid.uuid4().hex[:8]}"
     try:
@@ -191,7 +195,7 @@ def link_windows(config: LinkConfig, plan: Sequence[Shard], windows: Sequence[ND
             ordered_plan(sampled, drawn)  # for the time that it takes: windows stay as they are
         tallies: dict[int, Tally] = {}
         whole, first_seconds = Tally(), 0.0
-        with closing(stream_receipts(sampled, drawn)) as receipts:  # its actors end before the directory goes
+        with closing(stream_receipts(sampled, drawn, contents)) as receipts:  # its actors end before the directory goes
             for receipt in receipts:
                 tallies.setdefault(receipt["shard"], Tally()).add(receipt)
                 whole.add(receipt)

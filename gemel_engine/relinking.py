@@ -34,6 +34,7 @@ from gemel_engine.shards import Shard
 from gemel_engine.types import PREDICTION_SCHEMA
 
 # In these settings and artifacts a run may differ from the one that it carries on.
+_REMEDY = "put it back, or link without previous"
 _MAY_DIFFER = ("knowledge_base", "previous", "calibration")
 
 
@@ -120,7 +121,7 @@ class EarlierRun:
 
     def report(self) -> dict[str, Any]:
         """Its `report.json`."""
-        return dict(json.loads(storage.read_bytes(f"{self.output}/report.json")))
+        return dict(storage.read_json(f"{self.output}/report.json", _REMEDY))
 
     def check(self, identity: Mapping[str, Any]) -> None:
         """See that a run can carry this one on.
@@ -142,7 +143,7 @@ class EarlierRun:
         manifest = f"{address}/knowledge_base.json"
         if (
             not storage.exists(manifest)
-            or json.loads(storage.read_bytes(manifest)) != before["artifacts"]["knowledge_base"]
+            or storage.read_json(manifest, _REMEDY) != before["artifacts"]["knowledge_base"]
         ):
             raise ArtifactError(
                 f"the knowledge base {shown(address)} of the run {shown(self.output)} is not there any more, so that "
@@ -159,7 +160,7 @@ class EarlierRun:
 
     def counts(self) -> dict[str, int]:
         """`num_changed_entities` and `num_added_names`."""
-        return dict(json.loads(storage.read_bytes(f"{self.changes}/changes.json")))
+        return dict(storage.read_json(f"{self.changes}/changes.json", "remove it and run the same command again"))
 
     def added_names(self) -> Path | None:
         """A local directory of the prefix trie of the added names; None if there are none."""
@@ -207,7 +208,10 @@ class EarlierRun:
         return mentions.append_column("is_settled", pa.array(is_settled))
 
     def _run(self) -> dict[str, Any]:
-        return dict(json.loads(storage.read_bytes(f"{self.output}/_run.json")))
+        run = shards.load_claim(self.output)
+        if missing := {"settings", "plan", "artifacts"} - run.keys():
+            raise InputError(f"{shown(f'{self.output}/_run.json')} lacks {', '.join(sorted(missing))}: {_REMEDY}")
+        return run
 
 
 def _has_any(lists: pa.ChunkedArray, values: pa.ChunkedArray, wanted: pa.ChunkedArray) -> NDArray[np.bool_]:

@@ -10,17 +10,18 @@
 
 A shard is a range of rows of one file: of the input, or of the ordered corpus where that was written. `data/` is a
 plain Parquet directory at every moment and holds no row twice: whoever finishes a shard first wins, and a rerun skips
-the finished ones.
+the finished ones. Each shard's footer names its run; `output_check` compares all of them with the plan.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -31,7 +32,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from gemel_engine import storage
-from gemel_engine.errors import ConfigurationError, InputError
+from gemel_engine.errors import ConfigurationError, InputError, shown
 from gemel_engine.types import MENTION_REQUIRED_COLUMNS, PREDICTION_SCHEMA
 
 
@@ -73,18 +74,29 @@ SMALL_SCHEMA = pa.schema(
 _SCHEMA = pa.schema(
     [*SMALL_SCHEMA, pa.field("image_bytes", pa.large_binary()), pa.field("image_features", pa.list_(pa.float64()))]
 )
+RUN_KEY = b"gemel_run"  # in the metadata of a shard's footer
 _ROWS_PER_READ = 256  # with pictures a row group may be larger than memory
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """Rows `start` to `stop` - 1 of an input file, and the version that the file had when the run was planned."""
+    """Rows `start` to `stop` - 1 of an input file, as it was when the run was planned.
+
+    Attributes:
+        index: Position in the plan, from 0.
+        uri: Address of the file.
+        version: Of the file: see `_version`.
+        start: First row.
+        stop: Row behind the last.
+        ids: `ids_digest` of its mentions; empty where only the rows matter.
+    """
 
     index: int
     uri: str
     version: str
     start: int
     stop: int
+    ids: str = ""
 
     @property
     def name(self) -> str:
@@ -115,7 +127,8 @@ def plan_shards(input_uri: str, rows_per_shard: int, also_required: Sequence[str
                 ids.append(parquet.read(["mention_id"])["mention_id"].cast(pa.large_string()))
         except (OSError, pa.ArrowException) as error:
             raise InputError(f"{file.uri} is not a readable Parquet file: {error}") from error
-        shards += _cut(file.uri, file.version, num_rows, rows_per_shard, len(shards))
+        of_file = _cut(file.uri, _version(file), num_rows, rows_per_shard, len(shards))
+        shards += [replace(shard, ids=ids_digest(ids[-1][shard.start : shard.stop])) for shard in of_file]
     _check_ids(input_uri, ids)
     return shards
 
@@ -186,18 +199,38 @@ def recut(plan: Sequence[Shard], rows_per_shard: int) -> list[Shard]:
     return recut
 
 
+def num_rows(plan: Sequence[Shard]) -> int:
+    """Return the number of rows of all shards."""
+    return sum(shard.stop - shard.start for shard in plan)
+
+
 def save_plan(output: str, plan: Sequence[Shard]) -> list[Shard]:
     """Note the shards of a run, unless another run was first; returns those that are noted."""
     storage.create_exclusive(f"{output}/_plan.json", json.dumps(plan_identity(plan)).encode())
-    noted = load_plan(output)
+    noted = load_plan(output, num_rows(plan))
     assert noted is not None, "created just now, or before"
     return noted
 
 
-def load_plan(output: str) -> list[Shard] | None:
-    """The shards that `save_plan` noted, if it did."""
+def load_plan(output: str, expected_rows: int) -> list[Shard] | None:
+    """Return the shards that `save_plan` noted, if it did.
+
+    Raises:
+        InputError: What it noted is damaged, or is not of `expected_rows` rows.
+    """
     uri = f"{output}/_plan.json"
-    return [Shard(**fields) for fields in json.loads(storage.read_bytes(uri))] if storage.exists(uri) else None
+    if not storage.exists(uri):
+        return None
+    remedy = "remove it and run the same command again"
+    found = storage.read_json(uri, remedy)
+    try:
+        plan = [Shard(**fields) for fields in found]
+        is_whole = num_rows(plan) == expected_rows and [shard.index for shard in plan] == list(range(len(plan)))
+    except TypeError:  # other JSON than `plan_identity` makes
+        plan, is_whole = [], False
+    if not is_whole:
+        raise InputError(f"{shown(uri)} is not the plan of this run's {expected_rows} rows: {remedy}")
+    return plan
 
 
 def read_rows(shard: Shard, columns: Sequence[str]) -> pa.Table:
@@ -206,9 +239,7 @@ def read_rows(shard: Shard, columns: Sequence[str]) -> pa.Table:
     Raises:
         InputError: The file has changed since the run was planned.
     """
-    (current,) = storage.list_parquet(shard.uri)
-    if current.version != shard.version:
-        raise InputError(f"{shard.uri} has changed since the run was planned: link it again to a new output")
+    _check_version(shard)
     file_system, path = storage.resolve(shard.uri)
     with pq.ParquetFile(path, filesystem=file_system) as parquet:
         first_row, groups, skipped = 0, [], 0
@@ -221,7 +252,11 @@ def read_rows(shard: Shard, columns: Sequence[str]) -> pa.Table:
             first_row = end
         present = [column for column in columns if column in parquet.schema_arrow.names]
         table = parquet.read_row_groups(groups, present)
-    return table.slice(shard.start - skipped, shard.stop - shard.start)
+    _check_version(shard)  # it may have been replaced while it was read
+    rows = table.slice(shard.start - skipped, shard.stop - shard.start)
+    if shard.ids and "mention_id" in present and ids_digest(rows["mention_id"]) != shard.ids:
+        raise _changed(shard)
+    return rows
 
 
 def claim_output(output: str, identity: dict[str, Any]) -> None:
@@ -233,9 +268,14 @@ def claim_output(output: str, identity: dict[str, Any]) -> None:
 
     Raises:
         ConfigurationError: The output belongs to a run that differs; the message names where.
+        InputError: It has shards, but nothing says of which run.
     """
-    data = json.dumps(identity, indent=2, sort_keys=True).encode()
-    if not storage.create_exclusive(f"{output}/_run.json", data):
+    if data_files(output) and not is_claimed(output):  # in this order: a run claims before it writes shards
+        raise InputError(
+            f"{shown(output)} has files in data but no _run.json, so that nobody knows of which run they are: remove "
+            "them, or choose another output"
+        )
+    if not storage.create_exclusive(f"{output}/_run.json", _run_json(identity)):
         check_claim(output, identity)
 
 
@@ -245,23 +285,55 @@ def is_claimed(output: str) -> bool:
 
 
 def check_claim(output: str, identity: dict[str, Any]) -> None:
-    """See that the output, which is a run's, is this run's.
+    """Raise if the output, which is a run's, is not this run's.
 
     Raises:
         ConfigurationError: It belongs to a run that differs; the message names where.
+        InputError: What it says of its run is damaged.
     """
-    existing = json.loads(storage.read_bytes(f"{output}/_run.json"))
-    if existing != json.loads(json.dumps(identity)):
+    existing = load_claim(output)
+    if existing != json.loads(_run_json(identity)):
         raise ConfigurationError(
             f"{output} holds a run that differs in {', '.join(differences(existing, identity))}: "
             "choose another output, or remove it"
         )
 
 
+def load_claim(output: str) -> dict[str, Any]:
+    """Return the identity of the run that the output belongs to.
+
+    Raises:
+        InputError: It is missing or damaged.
+    """
+    uri, remedy = f"{output}/_run.json", "choose another output, or remove this one"
+    found = storage.read_json(uri, remedy)
+    if not isinstance(found, dict):
+        raise InputError(f"{shown(uri)} describes no run: {remedy}")
+    return found
+
+
+def run_digest(identity: dict[str, Any]) -> str:
+    """Return what the footer of each of a run's shards names it by."""
+    return hashlib.sha256(_run_json(identity)).hexdigest()
+
+
+def data_files(output: str) -> set[str]:
+    """Return the names of all files in `data/`, without those that somebody has begun to write.
+
+    Raises:
+        InputError: One is a link that leads nowhere.
+    """
+    try:
+        return {name for name in storage.list_files(f"{output}/data") if not name.startswith(".")}
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{shown(str(error.filename))} leads nowhere: remove it and run the same command again"
+        ) from error
+
+
 def finished_shards(output: str) -> set[str]:
     """Names of the shards that are complete."""
-    names = storage.list_files(f"{output}/data")
-    return {name.removesuffix(".parquet") for name in names if not name.startswith(".")}  # an unfinished file
+    return {name.removesuffix(".parquet") for name in data_files(output) if name.endswith(".parquet")}
 
 
 def write_part(output: str, shard: Shard, table: pa.Table) -> str:
@@ -271,25 +343,35 @@ def write_part(output: str, shard: Shard, table: pa.Table) -> str:
     return uri
 
 
-def commit_shard(output: str, shard: Shard, part_uris: Sequence[str]) -> bool:
-    """Put a shard's parts together in the order of its input rows, unless another run was first.
+def commit_shard(output: str, shard: Shard, part_uris: Sequence[str], run: str = "") -> bool:
+    """Put a shard's parts together in the order of its input rows, unless another driver was first.
+
+    Args:
+        output: Directory of the run.
+        shard: What the parts are of.
+        part_uris: As `write_part` returned them.
+        run: `run_digest` of the run.
 
     Returns:
         Whether this call created the shard.
 
     Raises:
         AssertionError: The parts are not exactly the shard's rows.
+        InputError: Parts have been removed.
     """
     finished = f"{output}/data/{shard.name}.parquet"
     try:
         parts = [pq.read_table(io.BytesIO(storage.read_bytes(uri))) for uri in part_uris]
-    except FileNotFoundError:
+    except FileNotFoundError as error:
         if not storage.exists(finished):
-            raise
+            raise InputError(
+                f"parts of {shown(finished)} were removed while the run was at work: run the same command again"
+            ) from error
         return False  # another run finished all shards, and removed the parts
     table = pa.concat_tables(parts).sort_by("row")
     assert table["row"].to_pylist() == list(range(shard.start, shard.stop)), f"{shard.name}: rows lost or repeated"
-    return storage.create_exclusive(finished, parquet_bytes(table.select(PREDICTION_SCHEMA.names)))
+    table = table.select(PREDICTION_SCHEMA.names).replace_schema_metadata({RUN_KEY: run})
+    return storage.create_exclusive(finished, parquet_bytes(table))
 
 
 def read_columns(directory: str, columns: Sequence[str]) -> pa.Table:
@@ -311,6 +393,51 @@ def parquet_bytes(table: pa.Table, row_group_size: int | None = None) -> bytes:
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd", row_group_size=row_group_size)
     return sink.getvalue()
+
+
+def ids_digest(ids: pa.ChunkedArray) -> str:
+    """Return a hash of mention ids in their order, the same for all types of strings."""
+    if not len(ids):
+        return hashlib.blake2b(digest_size=16).hexdigest()
+    array = pa.concat_arrays(ids.cast(pa.large_string()).chunks)
+    _, offsets, characters = array.buffers()
+    ends = np.frombuffer(offsets, np.int64)[array.offset : array.offset + len(array) + 1]
+    digest = hashlib.blake2b((ends - ends[0]).tobytes(), digest_size=16)
+    digest.update(memoryview(characters or b"")[ends[0] : ends[-1]])
+    return digest.hexdigest()
+
+
+def _run_json(identity: dict[str, Any]) -> bytes:
+    return json.dumps(identity, indent=2, sort_keys=True).encode()
+
+
+def _version(file: storage.InputFile) -> str:
+    """Return what changes with a file's content, without reading it: with its version also the Parquet footer's hash.
+
+    The footer holds sizes, places and, as a rule, the least and greatest values of all columns; an object's ETag in S3
+    needs no such help.
+    """
+    path = storage.local_path(file.uri)
+    if path is None:
+        return file.version
+    with path.open("rb") as stream:
+        stream.seek(max(0, file.size - 8))
+        length = int.from_bytes(stream.read(4), "little")
+        stream.seek(max(0, file.size - 8 - length))
+        return f"{file.version}-{hashlib.blake2b(stream.read(), digest_size=16).hexdigest()}"
+
+
+def _check_version(shard: Shard) -> None:
+    try:
+        versions = [_version(file) for file in storage.list_parquet(shard.uri)]
+    except FileNotFoundError:
+        versions = []
+    if versions != [shard.version]:
+        raise _changed(shard)
+
+
+def _changed(shard: Shard) -> InputError:
+    return InputError(f"{shown(shard.uri)} has changed since the run was planned: link it again to a new output")
 
 
 def _cut(uri: str, version: str, num_rows: int, rows_per_shard: int, first_index: int) -> list[Shard]:

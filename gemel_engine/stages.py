@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 from gemel_engine import shards, storage
 from gemel_engine.config import JobConfig, LinkConfig, RetrievalSettings, TrainConfig
 from gemel_engine.errors import EngineDiedError, ImageFetchError, MentionError
+from gemel_engine.fingerprints import Contents, check_content, check_contents, read_manifest_at
 from gemel_engine.image_source import fetch_image
 from gemel_engine.poison import isolate
 from gemel_engine.relinking import EarlierRun
@@ -118,12 +119,13 @@ def write_ordered(batch: pa.Table, directory: str, rows_per_shard: int) -> pa.Ta
 class EncodeImages:
     """Adds `image_features` (C,), null without a picture; drops the picture. Features that a row has already stay."""
 
-    def __init__(self, config: JobConfig) -> None:
+    def __init__(self, config: JobConfig, contents: Contents | None = None) -> None:
         from gemel_engine.linker import load_picture_encoder
 
         self._output = config.output
         self._policy = config.image_source
         self._encoder = load_picture_encoder(config.vision)
+        check_content(contents, "image_encoder", config.vision.image_encoder, self._encoder.fingerprint)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Encode a batch's pictures."""
@@ -171,11 +173,14 @@ class EncodeImages:
 class RetrieveDemonstrations:
     """Adds `demonstrations`: rows of the index, the most similar last."""
 
-    def __init__(self, demonstrations: str, retrieval: RetrievalSettings) -> None:
+    def __init__(self, demonstrations: str, retrieval: RetrievalSettings, contents: Contents | None = None) -> None:
         from gemel_engine.linker import DemonstrationRetriever
         from gemel_engine.retrieval import DemonstrationIndex
 
+        check_content(contents, "demonstrations", demonstrations, read_manifest_at(f"{demonstrations}/index.json"))
         self._retriever = DemonstrationRetriever(retrieval, DemonstrationIndex.open(download_directory(demonstrations)))
+        fingerprint = self._retriever.encoder.fingerprint
+        check_content(contents, "mention_encoder", retrieval.mention_encoder, fingerprint)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Retrieve a batch's demonstrations."""
@@ -196,9 +201,10 @@ class RetrieveDemonstrations:
 class GenerateEntityNames:
     """Turns mentions into predictions; where an earlier run is carried on, its predictions into those of this run."""
 
-    def __init__(self, config: LinkConfig) -> None:
+    def __init__(self, config: LinkConfig, contents: Contents | None = None) -> None:
         from gemel_engine.generation import EntityNameGenerator
 
+        check_contents(contents, config)
         self._output = config.output
         earlier = EarlierRun.of(config)
         added_names = None if earlier is None else earlier.added_names()

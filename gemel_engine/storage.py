@@ -9,10 +9,13 @@ unknown kind or refused credentials, OSError for any other failure.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import hashlib
+import json
 import os
+import re
 import shutil
 import tempfile
 import uuid
@@ -21,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 from pyarrow.fs import FileSystem, LocalFileSystem
@@ -31,6 +35,9 @@ from gemel_engine.errors import ArtifactError, ConfigurationError, InputError, s
 ARTIFACT_CACHE = Path(tempfile.gettempdir()) / "gemel-artifacts"
 _RAY_WORKING_DIRECTORIES = "working_dir_files"
 _MAX_VANISHED = 100
+# With these os.link fails on file systems without hard links: exFAT, SMB, many in user space.
+_NO_HARD_LINKS = (errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EMLINK)
+_AT_FDCWD, _RENAME_NOREPLACE = -100, 1  # of Linux
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +86,26 @@ def check_kept(uri: str) -> None:
         raise ConfigurationError(
             f"{shown(uri)} is in the job's working directory, which Ray removes: give s3://bucket/prefix, or an "
             "absolute path that all nodes share"
+        )
+
+
+def check_apart(output: str, source: str) -> None:
+    """Raise if a job would read its own output as input, at once or when it is run again; links are followed.
+
+    Args:
+        output: Directory that the job writes to; it need not exist.
+        source: Parquet file or directory that the job reads.
+
+    Raises:
+        ConfigurationError: `output` is `source` or lies in it where `list_parquet` would find its files, or `source`
+            lies where a job keeps its files in `output`.
+    """
+    root, target = _normalised(source), _normalised(output)
+    is_read = any(_is_table(os.path.normpath(f"{place}/data/x.parquet")) for place in _places_within(target, root))
+    if is_read or any(re.match(r"(data|_[^/]*)(/|$)", place) for place in _places_within(root, target)):
+        raise ConfigurationError(
+            f"the output {shown(output)} and the input {shown(source)} lie one in the other, so that the job would "
+            "read what it writes: choose an output outside of the input"
         )
 
 
@@ -133,6 +160,20 @@ def read_bytes(uri: str, limit: int | None = None) -> bytes:
         return stream.read(limit)
 
 
+def read_json(uri: str, remedy: str) -> Any:
+    """Read a JSON file that a job keeps in its output.
+
+    Raises:
+        InputError: It is missing or damaged; the message ends with the remedy.
+    """
+    try:
+        return json.loads(read_bytes(uri))
+    except FileNotFoundError as error:
+        raise InputError(f"{shown(uri)} is missing: {remedy}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{shown(uri)} is damaged ({error}): {remedy}") from error
+
+
 def write_bytes(uri: str, data: bytes) -> None:
     """Write a file, replacing what was there; a reader sees the old content or the new, never a part."""
     path = local_path(uri)
@@ -148,12 +189,15 @@ def create_exclusive(uri: str, data: bytes) -> bool:
     Returns:
         Whether this call created the file. In S3, False may also mean that it did but that the answer was lost on the
         way back and the request sent again.
+
+    Raises:
+        ConfigurationError: The file system can't do this safely.
     """
     path = local_path(uri)
     if path is None:
         return s3.create_exclusive(uri, data)
     try:
-        _write_local(path, data, os.link)
+        _write_local(path, data, _publish_exclusively)
     except FileExistsError:
         return False
     return True
@@ -233,6 +277,33 @@ def _normalised(uri: str) -> str:
     return uri.rstrip("/") if path is None else str(path)
 
 
+def _places_within(target: str, root: str) -> Iterator[str]:
+    """Yield where a normalised address lies below another, relative to it; links in the directory are followed."""
+    if root.startswith("s3://") or target.startswith("s3://"):
+        if f"{target}/".startswith(f"{root}/"):
+            yield target[len(root) + 1 :]
+        return
+    real = Path(os.path.realpath(target))
+    links = [
+        os.path.join(directory, name)
+        for directory, names, _ in os.walk(root)
+        for name in names
+        if os.path.islink(os.path.join(directory, name))
+    ]
+    for place in [root, *links]:
+        for ancestor in (real, *real.parents):
+            if _is_same(ancestor, place):
+                yield os.path.normpath(os.path.join(os.path.relpath(place, root), real.relative_to(ancestor)))
+
+
+def _is_same(path: Path, other: str) -> bool:
+    """Whether two paths lead to one file or directory, also on a file system that ignores case."""
+    try:
+        return os.path.samefile(path, other)
+    except OSError:  # one of them is not there, or not yet
+        return str(path) == os.path.realpath(other)
+
+
 def _relative(file: InputFile, root: str) -> str:
     return file.uri[len(root) + 1 :]
 
@@ -291,6 +362,37 @@ def _write_local(path: Path, data: bytes, publish: Callable[[Path, Path], object
                 raise
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _publish_exclusively(temporary: Path, path: Path) -> None:
+    """Give a file its name unless that is taken.
+
+    A hard link does so on all file systems that have any. Others are asked for a rename that replaces nothing.
+
+    Raises:
+        ConfigurationError: The file system has neither.
+        FileExistsError: The name is taken.
+    """
+    try:
+        os.link(temporary, path)
+    except OSError as error:
+        if error.errno not in _NO_HARD_LINKS:
+            raise
+        _rename_exclusively(temporary, path)
+
+
+def _rename_exclusively(temporary: Path, path: Path) -> None:
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)  # Python has no name for it
+    arguments = (_AT_FDCWD, os.fsencode(temporary), _AT_FDCWD, os.fsencode(path), _RENAME_NOREPLACE)
+    if rename is not None and rename(*arguments) == 0:
+        return
+    number = errno.ENOSYS if rename is None else ctypes.get_errno()
+    if number not in _NO_HARD_LINKS:
+        raise OSError(number, os.strerror(number), str(path))
+    raise ConfigurationError(
+        f"the file system of {shown(str(path.parent))} has neither hard links nor renames that replace nothing, so "
+        "that two runs could mix there: choose an output on a local disk, on NFS or in S3"
+    )
 
 
 def _make_directory(path: Path) -> None:

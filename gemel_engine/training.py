@@ -39,9 +39,10 @@ from gemel_engine.artifacts import Artifacts, open_artifacts
 from gemel_engine.config import TrainConfig, config_json
 from gemel_engine.errors import ConfigurationError, InputError, TooManyFailuresError, shown
 from gemel_engine.feature_mapper import FeatureMapper
+from gemel_engine.fingerprints import Contents, artifact_manifests, check_contents, run_contents
 from gemel_engine.generation import EntityNameGenerator
 from gemel_engine.linker import check_encoders
-from gemel_engine.linking import actor_pool, artifact_manifests, connect, encode_and_retrieve
+from gemel_engine.linking import actor_pool, connect, encode_and_retrieve
 from gemel_engine.mapper_training import (
     MapperTrainer,
     TrainingExample,
@@ -103,6 +104,8 @@ def train_mapper(config: TrainConfig) -> TrainReport:
     started = time.monotonic()
     for address in filter(None, (config.output, config.examples)):
         storage.check_kept(address)
+        for source in filter(None, (config.train, config.dev)):
+            storage.check_apart(address, source)
     check_trainable(config.language_model.name, activation_checkpointing=config.language_model.activation_checkpointing)
     config = replace(config, retrieval=replace(config.retrieval, exclude_group=True))
     splits = {"train": config.train}
@@ -114,15 +117,24 @@ def train_mapper(config: TrainConfig) -> TrainReport:
     artifacts = open_artifacts(config, verify=config.verify_artifacts)
     image_encoder = check_encoders(config, artifacts)
     fingerprint = None if image_encoder is None else image_encoder.fingerprint
-    shards.claim_output(config.output, _identity(config, plans))
+    mention_encoder = None if artifacts.index is None else artifacts.index.metadata.mention_encoder_fingerprint
+    contents = run_contents(config, mention_encoder, fingerprint)
+    shards.claim_output(config.output, _identity(config, plans, contents))
     connect()
     _check_resources(config)
-    prepared = {split: _prepare(config, split, plan, artifacts, image_encoder) for split, plan in plans.items()}
+    prepared = {
+        split: _prepare(config, split, plan, artifacts, image_encoder, contents) for split, plan in plans.items()
+    }
     left_out = {split: _left_out(config, split, examples) for split, examples in prepared.items()}
     if not prepared["train"].num_pictures:
         raise InputError(f"no mention of {config.train} has a usable picture: there is nothing to train on")
     datasets = {split: _read_examples(examples) for split, examples in prepared.items()}
-    settings = {"config": config, "image_encoder_fingerprint": fingerprint, "shows_bar": sys.stderr.isatty()}
+    settings = {
+        "config": config,
+        "contents": contents,
+        "image_encoder_fingerprint": fingerprint,
+        "shows_bar": sys.stderr.isatty(),
+    }
     result = _trainer(config, settings, datasets).fit()
     num_examples = sum(shard.stop - shard.start for shard in plans["train"]) - sum(left_out["train"].values())
     report = _keep_best(config, result, num_examples, left_out, time.monotonic() - started)
@@ -173,7 +185,12 @@ class _Prepared:
 
 
 def _prepare(
-    config: TrainConfig, split: str, plan: list[Shard], artifacts: Artifacts, image_encoder: ImageEncoder | None
+    config: TrainConfig,
+    split: str,
+    plan: list[Shard],
+    artifacts: Artifacts,
+    image_encoder: ImageEncoder | None,
+    contents: Contents,
 ) -> _Prepared:
     """Encode the pictures of a split and retrieve its demonstrations, unless that was done before.
 
@@ -192,7 +209,7 @@ def _prepare(
     done = f"{root}/_prepared.json"
     if not storage.exists(done):
         directory = f"{root}/data-{uuid.uuid4().hex}"
-        dataset = encode_and_retrieve(config, plan, with_gold=True)
+        dataset = encode_and_retrieve(config, plan, contents, with_gold=True)
         pool = actor_pool(config.resources.retrieval)
         receipts = (
             dataset.map_batches(CheckExamples, fn_constructor_args=(config, prefix_length, vision_width), **pool)
@@ -204,8 +221,12 @@ def _prepare(
         counts = {name: sum(receipt[name] for receipt in receipts) for name in ("num_rows", "num_pictures")}
         storage.remove_tree(f"{config.output}/_marks")
         storage.create_exclusive(done, json.dumps({"directory": directory.rpartition("/")[2]} | counts).encode())
-    found = json.loads(storage.read_bytes(done))
-    return _Prepared(**found | {"directory": f"{root}/{found['directory']}"})
+    remedy = "remove it and run the same command again"
+    found = storage.read_json(done, remedy)
+    try:
+        return _Prepared(**found | {"directory": f"{root}/{found['directory']}"})
+    except (TypeError, KeyError) as error:
+        raise InputError(f"{shown(done)} describes no prepared mentions: {remedy}") from error
 
 
 def _read_examples(prepared: _Prepared) -> Dataset:
@@ -285,6 +306,7 @@ def _train_worker(settings: dict[str, Any]) -> None:
     config: TrainConfig = settings["config"]
     context, device = train.get_context(), get_device()
     rank, world_size = context.get_world_rank(), context.get_world_size()
+    check_contents(settings["contents"], config)
     artifacts = open_artifacts(config)
     language_model = config.language_model
     model = FrozenLanguageModel(
@@ -488,12 +510,12 @@ def _keep_best(
     )
 
 
-def _identity(config: TrainConfig, plans: dict[str, list[Shard]]) -> dict[str, Any]:
-    """What makes up a run: settings, input files and artifacts."""
+def _identity(config: TrainConfig, plans: dict[str, list[Shard]], contents: Contents) -> dict[str, Any]:
+    """What makes up a run: settings, input files, models and artifacts."""
     settings = {key: value for key, value in json.loads(config_json(config)).items() if key not in _NOT_IDENTITY}
     del settings["optimisation"]["max_pack_tokens"], settings["language_model"]["activation_checkpointing"]
     plan = {split: shards.plan_identity(plan) for split, plan in plans.items()}
-    return {"settings": settings, "plan": plan, "artifacts": artifact_manifests(config)}
+    return {"settings": settings, "plan": plan, "artifacts": contents}
 
 
 def _example_identity(

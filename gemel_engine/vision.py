@@ -99,9 +99,13 @@ class PictureEncoder:
         encoder: The image encoder.
         max_pixels: A picture that decodes to more is refused.
         batch_size: Pictures that are encoded at once.
+
+    Attributes:
+        fingerprint: Of the image encoder.
     """
 
     def __init__(self, encoder: ImageEncoder, max_pixels: int, batch_size: int) -> None:
+        self.fingerprint = encoder.fingerprint
         self._encoder = encoder
         self._max_pixels = max_pixels
         self._batch_size = batch_size

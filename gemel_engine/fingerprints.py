@@ -1,0 +1,161 @@
+"""What a run was made with: its models and artifacts by content, in the driver and in each process that opens them.
+
+The files of a language model are too large to be read at each start. Its fingerprint covers every small file whole, and
+of each tensor of a larger one the name, the type, the shape and some values at its beginning, middle and end: a model
+that was trained further, merged or quantised has another. Single values that somebody edits elsewhere stay unseen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from gemel_engine import storage
+from gemel_engine.config import JobConfig, LinkConfig
+from gemel_engine.errors import ArtifactError, not_loadable, shown
+
+Contents = Mapping[str, Any]
+
+_SUFFIXES = (".json", ".txt", ".model", ".safetensors", ".bin")
+_WHOLE_BYTES = 1 << 24  # smaller files are read whole
+_SAMPLED_BYTES = 1 << 14
+_LONGEST_HEADER = 10**8  # what safetensors itself reads
+_NUM_SAMPLES = 512  # of a file that says nothing of its tensors
+
+
+def run_contents(config: JobConfig, mention_encoder: str | None, image_encoder: str | None) -> Contents:
+    """Return what each model and artifact of a run is, by its name.
+
+    Args:
+        config: The run.
+        mention_encoder: Its fingerprint; None without demonstrations.
+        image_encoder: Its fingerprint; None without one.
+
+    Raises:
+        ArtifactError: One is missing or damaged.
+    """
+    models = {
+        "language_model": checkpoint_fingerprint(config.language_model.name),
+        "mention_encoder": mention_encoder,
+        "image_encoder": image_encoder,
+    }
+    return artifact_manifests(config) | {name: found for name, found in models.items() if found is not None}
+
+
+def artifact_manifests(config: JobConfig) -> dict[str, Any]:
+    """Return what the artifacts of a run say of themselves, checksums included, by name.
+
+    Raises:
+        ArtifactError: One is missing or damaged.
+    """
+    calibration = config.calibration if isinstance(config, LinkConfig) else None
+    manifests = {
+        "knowledge_base": f"{config.knowledge_base}/knowledge_base.json",
+        "demonstrations": config.demonstrations and f"{config.demonstrations}/index.json",
+        "feature_mapper": config.vision.feature_mapper and f"{config.vision.feature_mapper}/mapper.json",
+        "calibration": calibration and f"{calibration}/calibration.json",
+    }
+    return {name: read_manifest_at(uri) for name, uri in manifests.items() if uri}
+
+
+def read_manifest_at(uri: str) -> Any:
+    """Return the manifest at an address.
+
+    Raises:
+        ArtifactError: It is missing or damaged.
+    """
+    try:
+        return json.loads(storage.read_bytes(uri))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ArtifactError(f"{shown(uri)} is missing or damaged ({error}); build the artifact again") from error
+
+
+def checkpoint_fingerprint(name_or_path: str) -> str:
+    """Return a hash of the files of a model; see the text of this module for what it covers.
+
+    Args:
+        name_or_path: Local directory, or name on the model hub.
+
+    Raises:
+        ArtifactError: There is no such model.
+    """
+    from transformers.utils.hub import cached_file  # who only reads rows does not load it
+
+    try:
+        directory = Path(str(cached_file(name_or_path, "config.json"))).parent
+        digest = hashlib.sha256()
+        for path in sorted(directory.iterdir()):
+            if path.suffix in _SUFFIXES and path.is_file():
+                size = path.stat().st_size
+                digest.update(f"{path.name} {size}\n".encode())
+                with path.open("rb") as stream:
+                    for start, stop in _samples(path):
+                        stream.seek(start)
+                        digest.update(stream.read(stop - start))
+    except OSError as error:
+        raise not_loadable("language model", name_or_path, error) from error
+    return digest.hexdigest()
+
+
+def check_contents(began_with: Contents | None, config: JobConfig) -> None:
+    """Raise if this process opens another language model or other artifacts than the run began with.
+
+    Raises:
+        ArtifactError: One differs, is missing or damaged.
+    """
+    if began_with is not None:
+        for name, manifest in artifact_manifests(config).items():
+            check_content(began_with, name, getattr(config, name, config.vision.feature_mapper), manifest)
+        language_model = config.language_model.name
+        check_content(began_with, "language_model", language_model, checkpoint_fingerprint(language_model))
+
+
+def check_content(began_with: Contents | None, name: str, address: str | None, found: Any) -> None:
+    """Raise if this process opens another model or artifact than the run began with.
+
+    Args:
+        began_with: Fingerprint or manifest of each part of the run, by its name; None where nobody took them.
+        name: Of the part.
+        address: Where it is.
+        found: Its fingerprint or manifest in this process.
+
+    Raises:
+        ArtifactError: They differ.
+    """
+    if began_with is not None and began_with.get(name) != found:
+        raise ArtifactError(
+            f"the {name.replace('_', ' ')} {address} is not the one that the run began with: it was replaced, or "
+            "differs on this node; put the old one back on all nodes, or link to a new output"
+        )
+
+
+def _samples(path: Path) -> Iterator[tuple[int, int]]:
+    """Yield the byte ranges of a file that its fingerprint covers."""
+    size = path.stat().st_size
+    if size <= _WHOLE_BYTES:
+        yield 0, size
+        return
+    header, *ranges = _tensor_ranges(path, size) if path.suffix == ".safetensors" else [(0, 0)]
+    yield header
+    step = size // _NUM_SAMPLES
+    for start, stop in ranges or [(start, start + step) for start in range(0, size, step)]:
+        last = max(start, stop - _SAMPLED_BYTES)
+        for begin in (start, (start + last) // 2, last):
+            yield begin, min(begin + _SAMPLED_BYTES, stop)
+
+
+def _tensor_ranges(path: Path, size: int) -> list[tuple[int, int]]:
+    """Return the header's range and those of the tensors; an empty range if the header is damaged."""
+    with path.open("rb") as stream:
+        start = 8 + int.from_bytes(stream.read(8), "little")
+        if start > min(size, _LONGEST_HEADER):
+            return [(0, 0)]
+        try:
+            header = json.loads(stream.read(start - 8))
+            tensors = [tuple(tensor["data_offsets"]) for name, tensor in header.items() if name != "__metadata__"]
+            return [(0, start), *((start + first, start + end) for first, end in sorted(tensors))]
+        except (ValueError, TypeError, KeyError, AttributeError):
+            return [(0, 0)]
