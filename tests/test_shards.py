@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -43,7 +45,7 @@ def test_parts_are_not_missed_when_the_shard_is_there(tmp_path: Path) -> None:
     output = str(tmp_path)
     first, second = write_part(output, 0, 1, 2, 3), write_part(output, 0, 1, 2, 3)
     storage.remove_tree(f"{output}/_parts")
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(InputError, match=r"shard-00003\.parquet' were removed .*: run the same command again"):
         shards.commit_shard(output, SHARD, [second])
     assert shards.commit_shard(output, SHARD, [write_part(output, 0, 1, 2, 3)])
     assert not shards.commit_shard(output, SHARD, [first])
@@ -76,3 +78,50 @@ def test_a_corpus_that_has_changed_is_another_run_s(tmp_path: Path) -> None:
         shards.read_rows(shard, ["text"])
     with pytest.raises(ConfigurationError, match="holds a run that differs in plan: choose another output"):
         claim()
+
+
+def write_mentions(path: Path, *texts: str, ids: Sequence[str] = ("a", "b")) -> None:
+    """Rows of the same size on disk whatever their texts and ids are, as long as these are of equal length."""
+    table = pa.table({"mention_id": ids, "text": texts, "mention": texts})
+    pq.write_table(table, path, compression="none", use_dictionary=False)
+
+
+@pytest.mark.parametrize("is_in_footer", [True, False])
+def test_a_file_that_was_replaced_is_refused_whatever_its_size_and_time(tmp_path: Path, is_in_footer: bool) -> None:
+    """By its footer, where the least or greatest value of a column is another; by its ids in any case."""
+    path = tmp_path / "corpus.parquet"
+    write_mentions(path, "one", "two", ids=("a", "b"))
+    (shard,) = shards.plan_shards(str(path), 10)
+    before = path.stat()
+    if is_in_footer:
+        write_mentions(path, "one", "tww", ids=("a", "b"))
+    else:
+        write_mentions(path, "one", "two", ids=("b", "a"))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    with pytest.raises(InputError, match="has changed since the run was planned: link it again to a new output"):
+        shards.read_rows(shard, ["mention_id", "text"])
+    assert shards.plan_shards(str(path), 10) != [shard]
+
+
+def test_a_file_that_was_removed_is_an_input_error(tmp_path: Path) -> None:
+    path = tmp_path / "corpus.parquet"
+    write_mentions(path, "one", "two")
+    (shard,) = shards.plan_shards(str(path), 10)
+    path.unlink()
+    with pytest.raises(InputError, match="no Parquet file at"):
+        shards.read_rows(shard, ["text"])
+
+
+def test_ids_have_one_digest_in_all_types_and_pieces() -> None:
+    digests = {
+        shards.ids_digest(ids)
+        for ids in (
+            pa.chunked_array([["a", "bc", "d"]]),
+            pa.chunked_array([["a"], ["bc", "d"]], pa.large_string()),
+            pa.chunked_array([["x", "a", "bc", "d", "y"]])[1:4],
+            pa.chunked_array([pa.array(["a", "bc", "d"]).dictionary_encode()]),
+        )
+    }
+    assert len(digests) == 1
+    assert shards.ids_digest(pa.chunked_array([["ab", "c", "d"]])) not in digests

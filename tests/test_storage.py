@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -135,6 +136,88 @@ def test_sixteen_exclusive_writers_have_one_winner(directory: str) -> None:
     assert storage.read_bytes(uri) == b"%d" % won.index(True) * 10_000
     assert [file.uri for file in storage.list_parquet(f"{directory}/data")] == [uri]
     assert not storage.create_exclusive(uri, b"late")
+
+
+def no_hard_links(number: int) -> Callable[[object, object], None]:
+    """An `os.link` as on a file system without hard links: no such one can be mounted everywhere."""
+
+    def link(source: object, target: object) -> None:
+        raise OSError(number, os.strerror(number), str(source))
+
+    return link
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_one_writer_wins_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    monkeypatch.setattr(os, "link", no_hard_links(number))
+    contents = [f"{writer} ".encode() * 50_000 for writer in range(16)]
+    with ThreadPoolExecutor(16) as pool:
+        wins = list(pool.map(lambda content: storage.create_exclusive(str(tmp_path / "a/file"), content), contents))
+    assert sum(wins) == 1
+    assert storage.read_bytes(str(tmp_path / "a/file")) == contents[wins.index(True)]
+    assert os.listdir(tmp_path / "a") == ["file"]
+
+
+def test_a_file_system_on_which_two_runs_could_mix_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "link", no_hard_links(errno.EPERM))
+    monkeypatch.setattr(storage, "_RENAME_NOREPLACE", 1 << 30)  # a flag that no file system knows
+    with pytest.raises(ConfigurationError, match=r"neither hard links nor .*: choose an output on a local disk"):
+        storage.create_exclusive(str(tmp_path / "file"), b"")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("output", "source"),
+    [
+        ("corpus", "corpus"),
+        ("corpus/", "corpus"),
+        ("corpus/runs/1", "corpus"),
+        ("corpus/../corpus/run", "./corpus"),
+        ("link/run", "corpus"),
+        ("corpus/run", "link"),
+        ("linked-run", "corpus"),
+        ("linked-run/below", "corpus"),
+        ("run", "run/data"),
+        ("run", "run/data/shard-00000.parquet"),
+        ("run", "run/_ordered/1"),
+        ("s3://bucket/corpus/run", "s3://bucket/corpus"),
+        ("s3://bucket/corpus/", "s3://bucket/corpus"),
+        ("s3://bucket/run", "s3://bucket/run/data"),
+    ],
+)
+def test_an_output_is_not_read_as_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str, source: str
+) -> None:
+    places(tmp_path, monkeypatch)
+    with pytest.raises(ConfigurationError, match=r"lie one in the other.*: choose an output outside of the input"):
+        storage.check_apart(output, source)
+
+
+@pytest.mark.parametrize(
+    ("output", "source"),
+    [
+        ("corpus-run", "corpus"),
+        ("corpus/_runs/1", "corpus"),  # where `list_parquet` does not look
+        ("corpus", "corpus/mentions.parquet"),
+        ("run", "run/database.parquet"),
+        ("s3://bucket/corpus-run", "s3://bucket/corpus"),
+        ("s3://bucket/corpus/run", "corpus"),
+        ("corpus", "s3://bucket/corpus"),
+    ],
+)
+def test_an_output_may_be_beside_the_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str, source: str
+) -> None:
+    places(tmp_path, monkeypatch)
+    storage.check_apart(output, source)
+
+
+def places(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A corpus, a link to it, and a link in it to where a run is to be."""
+    (directory / "corpus").mkdir()
+    (directory / "link").symlink_to("corpus")
+    (directory / "corpus/later").symlink_to("../linked-run")
+    monkeypatch.chdir(directory)
 
 
 def test_a_local_write_leaves_no_temporary_file(tmp_path: Path) -> None:
