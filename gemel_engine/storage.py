@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -286,8 +287,8 @@ def _places_within(target: str, root: str) -> Iterator[str]:
     real = Path(os.path.realpath(target))
     links = [
         os.path.join(directory, name)
-        for directory, names, _ in os.walk(root)
-        for name in names
+        for directory, *names in os.walk(root)
+        for name in chain(*names)
         if os.path.islink(os.path.join(directory, name))
     ]
     for place in [root, *links]:
