@@ -64,6 +64,8 @@ _NOT_IDENTITY = ("resources", "workers", "output", "examples", "max_failed_fract
 _ACCURACY = "dev_accuracy"
 # What Ray Train keeps a checkpoint by: its dev accuracy, or less than any where that is unknown.
 _SCORE = "checkpoint_score"
+# Ray Train writes its record of the checkpoints in place: a kill may cut it off, and nothing goes on from that.
+_RECORD = "checkpoints/checkpoint_manager_snapshot.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,6 +137,7 @@ def train_mapper(config: TrainConfig) -> TrainReport:
         "image_encoder_fingerprint": fingerprint,
         "shows_bar": sys.stderr.isatty(),
     }
+    restore_record(config.output)
     result = _trainer(config, settings, datasets).fit()
     num_examples = sum(shard.stop - shard.start for shard in plans["train"]) - sum(left_out["train"].values())
     report = _keep_best(config, result, num_examples, left_out, time.monotonic() - started)
@@ -288,10 +291,7 @@ def _trainer(config: TrainConfig, settings: dict[str, Any], datasets: dict[str, 
             failure_config=FailureConfig(max_failures=workers.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=2, checkpoint_score_attribute=_SCORE),
             callbacks=[
-                _Reports(
-                    f"{storage.local_path(config.output) or config.output}/tensorboard",
-                    as_lines=not settings["shows_bar"],
-                )
+                _Reports(str(storage.local_path(config.output) or config.output), as_lines=not settings["shows_bar"])
             ],
             worker_runtime_env={"env_vars": environment},
         ),
@@ -299,6 +299,38 @@ def _trainer(config: TrainConfig, settings: dict[str, Any], datasets: dict[str, 
         # Every worker takes its share of each batch itself, so that batches do not depend on the number of workers.
         dataset_config=DataConfig(datasets_to_split=[]),
     )
+
+
+def keep_record(output: str) -> None:
+    """Copy the record of the checkpoints, unless somebody is writing it."""
+    record = _whole_record(f"{output}/{_RECORD}")
+    if record is not None:
+        storage.write_bytes(f"{output}/{_RECORD}.kept", record)
+
+
+def restore_record(output: str) -> None:
+    """Put the kept record in place of one that was cut off by a kill; without any, training begins anew.
+
+    The checkpoints of the kept one are there: Ray Train removes those of an older record when the new one is whole. In
+    S3 a record is whole, or not there.
+    """
+    uri = f"{output}/{_RECORD}"
+    path = storage.local_path(uri)
+    if path is None or not path.exists() or _whole_record(uri) is not None:
+        return
+    logger.warning("%s was cut off: training goes on from the checkpoint before it", shown(uri))
+    if (kept := _whole_record(f"{uri}.kept")) is not None:
+        storage.write_bytes(uri, kept)
+    else:
+        path.unlink()
+
+
+def _whole_record(uri: str) -> bytes | None:
+    try:
+        record = storage.read_bytes(uri)
+        return record if isinstance(json.loads(record), dict) else None
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def _train_worker(settings: dict[str, Any]) -> None:
@@ -455,14 +487,21 @@ class _Validation:
 
 
 class _Reports(UserCallback):  # type: ignore[misc]
-    """Writes what the first worker reports as TensorBoard events, which it copies to the run's output, and as lines."""
+    """Writes what the first worker reports as TensorBoard events, which it copies to the run's output, and as lines.
 
-    def __init__(self, uri: str, *, as_lines: bool) -> None:
-        self._uri = uri
+    Keeps the record of the checkpoints, too.
+    """
+
+    def __init__(self, output: str, *, as_lines: bool) -> None:
+        self._output = output
         self._as_lines = as_lines
         self._writer: SummaryWriter | None = None
 
     def after_report(self, run_context: object, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None) -> None:
+        try:
+            keep_record(self._output)
+        except OSError as error:  # as below
+            logger.warning("the record of the checkpoints in %s is not kept for now: %s", self._output, error)
         if self._writer is None:
             self._writer = SummaryWriter(tempfile.mkdtemp(prefix="gemel-tensorboard-"))
         first = metrics[0]
@@ -474,9 +513,9 @@ class _Reports(UserCallback):  # type: ignore[misc]
         self._writer.flush()
         for path in Path(self._writer.logdir).iterdir():
             try:
-                storage.write_bytes(f"{self._uri}/{path.name}", path.read_bytes())
+                storage.write_bytes(f"{self._output}/tensorboard/{path.name}", path.read_bytes())
             except OSError as error:  # it would end the training; the next report copies the file again
-                logger.warning("no TensorBoard events in %s for now: %s", self._uri, error)
+                logger.warning("no TensorBoard events in %s for now: %s", self._output, error)
 
 
 def _keep_best(

@@ -228,6 +228,35 @@ def test_a_rerun_skips_finished_shards_and_refuses_other_settings(
         link_corpus(other)
 
 
+def test_a_finished_output_is_compared_with_its_plan(linked: tuple[LinkConfig, LinkReport], tmp_path: Path) -> None:
+    """Nothing is left to link, and yet a shard with fewer rows, or a foreign table, does not pass for the output."""
+    finished, _ = linked
+    config = replace(finished, output=str(tmp_path / "copy"))
+    shutil.copytree(finished.output, config.output)
+    shard, foreign = (Path(config.output, "data", f"{name}.parquet") for name in ("shard-00001", "table"))
+    pq.write_table(pq.read_table(shard), foreign)
+    for check in (link_corpus, describe_run):
+        with pytest.raises(
+            InputError, match=r"data/table\.parquet' is no shard of this run: remove it and run the same"
+        ):
+            check(config)
+    foreign.unlink()
+    pq.write_table(pq.read_table(shard).slice(1), shard)
+    for check in (link_corpus, describe_run):
+        with pytest.raises(InputError, match=r"shard-00001\.parquet' has 3 of its 4 rows: remove it and run the same"):
+            check(config)
+    shard.unlink()
+    assert link_corpus(config).rows_linked_now == 4
+    assert predictions(config.output) == predictions(finished.output)
+
+
+def test_an_output_within_the_input_is_refused_at_the_first_run(config: LinkConfig, tmp_path: Path) -> None:
+    for output in (tmp_path, tmp_path / "run"):
+        with pytest.raises(ConfigurationError, match="choose an output outside of the input"):
+            link_corpus(replace(config, input=str(tmp_path), output=str(output)))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_dry_run_checks_and_says_what_is_left(linked: tuple[LinkConfig, LinkReport], tmp_path: Path) -> None:
     config, _ = linked
     assert describe_run(config).startswith(f"{config.output}: 0 of 9 rows are to be linked, in 0 of 3 shards")

@@ -24,7 +24,7 @@ from gemel_engine import storage
 from gemel_engine.config import TrainConfig, load_config
 from gemel_engine.errors import ConfigurationError, InputError, TooManyFailuresError
 from gemel_engine.feature_mapper import FeatureMapper
-from gemel_engine.training import TrainReport, train_mapper
+from gemel_engine.training import TrainReport, keep_record, restore_record, train_mapper
 
 
 def write_split(path: Path, num_mentions: int = 10, **columns: list[object]) -> Path:
@@ -166,6 +166,24 @@ def test_a_killed_worker_and_a_killed_job_change_nothing(config_path: Path, tmp_
     assert found[0].dev_accuracy == found[1].dev_accuracy
     assert found[0].kept_step == found[1].kept_step
     assert run_job(config_path, "--output", disturbed, *options).returncode == 0, "a finished run can be run again"
+
+
+def test_training_goes_on_from_a_record_of_checkpoints_that_was_cut_off(tmp_path: Path) -> None:
+    """As by a kill while Ray Train writes it, which it does in place."""
+    record = tmp_path / "checkpoints/checkpoint_manager_snapshot.json"
+    restore_record(str(tmp_path))
+    record.parent.mkdir()
+    record.write_text('{"checkpoint_results": [')
+    keep_record(str(tmp_path))
+    restore_record(str(tmp_path))
+    assert not record.exists(), "there is nothing to go on from"
+    record.write_text('{"checkpoint_results": []}')
+    keep_record(str(tmp_path))
+    for cut in ("", '{"checkpoint_results": [{'):
+        record.write_text(cut)
+        keep_record(str(tmp_path))
+        restore_record(str(tmp_path))
+        assert record.read_text() == '{"checkpoint_results": []}'
 
 
 def wait_for_checkpoint(output: str, count: int) -> None:
