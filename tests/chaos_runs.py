@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,11 +100,13 @@ class Blow:
         delay: Seconds to wait with it.
         at_work: Count them from the next shard that is finished; else from now, so that the target may be starting. A
             target that is not there by the time that a shard is finished gives way to the next.
+        when: Count them from the moment when this is true instead.
     """
 
     target: Target
     delay: float
     at_work: bool
+    when: Callable[[], bool] | None = None
 
     @classmethod
     def draw(cls, targets: Sequence[Target], seed: int) -> list[Blow]:
@@ -193,7 +195,8 @@ class Chaos:
                     assert code in _ENDS_OF_DRIVERS, f"exit code {code}: {self._log_tail()}"
                     driver = self._start()
                 elif left and due is None:
-                    if not left[0].at_work or self._num_shards() > num_shards:
+                    when = left[0].when
+                    if when() if when is not None else not left[0].at_work or self._num_shards() > num_shards:
                         due = time.monotonic() + left[0].delay
                 elif left and due is not None and time.monotonic() >= due:
                     if self._strike(left[0].target, driver):
@@ -202,7 +205,7 @@ class Chaos:
                         due, num_shards = None, self._num_shards()
                     elif self._num_shards() > num_shards:
                         left.append(left.pop(0))  # its work may be done until a driver begins anew
-                time.sleep(0.1)
+                time.sleep(0.02 if left and left[0].when is not None else 0.1)
         finally:
             driver.kill()
             driver.wait()
@@ -248,21 +251,31 @@ def processes(target: str) -> list[psutil.Process]:
     return found
 
 
+def is_sorting(output: str) -> bool:
+    """Whether a part of the ordered corpus is written, and its plan is not."""
+    return storage.exists(f"{output}/_ordered") and not storage.exists(f"{output}/_plan.json")
+
+
+def is_merging(temporary: Path) -> bool:
+    """Whether a knowledge base is being merged with its update by a process with this directory for temporary files."""
+    return any(path.is_dir() for path in temporary.glob("*/.*-merged-*"))
+
+
 @contextmanager
-def nodes(num_nodes: int) -> Iterator[Cluster]:
+def nodes(num_nodes: int, environment: Mapping[str, str] | None = None) -> Iterator[Cluster]:
     """A Ray cluster on this machine: a head without CPUs, for the driver, and so many nodes beside it."""
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     try:
         for _ in range(num_nodes):
-            add_node(cluster)
+            add_node(cluster, environment)
         yield cluster
     finally:
         cluster.shutdown()  # type: ignore[no-untyped-call]
 
 
-def add_node(cluster: Cluster) -> None:
-    """Let a node of four logical CPUs join."""
-    cluster.add_node(num_cpus=4)
+def add_node(cluster: Cluster, environment: Mapping[str, str] | None = None) -> None:
+    """Let a node of four logical CPUs join, whose processes have these variables beside this one's."""
+    cluster.add_node(num_cpus=4, env_vars=dict(environment or {}))
 
 
 def link(corpus: Corpus, directory: Path, **settings: str) -> str:

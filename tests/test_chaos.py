@@ -5,16 +5,36 @@ from __future__ import annotations
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import pyarrow as pa
 import pytest
-from chaos_runs import NO_DAMAGE, ROWS_PER_SHARD, Blow, Chaos, Corpus, Damage, Target, link, nodes, processes
+from chaos_runs import (
+    NO_DAMAGE,
+    ROWS_PER_SHARD,
+    Blow,
+    Chaos,
+    Corpus,
+    Damage,
+    Target,
+    is_merging,
+    is_sorting,
+    link,
+    nodes,
+    processes,
+)
+from conftest import ENTITY_NAMES
 from faulty_s3 import FAULTS, faulty_proxy
 from s3_server import S3Server
 from test_linking import ROOT
 from trouble import small_file_system
 
 from gemel_engine import shards, storage
+from gemel_engine.knowledge_base import KnowledgeBaseSettings, build_knowledge_base
+from gemel_engine.knowledge_base_update import update_knowledge_base
+from gemel_engine.model import load_tokenizer
 
 pytestmark = pytest.mark.heavy
 
@@ -55,6 +75,50 @@ def test_a_run_whose_processes_are_killed_gives_the_same_output(
     assert len(chaos.kills) >= 4, f"the run was over too soon: {chaos.kills}"
     assert Damage.of(output, undisturbed) == NO_DAMAGE
     assert left_over(output) == set()
+
+
+@pytest.mark.chaos
+def test_kills_during_the_sort_and_the_merge_of_a_knowledge_base_change_nothing(
+    corpus: Corpus, undisturbed: str, artifacts: dict[str, Path], tmp_path: Path
+) -> None:
+    """The driver merges the update, then an actor on a node does, which has a cache of its own."""
+    output = str(tmp_path / "output")
+    update = write_slow_update(tmp_path, artifacts["language_model"])
+    corpus = replace(corpus, artifacts={**corpus.artifacts, "knowledge_base": update})
+    command = corpus.command(tmp_path / "link.toml", output)
+    with TemporaryDirectory(prefix="gemel-", dir="/tmp") as short:  # Ray's sockets need a short path
+        of_driver, of_node = (Path(short, name) for name in ("driver", "node"))
+        for directory in (of_driver, of_node):
+            directory.mkdir()
+        with nodes(1, {"TMPDIR": str(of_node)}) as cluster:
+            environment = {"RAY_ADDRESS": cluster.address, "TMPDIR": str(of_driver)}
+            chaos = Chaos(command, output, tmp_path / "log.txt", environment, cluster, [])
+            chaos.run(
+                [
+                    Blow("driver", 0.0, at_work=False, when=lambda: is_merging(of_driver)),
+                    Blow("driver", 0.0, at_work=False, when=lambda: is_sorting(output)),
+                    Blow("task", 0.0, at_work=False, when=lambda: is_sorting(output)),
+                    Blow("generation", 0.0, at_work=False, when=lambda: is_merging(of_node)),
+                ]
+            )
+        assert not is_merging(of_driver)
+        assert not is_merging(of_node)
+    assert chaos.kills == ["driver", "driver", "task", "generation"]
+    assert Damage.of(output, undisturbed) == NO_DAMAGE
+    assert left_over(output) == set()
+
+
+def write_slow_update(directory: Path, language_model: Path) -> Path:
+    """An update that changes no answer, of a knowledge base whose descriptions take seconds to be merged."""
+    ids, descriptions = [f"Q{n}" for n in range(len(ENTITY_NAMES))], ["long " * 2_000_000] * len(ENTITY_NAMES)
+    entities = pa.table(
+        {"entity_id": ids, "name": ENTITY_NAMES, "description": pa.array(descriptions, pa.large_string())}
+    )
+    tokenizer, base, update = load_tokenizer(str(language_model)), directory / "base", directory / "update"
+    build_knowledge_base(entities, tokenizer, base, KnowledgeBaseSettings())
+    changes = pa.table({"entity_id": ids[:1], "name": ENTITY_NAMES[:1]})
+    update_knowledge_base(str(base), changes, tokenizer, update, KnowledgeBaseSettings())
+    return update
 
 
 def test_two_drivers_at_once(corpus: Corpus, undisturbed: str, tmp_path: Path) -> None:
