@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -17,6 +18,7 @@ import time
 import uuid
 from collections import Counter, defaultdict
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -27,8 +29,9 @@ import pyarrow.compute as pc
 import ray
 from numpy.typing import NDArray
 from ray.data import ActorPoolStrategy, DataContext, Dataset
+from ray.exceptions import RayError
 
-from gemel_engine import output_check, shards, storage
+from gemel_engine import errors, output_check, shards, storage
 from gemel_engine.config import JobConfig, LinkConfig, PoolSettings, config_json
 from gemel_engine.display import percent
 from gemel_engine.errors import TooManyFailuresError, shown
@@ -54,6 +57,7 @@ logger = logging.getLogger(__name__)
 
 # Settings that may differ between a run and its continuation: they change no row of the output.
 _NOT_IDENTITY = ("resources", "output", "max_failed_fraction", "verify_artifacts", "dry_run")
+_OWN_ERROR = re.compile(r"^gemel_engine\.errors\.(\w+): (.*)$", re.MULTILINE)  # in a traceback
 _MAX_SORTED_BLOCKS = 256
 _ROWS_PER_RANGE = 1 << 18  # read at once to be sorted: row groups may be as large, and are read whole
 
@@ -360,14 +364,33 @@ def _commit_as_completed(
         if num_missing[index] == 0:
             commits.append(commit.remote(output, plan[index], parts.pop(index), run))
             done, commits = ray.wait(commits, num_returns=len(commits), timeout=0)
-            ray.get(done)  # raises what went wrong with them
-    ray.get(commits)
+            with own_errors():
+                ray.get(done)  # raises what went wrong with them
+    with own_errors():
+        ray.get(commits)
     return progress.tally
 
 
 def _rows(batches: Iterable[pa.Table]) -> Iterator[dict[str, Any]]:
-    for batch in batches:
-        yield from batch.to_pylist()
+    with own_errors():
+        for batch in batches:
+            yield from batch.to_pylist()
+
+
+@contextmanager
+def own_errors() -> Iterator[None]:
+    """Raise what a task or an actor raised on purpose as itself, where Ray reports it as an error of its own.
+
+    Ray keeps the text of the remote traceback in every case, but not the exception.
+    """
+    try:
+        yield
+    except RayError as error:
+        kinds = {name: kind for name, kind in vars(errors).items() if isinstance(kind, type)}
+        for name, message in reversed(_OWN_ERROR.findall(str(error))):
+            if name in kinds:
+                raise kinds[name](message) from error
+        raise
 
 
 def _report(

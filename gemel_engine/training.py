@@ -42,7 +42,7 @@ from gemel_engine.feature_mapper import FeatureMapper
 from gemel_engine.fingerprints import Contents, artifact_manifests, check_contents, run_contents
 from gemel_engine.generation import EntityNameGenerator
 from gemel_engine.linker import check_encoders
-from gemel_engine.linking import actor_pool, connect, encode_and_retrieve
+from gemel_engine.linking import actor_pool, connect, encode_and_retrieve, own_errors
 from gemel_engine.mapper_training import (
     MapperTrainer,
     TrainingExample,
@@ -214,13 +214,13 @@ def _prepare(
         directory = f"{root}/data-{uuid.uuid4().hex}"
         dataset = encode_and_retrieve(config, plan, contents, with_gold=True)
         pool = actor_pool(config.resources.retrieval)
-        receipts = (
-            dataset.map_batches(CheckExamples, fn_constructor_args=(config, prefix_length, vision_width), **pool)
-            .map_batches(
-                partial(write_examples, directory=directory), batch_size=None, batch_format="pyarrow", num_cpus=0.25
-            )
-            .take_all()
+        dataset = dataset.map_batches(
+            CheckExamples, fn_constructor_args=(config, prefix_length, vision_width), **pool
+        ).map_batches(
+            partial(write_examples, directory=directory), batch_size=None, batch_format="pyarrow", num_cpus=0.25
         )
+        with own_errors():
+            receipts = dataset.take_all()
         counts = {name: sum(receipt[name] for receipt in receipts) for name in ("num_rows", "num_pictures")}
         storage.remove_tree(f"{config.output}/_marks")
         storage.create_exclusive(done, json.dumps({"directory": directory.rpartition("/")[2]} | counts).encode())

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ENTITY_NAMES
 from PIL import Image
+from ray.exceptions import ActorDiedError, RayTaskError, UserCodeException
 from s3_server import S3Server
 
 from gemel_engine import storage
@@ -32,7 +33,7 @@ from gemel_engine.errors import (
 )
 from gemel_engine.feature_mapper import FeatureMapper
 from gemel_engine.linker import Linker
-from gemel_engine.linking import LinkReport, actor_pool, describe_run, link_corpus, ordered_plan
+from gemel_engine.linking import LinkReport, actor_pool, describe_run, link_corpus, ordered_plan, own_errors
 from gemel_engine.shards import plan_shards
 from gemel_engine.types import PREDICTION_SCHEMA
 
@@ -466,6 +467,20 @@ def test_vllm_links_like_the_reference_on_s3(
     secret = os.environ["AWS_SECRET_ACCESS_KEY"]
     assert secret not in finished.stderr + finished.stdout
     assert secret.encode() not in storage.read_bytes(f"{prefix}/out/_run.json")
+
+
+def test_an_error_of_a_stage_is_raised_as_itself() -> None:
+    """However Ray reports it: as the error of a task, of the code that it was given, or of an actor's start."""
+    text = (
+        "ray::MapBatches()\n  File ...\ngemel_engine.errors.InputError: x has changed: do y\n\nThe above exception was "
+        "the direct cause of the following exception:\n\nray.exceptions.UserCodeException: UDF failed"
+    )
+    task = RayTaskError("f", text, UserCodeException("UDF failed"))
+    for error in (task, task.make_dual_exception_instance(), ActorDiedError(task)):
+        with pytest.raises(InputError, match="^x has changed: do y$"), own_errors():
+            raise error
+    with pytest.raises(RayTaskError), own_errors():
+        raise RayTaskError("f", "gemel_engine.errors.NoSuchError: x", ValueError("x"))
 
 
 def test_exit_codes_of_the_command(config: LinkConfig, tmp_path: Path) -> None:
