@@ -477,7 +477,7 @@ def test_an_error_of_a_stage_is_raised_as_itself() -> None:
     )
     task = RayTaskError("f", text, UserCodeException("UDF failed"))
     for error in (task, task.make_dual_exception_instance(), ActorDiedError(task)):
-        with pytest.raises(InputError, match="^x has changed: do y$"), own_errors():
+        with pytest.raises(InputError, match=r"^x has changed: do y$"), own_errors():
             raise error
     with pytest.raises(RayTaskError), own_errors():
         raise RayTaskError("f", "gemel_engine.errors.NoSuchError: x", ValueError("x"))
