@@ -33,8 +33,8 @@ from gemel_engine.prefix_trie import PrefixTrie
 from gemel_engine.shards import Shard
 from gemel_engine.types import PREDICTION_SCHEMA
 
-# In these settings and artifacts a run may differ from the one that it carries on.
 _REMEDY = "put it back, or link without previous"
+# In these settings and artifacts a run may differ from the one that it carries on.
 _MAY_DIFFER = ("knowledge_base", "previous", "calibration")
 
 
