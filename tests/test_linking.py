@@ -475,12 +475,12 @@ def test_an_error_of_a_stage_is_raised_as_itself() -> None:
         "ray::MapBatches()\n  File ...\ngemel_engine.errors.InputError: x has changed: do y\n\nThe above exception was "
         "the direct cause of the following exception:\n\nray.exceptions.UserCodeException: UDF failed"
     )
-    task = RayTaskError("f", text, UserCodeException("UDF failed"))
+    task: Any = RayTaskError("f", text, UserCodeException("UDF failed"))  # type: ignore[no-untyped-call]
     for error in (task, task.make_dual_exception_instance(), ActorDiedError(task)):
         with pytest.raises(InputError, match=r"^x has changed: do y$"), own_errors():
             raise error
     with pytest.raises(RayTaskError), own_errors():
-        raise RayTaskError("f", "gemel_engine.errors.NoSuchError: x", ValueError("x"))
+        raise RayTaskError("f", "gemel_engine.errors.NoSuchError: x", ValueError("x"))  # type: ignore[no-untyped-call]
 
 
 def test_exit_codes_of_the_command(config: LinkConfig, tmp_path: Path) -> None:

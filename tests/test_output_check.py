@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,7 +18,7 @@ from gemel_engine.shards import Shard
 from gemel_engine.types import Prediction, predictions_to_table
 
 NUM_ROWS, ROWS_PER_SHARD = 10, 4
-IDENTITY = {"settings": {"search": {"objective": "sum"}}}
+IDENTITY: dict[str, Any] = {"settings": {"search": {"objective": "sum"}}}
 
 
 @pytest.fixture
@@ -27,7 +28,7 @@ def plan(tmp_path: Path) -> list[Shard]:
     return shards.plan_shards(str(tmp_path / "mentions.parquet"), ROWS_PER_SHARD)
 
 
-def write_shard(output: str, shard: Shard, identity: dict[str, object] = IDENTITY) -> Path:
+def write_shard(output: str, shard: Shard, identity: dict[str, Any] = IDENTITY) -> Path:
     rows = range(shard.start, shard.stop)
     table = predictions_to_table([Prediction(f"mention_id{row}") for row in rows])
     part = shards.write_part(output, shard, table.append_column("row", pa.array(rows)))
@@ -129,7 +130,7 @@ FAULTS: dict[str, tuple[Fault, str]] = {
         r"table\.parquet' is no shard of this run: remove it",
     ),
     "a foreign table further down": (
-        lambda data, _: (data / "old").mkdir() or pq.write_table(pa.table({"a": [1]}), data / "old/table.parquet"),
+        lambda data, _: storage.write_bytes(str(data / "old/table.parquet"), b"PAR1"),
         r"old/table\.parquet' is no shard of this run: remove it",
     ),
     "a link that leads nowhere": (
