@@ -1,0 +1,252 @@
+"""Which entities have vectors like a given one: exact while there are few, compressed in inverted lists above.
+
+    dense.json      which of both, and the counts
+    vectors.npy     exact: the vectors, (N, E) float32
+    rows.npy        exact: the entity of each vector, (N,)
+    centroids.npy   compressed: centres of the lists, (L, E)
+    codebooks.npy   compressed: product quantiser, (bytes of a code, 256, dimensions of a byte)
+    sizes.npy       compressed: vectors of each list, (L,)
+    lists.bin       compressed: of each list its codes, then its entities as 64-bit integers
+
+faiss searches both where they lie in the mapped files, which all processes of a node share. Its own file format is not
+used: faiss trusts what it reads there. Here its objects are made anew from arrays whose shapes are checked, and an
+entity that is out of range is an error.
+
+Shapes: N vectors, E their width, L lists, B queries.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol, Self
+
+import faiss
+import numpy as np
+from numpy.typing import NDArray
+
+from gemel_engine.errors import ArtifactError, ConfigurationError
+from gemel_engine.evidence.arrays import open_array
+from gemel_engine.manifest import read_manifest, write_manifest
+
+FORMAT_VERSION = 1
+_MANIFEST = "dense.json"
+_ID_BYTES = 8
+_SAMPLES_PER_LIST = 64
+_CHUNK = 1 << 16
+_DIMENSIONS_PER_BYTE = 8
+_SIMILARITY_DECIMALS = 5
+
+FloatArray = NDArray[np.float32]
+RowArray = NDArray[np.uint32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DenseSettings:
+    """How vectors are stored and searched.
+
+    Attributes:
+        exact_up_to: Number of vectors up to which they are kept as they are and compared with every query.
+        num_probes: Lists that a query is compared with, where they are compressed.
+    """
+
+    exact_up_to: int = 200_000
+    num_probes: int = 32
+
+    def __post_init__(self) -> None:
+        if self.exact_up_to < 0 or self.num_probes < 1:
+            raise ConfigurationError(
+                f"exact_up_to is {self.exact_up_to} and num_probes {self.num_probes}; give at least 0 and 1"
+            )
+
+
+class _Search(Protocol):
+    """The entities of the `limit` nearest vectors of each query, and their inner products: both (B, limit)."""
+
+    def __call__(self, queries: FloatArray, limit: int) -> tuple[FloatArray, NDArray[np.int64]]: ...
+
+
+class DenseIndex:
+    """Vectors of length one, several for an entity, by cosine.
+
+    Attributes:
+        num_vectors: N.
+        width: E.
+    """
+
+    def __init__(self, num_vectors: int, width: int, num_rows: int, search: _Search) -> None:
+        self.num_vectors, self.width = num_vectors, width
+        self._num_rows = num_rows
+        self._search = search
+
+    @classmethod
+    def build(
+        cls,
+        directory: Path,
+        vectors: FloatArray,
+        rows: RowArray,
+        num_rows: int,
+        settings: DenseSettings | None = None,
+    ) -> Self:
+        """Write an index and open it.
+
+        Args:
+            directory: Made if it does not exist.
+            vectors: Of length one or zero, shape (N, E); may be mapped from a file.
+            rows: Entity of each vector, shape (N,).
+            num_rows: Number of entities.
+            settings: The default ones if None.
+        """
+        settings = settings or DenseSettings()
+        directory.mkdir(parents=True, exist_ok=True)
+        is_exact = len(vectors) <= settings.exact_up_to
+        if is_exact:
+            np.save(directory / "vectors.npy", vectors)
+            np.save(directory / "rows.npy", rows)
+        else:
+            _write_compressed(directory, vectors, rows)
+        manifest = {"num_vectors": len(vectors), "width": vectors.shape[1], "num_rows": num_rows, "is_exact": is_exact}
+        write_manifest(directory / _MANIFEST, {"format_version": FORMAT_VERSION, **manifest, **asdict(settings)})
+        return cls.open(directory)
+
+    @classmethod
+    def open(cls, directory: Path) -> Self:
+        """Map what `build` wrote.
+
+        Raises:
+            ArtifactError: A file is missing, damaged, or does not fit the others.
+        """
+        manifest = read_manifest(directory / _MANIFEST, FORMAT_VERSION)
+        try:
+            num_vectors, width, num_rows, num_probes = (
+                int(manifest[key]) for key in ("num_vectors", "width", "num_rows", "num_probes")
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ArtifactError(f"{directory / _MANIFEST} lacks counts ({error!r}); build it again") from error
+        search: _Search
+        search = _Exact(directory) if manifest.get("is_exact") else _Compressed(directory, num_probes)
+        if (search.num_vectors, search.width) != (num_vectors, width):
+            raise ArtifactError(f"the vectors in {directory} are not those of its manifest; build them again")
+        return cls(num_vectors, width, num_rows, search)
+
+    def nearest(self, queries: FloatArray, limit: int) -> list[list[tuple[int, float]]]:
+        """Return the entities with the most similar vectors, by falling similarity rounded to 5 decimals, then by row.
+
+        Args:
+            queries: Of length one, shape (B, E); a zero row finds nothing.
+            limit: Vectors looked at for a query; an entity with several comes once.
+
+        Raises:
+            ArtifactError: The files name an entity that is out of range.
+        """
+        # Each query on its own: its neighbours in a batch must not change its last bits.
+        return [self._nearest(query[None], min(limit, self.num_vectors)) if query.any() else [] for query in queries]
+
+    def _nearest(self, query: FloatArray, limit: int) -> list[tuple[int, float]]:
+        similarities, rows = (result[0] for result in self._search(query, limit))
+        is_found = rows != -1  # faiss fills up with it
+        similarities, rows = np.round(similarities[is_found], _SIMILARITY_DECIMALS), rows[is_found]
+        if len(rows) and not 0 <= rows.min() <= rows.max() < self._num_rows:
+            raise ArtifactError(f"vectors of entity {rows.max()} of {self._num_rows}: build the evidence index again")
+        order = np.lexsort((rows, -similarities))
+        best: dict[int, float] = {}
+        for row, similarity in zip(rows[order].tolist(), similarities[order].tolist(), strict=True):
+            best.setdefault(row, similarity)
+        return list(best.items())
+
+
+class _Exact:
+    def __init__(self, directory: Path) -> None:
+        self._vectors = open_array(directory / "vectors.npy", np.float32, 2)
+        self._rows = open_array(directory / "rows.npy", np.uint32, 1)
+        self.num_vectors, self.width = self._vectors.shape
+        if len(self._rows) != self.num_vectors:
+            raise ArtifactError(
+                f"{directory} has {len(self._rows)} rows for {self.num_vectors} vectors; build it again"
+            )
+
+    def __call__(self, queries: FloatArray, limit: int) -> tuple[FloatArray, NDArray[np.int64]]:
+        similarities, numbers = faiss.knn(queries, self._vectors, limit, metric=faiss.METRIC_INNER_PRODUCT)
+        return similarities, self._rows[numbers].astype(np.int64)
+
+
+class _Compressed:
+    """faiss's inverted lists with a product quantiser, on a mapped file."""
+
+    def __init__(self, directory: Path, num_probes: int) -> None:
+        centroids = open_array(directory / "centroids.npy", np.float32, 2)
+        codebooks = open_array(directory / "codebooks.npy", np.float32, 3)
+        sizes = np.ascontiguousarray(open_array(directory / "sizes.npy", np.uint64, 1))
+        num_lists, self.width = centroids.shape
+        code_size, num_words, dimensions = codebooks.shape
+        path = directory / "lists.bin"
+        self.num_vectors = int(sizes.sum())
+        num_bytes = self.num_vectors * (code_size + _ID_BYTES)
+        fits = num_words == 256 and code_size * dimensions == self.width and len(sizes) == num_lists
+        if not fits or not path.is_file() or path.stat().st_size != num_bytes or sizes.max() > self.num_vectors:
+            raise ArtifactError(f"{path} is missing, or does not fit the arrays beside it; build the index again")
+        self._index = _untrained(centroids, code_size)
+        faiss.copy_array_to_vector(codebooks.ravel(), self._index.pq.centroids)
+        self._index.is_trained = True
+        self._index.replace_invlists(_mapped_lists(path, sizes, code_size))
+        self._index.ntotal = self.num_vectors
+        self._index.nprobe = num_probes
+
+    def __call__(self, queries: FloatArray, limit: int) -> tuple[FloatArray, NDArray[np.int64]]:
+        similarities, rows = self._index.search(queries, limit)
+        return similarities, rows
+
+
+def _untrained(centroids: FloatArray, code_size: int) -> faiss.IndexIVFPQ:
+    num_lists, width = centroids.shape
+    quantiser = faiss.IndexFlatIP(width)
+    quantiser.add(np.ascontiguousarray(centroids))
+    index = faiss.IndexIVFPQ(quantiser, width, num_lists, code_size, 8, faiss.METRIC_INNER_PRODUCT)
+    index.verbose = False
+    return index
+
+
+def _mapped_lists(path: Path, sizes: NDArray[np.uint64], code_size: int) -> faiss.OnDiskInvertedLists:
+    lists = faiss.OnDiskInvertedLists(len(sizes), code_size, str(path))
+    lists.read_only = True
+    lists.set_all_lists_sizes(faiss.swig_ptr(sizes))
+    lists.totsize = int(sizes.sum()) * (code_size + _ID_BYTES)
+    offset = 0
+    for number, size in enumerate(sizes.tolist()):
+        place = lists.lists.at(number)
+        place.capacity, place.offset = size, offset
+        offset += size * (code_size + _ID_BYTES)
+    lists.do_mmap()
+    return lists
+
+
+def _write_compressed(directory: Path, vectors: FloatArray, rows: RowArray) -> None:
+    """Train inverted lists and a product quantiser on a sample, and write all vectors' codes."""
+    num_vectors, width = vectors.shape
+    num_lists = max(1, round(math.sqrt(num_vectors)))
+    code_size = width // next(size for size in range(_DIMENSIONS_PER_BYTE, 0, -1) if width % size == 0)
+    index = faiss.IndexIVFPQ(faiss.IndexFlatIP(width), width, num_lists, code_size, 8, faiss.METRIC_INNER_PRODUCT)
+    index.cp.min_points_per_centroid = index.pq.cp.min_points_per_centroid = 1
+    num_samples = min(num_vectors, max(_SAMPLES_PER_LIST * num_lists, 1 << 15))
+    chosen = np.sort(np.random.default_rng(0).choice(num_vectors, num_samples, replace=False))
+    index.train(np.ascontiguousarray(vectors[chosen]))
+    for start in range(0, num_vectors, _CHUNK):
+        part = slice(start, start + _CHUNK)
+        index.add_with_ids(np.ascontiguousarray(vectors[part]), rows[part].astype(np.int64))
+    np.save(directory / "centroids.npy", index.quantizer.reconstruct_n(0, num_lists))
+    codebooks = faiss.vector_to_array(index.pq.centroids).reshape(code_size, 256, width // code_size)
+    np.save(directory / "codebooks.npy", codebooks)
+    sizes = [index.invlists.list_size(number) for number in range(num_lists)]
+    np.save(directory / "sizes.npy", np.array(sizes, np.uint64))
+    with (directory / "lists.bin").open("wb") as file:
+        for part_of_list in _list_bytes(index.invlists, sizes, code_size):
+            file.write(part_of_list)
+
+
+def _list_bytes(lists: faiss.InvertedLists, sizes: list[int], code_size: int) -> Iterator[bytes]:
+    for number, size in enumerate(sizes):
+        if size:
+            yield faiss.rev_swig_ptr(lists.get_codes(number), size * code_size).tobytes()
+            yield faiss.rev_swig_ptr(lists.get_ids(number), size).tobytes()

@@ -1,0 +1,91 @@
+"""What surface forms meant in training: counts of entities, and the nearest forms by embedding.
+
+Shapes: D training mentions, M distinct forms, E width of the mention encoder, B queries.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+
+import faiss
+import numpy as np
+from numpy.typing import NDArray
+
+from gemel_engine.evidence.normal_form import normal_form
+
+FloatArray = NDArray[np.float32]
+
+_SIMILARITY_DECIMALS = 5
+
+
+class FormStatistics:
+    """Training mentions counted by normal form, entity and group.
+
+    A query may name a group, such as its own: what that group counts is then left out, so that a training mention can
+    be judged as a mention that was never seen.
+
+    Args:
+        forms: Surface form of each training mention.
+        rows: Entity of each.
+        groups: Group of each.
+        embeddings: Of each surface form, shape (D, E); None: there are no nearest forms.
+    """
+
+    def __init__(
+        self, forms: Sequence[str], rows: Sequence[int], groups: Sequence[str], embeddings: FloatArray | None = None
+    ) -> None:
+        self._groups_of: defaultdict[str, dict[int, Counter[str]]] = defaultdict(dict)
+        self._frequency: Counter[int] = Counter(rows)
+        self._frequency_in_group: Counter[tuple[int, str]] = Counter(zip(rows, groups, strict=True))
+        first: dict[str, int] = {}  # mention that embeds a form
+        for number, (surface_form, row, group) in enumerate(zip(forms, rows, groups, strict=True)):
+            form = normal_form(surface_form)
+            first.setdefault(form, number)
+            self._groups_of[form].setdefault(row, Counter())[group] += 1
+        self._forms = sorted(first)
+        order = [first[form] for form in self._forms]
+        self._embeddings = None if embeddings is None else np.ascontiguousarray(embeddings[order])
+
+    def __len__(self) -> int:
+        return len(self._forms)
+
+    def frequency(self, row: int, excluded: str | None = None) -> int:
+        """Number of training mentions of an entity."""
+        own = 0 if excluded is None else self._frequency_in_group[row, excluded]
+        return self._frequency[row] - own
+
+    def entities(self, form: str, excluded: str | None = None) -> list[tuple[int, int]]:
+        """Return the entities that a normal form meant and how often, the most frequent first, ties by row."""
+        counts = {
+            row: groups.total() - (0 if excluded is None else groups[excluded])
+            for row, groups in self._groups_of.get(form, {}).items()
+        }
+        return sorted(((row, n) for row, n in counts.items() if n), key=lambda item: (-item[1], item[0]))
+
+    def nearest(
+        self, embeddings: FloatArray, limit: int, excluded: Sequence[str | None] | None = None
+    ) -> list[list[tuple[int, float]]]:
+        """Return the entities that the most similar forms meant, with the similarity of the most similar one.
+
+        Args:
+            embeddings: Of the queries' surface forms, shape (B, E).
+            limit: Forms looked at for a query.
+            excluded: For each query a group that does not count.
+        """
+        if self._embeddings is None or not len(self):
+            return [[] for _ in embeddings]
+        groups = [None] * len(embeddings) if excluded is None else excluded
+        return [
+            self._nearest(query[None], min(limit, len(self)), group) if query.any() else []
+            for query, group in zip(embeddings, groups, strict=True)
+        ]
+
+    def _nearest(self, query: FloatArray, limit: int, excluded: str | None) -> list[tuple[int, float]]:
+        similarities, numbers = faiss.knn(query, self._embeddings, limit, metric=faiss.METRIC_INNER_PRODUCT)
+        rounded = np.round(similarities[0], _SIMILARITY_DECIMALS)
+        best: dict[int, float] = {}
+        for place in np.lexsort((numbers[0], -rounded)).tolist():
+            for row, _ in self.entities(self._forms[numbers[0, place]], excluded):
+                best.setdefault(row, float(rounded[place]))
+        return list(best.items())

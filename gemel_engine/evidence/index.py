@@ -1,0 +1,200 @@
+"""The evidence index: a directory beside a knowledge base's trie, with all that makes its entities searchable.
+
+    evidence.json   counts, fingerprints of the encoders, and the checksum of every other file; written last
+    dictionary/     names and aliases, see `dictionary`
+    lexical/        their words, see `lexical`
+    texts/          embeddings of names, aliases and descriptions, see `dense`; only with a mention encoder
+    pictures/       features of pictures, see `pictures`; only with an image encoder
+    popularity.npy  of each entity, 0 where it is unknown; only where any is known
+
+Entities are known by their rows in the knowledge base.
+
+Shapes: S entities.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+from numpy.lib.format import open_memmap
+from numpy.typing import NDArray
+
+from gemel_engine.errors import ArtifactError, InputError
+from gemel_engine.evidence.arrays import open_array
+from gemel_engine.evidence.dense import DenseIndex, DenseSettings
+from gemel_engine.evidence.dictionary import NameDictionary
+from gemel_engine.evidence.lexical import LexicalIndex
+from gemel_engine.evidence.pictures import PictureIndex
+from gemel_engine.manifest import file_sha256, read_manifest, write_manifest
+from gemel_engine.mention_encoder import MentionEncoder
+from gemel_engine.types import Features
+
+FORMAT_VERSION = 1
+MANIFEST = "evidence.json"
+_CHUNK = 1 << 13
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EntityPictures:
+    """Features of entities' pictures, any number for an entity.
+
+    Attributes:
+        features: Shape (N, C).
+        rows: Entity of each picture, shape (N,).
+        image_encoder_fingerprint: The encoder's that made them.
+    """
+
+    features: Features
+    rows: NDArray[np.uint32]
+    image_encoder_fingerprint: str
+
+
+class EvidenceIndex:
+    """What is known of the entities of a knowledge base, mapped read-only.
+
+    Attributes:
+        manifest: What the directory says of itself.
+        dictionary: Entities by name and alias.
+        lexical: Entities by the words of their names and aliases.
+        texts: Entities by embedding; None if it was built without a mention encoder.
+        pictures: Entities by picture; None if it was built without pictures.
+    """
+
+    def __init__(self, directory: Path, manifest: dict[str, Any]) -> None:
+        self.manifest = manifest
+        self.dictionary = NameDictionary.open(directory / "dictionary")
+        self.lexical = LexicalIndex.open(directory / "lexical")
+        self.texts = DenseIndex.open(directory / "texts") if manifest["num_texts"] else None
+        self.pictures = PictureIndex.open(directory / "pictures") if manifest["num_pictures"] else None
+        self._popularity: NDArray[np.float32] | None = None
+        if manifest["has_popularity"]:
+            self._popularity = open_array(directory / "popularity.npy", np.float32, 1)
+
+    @classmethod
+    def open(cls, directory: Path, *, knowledge_base: str | None = None, verify: bool = False) -> Self:
+        """Map what `build_evidence` wrote.
+
+        Args:
+            directory: A local directory.
+            knowledge_base: Checksum of the entities that it must have been built from.
+            verify: Also compare every file with its checksum. Do this once for files from elsewhere.
+
+        Raises:
+            ArtifactError: A file is missing, damaged, of another format version, or does not fit the others.
+        """
+        manifest = read_manifest(directory / MANIFEST, FORMAT_VERSION)
+        if knowledge_base is not None and manifest.get("knowledge_base") != knowledge_base:
+            raise ArtifactError(f"{directory} is the evidence of another knowledge base; build it again")
+        if verify:
+            _check_files(directory, manifest.get("files"))
+        try:
+            return cls(directory, manifest)
+        except KeyError as error:
+            raise ArtifactError(f"{directory / MANIFEST} lacks {error}; build the evidence index again") from error
+
+    def popularity_of(self, row: int) -> float:
+        """Popularity of an entity, 0 where it is unknown."""
+        return 0.0 if self._popularity is None else float(self._popularity[row])
+
+
+def build_evidence(
+    entities: pa.Table,
+    directory: Path,
+    *,
+    knowledge_base: str,
+    mention_encoder: MentionEncoder | None = None,
+    pictures: EntityPictures | None = None,
+    settings: DenseSettings | None = None,
+) -> EvidenceIndex:
+    """Write the evidence index of a knowledge base and open it.
+
+    Args:
+        entities: `KnowledgeBase.table()`: `name`, and optionally `aliases`, `description` and `popularity`.
+        directory: Made if it does not exist; holds nothing.
+        knowledge_base: Checksum of these entities.
+        mention_encoder: Embeds names, aliases and descriptions; without one, nothing is found by embedding.
+        pictures: Of the entities.
+        settings: How vectors are stored.
+
+    Raises:
+        InputError: There are no entities.
+    """
+    if not len(entities):
+        raise InputError("there are no entities; give a table with at least one row")
+    directory.mkdir(parents=True, exist_ok=True)
+    NameDictionary.build(directory / "dictionary", _names_and_aliases(entities))
+    names = ((row, text) for row, name, aliases in _names_and_aliases(entities) for text in (name, *aliases))
+    lexical = LexicalIndex.build(directory / "lexical", names)
+    num_texts = 0
+    if mention_encoder is not None:
+        num_texts = _build_texts(directory / "texts", entities, mention_encoder, settings)
+    if pictures is not None and len(pictures.rows):
+        PictureIndex.build(directory / "pictures", pictures.features, pictures.rows, len(entities), settings)
+    has_popularity = "popularity" in entities.column_names and entities["popularity"].null_count < len(entities)
+    if has_popularity:
+        np.save(directory / "popularity.npy", _popularity(entities["popularity"]))
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "knowledge_base": knowledge_base,
+        "num_entities": len(entities),
+        "num_names": lexical.num_documents,
+        "num_texts": num_texts,
+        "num_pictures": 0 if pictures is None else len(pictures.rows),
+        "has_popularity": has_popularity,
+        "mention_encoder_fingerprint": None if mention_encoder is None else mention_encoder.fingerprint,
+        "image_encoder_fingerprint": None if pictures is None else pictures.image_encoder_fingerprint,
+        "files": {name: file_sha256(directory / name) for name in _files(directory)},
+    }
+    write_manifest(directory / MANIFEST, manifest)
+    return EvidenceIndex.open(directory)
+
+
+def _names_and_aliases(entities: pa.Table) -> Iterator[tuple[int, str, list[str]]]:
+    row = 0
+    has_aliases = "aliases" in entities.column_names
+    for batch in entities.select(["name", "aliases"] if has_aliases else ["name"]).to_batches(max_chunksize=_CHUNK):
+        aliases = batch["aliases"].to_pylist() if has_aliases else [None] * len(batch)
+        for name, others in zip(batch["name"].to_pylist(), aliases, strict=True):
+            yield row, name, [alias for alias in others or () if alias]
+            row += 1
+
+
+def _build_texts(directory: Path, entities: pa.Table, encoder: MentionEncoder, settings: DenseSettings | None) -> int:
+    """Embed names, aliases and descriptions, with a file in place of memory, and index them; return their number."""
+    texts = [(row, text) for row, name, aliases in _names_and_aliases(entities) for text in (name, *aliases)]
+    if "description" in entities.column_names:
+        texts += [(row, text) for row, text in enumerate(entities["description"].to_pylist()) if text]
+    directory.mkdir(parents=True, exist_ok=True)
+    scratch = directory / "embeddings.tmp"
+    vectors = open_memmap(scratch, "w+", np.float32, (len(texts), encoder.width))
+    for start in range(0, len(texts), _CHUNK):
+        part = texts[start : start + _CHUNK]
+        vectors[start : start + len(part)] = encoder.encode([text for _, text in part])
+    rows = np.array([row for row, _ in texts], np.uint32)
+    DenseIndex.build(directory, vectors, rows, len(entities), settings)
+    scratch.unlink()
+    return len(texts)
+
+
+def _popularity(column: pa.ChunkedArray) -> NDArray[np.float32]:
+    values: NDArray[np.float32] = column.fill_null(0.0).to_numpy().astype(np.float32)
+    return values
+
+
+def _files(directory: Path) -> list[str]:
+    """Files that an index consists of, relative to its directory; tantivy's locks are none."""
+    paths = (path for path in directory.rglob("*") if path.is_file() and path.suffix != ".lock")
+    return sorted(str(path.relative_to(directory)) for path in paths if path.name != MANIFEST)
+
+
+def _check_files(directory: Path, checksums: object) -> None:
+    if not isinstance(checksums, dict) or sorted(checksums) != _files(directory):
+        raise ArtifactError(f"the files in {directory} are not those of its {MANIFEST}; build the evidence index again")
+    for name, checksum in checksums.items():
+        if file_sha256(directory / name) != checksum:
+            raise ArtifactError(f"{directory / name} has another checksum than {MANIFEST} gives; build it again")

@@ -1,0 +1,149 @@
+"""Which names share words with a form: an inverted index by tantivy, memory-mapped.
+
+A document is a name or an alias: its words, stemmed; the beginnings of its long words, which other endings and most
+adjectives of places share; the initials of its words, for acronyms. A document stores no text, only its entity's row.
+
+Documents are scored by BM25. A word that many documents have, such as "the", costs nothing: tantivy skips what cannot
+come among the best, and words of a context that are too common are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Self
+
+import tantivy
+
+from gemel_engine.errors import ArtifactError
+from gemel_engine.evidence.normal_form import normal_form
+
+_BEGINNING = 5  # characters
+_MAX_WORDS = 24  # of a form; a longer one is cut
+_MAX_COMMON = 0.01  # share of the documents that have a word, above which it is no context
+_MAX_INITIALS = 8
+# One thread, so that equal documents make an equal index; enough memory for millions of names in one segment.
+_WRITER_BYTES = 1 << 30
+
+_STEMMER = tantivy.TextAnalyzerBuilder(tantivy.Tokenizer.whitespace()).filter(tantivy.Filter.stemmer("english")).build()
+
+
+class LexicalIndex:
+    """Names and aliases by their words.
+
+    Attributes:
+        num_documents: Names and aliases.
+    """
+
+    def __init__(self, index: tantivy.Index) -> None:
+        self._schema = index.schema
+        self._searcher = index.searcher()
+        self.num_documents: int = self._searcher.num_docs
+
+    @classmethod
+    def build(cls, directory: Path, names: Iterable[tuple[int, str]]) -> Self:
+        """Write the index of some names and open it.
+
+        Args:
+            directory: Made if it does not exist; holds nothing.
+            names: Row of the entity, and a name or an alias of it; in the order in which equal scores come.
+        """
+        directory.mkdir(parents=True, exist_ok=True)
+        index = tantivy.Index(_schema(), path=str(directory))
+        writer = index.writer(heap_size=_WRITER_BYTES, num_threads=1)
+        for row, name in names:
+            writer.add_document(_document(row, normal_form(name).split()))
+        writer.commit()
+        writer.wait_merging_threads()
+        index.reload()
+        return cls(index)
+
+    @classmethod
+    def open(cls, directory: Path) -> Self:
+        """Map what `build` wrote.
+
+        Raises:
+            ArtifactError: The directory holds no index that this release reads.
+        """
+        try:
+            index = tantivy.Index.open(str(directory))
+        except (OSError, ValueError) as error:
+            raise ArtifactError(f"{directory} is no readable lexical index ({error}); build it again") from error
+        return cls(index)
+
+    def similar(self, form: str, limit: int) -> list[tuple[int, float]]:
+        """Return the entities whose names share the most telling words with a normal form."""
+        return self._search([self._optional("words", word) for word in _words(form)], limit)
+
+    def beginning_alike(self, form: str, limit: int) -> list[tuple[int, float]]:
+        """Return the entities with words that begin like those of a normal form."""
+        words = _words(form)
+        clauses = [self._optional("words", word) for word in words if len(word) <= _BEGINNING]
+        clauses += [self._optional("beginnings", word[:_BEGINNING]) for word in words if len(word) > _BEGINNING]
+        return self._search(clauses, limit)
+
+    def holding(self, form: str, context: str, limit: int) -> list[tuple[int, float]]:
+        """Return the entities with all words of a normal form, first those that share more words with its context."""
+        words = _words(form)
+        clauses = [(tantivy.Occur.Must, self._term("words", word)) for word in words]
+        clauses += [self._optional("words", word) for word in self._telling(context) if word not in words]
+        return self._search(clauses, limit) if words else []
+
+    def abbreviated(self, form: str, limit: int) -> list[tuple[int, float]]:
+        """Return the entities whose words have the letters of a normal form as initials."""
+        initials = form.replace(" ", "")
+        if not 2 <= len(initials) <= _MAX_INITIALS:
+            return []
+        spellings = {initials, initials.removesuffix("s")} if len(initials) > 2 else {initials}
+        return self._search([self._optional("initials", spelling) for spelling in sorted(spellings)], limit)
+
+    def _telling(self, context: str) -> list[str]:
+        """Words of a context that few documents have."""
+        most = max(1, int(_MAX_COMMON * self.num_documents))
+        words = dict.fromkeys(_STEMMER.analyze(context))
+        return [word for word in words if 0 < self._searcher.doc_freq("words", word) <= most]
+
+    def _optional(self, field: str, word: str) -> tuple[tantivy.Occur, tantivy.Query]:
+        return tantivy.Occur.Should, self._term(field, word)
+
+    def _term(self, field: str, word: str) -> tantivy.Query:
+        return tantivy.Query.term_query(self._schema, field, word, "freq" if field == "words" else "basic")
+
+    def _search(self, clauses: Sequence[tuple[tantivy.Occur, tantivy.Query]], limit: int) -> list[tuple[int, float]]:
+        """The best documents' entities with their scores, each entity once."""
+        hits = self._searcher.search(tantivy.Query.boolean_query(list(clauses)), limit, count=False).hits
+        rows = self._searcher.fast_field_values("row", [address for _, address in hits])
+        best: dict[int, float] = {}
+        for row, (score, _) in zip(rows, hits, strict=True):
+            best.setdefault(row, score)
+        return list(best.items())
+
+
+def _words(form: str) -> list[str]:
+    """The stems of a normal form, each once."""
+    return list(dict.fromkeys(_STEMMER.analyze(form)))[:_MAX_WORDS]
+
+
+def _schema() -> tantivy.Schema:
+    builder = tantivy.SchemaBuilder()
+    builder.add_text_field("words", tokenizer_name="whitespace", index_option="freq")
+    builder.add_text_field("beginnings", tokenizer_name="whitespace", index_option="basic")
+    builder.add_text_field("initials", tokenizer_name="whitespace", index_option="basic")
+    builder.add_unsigned_field("row", fast=True)
+    return builder.build()
+
+
+def _document(row: int, words: Sequence[str]) -> tantivy.Document:
+    stems = _STEMMER.analyze(" ".join(words))
+    document = tantivy.Document()
+    document.add_text("words", " ".join(stems))
+    document.add_text("beginnings", " ".join(stem[:_BEGINNING] for stem in stems if len(stem) > _BEGINNING))
+    document.add_text("initials", " ".join(_initials(words)))
+    document.add_unsigned("row", row)
+    return document
+
+
+def _initials(words: Sequence[str]) -> list[str]:
+    """Initials of several words, with and without the short ones, such as "of" and "the"."""
+    spellings = {"".join(word[0] for word in words), "".join(word[0] for word in words if len(word) > 3)}
+    return sorted(spelling for spelling in spellings if 2 <= len(spelling) <= _MAX_INITIALS)

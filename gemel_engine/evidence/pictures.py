@@ -1,0 +1,91 @@
+"""Which entities have pictures like a given one.
+
+Likeness is the cosine of features standardised over all entities' pictures, as it is between demonstrations.
+
+Shapes: N pictures, C vision width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemel_engine.errors import ArtifactError
+from gemel_engine.evidence.arrays import open_array
+from gemel_engine.evidence.dense import DenseIndex, DenseSettings
+from gemel_engine.types import Features
+
+_SMALLEST = 1e-6
+
+
+class PictureIndex:
+    """Pictures of entities, several for an entity, by the likeness of their features."""
+
+    def __init__(self, moments: NDArray[np.float32], index: DenseIndex) -> None:
+        self._moments = moments  # mean and standard deviation: (2, C)
+        self._index = index
+
+    @classmethod
+    def build(
+        cls,
+        directory: Path,
+        features: Features,
+        rows: NDArray[np.uint32],
+        num_rows: int,
+        settings: DenseSettings | None = None,
+    ) -> Self:
+        """Write an index and open it.
+
+        Args:
+            directory: Made if it does not exist.
+            features: Of the pictures, shape (N, C).
+            rows: Entity of each picture, shape (N,).
+            num_rows: Number of entities.
+            settings: The default ones if None.
+        """
+        directory.mkdir(parents=True, exist_ok=True)
+        moments = np.stack([features.mean(axis=0), np.maximum(features.std(axis=0), _SMALLEST)]).astype(np.float32)
+        np.save(directory / "moments.npy", moments)
+        DenseIndex.build(directory, _standardised(features, moments), rows, num_rows, settings)
+        return cls.open(directory)
+
+    @classmethod
+    def open(cls, directory: Path) -> Self:
+        """Map what `build` wrote.
+
+        Raises:
+            ArtifactError: A file is missing, damaged, or does not fit the others.
+        """
+        moments, index = open_array(directory / "moments.npy", np.float32, 2), DenseIndex.open(directory)
+        if moments.shape != (2, index.width):
+            raise ArtifactError(f"{directory} has moments of shape {moments.shape}; build the evidence index again")
+        return cls(moments, index)
+
+    @property
+    def num_pictures(self) -> int:
+        """N."""
+        return self._index.num_vectors
+
+    def nearest(self, features: Sequence[Features | None], limit: int) -> list[list[tuple[int, float]]]:
+        """Return the entities with the most similar pictures for each picture; none for a missing one.
+
+        Args:
+            features: Each of shape (C,), or None.
+            limit: Pictures looked at; an entity with several comes once.
+        """
+        queries = np.zeros((len(features), self._index.width), np.float32)
+        for number, values in enumerate(features):
+            if values is not None:
+                queries[number] = _standardised(values, self._moments)
+        return self._index.nearest(queries, limit)
+
+
+def _standardised(features: Features, moments: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Features (..., C), centred, scaled, and brought to length one."""
+    centred = (features - moments[0]) / moments[1]
+    standardised: NDArray[np.float32] = centred / np.maximum(np.linalg.norm(centred, axis=-1, keepdims=True), _SMALLEST)
+    return standardised.astype(np.float32)

@@ -1,0 +1,196 @@
+"""The entities that a mention may refer to, proposed by all that is known of them.
+
+Each source ranks entities for a mention: what its surface form meant in training, equal names and aliases, names that
+share words, initials or beginnings with it, names in its text, the nearest names by embedding, the nearest pictures. A
+candidate's place in the pool comes from its places in these rankings, by reciprocal rank fusion (Cormack, Clarke and
+Büttcher, SIGIR 2009): scores of different sources need not be comparable, and what several propose rises.
+
+Shapes: B mentions, E width of the mention encoder, C vision width.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemel_engine.errors import ConfigurationError
+from gemel_engine.evidence.forms import FormStatistics
+from gemel_engine.evidence.index import EvidenceIndex
+from gemel_engine.evidence.normal_form import normal_form
+from gemel_engine.types import Features, Mention
+
+FloatArray = NDArray[np.float32]
+Ranking = list[tuple[int, float]]
+
+_LONGEST_NAME = 6  # words of a name that is looked for in a text
+_MAX_TEXT_WORDS = 64
+
+# How much the first place in a source's ranking is worth; chosen on WikiDiverse dev.
+WEIGHTS: Mapping[str, float] = MappingProxyType(
+    {
+        "form": 3.0,
+        "name": 3.0,
+        "alias": 2.0,
+        "base_name": 1.0,
+        "initials": 1.0,
+        "words": 1.0,
+        "context": 1.0,
+        "beginnings": 1.0,
+        "in_text": 1.0,
+        "similar_form": 1.0,
+        "similar_name": 1.0,
+        "text_name": 1.0,
+        "picture": 1.0,
+        "frequency": 1.0,
+        "popularity": 1.0,
+    }
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolSettings:
+    """How candidates are chosen.
+
+    Attributes:
+        size: Most candidates of a mention.
+        depth: Entities that a source proposes.
+        smoothing: Added to each rank; the larger, the less the first places outweigh the others.
+        weights: Weight of each source; a source that is not named has none, and is not asked.
+    """
+
+    size: int = 32
+    depth: int = 64
+    smoothing: float = 10.0
+    weights: Mapping[str, float] = field(default_factory=lambda: WEIGHTS)
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or self.depth < 1 or self.smoothing < 0:
+            raise ConfigurationError(
+                f"pool: size is {self.size}, depth {self.depth}, smoothing {self.smoothing}; give at least 1, 1 and 0"
+            )
+        unknown = sorted(set(self.weights) - set(WEIGHTS))
+        if unknown:
+            raise ConfigurationError(f"pool: there is no source {unknown[0]!r}; name some of {', '.join(WEIGHTS)}")
+
+
+@dataclass(frozen=True, slots=True)
+class PoolCandidate:
+    """An entity that a mention may refer to.
+
+    Attributes:
+        row: Of the entity in the knowledge base.
+        score: Sum of the weighted reciprocal ranks; only its order means something.
+        reasons: The sources that proposed it, with the score that each gave it: a count, a likeness or the like.
+    """
+
+    row: int
+    score: float
+    reasons: Mapping[str, float]
+
+
+class CandidatePool:
+    """Candidates for mentions; equal mentions get equal ones, in every batch.
+
+    Args:
+        evidence: Of the knowledge base.
+        forms: Of the training mentions, with rows of that knowledge base.
+        settings: The default ones if None.
+    """
+
+    def __init__(
+        self, evidence: EvidenceIndex, forms: FormStatistics | None = None, settings: PoolSettings | None = None
+    ) -> None:
+        self._evidence = evidence
+        self._forms = forms or FormStatistics([], [], [])
+        self._settings = settings or PoolSettings()
+
+    def pool(
+        self,
+        mentions: Sequence[Mention],
+        form_embeddings: FloatArray | None = None,
+        text_embeddings: FloatArray | None = None,
+        features: Sequence[Features | None] | None = None,
+        *,
+        leave_out_own_group: bool = False,
+    ) -> list[list[PoolCandidate]]:
+        """Return the candidates of each mention, the best first; none where no source finds any.
+
+        Args:
+            mentions: B mentions.
+            form_embeddings: Of their surface forms, shape (B, E); None: nothing is found by it.
+            text_embeddings: Of their texts, shape (B, E); None: nothing is found by it.
+            features: Of their pictures, each of shape (C,); None: nothing is found by them.
+            leave_out_own_group: Training mentions of a mention's group do not count, as if it was never seen.
+        """
+        groups = [mention.group or mention.mention_id if leave_out_own_group else None for mention in mentions]
+        rankings = [self._by_words(mention, group) for mention, group in zip(mentions, groups, strict=True)]
+        for source, found in self._by_vectors(form_embeddings, text_embeddings, features, groups):
+            for ranking, entities in zip(rankings, found, strict=True):
+                ranking[source] = entities
+        return [self._fuse(ranking, group) for ranking, group in zip(rankings, groups, strict=True)]
+
+    def _by_words(self, mention: Mention, group: str | None) -> dict[str, Ranking]:
+        form, text, depth = normal_form(mention.mention), normal_form(mention.text), self._settings.depth
+        rankings: dict[str, Ranking] = defaultdict(list)
+        rankings["form"] = [(row, float(count)) for row, count in self._forms.entities(form, group)][:depth]
+        for spelling in dict.fromkeys([form, form.removesuffix("s")]):
+            for row, kind in self._evidence.dictionary.find(spelling, depth):
+                rankings[kind].append((row, 1.0 if spelling == form else 0.5))
+        rankings["in_text"] = self._named_in(text)
+        lexical = self._evidence.lexical
+        rankings["words"] = lexical.similar(form, depth)
+        rankings["context"] = lexical.holding(form, text, depth)
+        rankings["beginnings"] = lexical.beginning_alike(form, depth)
+        rankings["initials"] = lexical.abbreviated(form, depth)
+        return rankings
+
+    def _named_in(self, text: str) -> Ranking:
+        """Entities whose whole names occur in a text, longer names first; the score is the number of words."""
+        words = text.split()[:_MAX_TEXT_WORDS]
+        found: Ranking = []
+        for length in range(min(_LONGEST_NAME, len(words)), 0, -1):
+            for start in range(len(words) - length + 1):
+                entities = self._evidence.dictionary.find(" ".join(words[start : start + length]), 2)
+                found += [(row, float(length)) for row, kind in entities if kind != "base_name"]
+        return list({row: (row, score) for row, score in reversed(found)}.values())[::-1][: self._settings.depth]
+
+    def _by_vectors(
+        self,
+        form_embeddings: FloatArray | None,
+        text_embeddings: FloatArray | None,
+        features: Sequence[Features | None] | None,
+        groups: Sequence[str | None],
+    ) -> Iterable[tuple[str, list[Ranking]]]:
+        depth, texts, pictures = self._settings.depth, self._evidence.texts, self._evidence.pictures
+        if form_embeddings is not None:
+            yield "similar_form", [found[:depth] for found in self._forms.nearest(form_embeddings, depth, groups)]
+        if texts is not None and form_embeddings is not None:
+            yield "similar_name", texts.nearest(form_embeddings, depth)
+        if texts is not None and text_embeddings is not None:
+            yield "text_name", texts.nearest(text_embeddings, depth)
+        if pictures is not None and features is not None:
+            yield "picture", pictures.nearest(features, depth)
+
+    def _fuse(self, rankings: Mapping[str, Ranking], group: str | None) -> list[PoolCandidate]:
+        proposed = sorted({row for ranking in rankings.values() for row, _ in ranking})
+        priors = {
+            "frequency": [(row, float(self._forms.frequency(row, group))) for row in proposed],
+            "popularity": [(row, self._evidence.popularity_of(row)) for row in proposed],
+        }
+        scores: dict[int, float] = dict.fromkeys(proposed, 0.0)
+        reasons: dict[int, dict[str, float]] = {row: {} for row in proposed}
+        ranked = {
+            source: sorted((pair for pair in pairs if pair[1] > 0), key=lambda p: (-p[1], p[0]))
+            for source, pairs in priors.items()
+        }
+        for source, weight in self._settings.weights.items():
+            for rank, (row, score) in enumerate(rankings.get(source) or ranked.get(source, [])):
+                scores[row] += weight / (self._settings.smoothing + rank + 1)
+                reasons[row][source] = score
+        best = sorted(proposed, key=lambda row: (-scores[row], row))[: self._settings.size]
+        return [PoolCandidate(row, scores[row], reasons[row]) for row in best]
