@@ -1,7 +1,6 @@
 """Opens every table of the engine: finds its Parquet files, checks them, and reads them in pieces of bounded size.
 
-A file is checked before Arrow sees its schema: `ARROW:schema` may name extension types, and Arrow calls the code that a
-process has registered for such a type, which for Ray's own unpickles what the file holds.
+A file's footer is checked before Arrow reads it, see `parquet_footer`.
 
 What a small file may take in memory is bounded, whatever its compression, dictionaries and nested nulls multiply: at
 most `_EXPANSION` times its size, or `_ALWAYS_ALLOWED`, and a piece of it `_PIECE_BYTES` or one row. Sizes in the footer
@@ -12,8 +11,6 @@ Columns are read by the rules of `types.Column`, so that files of several tools 
 
 from __future__ import annotations
 
-import base64
-import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -28,6 +25,7 @@ from numpy.typing import NDArray
 
 from gemel_engine import storage
 from gemel_engine.errors import InputError
+from gemel_engine.parquet_footer import EXTENSION_KEY, read_chunks
 from gemel_engine.storage import InputFile
 from gemel_engine.types import Column, is_any_list
 
@@ -37,20 +35,9 @@ _PIECE_BYTES = 64 << 20
 _ROWS_PER_PIECE = 1 << 16
 _ROWS_PER_TAKE = 256  # most of which are not kept, and may be pictures
 _BYTES_PER_REQUEST = 8 << 20
-_MAX_FOOTER_BYTES = 64 << 20
 _MAX_COLUMNS = 10_000
 _MAX_NAMES_SHOWN = 30
 _PICTURE, _ADDRESS = "image_bytes", "image_uri"
-_EXTENSION_KEY = b"ARROW:extension:name"
-
-
-def _in_base64(text: bytes, offset: int) -> bytes:
-    """What base 64 always holds of a text that begins at `offset`, modulo 3, of the encoded bytes."""
-    encoded = base64.b64encode(bytes(offset) + text)
-    return encoded[-(-offset * 8 // 6) : (offset + len(text)) * 8 // 6]
-
-
-_SPELLINGS = (_EXTENSION_KEY, *(_in_base64(_EXTENSION_KEY, offset) for offset in range(3)))
 
 
 class Table:
@@ -84,7 +71,7 @@ class Table:
         self.file = file
         self._source = source
         with _readable(file.uri):
-            _check_footer(source, file.uri)
+            self._chunks = read_chunks(source)
             self._parquet = self._open()
             self._schema: pa.Schema = self._parquet.schema_arrow
             self._metadata: pq.FileMetaData = self._parquet.metadata
@@ -92,10 +79,10 @@ class Table:
             self.num_rows: int = self._metadata.num_rows
             groups = [self._metadata.row_group(group) for group in range(self._metadata.num_row_groups)]
         self._ends = np.cumsum([0, *(group.num_rows for group in groups)])
-        self._check_columns(columns, required)
+        self._check_columns(groups, columns, required)
         self._allowed_bytes = max(_ALWAYS_ALLOWED, _EXPANSION * source.size())
-        for group in groups:
-            self._check_sizes(group)
+        for number, group in enumerate(groups):
+            self._check_sizes(number, group.num_rows)
 
     def __enter__(self) -> Self:
         return self
@@ -184,12 +171,15 @@ class Table:
         leaves = ((place, self._metadata.schema.column(place)) for place in range(self._metadata.num_columns))
         return [(place, leaf) for place, leaf in leaves if leaf.path in names or leaf.path.partition(".")[0] in names]
 
-    def _check_columns(self, columns: Mapping[str, Column] | None, required: Sequence[str]) -> None:
-        uri = self.file.uri
-        if self._ends[-1] != self.num_rows or self._metadata.num_columns > _MAX_COLUMNS:
+    def _check_columns(
+        self, groups: Sequence[pq.RowGroupMetaData], columns: Mapping[str, Column] | None, required: Sequence[str]
+    ) -> None:
+        uri, num_columns = self.file.uri, self._metadata.num_columns
+        is_complete = [len(chunks) for chunks in self._chunks] == [num_columns] * len(groups)
+        if not is_complete or self._ends[-1] != self.num_rows or num_columns > _MAX_COLUMNS:
             raise InputError(
-                f"{uri} has {self._metadata.num_columns} columns, and {self._ends[-1]} of the {self.num_rows} rows that "
-                f"its footer promises: write it again, with {_MAX_COLUMNS} columns at most"
+                f"{uri} has {num_columns} columns, in row groups that lack some or of {self._ends[-1]} of its "
+                f"{self.num_rows} rows: write it again, with {_MAX_COLUMNS} columns at most"
             )
         if columns is None:
             columns = {field.name: Column(field.type, str(field.type)) for field in self._schema}
@@ -212,12 +202,12 @@ class Table:
     def _has_picture_structs(self) -> bool:
         return _PICTURE in self._schema.names and pa.types.is_struct(self._schema.field(_PICTURE).type)
 
-    def _check_sizes(self, group: pq.RowGroupMetaData) -> None:
+    def _check_sizes(self, group: int, num_rows: int) -> None:
         """See that no column of a row group is a bomb: pages of zeros, or lists of millions of nulls."""
         for place, leaf in self._leaves(self._columns):
-            chunk = group.column(place)
-            size = max(chunk.total_uncompressed_size, 8 * (chunk.num_values - group.num_rows))
-            self._check_bytes(size, f"column {leaf.path.partition('.')[0]!r} of {group.num_rows} rows")
+            chunk = self._chunks[group][place]
+            size = max(chunk.size, 8 * (chunk.num_values - num_rows))
+            self._check_bytes(size, f"column {leaf.path.partition('.')[0]!r} of {num_rows} rows")
 
     def _check_bytes(self, size: int, what: str) -> None:
         if size > self._allowed_bytes:
@@ -229,26 +219,26 @@ class Table:
 
     def _rows_per_piece(self, group: int, names: Sequence[str], max_rows: int) -> int:
         """The rows that take `_PIECE_BYTES` if each has its own share, and the largest value that is shared."""
-        metadata, largest, own = self._metadata.row_group(group), 0, 0
+        num_rows, largest, own = self._ends[group + 1] - self._ends[group], 0, 0
         for place, leaf in self._leaves(names):
             largest += self._largest_shared(group, place, leaf)
-            own += max(0, metadata.column(place).total_uncompressed_size) // metadata.num_rows
+            own += max(0, self._chunks[group][place].size) // num_rows
         for found in (self._schema.field(name).type for name in names):
             if pa.types.is_fixed_size_list(found):  # has room for its items where it is null
                 largest += 8 * found.list_size
         self._check_bytes(largest, "a single row")
-        return max(1, min(max_rows, _PIECE_BYTES // max(1, largest + own)))
+        return int(max(1, min(max_rows, _PIECE_BYTES // max(1, largest + own))))
 
     def _largest_shared(self, group: int, place: int, leaf: pq.ColumnSchema) -> int:
         """Bytes, at most, of a value that is stored once for any number of rows; 0 if each row has its own."""
-        chunk = self._metadata.row_group(group).column(place)
+        chunk = self._chunks[group][place]
         if leaf.physical_type == "FIXED_LEN_BYTE_ARRAY":
             return int(leaf.length)
         if not _is_bytes(leaf):
             return 0
-        if "DELTA_BYTE_ARRAY" in chunk.encodings:  # values share beginnings
-            return int(chunk.total_uncompressed_size)
-        if leaf.max_repetition_level or not (chunk.has_dictionary_page or "RLE_DICTIONARY" in chunk.encodings):
+        if chunk.has_shared_beginnings:
+            return chunk.size
+        if leaf.max_repetition_level or not chunk.has_dictionary:
             return 0
         (values, *_) = next(self._open([leaf.path]).iter_batches(1, row_groups=[group], columns=[leaf.path])).columns
         while pa.types.is_struct(values.type):
@@ -371,7 +361,7 @@ def open_arrow(path: Path) -> pa.ipc.RecordBatchFileReader:
     source = pa.memory_map(str(path))
     size, tail = source.size(), 10  # the length of the footer, and the magic number
     length = int.from_bytes(source.read_at(min(size, 4), max(0, size - tail)), "little")
-    if _EXTENSION_KEY in source.read_at(min(size, length + tail), max(0, size - tail - length)):
+    if EXTENSION_KEY in source.read_at(min(size, length + tail), max(0, size - tail - length)):
         raise pa.ArrowInvalid("it has a column of an Arrow extension type")
     return pa.ipc.open_file(source)
 
@@ -397,40 +387,3 @@ def _readable(uri: str) -> Iterator[None]:
 
 def _is_bytes(leaf: pq.ColumnSchema) -> bool:
     return bool(leaf.physical_type == "BYTE_ARRAY")
-
-
-def _check_footer(source: pa.NativeFile, uri: str) -> None:
-    """See that a footer is of a sensible length and has no extension type, before Arrow reads it."""
-    size, tail = source.size(), 8  # the length of the footer, and the magic number
-    length = int.from_bytes(source.read_at(min(size, 4), max(0, size - tail)), "little")
-    if length > min(size, _MAX_FOOTER_BYTES):
-        raise InputError(
-            f"{uri} is not a readable Parquet table (a footer of {length} of {size} bytes): write it again"
-        )
-    footer = source.read_at(length, max(0, size - tail - length))
-    if any(spelling in footer for spelling in _SPELLINGS):
-        columns = ", ".join(f"{name!r} of {kind!r}" for name, kind in _extension_types(footer)) or "?"
-        raise InputError(
-            f"{uri} has columns of Arrow extension types, of which none is read ({columns}): cast them to plain types, "
-            "or leave them out"
-        )
-
-
-def _extension_types(footer: bytes) -> list[tuple[str, str]]:
-    """The columns of extension types and these types' names, as far as they can be told."""
-    found = re.search(rb"/////[A-Za-z0-9+/]+={0,2}", footer)  # how the stored Arrow schema begins
-    if found is None:
-        return []
-    harmless = _EXTENSION_KEY.lower()
-    try:
-        schema = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(found[0]).replace(_EXTENSION_KEY, harmless)))
-    except (ValueError, OSError, pa.ArrowException):
-        return []
-    return [(field.name, kind) for field in schema for kind in _kinds(field, harmless)]
-
-
-def _kinds(field: pa.Field, key: bytes) -> Iterator[str]:
-    if key in (field.metadata or {}):
-        yield field.metadata[key].decode(errors="replace")
-    for number in range(field.type.num_fields):
-        yield from _kinds(field.type.field(number), key)
