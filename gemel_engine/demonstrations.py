@@ -13,15 +13,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from gemel_engine import parquet
 from gemel_engine.entity_names import are_demonstrable
 from gemel_engine.errors import ImageFetchError, InputError, MentionError
 from gemel_engine.image_source import ImagePolicy, fetch_image
 from gemel_engine.retrieval import Demonstration
-from gemel_engine.storage import list_parquet, resolve
-from gemel_engine.types import Features, are_features
+from gemel_engine.types import IDENTIFIER, MENTION_COLUMNS, Features, are_features
 from gemel_engine.vision import ImageEncoder, PictureEncoder
 
 _ENTITIES_PER_READ = 65_536
@@ -121,7 +120,8 @@ def read_demonstrations(
 
 def _demonstrations(rows: list[dict[str, Any]], pictures: PictureReader | None) -> Iterator[Demonstration]:
     features: list[Features | None] = [
-        None if row.get("image_features") is None else np.array(row["image_features"], np.float32) for row in rows
+        None if row.get("image_features") is None else np.array(row["image_features"]).astype(np.float32)
+        for row in rows
     ]
     if pictures is not None:
         files = [
@@ -144,25 +144,13 @@ def _read_batches(
     uri: str, num_rows: int, required: Sequence[str], optional: Sequence[str] = ()
 ) -> Iterator[list[dict[str, Any]]]:
     """Yield the rows of a Parquet table, `num_rows` at a time, identifiers and texts as strings."""
-    for file in list_parquet(uri):
-        filesystem, path = resolve(file.uri)
-        try:
-            with pq.ParquetFile(path, filesystem=filesystem) as parquet:
-                present = parquet.schema_arrow.names
-                missing = [column for column in required if column not in present]
-                if missing:
-                    raise InputError(f"{file.uri} has no column {missing[0]!r}, only {present}; add it")
-                columns = [*required, *(column for column in optional if column in present)]
-                for batch in parquet.iter_batches(num_rows, columns=columns):
-                    yield [dict(zip(columns, row, strict=True)) for row in zip(*_values(batch, columns), strict=True)]
-        except (OSError, KeyError, UnicodeDecodeError, pa.ArrowException) as error:
-            raise InputError(f"{file.uri} is not a readable Parquet table ({error}); write it again") from error
-
-
-def _values(batch: pa.RecordBatch, columns: Sequence[str]) -> Iterator[list[Any]]:
-    types = {"image_bytes": pa.binary(), "image_features": pa.list_(pa.float32())}
-    for column in columns:
-        yield batch[column].cast(types.get(column, pa.string())).to_pylist()
+    kinds = {name: IDENTIFIER if name == "name" else MENTION_COLUMNS[name] for name in (*required, *optional)}
+    for table in parquet.open_tables(uri, kinds, required):
+        for piece in table.pieces((*required, *optional), max_rows=num_rows):
+            try:
+                yield piece.to_pylist()
+            except UnicodeDecodeError as error:
+                raise InputError(f"{table.file.uri} has text that is not UTF-8 ({error}): write it again") from error
 
 
 def _normalised(name: str) -> str:

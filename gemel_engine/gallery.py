@@ -14,26 +14,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from gemel_engine import parquet
 from gemel_engine.errors import InputError, MentionError
 from gemel_engine.image_file import decode_image
 from gemel_engine.image_source import ImagePolicy, fetch_image
 from gemel_engine.retrieval import Demonstration, DemonstrationIndex
-from gemel_engine.storage import list_parquet, resolve
-from gemel_engine.types import Mention
+from gemel_engine.types import MENTION_COLUMNS, Mention
 
-_COLUMNS = {
-    "mention_id": pa.string(),
-    "text": pa.string(),
-    "mention": pa.string(),
-    "mention_start": pa.int64(),
-    "image_bytes": pa.binary(),
-    "image_uri": pa.string(),
-}
+_COLUMNS = ("mention_id", "text", "mention", "mention_start", "image_bytes", "image_uri")
 _KINDS = ("right", "certified", "is_nil")
-_ROWS_PER_READ = 256
 _FETCH_THREADS = 16
 _MAX_PIXELS = 50_000_000
 _MAX_THUMBNAIL_BYTES = 20_000
@@ -179,36 +170,19 @@ def _read_mentions(uri: str, mention_ids: Collection[str], *, complete: bool = T
     Raises:
         InputError: The corpus can't be read, or is to be complete and lacks one.
     """
-    wanted = pa.array(sorted(mention_ids), pa.string())
+    wanted = pa.array(sorted(mention_ids), pa.large_string())
     found: dict[str, dict[str, Any]] = {}
-    for file in list_parquet(uri) if len(wanted) else ():
-        file_system, path = resolve(file.uri)
-        try:
-            with pq.ParquetFile(path, filesystem=file_system) as parquet:
-                for group in range(parquet.num_row_groups):
-                    ids = parquet.read_row_group(group, ["mention_id"])["mention_id"].cast(pa.string())
-                    is_wanted = pc.is_in(ids, value_set=wanted).to_numpy()
-                    if is_wanted.any():
-                        found |= {row["mention_id"]: row for row in _read_group(parquet, group, is_wanted)}
-        except (KeyError, OSError, pa.ArrowException) as error:
-            raise InputError(
-                f"{file.uri} is not a readable Parquet table of mentions ({error}); write it again"
-            ) from error
+    kinds = {name: MENTION_COLUMNS[name] for name in _COLUMNS}
+    for table in parquet.open_tables(uri, kinds, ["mention_id"]) if len(wanted) else ():
+        is_wanted = [
+            pc.is_in(piece["mention_id"], value_set=wanted).to_numpy() for piece in table.pieces(["mention_id"])
+        ]
+        rows = np.flatnonzero(np.concatenate(is_wanted)) if is_wanted else np.empty(0, np.int64)
+        found |= {row["mention_id"]: row for row in table.take(_COLUMNS, rows).to_pylist()}
     missing = set(mention_ids) - found.keys() if complete else ()
     if missing:
         raise InputError(f"{uri} has no mention {min(missing)!r}: give the mentions that the run linked")
     return found
-
-
-def _read_group(parquet: pq.ParquetFile, group: int, is_wanted: NDArray[np.bool_]) -> list[dict[str, Any]]:
-    """The wanted rows of one row group, a few at a time: pictures make it large."""
-    present = [name for name in _COLUMNS if name in parquet.schema_arrow.names]
-    rows, first = [], 0
-    for batch in parquet.iter_batches(_ROWS_PER_READ, row_groups=[group], columns=present):
-        kept = batch.filter(pa.array(is_wanted[first : first + len(batch)]))
-        rows += kept.cast(pa.schema([(name, _COLUMNS[name]) for name in kept.schema.names])).to_pylist()
-        first += len(batch)
-    return rows
 
 
 def _shown_demonstrations(

@@ -23,15 +23,15 @@ from typing import Literal, Self
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
+from gemel_engine import parquet
 from gemel_engine.entity_names import TokenisedNames, count_skipped, reasons_to_skip
 from gemel_engine.errors import ArtifactError, ConfigurationError, InputError
 from gemel_engine.manifest import file_sha256, read_manifest, write_manifest
 from gemel_engine.prefix_trie import IntArray, PrefixTrie
-from gemel_engine.storage import list_parquet, resolve
+from gemel_engine.types import BOOLEAN, IDENTIFIER, NUMBER, TEXT, Column
 
 FORMAT_VERSION = 1
 MANIFEST = "knowledge_base.json"
@@ -46,6 +46,15 @@ ENTITY_SCHEMA = pa.schema(
         pa.field("aliases", pa.list_(pa.large_string())),
     ]
 )
+_ENTITY_COLUMNS = {
+    "entity_id": IDENTIFIER,
+    "name": IDENTIFIER,  # 1984
+    "description": TEXT,
+    "popularity": NUMBER,
+    "image_uri": TEXT,
+    "aliases": Column.list_of(IDENTIFIER),
+    "retired": BOOLEAN,  # of updates
+}
 # row_by_id is a second order of the same rows: its i-th value is the row with the i-th smallest entity id.
 _STORED_SCHEMA = pa.schema([*ENTITY_SCHEMA, pa.field("name_index", pa.uint32()), pa.field("row_by_id", pa.uint32())])
 
@@ -131,7 +140,7 @@ class KnowledgeBase:
         trie = PrefixTrie.open(directory / "trie", verify=verify)
         path = directory / "entities.arrow"
         try:
-            with pa.ipc.open_file(pa.memory_map(str(path))) as reader:
+            with parquet.open_arrow(path) as reader:
                 entities = reader.get_batch(0) if reader.num_record_batches == 1 else pa.RecordBatch.from_pylist([])
                 if reader.schema != _STORED_SCHEMA or not entities.num_rows:
                     raise ArtifactError(f"{path} has other columns than a knowledge base; build it again")
@@ -259,17 +268,10 @@ def read_entities(uri: str, also: Sequence[str] = ()) -> pa.Table:
     """Read the entities' columns of all Parquet files at an address, and those of `also` that they have.
 
     Raises:
-        InputError: There is no such file, one is not readable, or their columns' types do not agree.
+        InputError: There is no such file, or one is not readable, or has a column of another type.
     """
-    tables, known = [], (*ENTITY_SCHEMA.names, *also)
-    try:
-        for file in list_parquet(uri):
-            filesystem, path = resolve(file.uri)
-            with pq.ParquetFile(path, filesystem=filesystem) as parquet:
-                tables.append(parquet.read([name for name in known if name in parquet.schema_arrow.names]))
-        return pa.concat_tables(tables, promote_options="permissive")
-    except pa.ArrowException as error:
-        raise InputError(f"{uri} is not readable as one Parquet table ({error}); write it again") from error
+    kinds = {name: _ENTITY_COLUMNS[name] for name in (*ENTITY_SCHEMA.names, *also)}
+    return parquet.read_tables(uri, kinds, list(kinds))
 
 
 def build_knowledge_base(

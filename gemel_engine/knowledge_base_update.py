@@ -25,7 +25,7 @@ from pydantic import ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from transformers import PreTrainedTokenizerFast
 
-from gemel_engine import storage
+from gemel_engine import parquet, storage
 from gemel_engine.entity_names import TokenisedNames, count_skipped, reasons_to_skip
 from gemel_engine.errors import ArtifactError, ConfigurationError, InputError, shown
 from gemel_engine.knowledge_base import (
@@ -281,7 +281,7 @@ def _read_changes(directory: Path, manifest: _Manifest) -> pa.Table:
     """All changes, every byte of them checked; columns of `_CHANGES_SCHEMA`."""
     path = directory / _CHANGES
     try:
-        with pa.ipc.open_file(pa.memory_map(str(path))) as reader:
+        with parquet.open_arrow(path) as reader:
             if reader.schema != _CHANGES_SCHEMA:
                 raise ArtifactError(f"{path} has other columns than an update; write the update again")
             changes = reader.read_all()

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import json
-import operator
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import reduce
 from hashlib import blake2b
 from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as pads
 from rich.table import Table
 
-from gemel_engine import storage
+from gemel_engine import parquet, storage
 from gemel_engine.calibration import Calibration, ConfidenceQuality, quality, scoring_settings
 from gemel_engine.errors import InputError
 from gemel_engine.evaluation import Comparison, Evaluation, Figure, Judge, LeakAudit, Protocol, audit_leaks
 from gemel_engine.knowledge_base import KnowledgeBase
 from gemel_engine.knowledge_base_update import local_knowledge_base
-from gemel_engine.types import PREDICTION_SCHEMA
+from gemel_engine.types import MENTION_COLUMNS, PREDICTION_COLUMNS, PREDICTION_SCHEMA
 
 _GOLD_COLUMNS = ("mention_id", "entity_id", "mention", "text", "candidate_ids", "image_uri")
 _PICTURES = ("image_bytes", "image_uri", "image_features")
@@ -57,11 +54,11 @@ class LinkedRun:
                 raise InputError(f"{output} has no {name}: name the output of a linking run that has finished")
             documents.append(storage.read_json(f"{output}/{name}", "put it back, or link again to a new output"))
         run, report = documents
-        return cls(output, run["settings"], report, _dataset(f"{output}/data", PREDICTION_SCHEMA).to_table())
+        return cls(output, run["settings"], report, _read_predictions(f"{output}/data"))
 
     def has_gold(self) -> bool:
         """Whether its input has a column `entity_id`."""
-        return "entity_id" in _dataset(self.settings["input"]).schema.names
+        return any("entity_id" in table.names for table in parquet.open_tables(self.settings["input"], MENTION_COLUMNS))
 
     def open_knowledge_base(self) -> KnowledgeBase:
         """The knowledge base that it linked to, where that is still at its address."""
@@ -241,20 +238,15 @@ def read_gold(uri: str, linked: str | None = None, *, with_digests: bool = False
     Raises:
         InputError: The mentions have no labels.
     """
-    dataset = _dataset(uri)
-    if missing := {"mention_id", "entity_id"} - set(dataset.schema.names):
-        raise InputError(f"{uri} has no column {', '.join(sorted(missing))}: name a table of mentions with gold labels")
     if linked is None or linked == uri:
-        return _small_columns(dataset, with_digests=with_digests)
-    if "text" in dataset.schema.names:
-        labels = _small_columns(dataset, with_digests=with_digests)
-        labels = labels.select([name for name in labels.column_names if name != "candidate_ids"])
-    else:
-        labels = dataset.to_table(["mention_id", "entity_id"])
+        return _small_columns(uri, with_digests=with_digests, with_labels=True)
+    labels = _small_columns(uri, with_digests=with_digests, with_labels=True)
+    ours = [name for name in labels.column_names if name != "candidate_ids"]
+    labels = labels.select(ours if "text" in ours else ["mention_id", "entity_id"])
     ids = labels["mention_id"].combine_chunks()
     with_digests &= "image_digest" not in labels.column_names
-    described = _small_columns(_dataset(linked), pads.field("mention_id").isin(ids), with_digests=with_digests)
-    place = pc.index_in(ids, described["mention_id"].combine_chunks().cast(ids.type))
+    described = _small_columns(linked, ids, with_digests=with_digests)
+    place = pc.index_in(ids, described["mention_id"].combine_chunks())
     for name in described.column_names:
         if name not in labels.column_names:
             labels = labels.append_column(name, described[name].take(place))
@@ -262,17 +254,43 @@ def read_gold(uri: str, linked: str | None = None, *, with_digests: bool = False
 
 
 def _small_columns(
-    dataset: pads.Dataset, where: pads.Expression | None = None, *, with_digests: bool = False
+    uri: str, wanted: pa.Array | None = None, *, with_digests: bool, with_labels: bool = False
 ) -> pa.Table:
-    columns = {name: pads.field(name) for name in _GOLD_COLUMNS if name in dataset.schema.names}
-    pictures = [pads.field(name).is_valid() for name in _PICTURES if name in dataset.schema.names]
-    columns["has_picture"] = reduce(operator.or_, pictures, pads.scalar(False))
-    table = dataset.to_table(columns, filter=where)
-    if with_digests and "image_bytes" in dataset.schema.names:
-        batches = dataset.to_batches(columns=["image_bytes"], filter=where)
-        digests = [_digest(value) for batch in batches for value in batch["image_bytes"]]
+    """What `read_gold` returns, of all mentions or of those with wanted ids; `with_labels` they must have labels."""
+    tables = []
+    for table in parquet.open_tables(uri, MENTION_COLUMNS, ["mention_id"]):
+        if with_labels and "entity_id" not in table.names:
+            raise InputError(f"{table.file.uri} has no column entity_id: name a table of mentions with gold labels")
+        tables += [
+            _described(piece if wanted is None else piece.filter(pc.is_in(piece["mention_id"], wanted)), with_digests)
+            for piece in table.pieces((*_GOLD_COLUMNS, *_PICTURES))
+        ]
+    return pa.concat_tables(tables, promote_options="default")
+
+
+def _described(mentions: pa.Table, with_digests: bool) -> pa.Table:
+    """The small columns of some mentions, and what is to be said of their pictures."""
+    table = mentions.select([name for name in _GOLD_COLUMNS if name in mentions.column_names])
+    has_picture = np.zeros(len(mentions), bool)
+    for name in _PICTURES:
+        if name in mentions.column_names:
+            has_picture |= mentions[name].is_valid().to_numpy()
+    table = table.append_column("has_picture", pa.array(has_picture))
+    if with_digests and "image_bytes" in mentions.column_names:
+        digests = [_digest(value) for value in mentions["image_bytes"]]
         table = table.append_column("image_digest", pa.array(digests, pa.binary()))
     return table
+
+
+def _read_predictions(directory: str) -> pa.Table:
+    """All rows of an output; a column that an earlier version did not write is null."""
+    found = parquet.read_tables(directory, PREDICTION_COLUMNS, PREDICTION_SCHEMA.names, ["mention_id"])
+    nulls = [pa.nulls(len(found), field.type) for field in PREDICTION_SCHEMA]
+    columns = [
+        found[field.name] if field.name in found.column_names else null
+        for field, null in zip(PREDICTION_SCHEMA, nulls, strict=True)
+    ]
+    return pa.table(columns, schema=PREDICTION_SCHEMA)
 
 
 def _digest(value: pa.Scalar) -> bytes | None:
@@ -292,10 +310,3 @@ def entities_to_judge(knowledge_base: KnowledgeBase, gold: pa.Table, predictions
         pa.chunked_array([chunk.cast(pa.large_string()) for column in ids for chunk in column.chunks]),
         names.cast(pa.large_string()),
     )
-
-
-def _dataset(uri: str, schema: pa.Schema | None = None) -> pads.Dataset:
-    files = storage.list_parquet(uri)
-    file_system, _ = storage.resolve(files[0].uri)
-    paths = [storage.resolve(file.uri)[1] for file in files]
-    return pads.dataset(paths, schema, filesystem=file_system, format="parquet")

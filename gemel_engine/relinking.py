@@ -12,7 +12,6 @@ whether one of the added names is better. Nothing here knows Ray or a model.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import tempfile
 from collections.abc import Mapping
@@ -23,10 +22,9 @@ from typing import Any, Self
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from gemel_engine import shards, storage
+from gemel_engine import parquet, shards, storage
 from gemel_engine.config import LinkConfig
 from gemel_engine.errors import ArtifactError, ConfigurationError, InputError, shown
 from gemel_engine.prefix_trie import PrefixTrie
@@ -185,13 +183,14 @@ class EarlierRun:
         """
         uri = f"{self.output}/data/{shard.name}.parquet"
         try:
-            stored = pq.read_table(io.BytesIO(storage.read_bytes(uri)))
-        except (OSError, pa.ArrowException) as error:
+            stored = parquet.from_bytes(storage.read_bytes(uri), uri)
+        except (OSError, InputError) as error:
             raise InputError(f"{shown(uri)} is missing or damaged ({error}): link without previous") from error
         ids = mentions["mention_id"].cast(pa.string())
         if stored.schema != PREDICTION_SCHEMA or not stored["mention_id"].equals(ids):
             raise InputError(f"{shown(uri)} has not the predictions of the rows of {shard.name}: link without previous")
-        changed = pq.read_table(io.BytesIO(storage.read_bytes(f"{self.changes}/entities.parquet")))["entity_id"]
+        changes = f"{self.changes}/entities.parquet"
+        changed = parquet.from_bytes(storage.read_bytes(changes), changes)["entity_id"]
         candidates = pc.struct_field(pc.list_flatten(stored["candidates"]), "entity_id")
         is_touched = _has_any(stored["candidates"], candidates, changed)
         has_candidates = np.zeros(len(stored), bool)

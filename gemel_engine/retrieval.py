@@ -39,6 +39,7 @@ from numpy.typing import NDArray
 from pydantic import ConfigDict, Field, PositiveInt, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
+from gemel_engine import parquet
 from gemel_engine.entity_names import are_demonstrable
 from gemel_engine.errors import ArtifactError, InputError
 from gemel_engine.manifest import file_sha256, read_manifest, write_manifest
@@ -187,9 +188,10 @@ class DemonstrationIndex:
             metadata = IndexMetadata(**read_manifest(directory / _METADATA, FORMAT_VERSION))
             if verify and file_sha256(path) != metadata.table_sha256:
                 raise ArtifactError(f"{path} has another checksum than {_METADATA} gives; build the index again")
-            table = pq.read_table(path, partitioning=None).combine_chunks()
+            with parquet.open_table(str(path)) as file:
+                table = file.read().combine_chunks()
             table.validate(full=True)
-        except (OSError, pa.ArrowException, ValidationError) as error:
+        except (OSError, pa.ArrowException, InputError, ValidationError) as error:
             raise ArtifactError(f"{directory} holds no readable index ({error}); build it again") from error
         _check(table, metadata, path)
         return cls(metadata, table)

@@ -19,8 +19,7 @@ import hashlib
 import io
 import json
 import uuid
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from typing import Any
@@ -31,51 +30,19 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from gemel_engine import storage
+from gemel_engine import parquet, storage
 from gemel_engine.errors import ConfigurationError, InputError, shown
-from gemel_engine.types import MENTION_REQUIRED_COLUMNS, PREDICTION_SCHEMA
+from gemel_engine.types import MENTION_COLUMNS, MENTION_REQUIRED_COLUMNS, PREDICTION_COLUMNS, PREDICTION_SCHEMA
 
-
-def _is_text(found: pa.DataType) -> bool:
-    return bool(pa.types.is_string(found) or pa.types.is_large_string(found))
-
-
-def _is_list(found: pa.DataType, is_item: Callable[[pa.DataType], bool]) -> bool:
-    kinds = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
-    return any(is_kind(found) for is_kind in kinds) and is_item(found.value_type)
-
-
-_TYPE_CHECKS = {
-    "mention_id": ("string", _is_text),
-    "text": ("string", _is_text),
-    "mention": ("string", _is_text),
-    "mention_start": ("integer of at most 63 bits", lambda t: pa.types.is_integer(t) and not pa.types.is_uint64(t)),
-    "image_bytes": ("binary", lambda t: pa.types.is_binary(t) or pa.types.is_large_binary(t)),
-    "image_uri": ("string", _is_text),
-    "entity_id": ("string", _is_text),
-    "image_features": ("list of floats", lambda t: _is_list(t, pa.types.is_floating)),
-    "group": ("string", _is_text),
-    "candidate_ids": ("list of strings", lambda t: _is_list(t, _is_text)),
-}
-
-
-# Columns that linking reads, in types that hold those of any corpus: those that are sorted by surface form, and all.
+# Columns that linking reads: those that are sorted by surface form, and all.
 SMALL_SCHEMA = pa.schema(
-    {
-        "mention_id": pa.large_string(),
-        "text": pa.large_string(),
-        "mention": pa.large_string(),
-        "mention_start": pa.int64(),
-        "candidate_ids": pa.list_(pa.large_string()),
-        "group": pa.large_string(),
-        "image_uri": pa.large_string(),
-    }
+    [
+        (name, MENTION_COLUMNS[name].type)
+        for name in ("mention_id", "text", "mention", "mention_start", "candidate_ids", "group", "image_uri")
+    ]
 )
-_SCHEMA = pa.schema(
-    [*SMALL_SCHEMA, pa.field("image_bytes", pa.large_binary()), pa.field("image_features", pa.list_(pa.float64()))]
-)
+_COLUMNS = (*SMALL_SCHEMA.names, "image_bytes", "image_features")
 RUN_KEY = b"gemel_run"  # in the metadata of a shard's footer
-_ROWS_PER_READ = 256  # with pictures a row group may be larger than memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,19 +84,16 @@ def plan_shards(input_uri: str, rows_per_shard: int, also_required: Sequence[str
             missing, not UTF-8, or stands twice.
     """
     shards: list[Shard] = []
-    ids: list[pa.ChunkedArray] = []
-    for file in storage.list_parquet(input_uri):
-        file_system, path = storage.resolve(file.uri)
-        try:
-            with pq.ParquetFile(path, filesystem=file_system) as parquet:
-                _check_schema(file.uri, parquet.schema_arrow, also_required)
-                num_rows = parquet.metadata.num_rows
-                ids.append(parquet.read(["mention_id"])["mention_id"].cast(pa.large_string()))
-        except (OSError, pa.ArrowException) as error:
-            raise InputError(f"{file.uri} is not a readable Parquet file: {error}") from error
-        of_file = _cut(file.uri, _version(file), num_rows, rows_per_shard, len(shards))
-        shards += [replace(shard, ids=ids_digest(ids[-1][shard.start : shard.stop])) for shard in of_file]
-    _check_ids(input_uri, ids)
+    ids = _UniqueIds(input_uri)
+    for table in parquet.open_tables(input_uri, MENTION_COLUMNS, (*MENTION_REQUIRED_COLUMNS, *also_required)):
+        chunks: list[pa.Array] = []
+        for piece in table.pieces(["mention_id"]):
+            ids.add(piece["mention_id"])
+            chunks += piece["mention_id"].chunks
+        of_file = pa.chunked_array(chunks, pa.large_string())
+        cut = _cut(table.file.uri, _version(table.file), table.num_rows, rows_per_shard, len(shards))
+        shards += [replace(shard, ids=ids_digest(of_file[shard.start : shard.stop])) for shard in cut]
+    ids.check()
     return shards
 
 
@@ -139,13 +103,12 @@ def order_by_surface_form(plan: Sequence[Shard]) -> NDArray[np.int64] | None:
     Only these two columns are read. None if a file holds pictures or image features: rows of that size stay where they
     are.
     """
-    schema, tables = pa.schema([("mention", pa.large_string()), ("mention_id", pa.large_string())]), []
+    tables = []
     for uri in dict.fromkeys(shard.uri for shard in plan):
-        file_system, path = storage.resolve(uri)
-        with pq.ParquetFile(path, filesystem=file_system) as parquet:
-            if not {"image_bytes", "image_features"}.isdisjoint(parquet.schema_arrow.names):
+        with parquet.open_table(uri, MENTION_COLUMNS) as table:
+            if not {"image_bytes", "image_features"}.isdisjoint(table.names):
                 return None
-            tables.append(parquet.read(schema.names).select(schema.names).cast(schema))
+            tables.append(table.read(["mention", "mention_id"]))
     order = pc.sort_indices(
         pa.concat_tables(tables), sort_keys=[("mention", "ascending"), ("mention_id", "ascending")]
     ).to_numpy()
@@ -158,36 +121,22 @@ def order_within_shards(plan: Sequence[Shard]) -> NDArray[np.int64]:
     """The rows, numbered in the order of the plan, in the order in which they are linked where they stay in place."""
     orders, first = [], 0
     for uri, of_file in groupby(plan, key=lambda shard: shard.uri):
-        file_system, path = storage.resolve(uri)
-        mentions = pq.read_table(path, columns=["mention"], filesystem=file_system, partitioning=None)["mention"]
-        for shard in of_file:
-            within = pc.sort_indices(mentions.slice(shard.start, shard.stop - shard.start)).to_numpy()
-            orders.append(first + within.astype(np.int64))
-            first += len(within)
+        with parquet.open_table(uri, MENTION_COLUMNS) as table:
+            for shard in of_file:
+                mentions = table.read(["mention"], range(shard.start, shard.stop))["mention"]
+                orders.append(first + pc.sort_indices(mentions).to_numpy().astype(np.int64))
+                first += len(mentions)
     return np.concatenate(orders)
 
 
 def take_rows(plan: Sequence[Shard], rows: NDArray[np.int64]) -> pa.Table:
-    """All columns that linking reads of some rows, by their numbers in the order of the plan, which must rise.
-
-    A row group that holds any of them is read once, a few rows at a time.
-    """
+    """All columns that linking reads of some rows, by their numbers in the order of the plan, which must rise."""
     tables, first = [], 0
     for uri in dict.fromkeys(shard.uri for shard in plan):
-        file_system, path = storage.resolve(uri)
-        with pq.ParquetFile(path, filesystem=file_system) as parquet:
-            schema = pa.schema([field for field in _SCHEMA if field.name in parquet.schema_arrow.names])
-            for group in range(parquet.num_row_groups):
-                end = first + parquet.metadata.row_group(group).num_rows
-                if not np.any((rows >= first) & (rows < end)):
-                    first = end
-                    continue
-                for batch in parquet.iter_batches(_ROWS_PER_READ, row_groups=[group], columns=schema.names):
-                    wanted = rows[(rows >= first) & (rows < first + batch.num_rows)] - first
-                    tables.append(
-                        pa.Table.from_batches([batch.take(pa.array(wanted))]).select(schema.names).cast(schema)
-                    )
-                    first += batch.num_rows
+        with parquet.open_table(uri, MENTION_COLUMNS) as table:
+            wanted = rows[(rows >= first) & (rows < first + table.num_rows)] - first
+            tables.append(table.take(_COLUMNS, wanted))
+            first += table.num_rows
     return pa.concat_tables(tables, promote_options="default")
 
 
@@ -240,21 +189,11 @@ def read_rows(shard: Shard, columns: Sequence[str]) -> pa.Table:
         InputError: The file has changed since the run was planned.
     """
     _check_version(shard)
-    file_system, path = storage.resolve(shard.uri)
-    with pq.ParquetFile(path, filesystem=file_system) as parquet:
-        first_row, groups, skipped = 0, [], 0
-        for group in range(parquet.num_row_groups):
-            end = first_row + parquet.metadata.row_group(group).num_rows
-            if end <= shard.start:
-                skipped = end
-            elif first_row < shard.stop:
-                groups.append(group)
-            first_row = end
-        present = [column for column in columns if column in parquet.schema_arrow.names]
-        table = parquet.read_row_groups(groups, present)
+    kinds = {name: MENTION_COLUMNS[name] for name in columns}
+    with parquet.open_table(shard.uri, kinds, MENTION_REQUIRED_COLUMNS[:1]) as table:
+        rows = table.read(columns, range(shard.start, shard.stop))
     _check_version(shard)  # it may have been replaced while it was read
-    rows = table.slice(shard.start - skipped, shard.stop - shard.start)
-    if shard.ids and "mention_id" in present and ids_digest(rows["mention_id"]) != shard.ids:
+    if shard.ids and "mention_id" in rows.column_names and ids_digest(rows["mention_id"]) != shard.ids:
         raise _changed(shard)
     return rows
 
@@ -361,7 +300,7 @@ def commit_shard(output: str, shard: Shard, part_uris: Sequence[str], run: str =
     """
     finished = f"{output}/data/{shard.name}.parquet"
     try:
-        parts = [pq.read_table(io.BytesIO(storage.read_bytes(uri))) for uri in part_uris]
+        parts = [parquet.from_bytes(storage.read_bytes(uri), uri) for uri in part_uris]
     except FileNotFoundError as error:
         if not storage.exists(finished):
             raise InputError(
@@ -376,11 +315,7 @@ def commit_shard(output: str, shard: Shard, part_uris: Sequence[str], run: str =
 
 def read_columns(directory: str, columns: Sequence[str]) -> pa.Table:
     """Small columns of all Parquet files of a directory."""
-    tables = []
-    for file in storage.list_parquet(directory):
-        file_system, path = storage.resolve(file.uri)
-        tables.append(pq.read_table(path, columns=list(columns), filesystem=file_system, partitioning=None))
-    return pa.concat_tables(tables)
+    return parquet.read_tables(directory, MENTION_COLUMNS | PREDICTION_COLUMNS, columns, columns)
 
 
 def plan_identity(shards: Sequence[Shard]) -> list[dict[str, Any]]:
@@ -447,33 +382,44 @@ def _cut(uri: str, version: str, num_rows: int, rows_per_shard: int, first_index
     ]
 
 
-def _check_schema(uri: str, schema: pa.Schema, also_required: Sequence[str]) -> None:
-    missing = [column for column in (*MENTION_REQUIRED_COLUMNS, *also_required) if column not in schema.names]
-    if missing:
-        raise InputError(
-            f"{uri} has no column {', '.join(map(repr, missing))}; its columns are {', '.join(schema.names)}: "
-            "rename or add them"
-        )
-    for column, (expected, is_expected) in _TYPE_CHECKS.items():
-        if schema.names.count(column) > 1:
-            raise InputError(f"{uri} has {schema.names.count(column)} columns {column!r}: keep one")
-        if column in schema.names and not is_expected(found := schema.field(column).type):
-            raise InputError(f"{uri}: column {column!r} is of type {found}, it must be {expected}: cast it")
+class _UniqueIds:
+    """The ids of a corpus, checked while they come: equal ones take no room in a file, and much in memory."""
 
+    def __init__(self, uri: str) -> None:
+        self._uri = uri
+        self._chunks: list[pa.Array] = []
+        self._num_ids = self._num_checked = 0
 
-def _check_ids(uri: str, chunks: list[pa.ChunkedArray]) -> None:
-    ids = pa.chunked_array([chunk for ids in chunks for chunk in ids.chunks], pa.large_string())
-    try:
-        ids.validate(full=True)
-    except pa.ArrowInvalid as error:
-        raise InputError(f"{uri} has a mention_id that is not UTF-8 ({error}): write it again") from error
-    if num_missing := pc.sum(pc.equal(pc.fill_null(ids, ""), "")).as_py():
-        raise InputError(f"{uri} has {num_missing} rows without a mention_id: give each row its own")
-    if len(ids) == 0:
-        raise InputError(f"{uri} has no rows")
-    if pc.count_distinct(ids).as_py() < len(ids):
-        repeated = [mention_id[:50] for mention_id, count in Counter(ids.to_pylist()).items() if count > 1]
-        raise InputError(f"{uri} repeats {len(repeated)} mention_id, such as {repeated[:3]}: make them unique")
+    def add(self, ids: pa.ChunkedArray) -> None:
+        """Take the next ids; check all where they have doubled in number since."""
+        self._chunks += ids.chunks
+        self._num_ids += len(ids)
+        if self._num_ids >= 2 * self._num_checked:
+            self.check()
+
+    def check(self) -> None:
+        """See that each id so far is there, is UTF-8, and stands once.
+
+        Raises:
+            InputError: One does not, or there is none.
+        """
+        if self._num_checked == self._num_ids > 0:
+            return
+        ids = pa.chunked_array(self._chunks, pa.large_string())
+        try:
+            ids.validate(full=True)
+        except pa.ArrowInvalid as error:
+            raise InputError(f"{self._uri} has a mention_id that is not UTF-8 ({error}): write it again") from error
+        if num_missing := pc.sum(pc.equal(pc.fill_null(ids, ""), "")).as_py():
+            raise InputError(f"{self._uri} has {num_missing} rows without a mention_id: give each row its own")
+        if len(ids) == 0:
+            raise InputError(f"{self._uri} has no rows")
+        if pc.count_distinct(ids).as_py() < len(ids):
+            counts = pc.value_counts(ids)
+            repeated = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
+            examples = [mention_id[:50] for mention_id in repeated[:3].to_pylist()]
+            raise InputError(f"{self._uri} repeats {len(repeated)} mention_id, such as {examples}: make them unique")
+        self._num_checked = self._num_ids
 
 
 def differences(left: dict[str, Any], right: dict[str, Any], prefix: str = "") -> list[str]:

@@ -22,9 +22,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from gemel_engine import shards, storage
+from gemel_engine import parquet, shards, storage
 from gemel_engine.config import JobConfig, LinkConfig, RetrievalSettings, TrainConfig
 from gemel_engine.errors import EngineDiedError, ImageFetchError, MentionError
 from gemel_engine.fingerprints import Contents, check_content, check_contents, read_manifest_at
@@ -100,7 +99,7 @@ def read_with_places(batch: pa.Table) -> pa.Table:
     (fields,) = batch.drop_columns(["places"]).to_pylist()
     table = shards.read_rows(Shard(**fields), shards.SMALL_SCHEMA.names)
     columns = [
-        table[field.name].cast(field.type) if field.name in table.column_names else pa.nulls(len(table), field.type)
+        table[field.name] if field.name in table.column_names else pa.nulls(len(table), field.type)
         for field in shards.SMALL_SCHEMA
     ]
     return pa.table(columns, schema=shards.SMALL_SCHEMA).append_column(
@@ -315,8 +314,8 @@ def write_examples(batch: pa.Table, directory: str) -> pa.Table:
 
 def read_file(batch: pa.Table) -> pa.Table:
     """Read the Parquet file that a row names."""
-    file_system, path = storage.resolve(batch["uri"][0].as_py())
-    return pq.read_table(path, filesystem=file_system, partitioning=None)
+    with parquet.open_table(batch["uri"][0].as_py()) as table:
+        return table.read()
 
 
 def write_parts(batch: pa.Table, output: str, plan: dict[int, Shard]) -> pa.Table:

@@ -39,6 +39,7 @@ _MAX_VANISHED = 100
 # With these os.link fails on file systems without hard links: exFAT, SMB, many in user space.
 _NO_HARD_LINKS = (errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EMLINK)
 _AT_FDCWD, _RENAME_NOREPLACE = -100, 1  # of Linux
+_SUFFIXES = (".parquet", ".parq", ".pq")
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,20 +125,32 @@ def resolve(uri: str) -> tuple[FileSystem, str]:
 def list_parquet(uri: str) -> list[InputFile]:
     """List the Parquet file at an address, or those anywhere under it, sorted by address.
 
-    Under a directory only names ending in `.parquet` count, and what begins with a dot or an underscore, at any level,
-    is left out.
+    Under a directory only names ending in `.parquet`, `.parq` or `.pq` count, and what begins with a dot or an
+    underscore, at any level, is left out, but for a directory `_key=value`. Links are followed; a directory to which
+    several lead is read once.
 
     Raises:
-        InputError: There is no such file.
+        InputError: There is no such file, or a local directory or link can't be read.
     """
     root = _normalised(uri)
     single = _stat(root)
     if single is not None:
         return [single]
-    files = [file for file in _walk(root) if _is_table(_relative(file, root))]
+    try:
+        files = [file for file in _walk(root) if _is_table(_relative(file, root))]
+    except OSError as error:
+        if root.startswith("s3://"):
+            raise
+        raise InputError(f"cannot list all of {shown(uri)} ({error}): make it readable, or remove it") from error
     if not files:
         raise InputError(f"no Parquet file at {shown(uri)}: give a file, or a directory with files named *.parquet")
     return sorted(files, key=lambda file: file.uri)
+
+
+def partition_keys(uri: str, file: InputFile) -> list[str]:
+    """The keys of the directories `key=value` between a listed address and one of its files, as Hive names them."""
+    directories = _relative(file, _normalised(uri)).split("/")[:-1]
+    return [unquote(name.partition("=")[0]) for name in directories if "=" in name]
 
 
 def list_files(uri: str) -> list[str]:
@@ -310,7 +323,9 @@ def _relative(file: InputFile, root: str) -> str:
 
 
 def _is_table(relative: str) -> bool:
-    return relative.endswith(".parquet") and not any(part.startswith((".", "_")) for part in relative.split("/"))
+    *directories, name = relative.split("/")
+    parts = [name, *(part for part in directories if "=" not in part)]
+    return name.lower().endswith(_SUFFIXES) and not any(part.startswith((".", "_")) for part in parts)
 
 
 def _stat(root: str) -> InputFile | None:
@@ -327,11 +342,27 @@ def _walk(root: str) -> Iterator[InputFile]:
         for found in s3.walk(root):
             yield InputFile(*found)
         return
-    for directory, _, names in os.walk(root):
+    visited: set[tuple[int, int]] = set()
+    for directory, directories, names in os.walk(root, onerror=_unless_gone, followlinks=True):
+        try:
+            status = os.stat(directory)
+        except FileNotFoundError:  # removed since
+            continue
+        if (status.st_dev, status.st_ino) in visited:  # a link leads to where the walk has been
+            directories.clear()
+            continue
+        visited.add((status.st_dev, status.st_ino))
+        directories.sort()
         for name in names:
             file = _local_file(os.path.join(directory, name))
             if file is not None:
                 yield file
+
+
+def _unless_gone(error: OSError) -> None:
+    """Pass over a directory that does not exist, or not any more, and no other."""
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise error
 
 
 def _local_file(path: str) -> InputFile | None:

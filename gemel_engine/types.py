@@ -5,7 +5,7 @@ Nothing here knows a model, Ray or a file. A stage adds a type; none changes ano
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,6 +21,122 @@ Features = npt.NDArray[np.float32]  # of one picture (C,), or of a batch (B, C)
 MENTION_REQUIRED_COLUMNS = ("mention_id", "text", "mention")
 _MAX_MENTION_CHARACTERS = 4096
 _LARGEST_FEATURE = 1e6  # of no image encoder by far; the squares of larger ones are soon no numbers
+
+
+def _is_text(found: pa.DataType) -> bool:
+    return bool(pa.types.is_string(found) or pa.types.is_large_string(found) or pa.types.is_string_view(found))
+
+
+def _is_text_or_bytes(found: pa.DataType) -> bool:
+    """Some tools write texts without saying that they are texts."""
+    return _is_text(found) or _is_bytes(found)
+
+
+def _is_identifier(found: pa.DataType) -> bool:
+    return _is_text_or_bytes(found) or bool(pa.types.is_integer(found))
+
+
+def _is_bytes(found: pa.DataType) -> bool:
+    kinds = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary)
+    return any(is_kind(found) for is_kind in kinds)
+
+
+def _is_picture(found: pa.DataType) -> bool:
+    """Bytes, or the struct {bytes, path} of Hugging Face's data sets."""
+    if not pa.types.is_struct(found):
+        return _is_bytes(found)
+    place, path = found.get_field_index("bytes"), found.get_field_index("path")
+    return place >= 0 and BYTES.takes(found.field(place).type) and (path < 0 or TEXT.takes(found.field(path).type))
+
+
+def _is_number(found: pa.DataType) -> bool:
+    return any(is_kind(found) for is_kind in (pa.types.is_floating, pa.types.is_integer, pa.types.is_decimal))
+
+
+def is_any_list(found: pa.DataType) -> bool:
+    """Whether a type is one of Arrow's five kinds of lists."""
+    kinds = ("list", "large_list", "fixed_size_list", "list_view", "large_list_view")
+    return any(getattr(pa.types, f"is_{kind}")(found) for kind in kinds)
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """How a column of a table is read, in whichever type a tool has written it.
+
+    Attributes:
+        type: The type that it is read in.
+        expected: What a message says that it must be.
+        accepts: Whether values of a type, neither null nor a dictionary, can become values of this column.
+        item: The items of a list, which decide instead; None for everything else.
+    """
+
+    type: pa.DataType
+    expected: str
+    accepts: Callable[[pa.DataType], bool] = lambda found: True
+    item: Column | None = None
+
+    @classmethod
+    def list_of(cls, item: Column) -> Column:
+        """A column of lists."""
+        return cls(pa.list_(item.type), f"list of {item.expected}s", item=item)
+
+    @classmethod
+    def like(cls, wanted: pa.DataType) -> Column:
+        """A column of a type, or of what differs from it in width alone."""
+        if pa.types.is_string(wanted):
+            return cls(wanted, "string", _is_text)
+        if pa.types.is_list(wanted):
+            return cls.list_of(cls.like(wanted.value_type))
+        for is_kind in (pa.types.is_integer, pa.types.is_floating):
+            if is_kind(wanted):
+                return cls(wanted, str(wanted), is_kind)
+        if pa.types.is_struct(wanted):
+            items = {field.name: cls.like(field.type) for field in wanted}
+            return cls(
+                wanted,
+                str(wanted),
+                lambda found: (
+                    pa.types.is_struct(found)
+                    and all(
+                        found.get_field_index(name) >= 0 and item.takes(found.field(name).type)
+                        for name, item in items.items()
+                    )
+                ),
+            )
+        return cls(wanted, str(wanted), wanted.equals)
+
+    def takes(self, found: pa.DataType) -> bool:
+        """Whether the column can be read where it is stored in a type."""
+        if pa.types.is_dictionary(found):
+            return self.takes(found.value_type)
+        if pa.types.is_null(found):
+            return True
+        if self.item is not None:
+            return is_any_list(found) and self.item.takes(found.value_type)
+        return self.accepts(found)
+
+
+TEXT = Column(pa.large_string(), "string", _is_text_or_bytes)
+IDENTIFIER = Column(pa.large_string(), "string", _is_identifier)
+BYTES = Column(pa.large_binary(), "binary", _is_bytes)
+NUMBER = Column(pa.float64(), "number", _is_number)
+BOOLEAN = Column(pa.bool_(), "boolean", pa.types.is_boolean)
+
+MENTION_COLUMNS = {
+    "mention_id": IDENTIFIER,
+    "text": TEXT,
+    "mention": TEXT,
+    "mention_start": Column(
+        pa.int64(), "integer of at most 63 bits", lambda found: pa.types.is_integer(found) and found != pa.uint64()
+    ),
+    "candidate_ids": Column.list_of(IDENTIFIER),
+    "group": IDENTIFIER,
+    "image_uri": TEXT,
+    "image_bytes": Column(pa.large_binary(), "binary", _is_picture),
+    "image_features": Column.list_of(Column(pa.float64(), "float", pa.types.is_floating)),
+    "entity_id": IDENTIFIER,
+    "entity_name": TEXT,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +296,8 @@ PREDICTION_SCHEMA = pa.schema(
         pa.field("error", pa.string()),
     ]
 )
+
+PREDICTION_COLUMNS = {field.name: Column.like(field.type) for field in PREDICTION_SCHEMA}
 
 
 def row_to_prediction(row: Mapping[str, Any]) -> Prediction:
