@@ -211,7 +211,7 @@ def _indexed_files(index: Path) -> list[Path]:
     try:
         with open_regular(index) as file:
             names = sorted(set(json.load(file)["weight_map"].values()))
-        if not names or any(Path(name).name != name for name in names):
+        if not names or any(Path(name).name != name or name in ("", "..") for name in names):
             raise ValueError("it must list names of files beside it")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"{index} is no index of weights ({error!r}): download the model again") from error
@@ -227,7 +227,7 @@ def check_file(path: Path, *, may_be_pointer: bool = False) -> None:
     try:
         with open_regular(path) as file:
             is_pointer = file.read(len(_POINTER)) == _POINTER
-    except OSError as error:
+    except (OSError, ValueError) as error:  # the second for a name with a NUL
         raise ArtifactError(f"{path} of the model cannot be read ({error}): download the model again") from error
     if is_pointer and not may_be_pointer:
         raise ArtifactError(f"{path} is a pointer of git-lfs and not the file: run `git lfs pull` in its directory")

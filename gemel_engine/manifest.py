@@ -11,7 +11,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -93,7 +93,7 @@ def claimed(directory: Path, *, must_be_empty: bool = True) -> Iterator[None]:
         ConfigurationError: The directory is a file, holds something although it must be empty, or another process has
             claimed it.
     """
-    claim = directory / _CLAIM
+    claim, is_new = directory / _CLAIM, not directory.exists()
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with claim.open("x", encoding="utf-8") as file:
@@ -113,6 +113,9 @@ def claimed(directory: Path, *, must_be_empty: bool = True) -> Iterator[None]:
         yield
     finally:
         claim.unlink(missing_ok=True)
+        if is_new and directory.is_dir() and not any(directory.iterdir()):  # nothing came of it
+            with suppress(OSError):  # another command has claimed it since
+                directory.rmdir()
 
 
 def file_sha256(path: Path) -> str:

@@ -9,6 +9,7 @@ import hashlib
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,7 +59,7 @@ class MentionEncoder:
             tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
         except Exception as error:  # the tokenizers' library raises nothing narrower for a damaged file
             raise not_loadable("mention encoder", name_or_path, error) from error
-        model = _load_model(name_or_path)
+        model: Any = _load_model(name_or_path)  # transformers' types take `to` for another function
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
             raise ConfigurationError(f"the tokenizer of {name_or_path!r} has no fast implementation, which is needed")
         self.width: int = model.config.hidden_size
@@ -115,7 +116,7 @@ def _load_model(name_or_path: str) -> PreTrainedModel:
     model, loaded = load_model("mention encoder", AutoModel, name_or_path, dtype=torch.float32, use_safetensors=True)
     pooler = getattr(model, "pooler", None)
     if pooler is not None and {*pooler.state_dict(prefix="pooler.")} <= loaded["missing_keys"]:
-        model.pooler = None
+        model.register_module("pooler", None)
         loaded["missing_keys"] -= {*pooler.state_dict(prefix="pooler.")}
     names = tensor_names(weight_files(checkpoint_directory("mention encoder", name_or_path)))
     prefix = f"{model.base_model_prefix}."

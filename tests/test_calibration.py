@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import brier_score_loss
 from sklearn.preprocessing import StandardScaler
+from trouble import edit_manifest
 
 from gemel_engine.calibration import EVIDENCE, Calibration, LogisticModel, evidence_of, quality, scoring_settings
 from gemel_engine.errors import ArtifactError, ConfigurationError, InputError
@@ -140,6 +142,60 @@ def test_damaged_files_are_refused_by_name(calibration: Calibration, tmp_path: P
     path.write_text(path.read_text().replace(found, damaged, 1))
     with pytest.raises(ArtifactError, match=r"calibration\.json"):
         Calibration.open(tmp_path)
+
+
+def test_a_changed_weight_is_refused(calibration: Calibration, tmp_path: Path) -> None:
+    calibration.save(tmp_path)
+    path = tmp_path / "calibration.json"
+    manifest = json.loads(path.read_text())
+    manifest["right"]["weights"][0] += 0.1
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match="has been changed since it was written"):
+        Calibration.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"scoring": {}},
+        {"scoring": {"search": {"objective": "sum"}}},
+        {"scoring": {"search": 1}},
+        {"nil_threshold": None},
+        {"nil_threshold": float("nan")},
+        {"nil_threshold": 2.0},
+        {"nil": None},
+        {"fitted_on": {"accuracy": float("nan")}},
+        {"right": None},
+        {"self": 1},
+        {"format_version": 2},
+    ],
+)
+def test_values_that_no_fit_gives_are_refused(
+    calibration: Calibration, tmp_path: Path, changes: dict[str, object]
+) -> None:
+    calibration.save(tmp_path)
+    edit_manifest(tmp_path / "calibration.json", changes)
+    with pytest.raises(ArtifactError, match=r"calibration\.json"):
+        Calibration.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("scale", 1e-300), ("scale", -1.0), ("scale", 1e300), ("weights", 1e300), ("mean", float("inf")), ("mean", "1")],
+)
+def test_numbers_out_of_range_are_refused(calibration: Calibration, tmp_path: Path, name: str, value: object) -> None:
+    calibration.save(tmp_path)
+    right = json.loads((tmp_path / "calibration.json").read_text())["right"]
+    edit_manifest(tmp_path / "calibration.json", {"right": right | {name: [value, *right[name][1:]]}})
+    with pytest.raises(ArtifactError, match=rf"right\.{name}\.0"):
+        Calibration.open(tmp_path)
+
+
+def test_evidence_that_varies_by_rounding_alone_has_no_say() -> None:
+    evidence = RNG.normal(size=(200, len(EVIDENCE)))
+    evidence[:, 3] = 0.1 + 1e-17 * RNG.normal(size=200)
+    fitted = LogisticModel.fit(evidence, evidence[:, 0] > 0, 1.0)
+    assert fitted.scale[3] == 1.0
 
 
 def test_another_search_needs_another_calibration() -> None:
