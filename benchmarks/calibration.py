@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from record import record, run_script
 from sklearn.metrics import roc_auc_score
 
-from gemel_engine.calibration import Calibration, evidence_of, quality
+from gemel_engine.calibration import Calibration, evidence_of, quality, scoring_settings
 from gemel_engine.config import LinkConfig, load_config
 from gemel_engine.evaluation import Judge
 from gemel_engine.linked_run import LinkedRun, entities_to_judge, read_gold, surface_forms
@@ -140,10 +140,13 @@ def without_entities(corpus: Corpus, directory: Path) -> list[str]:
 def judged(directory: Path) -> dict[str, Any]:
     """Calibration of each half fitted on the other, beside the raw score and a constant."""
     predictions, is_right, is_nil, forms, halves = outcomes(directory)
+    scoring = scoring_settings(LinkedRun.open(f"{directory}/linked").settings)
     evidence = evidence_of(predictions, forms.tolist())
     calibrated, constant = np.empty(len(halves)), np.empty(len(halves))
     for half in (halves, ~halves):
-        fitted = Calibration.fit(predictions.filter(half), forms[half].tolist(), is_right[half], is_nil[half])
+        fitted = Calibration.fit(
+            predictions.filter(half), forms[half].tolist(), is_right[half], is_nil[half], scoring=scoring
+        )
         calibrated[~half], constant[~half] = fitted.right(evidence[~half]), is_right[half].mean()
     scores = {"": calibrated, "raw_": np.array(predictions["probability"])}
     what = f"{len(halves)} mentions of dev; each half of the surface forms judged by what was fitted on the other"
@@ -164,11 +167,17 @@ def judged(directory: Path) -> dict[str, Any]:
 def nil_found(directory: Path) -> dict[str, Any]:
     """How well mentions of removed entities are told, each half by what was fitted on the other."""
     predictions, is_right, is_nil, forms, halves = outcomes(directory)
+    scoring = scoring_settings(LinkedRun.open(f"{directory}/linked").settings)
     evidence, confidence, nil = evidence_of(predictions, forms.tolist()), np.empty(len(halves)), np.empty(len(halves))
     called = np.empty(len(halves), bool)
     for half in (halves, ~halves):
         fitted = Calibration.fit(
-            predictions.filter(half), forms[half].tolist(), is_right[half], is_nil[half], nil_precision=NIL_PRECISION
+            predictions.filter(half),
+            forms[half].tolist(),
+            is_right[half],
+            is_nil[half],
+            scoring=scoring,
+            nil_precision=NIL_PRECISION,
         )
         assert fitted.nil is not None, "a fifth of the entities was removed"
         assert fitted.nil_threshold is not None, "fitted with it"

@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from gemel_engine.calibration import Calibration
@@ -14,10 +15,18 @@ from gemel_engine.errors import ArtifactError, ConfigurationError
 from gemel_engine.feature_mapper import FeatureMapper
 from gemel_engine.knowledge_base import KnowledgeBase, tokenizer_fingerprint
 from gemel_engine.knowledge_base_update import local_knowledge_base
-from gemel_engine.model import language_model_fingerprint, language_model_width, load_tokenizer, max_positions
+from gemel_engine.model import (
+    check_language_model,
+    language_model_fingerprint,
+    language_model_width,
+    load_tokenizer,
+    max_positions,
+)
 from gemel_engine.prompt import PromptBuilder
 from gemel_engine.retrieval import DemonstrationIndex
 from gemel_engine.storage import download_directory
+
+_NAMES_CHECKED = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +51,13 @@ def open_artifacts(config: JobConfig, *, verify: bool = False) -> Artifacts:
 
     Args:
         config: The run.
-        verify: Also compare all checksums.
+        verify: Also compare all checksums, and see that the language model's weights are finite.
 
     Raises:
         ArtifactError: One is missing or damaged, or they were made for different models.
         ConfigurationError: The language model's tokenizer can't write the prompts, or it can't read as long ones.
     """
+    check_language_model(config.language_model.name, verify=verify)
     tokenizer = load_tokenizer(config.language_model.name)
     PromptBuilder(tokenizer, config.prompt)  # says what is wrong with the template or the terminator
     directory = local_knowledge_base(config.knowledge_base)
@@ -64,6 +74,7 @@ def open_artifacts(config: JobConfig, *, verify: bool = False) -> Artifacts:
         )
     if knowledge_base.trie.tokens.max() >= len(tokenizer):
         raise ArtifactError(f"the trie of {config.knowledge_base} holds tokens that no tokenizer made; build it again")
+    _check_names(config, knowledge_base, tokenizer)
     _check_length(config, knowledge_base)
     if mapper is not None:
         _check_mapper(config, mapper, index)
@@ -82,6 +93,21 @@ def open_calibration(config: LinkConfig) -> Calibration | None:
     calibration = Calibration.open(download_directory(config.calibration))
     calibration.check_scoring(json.loads(config_json(config)))
     return calibration
+
+
+def _check_names(config: JobConfig, knowledge_base: KnowledgeBase, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Raise where a name's tokens do not decode to it, as those of every name did when it was built; asks a sample.
+
+    Knowledge bases of earlier releases do not say which trie is theirs.
+    """
+    for row in np.linspace(0, knowledge_base.num_entities - 1, _NAMES_CHECKED).astype(int):
+        name = knowledge_base.entity(row).name
+        tokens = knowledge_base.name_tokens(knowledge_base.name_of_row(row))
+        if (decoded := tokenizer.backend_tokenizer.decode(tokens, skip_special_tokens=False)) != name:
+            raise ArtifactError(
+                f"the trie of the knowledge base {config.knowledge_base} has {decoded!r} where its entities have "
+                f"{name!r}: they are of two knowledge bases; build it again"
+            )
 
 
 def _check_length(config: JobConfig, knowledge_base: KnowledgeBase) -> None:

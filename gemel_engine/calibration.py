@@ -17,19 +17,19 @@ from dataclasses import asdict, dataclass, replace
 from difflib import SequenceMatcher
 from itertools import compress
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from pydantic import ConfigDict, ValidationError
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
-from gemel_engine.errors import ArtifactError, ConfigurationError, InputError
-from gemel_engine.manifest import read_manifest, write_manifest
+from gemel_engine.errors import ConfigurationError, InputError
+from gemel_engine.manifest import claimed, parse_manifest, read_manifest, write_manifest
 from gemel_engine.types import Prediction, predictions_to_table
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 EVIDENCE = (
     "logit_probability",
     "log_prob",
@@ -46,10 +46,12 @@ EVIDENCE = (
 )
 
 _MANIFEST = "calibration.json"
+_SECTIONS = ("language_model", "prompt", "retrieval", "search")  # of a run's settings
 _NUM_BINS = 10
 _NUM_FOLDS = 5
 _FREEDOMS = (1.0, 0.3, 0.1, 0.03, 0.01)  # inverse strengths of regularisation
 _LEAST = 20  # mentions of each outcome, below which nothing is fitted
+_LEAST_SCALE = 1e-6  # a smaller deviation is one of rounding, and would make a weight of it
 _LEAST_CALLED = 10  # mentions called NIL, below which their precision says nothing
 _HIGHEST_MARGIN = 10.0  # nats; what lies above says no more
 _COMPARED = 100  # characters of a surface form and a name
@@ -59,27 +61,32 @@ Outcomes = npt.NDArray[np.bool_]
 Folds = list[tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]]
 
 
-@pydantic_dataclass(frozen=True, slots=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
+_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+# Evidence is at most thousands in size: with these limits no product of numbers gets near the end of float64.
+Coefficient = Annotated[float, Field(ge=-1e9, le=1e9)]
+Scale = Annotated[float, Field(ge=_LEAST_SCALE, le=1e9)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+@pydantic_dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
 class LogisticModel:
     """A logistic regression on standardised evidence, one number for each of `EVIDENCE`.
 
     Attributes:
         mean: Of the evidence where it was fitted.
-        scale: Its deviations, positive.
+        scale: Its deviations; evidence that hardly varied has 1.
         weights: Of the standardised evidence.
         bias: Log-odds where all evidence is at its mean.
     """
 
-    mean: tuple[float, ...]
-    scale: tuple[float, ...]
-    weights: tuple[float, ...]
-    bias: float
+    mean: tuple[Coefficient, ...]
+    scale: tuple[Scale, ...]
+    weights: tuple[Coefficient, ...]
+    bias: Coefficient
 
     def __post_init__(self) -> None:
         if {len(self.mean), len(self.scale), len(self.weights)} != {len(EVIDENCE)}:
             raise ValueError(f"mean, scale and weights must be {len(EVIDENCE)} numbers each")
-        if min(self.scale) <= 0:
-            raise ValueError(f"scale is {self.scale}: it must be positive")
 
     @classmethod
     def fit(cls, evidence: Numbers, outcomes: Outcomes, freedom: float) -> Self:
@@ -87,7 +94,7 @@ class LogisticModel:
         from sklearn.linear_model import LogisticRegression  # takes a second to import, and only fitting needs it
 
         mean, scale = evidence.mean(axis=0), evidence.std(axis=0)
-        scale = np.where(scale > 0, scale, 1.0)
+        scale = np.where(scale > _LEAST_SCALE, scale, 1.0)
         fitted = LogisticRegression(C=freedom, max_iter=1000).fit((evidence - mean) / scale, outcomes)
         return cls(
             mean=tuple(mean.tolist()),
@@ -102,7 +109,7 @@ class LogisticModel:
         return np.asarray(1 / (1 + np.exp(-np.clip(log_odds, -700, 700))), np.float64)
 
 
-@pydantic_dataclass(frozen=True, slots=True, kw_only=True, config=ConfigDict(extra="forbid"))
+@pydantic_dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
 class Calibration:
     """What was fitted.
 
@@ -116,9 +123,15 @@ class Calibration:
 
     right: LogisticModel
     nil: LogisticModel | None
-    nil_threshold: float | None
-    scoring: dict[str, Any]
+    nil_threshold: Share | None
+    scoring: dict[str, dict[str, Any]]
     fitted_on: dict[str, float]
+
+    def __post_init__(self) -> None:
+        if (self.nil is None) != (self.nil_threshold is None):
+            raise ValueError("nil and nil_threshold must both be given, or neither")
+        if self.scoring.keys() != {*_SECTIONS} or not all(self.scoring.values()):
+            raise ValueError(f"scoring must have settings of {', '.join(_SECTIONS)}")
 
     @classmethod
     def fit(
@@ -128,8 +141,8 @@ class Calibration:
         is_right: Outcomes,
         is_nil: Outcomes,
         *,
+        scoring: Mapping[str, Any],
         nil_precision: float = 0.8,
-        scoring: Mapping[str, Any] | None = None,
     ) -> Self:
         """Fit to a run over mentions with gold labels.
 
@@ -139,8 +152,8 @@ class Calibration:
                 fitting together where it is judged.
             is_right: Whether each answer is right (N,).
             is_nil: Whether each mention's entity is not in the knowledge base (N,).
-            nil_precision: The share of `is_nil` that shall be true, on mentions left out of fitting.
             scoring: `scoring_settings` of the run.
+            nil_precision: The share of `is_nil` that shall be true, on mentions left out of fitting.
 
         Raises:
             InputError: There are too few mentions of an outcome, or they are of too few surface forms.
@@ -172,7 +185,7 @@ class Calibration:
             right=right,
             nil=nil,
             nil_threshold=threshold,
-            scoring=dict(scoring or {}),
+            scoring=dict(scoring),
             fitted_on=fitted_on,
         )
 
@@ -196,22 +209,18 @@ class Calibration:
 
     def save(self, directory: Path) -> None:
         """Write `calibration.json`."""
-        directory.mkdir(parents=True, exist_ok=True)
-        write_manifest(directory / _MANIFEST, {"format_version": FORMAT_VERSION, **asdict(self)})
+        with claimed(directory, must_be_empty=False):
+            write_manifest(directory / _MANIFEST, FORMAT_VERSION, asdict(self))
 
     @classmethod
     def open(cls, directory: Path) -> Self:
         """Read what `save` wrote.
 
         Raises:
-            ArtifactError: It is missing, damaged or of another format version.
+            ArtifactError: It is missing, changed, of another format version, or has values that no fit gives.
         """
-        manifest = read_manifest(directory / _MANIFEST, FORMAT_VERSION)
-        del manifest["format_version"]
-        try:
-            return cls(**manifest)
-        except ValidationError as error:
-            raise ArtifactError(f"{directory / _MANIFEST} is no calibration ({error}); fit it again") from error
+        path = directory / _MANIFEST
+        return parse_manifest(read_manifest(path, FORMAT_VERSION), cls, path)
 
     def check_scoring(self, settings: Mapping[str, Any]) -> None:
         """See that a run gives the evidence that this was fitted on.
@@ -219,14 +228,13 @@ class Calibration:
         Raises:
             ConfigurationError: The run has other settings.
         """
-        ours, theirs = self.scoring, scoring_settings(settings)
         differences = [
             f"{section}.{key}"
-            for section in theirs
-            for key in theirs[section]
-            if ours.get(section, {}).get(key) != theirs[section][key]
+            for section, theirs in scoring_settings(settings).items()
+            for key in theirs
+            if self.scoring[section].get(key) != theirs[key]
         ]
-        if ours and differences:
+        if differences:
             raise ConfigurationError(
                 f"the calibration was fitted on a run with other settings of {', '.join(differences)}: fit it again on "
                 "a run with these, or leave it out"

@@ -9,25 +9,30 @@ Shapes: B batch, C vision width, P prefix length, D language-model width, N pict
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import asdict, field, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from gemel_engine.errors import ArtifactError, InputError
-from gemel_engine.manifest import file_sha256, read_manifest, write_manifest
+from gemel_engine.manifest import claimed, parse_manifest, read_manifest, write_manifest
+from gemel_engine.storage import open_regular
 from gemel_engine.types import FeatureScaling
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+_WITHOUT_CHECKSUM = 2
 _WEIGHTS = "mapper.safetensors"
-_METADATA = "mapper.json"
+MANIFEST = "mapper.json"
 _CHECKSUM = "weights_sha256"
+_MAX_HEADER_BYTES = 1 << 20
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 Width = Annotated[int, Field(gt=0, le=1 << 20)]
@@ -61,7 +66,6 @@ class MapperMetadata:
     trained: bool = False
     seed: int | None = None
     details: dict[str, str | float | int] = field(default_factory=dict)
-    format_version: int = FORMAT_VERSION
 
     @property
     def origin(self) -> str:
@@ -168,19 +172,23 @@ class FeatureMapper(nn.Module):
         """Write `mapper.safetensors`, then `mapper.json`: a directory that has the second is complete.
 
         The linear layer is written in `dtype`, the scaling in float32: a mean may be many deviations away from zero.
+
+        Raises:
+            ConfigurationError: Another command is writing there.
         """
         directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / _METADATA).unlink(missing_ok=True)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         tensors |= {name: tensor.to(dtype) for name, tensor in tensors.items() if name.startswith("linear.")}
-        save_file(tensors, directory / _WEIGHTS)
-        checksum = {_CHECKSUM: file_sha256(directory / _WEIGHTS)}
-        write_manifest(directory / _METADATA, asdict(self.metadata) | checksum)
+        weights = save(tensors)
+        with claimed(directory, must_be_empty=False):
+            (directory / MANIFEST).unlink(missing_ok=True)
+            (directory / _WEIGHTS).write_bytes(weights)
+            checksum = {_CHECKSUM: sha256(weights).hexdigest()}
+            write_manifest(directory / MANIFEST, FORMAT_VERSION, asdict(self.metadata) | checksum)
 
     @classmethod
     def load(cls, directory: str | Path) -> Self:
-        """Read what `save` wrote, as float32 on the CPU.
+        """Read what `save` wrote, as float32 on the CPU; nothing that happens to the files later changes the mapper.
 
         Raises:
             ArtifactError: A file is missing or damaged, of another format version, or the weights do not have the
@@ -188,18 +196,23 @@ class FeatureMapper(nn.Module):
                 deviation that is not positive.
         """
         directory = Path(directory)
-        metadata, checksum = _read_metadata(directory / _METADATA)
+        metadata, checksum = _read_metadata(directory / MANIFEST)
         with torch.device("meta"):  # shapes without memory: the description is not to be trusted yet
             mapper = cls(metadata)
         path = directory / _WEIGHTS
+        limit = 4 * sum(tensor.numel() for tensor in mapper.state_dict().values()) + _MAX_HEADER_BYTES
         try:
-            weights = load_file(path)
+            with open_regular(path) as file:
+                if os.fstat(file.fileno()).st_size > limit:
+                    raise ArtifactError(f"{path} is larger than what {MANIFEST} asks for; save the mapper again")
+                data = file.read()
+            weights = load(data)
         except (OSError, SafetensorError) as error:
             raise ArtifactError(f"{path} cannot be read ({error}); save the feature mapper again") from error
         expected = {name: tuple(tensor.shape) for name, tensor in mapper.state_dict().items()}
         found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
         if found != expected:
-            raise ArtifactError(f"{path} holds {found}, but {_METADATA} asks for {expected}; save the mapper again")
+            raise ArtifactError(f"{path} holds {found}, but {MANIFEST} asks for {expected}; save the mapper again")
         for name, tensor in weights.items():
             if tensor.dtype not in _DTYPES:
                 raise ArtifactError(f"{path}: {name} is of {tensor.dtype}, not floating-point; save the mapper again")
@@ -207,17 +220,14 @@ class FeatureMapper(nn.Module):
                 raise ArtifactError(f"{path}: {name} has values that are not finite; go back to an earlier checkpoint")
         if not (weights["feature_std"] > 0).all():
             raise ArtifactError(f"{path}: feature_std must be positive; fit the scaling again")
-        if file_sha256(path) != checksum:
-            raise ArtifactError(f"{path} has another checksum than {_METADATA} gives; save the feature mapper again")
+        if sha256(data).hexdigest() != checksum:
+            raise ArtifactError(f"{path} has another checksum than {MANIFEST} gives; save the feature mapper again")
         mapper.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
         return mapper
 
 
 def _read_metadata(path: Path) -> tuple[MapperMetadata, str | None]:
     """What the file says of the weights, and their checksum."""
-    manifest = read_manifest(path, FORMAT_VERSION)
-    checksum = manifest.pop(_CHECKSUM, None)
-    try:
-        return MapperMetadata(**manifest), checksum
-    except ValidationError as error:
-        raise ArtifactError(f"{path} does not describe a feature mapper ({error}); save the mapper again") from error
+    contents = read_manifest(path, FORMAT_VERSION, without_checksum=_WITHOUT_CHECKSUM)
+    checksum = contents.pop(_CHECKSUM, None)
+    return parse_manifest(contents, MapperMetadata, path), checksum

@@ -24,6 +24,7 @@ import torch
 
 from gemel_engine.errors import ArtifactError, InputError
 from gemel_engine.feature_mapper import FeatureMapper, MapperMetadata
+from gemel_engine.storage import open_regular
 from gemel_engine.types import Features, are_features
 
 _KEYS = ("mention", "text", "target", "golden")
@@ -54,7 +55,8 @@ def import_mapper(checkpoint: Path, language_model_width: int) -> FeatureMapper:
             fit D.
     """
     try:
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        with open_regular(checkpoint) as file:
+            state = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise ArtifactError(f"{checkpoint} can't be read: {error.strerror}") from error
     except Exception as error:  # anything can stand in the file, and anything is raised then
@@ -138,6 +140,7 @@ def _table(rows: Iterator[dict[str, object] | None]) -> tuple[pa.Table, int]:
 
 def _open_features(path: Path) -> h5py.File:
     try:
+        open_regular(path).close()
         return h5py.File(path)
     except OSError as error:
         raise InputError(f"{path} is no readable HDF5 file ({error}); download it again") from error
@@ -146,7 +149,7 @@ def _open_features(path: Path) -> h5py.File:
 def _rows(path: Path, pictures: h5py.File | None) -> Iterator[dict[str, object] | None]:
     """A row for each line; None for a mention without an entity."""
     try:
-        lines = path.open("rb")
+        lines = open_regular(path)
     except OSError as error:
         raise InputError(f"{path} can't be read: {error}") from error
     with lines:

@@ -1,10 +1,11 @@
 """The entities that mentions may refer to: their names as a prefix trie, and their records in an Arrow file.
 
-    knowledge_base.json     counts, checksum and tokenizer fingerprint; written last
+    knowledge_base.json     counts, tokenizer fingerprint, checksums of the entities and of trie.json; written last
     trie/                   the names' tokens, see `prefix_trie`
     entities.arrow          one record batch: the entities in the order of their names
 
-Both are mapped into memory, so that opening millions of entities takes little time and processes share the pages.
+Both are mapped into memory, so that opening millions of entities takes little time and processes share the pages; so
+their files must not be written to, or cut off, while a process has them open.
 Entities with equal names share one name and are neighbours. Nothing here knows a language model.
 
 Shapes: S entities.
@@ -29,12 +30,15 @@ from transformers import PreTrainedTokenizerFast
 from gemel_engine import parquet
 from gemel_engine.entity_names import TokenisedNames, count_skipped, reasons_to_skip
 from gemel_engine.errors import ArtifactError, ConfigurationError, InputError
-from gemel_engine.manifest import file_sha256, read_manifest, write_manifest
+from gemel_engine.manifest import claimed, file_sha256, read_manifest, write_manifest
+from gemel_engine.prefix_trie import MANIFEST as TRIE_MANIFEST
 from gemel_engine.prefix_trie import IntArray, PrefixTrie
 from gemel_engine.types import BOOLEAN, IDENTIFIER, NUMBER, TEXT, Column
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+WITHOUT_CHECKSUM = 1  # the format version before, in which nothing said which trie was that of the entities
 MANIFEST = "knowledge_base.json"
+_TRIE = "trie"
 
 ENTITY_SCHEMA = pa.schema(
     [
@@ -132,12 +136,13 @@ class KnowledgeBase:
         Raises:
             ArtifactError: A file is missing, damaged, of another format version, or does not fit the others.
         """
-        manifest = read_manifest(directory / MANIFEST, FORMAT_VERSION)
+        manifest = read_manifest(directory / MANIFEST, FORMAT_VERSION, without_checksum=WITHOUT_CHECKSUM)
         if "base" in manifest:
             raise ArtifactError(
                 f"{directory} is an update of a knowledge base: open what local_knowledge_base makes of it"
             )
-        trie = PrefixTrie.open(directory / "trie", verify=verify)
+        _check_trie(directory, manifest)
+        trie = PrefixTrie.open(directory / _TRIE, verify=verify)
         path = directory / "entities.arrow"
         try:
             with parquet.open_arrow(path) as reader:
@@ -155,6 +160,10 @@ class KnowledgeBase:
         if not is_consistent:
             raise ArtifactError(f"the files in {directory} are damaged or not of one knowledge base; build it again")
         return knowledge_base
+
+    def name_of_row(self, row: int) -> int:
+        """Return the name index of the entity in a row, from 0 to S - 1."""
+        return int(self._name_index[row])
 
     @property
     def num_entities(self) -> int:
@@ -290,31 +299,21 @@ def build_knowledge_base(
         settings: What to do with unusable names.
 
     Raises:
-        ConfigurationError: The directory holds something.
+        ConfigurationError: The directory holds something, or another command is writing it.
         InputError: A column is missing or of another type, an id is missing or not unique, text is not UTF-8, or names
             are unusable (none is left, where they are skipped).
     """
-    check_new_directory(directory)
-    fingerprint = tokenizer_fingerprint(tokenizer)
-    entities = checked_entities(entities)
-    names = TokenisedNames.tokenise(entities["name"], tokenizer)
-    reasons = reasons_to_skip(entities["name"], names, tokenizer, settings.max_name_tokens)
-    num_skipped = count_skipped(entities["entity_id"], reasons, settings.on_bad_name)
-    is_kept = reasons == ""
-    manifest = {"tokenizer_fingerprint": fingerprint, "vocabulary_size": len(tokenizer)}
-    return save_knowledge_base(
-        directory, entities.filter(pa.array(is_kept)), names.select(is_kept), manifest, num_skipped
-    )
-
-
-def check_new_directory(directory: Path) -> None:
-    """See that an artifact's directory does not exist yet, or is empty.
-
-    Raises:
-        ConfigurationError: It holds something.
-    """
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise ConfigurationError(f"{directory} is not an empty directory; remove it or name a new one")
+    with claimed(directory):
+        fingerprint = tokenizer_fingerprint(tokenizer)
+        entities = checked_entities(entities)
+        names = TokenisedNames.tokenise(entities["name"], tokenizer)
+        reasons = reasons_to_skip(entities["name"], names, tokenizer, settings.max_name_tokens)
+        num_skipped = count_skipped(entities["entity_id"], reasons, settings.on_bad_name)
+        is_kept = reasons == ""
+        manifest = {"tokenizer_fingerprint": fingerprint, "vocabulary_size": len(tokenizer)}
+        return save_knowledge_base(
+            directory, entities.filter(pa.array(is_kept)), names.select(is_kept), manifest, num_skipped
+        )
 
 
 def save_knowledge_base(
@@ -335,14 +334,27 @@ def save_knowledge_base(
     """
     trie, name_of_row = PrefixTrie.build(*names)
     stored = _sort_entities(entities, name_of_row)
-    trie.save(directory / "trie")
+    trie.save(directory / _TRIE)
     path = directory / "entities.arrow"
     with pa.ipc.new_file(str(path), _STORED_SCHEMA) as writer:
         writer.write_table(stored.combine_chunks())
     report = KnowledgeBaseReport(stored.num_rows, trie.num_names, trie.longest(0), num_skipped)
-    checksum = {"format_version": FORMAT_VERSION, "entities_sha256": file_sha256(path)}
-    write_manifest(directory / MANIFEST, {**manifest, **checksum, **asdict(report)})
+    checksums = {"entities_sha256": file_sha256(path), "trie_sha256": file_sha256(directory / _TRIE / TRIE_MANIFEST)}
+    write_manifest(directory / MANIFEST, FORMAT_VERSION, {**manifest, **checksums, **asdict(report)})
     return report
+
+
+def _check_trie(directory: Path, manifest: Mapping[str, object]) -> None:
+    """Raise unless the trie is that of the knowledge base; its manifest has the checksums of its arrays."""
+    path = directory / _TRIE / TRIE_MANIFEST
+    try:
+        is_same = "trie_sha256" not in manifest or file_sha256(path) == manifest["trie_sha256"]
+    except OSError as error:
+        raise ArtifactError(f"{path} is missing or damaged ({error}); build the knowledge base again") from error
+    if not is_same:
+        raise ArtifactError(
+            f"{directory / _TRIE} is the trie of another knowledge base; build the knowledge base again"
+        )
 
 
 def checked_entities(entities: pa.Table) -> pa.Table:

@@ -15,13 +15,13 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
-from pydantic import ConfigDict, ValidationError
+from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from transformers import PreTrainedTokenizerFast
 
@@ -32,15 +32,15 @@ from gemel_engine.knowledge_base import (
     ENTITY_SCHEMA,
     FORMAT_VERSION,
     MANIFEST,
+    WITHOUT_CHECKSUM,
     KnowledgeBase,
     KnowledgeBaseReport,
     KnowledgeBaseSettings,
-    check_new_directory,
     checked_entities,
     save_knowledge_base,
     tokenizer_fingerprint,
 )
-from gemel_engine.manifest import file_sha256, read_manifest, write_manifest
+from gemel_engine.manifest import claimed, file_sha256, parse_manifest, read_manifest, write_manifest
 
 _CHANGES_SCHEMA = pa.schema(
     [
@@ -132,10 +132,20 @@ def update_knowledge_base(
 
     Raises:
         ArtifactError: The base is unusable, or was built with another tokenizer.
-        ConfigurationError: The directory holds something.
+        ConfigurationError: The directory holds something, or another command is writing it.
         InputError: As for `build_knowledge_base`; or a retired entity is not in the base, or none would be left.
     """
-    check_new_directory(directory)
+    with claimed(directory):
+        return _write_update(base, changes, tokenizer, directory, settings)
+
+
+def _write_update(
+    base: str,
+    changes: pa.Table,
+    tokenizer: PreTrainedTokenizerFast,
+    directory: Path,
+    settings: KnowledgeBaseSettings,
+) -> UpdateReport:
     source = storage.download_directory(base)
     knowledge_base = KnowledgeBase.open(_merged(source, storage.ARTIFACT_CACHE))
     if knowledge_base.tokenizer_fingerprint != tokenizer_fingerprint(tokenizer):
@@ -161,7 +171,6 @@ def update_knowledge_base(
     if knowledge_base.num_entities + report.num_added == report.num_retired:
         raise InputError(f"the changes retire all entities of the knowledge base {shown(base)}: keep at least one")
 
-    directory.mkdir(parents=True, exist_ok=True)
     token_ids, offsets = names.select(is_kept)
     stored = entities.filter(pa.array(is_kept))
     stored = stored.append_column("token_ids", pa.LargeListArray.from_arrays(offsets, token_ids))
@@ -170,13 +179,12 @@ def update_knowledge_base(
         writer.write_table(stored.combine_chunks())
     local = storage.local_path(base)
     manifest = {
-        "format_version": FORMAT_VERSION,
         "base": {"address": str(local or base.rstrip("/")), "sha256": _checksum(str(source))},
         "kept_columns": [name for name in _OPTIONAL if name not in changes.column_names],
         "changes_sha256": file_sha256(directory / _CHANGES),
         "tokenizer_fingerprint": knowledge_base.tokenizer_fingerprint,
     }
-    write_manifest(directory / MANIFEST, manifest | asdict(report))
+    write_manifest(directory / MANIFEST, FORMAT_VERSION, manifest | asdict(report))
     return report
 
 
@@ -185,18 +193,18 @@ def compact_knowledge_base(update: str, directory: Path) -> KnowledgeBaseReport:
 
     Raises:
         ArtifactError: The update or its base is unusable.
-        ConfigurationError: The directory holds something, or it is a knowledge base without a base of its own.
+        ConfigurationError: The directory holds something, another command is writing it, or `update` is no update.
     """
-    check_new_directory(directory)
-    source = storage.download_directory(update)
-    if "base" not in read_manifest(source / MANIFEST, FORMAT_VERSION):
-        raise ConfigurationError(f"{shown(update)} is no update but a knowledge base: there is nothing to merge")
-    return _merge(source, _read_manifest(source), directory, storage.ARTIFACT_CACHE)
+    with claimed(directory):
+        source = storage.download_directory(update)
+        if "base" not in _contents(source):
+            raise ConfigurationError(f"{shown(update)} is no update but a knowledge base: there is nothing to merge")
+        return _merge(source, _read_manifest(source), directory, storage.ARTIFACT_CACHE)
 
 
 def _merged(directory: Path, cache_dir: Path) -> Path:
     """The directory itself, or for an update that of the cache in which it is merged with its base."""
-    if "base" not in read_manifest(directory / MANIFEST, FORMAT_VERSION):
+    if "base" not in _contents(directory):
         return directory
     manifest = _read_manifest(directory)
     if not storage.exists(f"{manifest.base.address}/{MANIFEST}"):  # this node may have merged it, but others have not
@@ -229,7 +237,7 @@ def _merge(directory: Path, manifest: _Manifest, target: Path, cache_dir: Path) 
         (np.concatenate([kept_tokens, new_tokens.flatten().to_numpy()]), np.concatenate([kept_offsets, new_ends])),
         {
             "tokenizer_fingerprint": base.tokenizer_fingerprint,
-            "vocabulary_size": read_manifest(base_directory / MANIFEST, FORMAT_VERSION).get("vocabulary_size"),
+            "vocabulary_size": _contents(base_directory).get("vocabulary_size"),
         },
         manifest.num_skipped,
     )
@@ -268,13 +276,13 @@ def _checksum(uri: str) -> str:
     return hashlib.sha256(b"".join(found)).hexdigest()
 
 
+def _contents(directory: Path) -> dict[str, Any]:
+    """Return what a knowledge base or an update says of itself."""
+    return read_manifest(directory / MANIFEST, FORMAT_VERSION, without_checksum=WITHOUT_CHECKSUM)
+
+
 def _read_manifest(directory: Path) -> _Manifest:
-    manifest = read_manifest(directory / MANIFEST, FORMAT_VERSION)
-    del manifest["format_version"]
-    try:
-        return _Manifest(**manifest)
-    except (TypeError, ValidationError) as error:
-        raise ArtifactError(f"{directory / MANIFEST} is no update ({error}); write the update again") from error
+    return parse_manifest(_contents(directory), _Manifest, directory / MANIFEST)
 
 
 def _read_changes(directory: Path, manifest: _Manifest) -> pa.Table:

@@ -23,23 +23,26 @@ import numpy as np
 import pyarrow as pa
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gemel_engine.artifacts import Artifacts
 from gemel_engine.config import MapperSettings, OptimisationSettings
 from gemel_engine.errors import ArtifactError, ConfigurationError, InputError
-from gemel_engine.feature_mapper import FeatureMapper
-from gemel_engine.manifest import read_manifest, write_manifest
+from gemel_engine.feature_mapper import MANIFEST, FeatureMapper
+from gemel_engine.manifest import file_sha256, read_manifest, write_manifest
 from gemel_engine.model import FrozenLanguageModel
 from gemel_engine.packing import LabelledPrompt, Segment, pack_prompts, split_into_packs
 from gemel_engine.prompt import Block, PromptBuilder, PromptSettings
+from gemel_engine.storage import open_regular
 from gemel_engine.types import Features, Mention
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+_WITHOUT_CHECKSUM = 2
 _STATE = "training.json"
 _OPTIMISER = "optimiser.safetensors"
+_PARTS = (_OPTIMISER, MANIFEST)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -289,8 +292,9 @@ class MapperTrainer:
             for key, value in self._optimiser.state.get(parameter, {}).items()
         }
         save_file(state, directory / _OPTIMISER)
-        manifest = {"step": self.step, "settings": self._trajectory(), "format_version": FORMAT_VERSION}
-        write_manifest(directory / _STATE, manifest)
+        checksums = {name: file_sha256(directory / name) for name in _PARTS}
+        contents = {"step": self.step, "settings": self._trajectory(), "sha256": checksums}
+        write_manifest(directory / _STATE, FORMAT_VERSION, contents)
 
     def load(self, directory: Path) -> None:
         """Go on from a checkpoint.
@@ -299,7 +303,7 @@ class MapperTrainer:
             ArtifactError: It is damaged.
             ConfigurationError: It is of a run with another optimiser, schedule or mapper.
         """
-        manifest = read_manifest(directory / _STATE, FORMAT_VERSION)
+        manifest = read_manifest(directory / _STATE, FORMAT_VERSION, without_checksum=_WITHOUT_CHECKSUM)
         mapper = FeatureMapper.load(directory)
         ours = replace(self.mapper.metadata, trained=mapper.metadata.trained)
         if manifest.get("settings") != self._trajectory() or mapper.metadata != ours:
@@ -308,7 +312,10 @@ class MapperTrainer:
         if not isinstance(step, int) or not 0 <= step <= self.num_steps:
             raise ArtifactError(f"{directory / _STATE} gives the step {step!r}: go back to an earlier checkpoint")
         try:
-            state = load_file(directory / _OPTIMISER)
+            if any(file_sha256(directory / name) != checksum for name, checksum in manifest.get("sha256", {}).items()):
+                raise ArtifactError(f"the files in {directory} are of two checkpoints: go back to an earlier one")
+            with open_regular(directory / _OPTIMISER) as file:
+                state = load(file.read())
         except (OSError, SafetensorError) as error:
             raise ArtifactError(
                 f"{directory / _OPTIMISER} cannot be read ({error}): go back to an earlier checkpoint"

@@ -6,16 +6,26 @@ Shapes: B surface forms, E width of the mention encoder, T tokens.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 from tqdm import tqdm
-from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
+from gemel_engine.checkpoint import (
+    check_finite,
+    check_whole,
+    checkpoint_directory,
+    copy_weights,
+    load_model,
+    tensor_names,
+    weight_files,
+)
 from gemel_engine.errors import ConfigurationError, not_loadable
 from gemel_engine.knowledge_base import tokenizer_fingerprint
 
@@ -37,18 +47,19 @@ class MentionEncoder:
         fingerprint: SHA-256 over weights and tokenizer.
 
     Raises:
-        ArtifactError: There is no such model.
+        ArtifactError: There is no such model, a file of it is damaged, or it lacks tensors or has other ones.
         ConfigurationError: Its tokenizer has no fast implementation.
     """
 
     def __init__(self, name_or_path: str, device: str = "cpu", batch_size: int = 16) -> None:
+        directory = checkpoint_directory("mention encoder", name_or_path)
+        if os.path.isdir(name_or_path):  # one on the hub may not have been downloaded yet
+            weight_files(directory)
         try:
             tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
-            model = AutoModel.from_pretrained(
-                name_or_path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
-            )
-        except (OSError, ValueError, SafetensorError) as error:
+        except Exception as error:  # the tokenizers' library raises nothing narrower for a damaged file
             raise not_loadable("mention encoder", name_or_path, error) from error
+        model: Any = _load_model(name_or_path)  # transformers' types take `to` for another function
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
             raise ConfigurationError(f"the tokenizer of {name_or_path!r} has no fast implementation, which is needed")
         self.width: int = model.config.hidden_size
@@ -93,6 +104,28 @@ class MentionEncoder:
         hidden = self._model(input_ids=token_ids, attention_mask=torch.ones_like(token_ids)).last_hidden_state
         embeddings: NDArray[np.float32] = torch.nn.functional.normalize(hidden.mean(dim=1), dim=-1).cpu().numpy()
         return embeddings
+
+
+def _load_model(name_or_path: str) -> PreTrainedModel:
+    """Load an encoder all of whose tensors are in its checkpoint.
+
+    The checkpoint may be of another task: a head on top of the encoder takes no part in embeddings and is left out, and
+    so is a pooler without tensors.
+    """
+    model: PreTrainedModel
+    model, loaded = load_model("mention encoder", AutoModel, name_or_path, dtype=torch.float32, use_safetensors=True)
+    pooler = getattr(model, "pooler", None)
+    if pooler is not None and {*pooler.state_dict(prefix="pooler.")} <= loaded["missing_keys"]:
+        model.register_module("pooler", None)
+        loaded["missing_keys"] -= {*pooler.state_dict(prefix="pooler.")}
+    names = tensor_names(weight_files(checkpoint_directory("mention encoder", name_or_path)))
+    prefix = f"{model.base_model_prefix}."
+    if any(name.startswith(prefix) for name in names):
+        loaded["unexpected_keys"] -= {name for name in names if not name.startswith(prefix)}
+    check_whole("mention encoder", name_or_path, loaded)
+    check_finite("mention encoder", name_or_path, model.state_dict())
+    copy_weights(model)
+    return model
 
 
 def _fingerprint(model: torch.nn.Module, tokenizer: str) -> str:

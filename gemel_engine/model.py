@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from inspect import signature
@@ -28,9 +29,19 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils.hub import cached_file
+from transformers.models.auto.auto_factory import _get_model_class
 
-from gemel_engine.errors import ConfigurationError, not_loadable
+from gemel_engine.checkpoint import (
+    check_files,
+    check_finite_files,
+    check_tensors,
+    check_whole,
+    checkpoint_directory,
+    copy_weights,
+    load_model,
+    weight_files,
+)
+from gemel_engine.errors import ArtifactError, ConfigurationError, not_loadable
 from gemel_engine.packing import PackedPrompts, Stretch
 from gemel_engine.prompt import Prompt
 
@@ -48,9 +59,10 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
         ArtifactError: There is none.
         ConfigurationError: It has no fast implementation.
     """
+    check_files(name_or_path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the tokenizers' library raises nothing narrower for a damaged file
         raise not_loadable("tokenizer", name_or_path, error) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ConfigurationError(f"the tokenizer of {name_or_path!r} has no fast implementation, which is needed")
@@ -85,12 +97,8 @@ def language_model_fingerprint(name_or_path: str) -> str:
     Raises:
         ArtifactError: There is no such model.
     """
-    try:
-        config_file = cached_file(name_or_path, "config.json")
-    except OSError as error:
-        raise not_loadable("language model", name_or_path, error) from error
-    directory = Path(str(config_file)).parent
-    config = json.loads((directory / "config.json").read_text())
+    directory = checkpoint_directory("language model", name_or_path)
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     config.pop("transformers_version", None)
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for path in sorted([*directory.glob("*.safetensors"), *directory.glob("*.bin")]):
@@ -101,6 +109,50 @@ def language_model_fingerprint(name_or_path: str) -> str:
             file.seek(max(0, size - _SAMPLED_BYTES))
             digest.update(file.read(_SAMPLED_BYTES))
     return digest.hexdigest()
+
+
+def check_language_model(name_or_path: str, *, verify: bool = False) -> None:
+    """Raise unless a language model's files are there and hold what its configuration asks for.
+
+    Without loading it: whichever engine loads it later, and wherever. Of a model on the hub whose weights are not on
+    this machine, and of one whose checkpoint is quantised, the tensors are not compared.
+
+    Args:
+        name_or_path: Local directory, or name on the model hub.
+        verify: Also read all weights, and see that they are finite.
+
+    Raises:
+        ArtifactError: A file is missing or damaged, or a tensor missing, unexpected, of another shape or not finite.
+    """
+    config, directory = _load_config(name_or_path), checkpoint_directory("language model", name_or_path)
+    if not os.path.isdir(name_or_path) and not [*directory.glob("*.safetensors"), *directory.glob("*.bin")]:
+        return
+    if getattr(config, "transformers_weights", None) is not None:
+        raise ArtifactError(
+            f"{directory / 'config.json'} names its weights itself (transformers_weights), and engines would read "
+            "different ones: remove that line"
+        )
+    files = weight_files(directory)
+    _check_only_weights(directory, files)
+    architectures = AutoModelForCausalLM._model_mapping
+    if type(config) in architectures and getattr(config, "quantization_config", None) is None:
+        architecture: Any = _get_model_class(config, architectures)  # type: ignore[no-untyped-call]
+        check_tensors("language model", directory, files, architecture, config)
+    if verify:
+        check_finite_files("language model", directory, files)
+
+
+def _check_only_weights(directory: Path, files: Sequence[Path]) -> None:
+    """Raise where vLLM would read other safetensors files than transformers."""
+    read = {*directory.glob("*.safetensors")}
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        read &= {directory / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+    if read and read != {*files}:
+        others = ", ".join(sorted(path.name for path in read ^ {*files}))
+        raise ArtifactError(
+            f"{directory} holds more weights than one model has, and engines would read different ones: remove {others}"
+        )
 
 
 def warn_if_slow(dtype: str, device: torch.device) -> None:
@@ -142,15 +194,14 @@ class FrozenLanguageModel:
         config = _load_config(name_or_path)
         if activation_checkpointing:
             _remove_dropout(config)
-        try:
-            model = AutoModelForCausalLM.from_pretrained(
-                name_or_path, config=config, dtype=DTYPES[dtype], trust_remote_code=False
-            )
-        except (OSError, ValueError) as error:
-            raise not_loadable("language model", name_or_path, error) from error
+        model, loaded = load_model(
+            "language model", AutoModelForCausalLM, name_or_path, config=config, dtype=DTYPES[dtype]
+        )
+        check_whole("language model", name_or_path, loaded)
+        copy_weights(model)
         if model.config._attn_implementation == "sdpa" and model._can_set_attn_implementation():
             model.set_attn_implementation(_PACKED_ATTENTION)
-        self.module = model.eval().requires_grad_(False)  # type: ignore[no-untyped-call]
+        self.module = model.eval().requires_grad_(False)
         self.module.to(torch.device(device))
         self._embedding = model.get_input_embeddings()
         self._checkpointed: list[nn.Module] = []
@@ -342,9 +393,10 @@ def _listed(config: PreTrainedConfig, name: str) -> Sequence[str]:
 
 
 def _load_config(name_or_path: str) -> PreTrainedConfig:
+    check_files(name_or_path)
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the file may say anything, and anything is raised then
         raise not_loadable("language model", name_or_path, error) from error
     return config
 

@@ -358,6 +358,7 @@ def open_arrow(path: Path) -> pa.ipc.RecordBatchFileReader:
         OSError: It is not there.
         pa.ArrowInvalid: It is no Arrow file, or has an extension type.
     """
+    storage.open_regular(path).close()
     source = pa.memory_map(str(path))
     size, tail = source.size(), 10  # the length of the footer, and the magic number
     length = int.from_bytes(source.read_at(min(size, 4), max(0, size - tail)), "little")

@@ -21,8 +21,11 @@ from numpy.typing import NDArray
 
 from gemel_engine.errors import ArtifactError
 from gemel_engine.manifest import file_sha256, read_manifest, write_manifest
+from gemel_engine.storage import open_regular
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+MANIFEST = "trie.json"
+_WITHOUT_CHECKSUM = 1
 _DTYPES = {
     "tokens": (np.dtype(np.uint16), np.dtype(np.uint32)),
     "first_child": (np.dtype(np.uint32),),
@@ -241,11 +244,11 @@ class PrefixTrie:
             path = directory / f"{field.name}.npy"
             np.save(path, array, allow_pickle=False)
             files[path.name] = _layout(array) | {"sha256": file_sha256(path)}
-        write_manifest(directory / "trie.json", {"format_version": FORMAT_VERSION, "files": files})
+        write_manifest(directory / MANIFEST, FORMAT_VERSION, {"files": files})
 
     @classmethod
     def open(cls, directory: Path, *, verify: bool = False) -> Self:
-        """Map a saved trie into memory, read-only.
+        """Map a saved trie into memory, read-only; its files must not be written to while it is open.
 
         Args:
             directory: What `save` wrote.
@@ -256,9 +259,10 @@ class PrefixTrie:
         Raises:
             ArtifactError: A file is missing, damaged, of another format version, or does not fit the others.
         """
-        files = read_manifest(directory / "trie.json", FORMAT_VERSION).get("files")
+        path = directory / MANIFEST
+        files = read_manifest(path, FORMAT_VERSION, without_checksum=_WITHOUT_CHECKSUM).get("files")
         if not isinstance(files, dict):
-            raise ArtifactError(f"{directory / 'trie.json'} lists no files; build the knowledge base again")
+            raise ArtifactError(f"{path} lists no files; build the knowledge base again")
         trie = cls(**{field.name: _map_array(directory / f"{field.name}.npy", files, verify) for field in fields(cls)})
         if not trie._has_consistent_shapes() or not trie._is_safe() or (verify and not trie._is_well_formed()):
             raise ArtifactError(f"the arrays in {directory} do not form a prefix trie; build the knowledge base again")
@@ -329,6 +333,7 @@ def _layout(array: UnsignedArray) -> dict[str, Any]:
 
 def _map_array(path: Path, files: Mapping[str, Any], verify: bool) -> UnsignedArray:
     try:
+        open_regular(path).close()
         # Unlike np.load this reads no archives; a plain array, because indexing a memmap is slow.
         array = np.asarray(np.lib.format.open_memmap(path, mode="r"))  # type: ignore[no-untyped-call]
     except (OSError, ValueError, TypeError, OverflowError, SyntaxError, TokenError) as error:  # a header is a literal

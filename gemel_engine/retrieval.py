@@ -36,17 +36,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from pydantic import ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import ConfigDict, Field, PositiveInt
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from gemel_engine import parquet
 from gemel_engine.entity_names import are_demonstrable
 from gemel_engine.errors import ArtifactError, InputError
-from gemel_engine.manifest import file_sha256, read_manifest, write_manifest
+from gemel_engine.manifest import claimed, file_sha256, parse_manifest, read_manifest, write_manifest
 from gemel_engine.mention_encoder import MentionEncoder
 from gemel_engine.types import are_features
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+_WITHOUT_CHECKSUM = 2
 _METADATA = "index.json"
 _TABLE = "demonstrations.parquet"
 _TEXT_COLUMNS = ("mention_id", "text", "mention", "entity_id", "entity_name", "group")
@@ -100,7 +101,6 @@ class IndexMetadata:
     mention_encoder_fingerprint: str
     image_encoder_fingerprint: str | None
     table_sha256: str
-    format_version: int = FORMAT_VERSION
 
 
 class DemonstrationIndex:
@@ -146,6 +146,7 @@ class DemonstrationIndex:
             image_encoder_fingerprint: Of the encoder that made the image features, where it is known.
 
         Raises:
+            ConfigurationError: Another command is writing there.
             InputError: There are no demonstrations, a `mention_id` is not unique, or image features differ in width.
         """
         ordered = sorted(demonstrations, key=_shuffled_by_form)
@@ -155,21 +156,21 @@ class DemonstrationIndex:
         vision_width = _vision_width(ordered)
         embeddings = mention_encoder.encode([demonstration.mention for demonstration in ordered])
         table = _table(ordered, embeddings, vision_width)
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / _METADATA).unlink(missing_ok=True)
         path = directory / _TABLE
-        pq.write_table(table, path, compression="zstd", use_dictionary=["mention", "entity_id", "entity_name"])
-        metadata = IndexMetadata(
-            num_demonstrations=len(ordered),
-            num_surface_forms=len({demonstration.mention for demonstration in ordered}),
-            num_images=sum(demonstration.features is not None for demonstration in ordered),
-            surface_width=mention_encoder.width,
-            vision_width=vision_width,
-            mention_encoder_fingerprint=mention_encoder.fingerprint,
-            image_encoder_fingerprint=image_encoder_fingerprint,
-            table_sha256=file_sha256(path),
-        )
-        write_manifest(directory / _METADATA, asdict(metadata))
+        with claimed(directory, must_be_empty=False):
+            (directory / _METADATA).unlink(missing_ok=True)
+            pq.write_table(table, path, compression="zstd", use_dictionary=["mention", "entity_id", "entity_name"])
+            metadata = IndexMetadata(
+                num_demonstrations=len(ordered),
+                num_surface_forms=len({demonstration.mention for demonstration in ordered}),
+                num_images=sum(demonstration.features is not None for demonstration in ordered),
+                surface_width=mention_encoder.width,
+                vision_width=vision_width,
+                mention_encoder_fingerprint=mention_encoder.fingerprint,
+                image_encoder_fingerprint=image_encoder_fingerprint,
+                table_sha256=file_sha256(path),
+            )
+            write_manifest(directory / _METADATA, FORMAT_VERSION, asdict(metadata))
         return cls(metadata, table)
 
     @classmethod
@@ -183,15 +184,16 @@ class DemonstrationIndex:
         Raises:
             ArtifactError: A file is missing, damaged, of another format version, or does not fit the other.
         """
-        path = directory / _TABLE
+        path, manifest = directory / _TABLE, directory / _METADATA
+        contents = read_manifest(manifest, FORMAT_VERSION, without_checksum=_WITHOUT_CHECKSUM)
+        metadata = parse_manifest(contents, IndexMetadata, manifest)
         try:
-            metadata = IndexMetadata(**read_manifest(directory / _METADATA, FORMAT_VERSION))
             if verify and file_sha256(path) != metadata.table_sha256:
                 raise ArtifactError(f"{path} has another checksum than {_METADATA} gives; build the index again")
             with parquet.open_table(str(path)) as file:
                 table = file.read().combine_chunks()
             table.validate(full=True)
-        except (OSError, pa.ArrowException, InputError, ValidationError) as error:
+        except (OSError, pa.ArrowException, InputError) as error:
             raise ArtifactError(f"{directory} holds no readable index ({error}); build it again") from error
         _check(table, metadata, path)
         return cls(metadata, table)

@@ -17,12 +17,14 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedReader
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -170,8 +172,21 @@ def read_bytes(uri: str, limit: int | None = None) -> bytes:
     path = local_path(uri)
     if path is None:
         return s3.read_bytes(uri, limit)
-    with path.open("rb") as stream:
-        return stream.read(limit)
+    with open_regular(path) as stream:
+        return stream.read(-1 if limit is None else limit)
+
+
+def open_regular(path: Path) -> BufferedReader:
+    """Open a local file for reading, if it is a regular one: a pipe could block, a device have no end.
+
+    Raises:
+        OSError: It is not a regular file, or cannot be opened.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return os.fdopen(descriptor, "rb")
 
 
 def read_json(uri: str, remedy: str) -> Any:
@@ -366,13 +381,21 @@ def _unless_gone(error: OSError) -> None:
 
 
 def _local_file(path: str) -> InputFile | None:
-    """Describe a local file; None if it has been removed."""
+    """Describe a local file; None if it has been removed.
+
+    Raises:
+        InputError: It is not a regular file.
+    """
     try:
         status = os.stat(path)
     except FileNotFoundError:
         if os.path.islink(path):
             raise
         return None
+    if not stat.S_ISREG(status.st_mode):
+        raise InputError(
+            f"{shown(path)} is a pipe, a socket or a device: remove it, or put a regular file in its place"
+        )
     return InputFile(path, status.st_size, f"{status.st_size}-{status.st_mtime_ns}")
 
 

@@ -22,6 +22,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from gemel_engine.checkpoint import check_file, check_finite
 from gemel_engine.errors import ArtifactError, ConfigurationError, ImageError, MentionError
 from gemel_engine.image_file import decode_image
 from gemel_engine.types import Features
@@ -63,6 +64,7 @@ class ImageEncoder:
             config, tower, self.preprocess = _load_directory(Path(name_or_path))
         else:
             config, tower, self.preprocess = _load_named(name_or_path, pretrained)
+        check_finite("image encoder", name_or_path, tower.state_dict())
         self.fingerprint = _fingerprint(config, tower)
         _remove_projection(tower)
         self._device, self._dtype = torch.device(device), dtype
@@ -166,6 +168,7 @@ def _load_directory(directory: Path) -> tuple[dict[str, Any], nn.Module, Preproc
             raise ArtifactError(
                 f"{file} is missing; give a directory in open_clip's format, or a model name and the tag of its weights"
             )
+        check_file(file)
     name = f"local-dir:{directory}"
     try:
         config = open_clip.get_model_config(name)
@@ -188,7 +191,12 @@ def _load_named(name: str, pretrained: str) -> tuple[dict[str, Any], nn.Module, 
         # open_clip only warns, and computes features that the weights were not trained for.
         twin = name.removesuffix("-quickgelu") if config.get("quick_gelu") else f"{name}-quickgelu"
         raise ConfigurationError(f"the weights {pretrained!r} need another activation than {name} has; use {twin!r}")
-    model, preprocess = open_clip.create_model_from_pretrained(name, pretrained)
+    try:
+        model, preprocess = open_clip.create_model_from_pretrained(name, pretrained)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ArtifactError(
+            f"the weights {pretrained!r} of {name} cannot be loaded ({error}): see that they can be downloaded here"
+        ) from error
     return config, model.visual, preprocess
 
 

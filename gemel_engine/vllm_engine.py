@@ -26,7 +26,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from gemel_engine.config import EngineSettings
 from gemel_engine.errors import EngineDiedError
-from gemel_engine.model import DTYPES, language_model_width, warn_if_slow
+from gemel_engine.model import DTYPES, check_language_model, language_model_width, warn_if_slow
 from gemel_engine.prefix_trie import PrefixTrie, SavedTrie
 from gemel_engine.prompt import Prompt
 from gemel_engine.search import Rollout, RolloutRequest
@@ -83,6 +83,7 @@ class VllmEngine:
         self._engine = LLMEngine.from_engine_args(
             EngineArgs(
                 model=settings.name,
+                load_format="hf",  # by itself vLLM would take files of another format that lie beside those checked
                 skip_tokenizer_init=True,
                 enable_prompt_embeds=True,
                 dtype=settings.dtype,
@@ -106,6 +107,8 @@ class VllmEngine:
                 seed=0,
             )
         )
+        if not os.path.isdir(settings.name):
+            check_language_model(settings.name)  # the weights of one on the hub may just have been downloaded
 
     def submit(self, request_id: str, prompt: Prompt, request: RolloutRequest, candidates: PrefixTrie | None) -> None:
         """Queue a rollout under the engine's trie, or under `candidates` where that is given."""

@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import brier_score_loss
 from sklearn.preprocessing import StandardScaler
+from trouble import edit_manifest
 
 from gemel_engine.calibration import EVIDENCE, Calibration, LogisticModel, evidence_of, quality, scoring_settings
 from gemel_engine.errors import ArtifactError, ConfigurationError, InputError
@@ -40,7 +42,9 @@ SCORING = {
 
 @pytest.fixture(scope="module")
 def calibration() -> Calibration:
-    return Calibration.fit(predictions_to_table(PREDICTIONS), FORMS, IS_RIGHT, IS_NIL, nil_precision=0.4)
+    return Calibration.fit(
+        predictions_to_table(PREDICTIONS), FORMS, IS_RIGHT, IS_NIL, scoring=scoring_settings(SCORING), nil_precision=0.4
+    )
 
 
 def test_evidence_is_read_from_the_rows() -> None:
@@ -66,7 +70,7 @@ def test_the_model_is_scikit_learns() -> None:
 def test_evidence_that_says_nothing_is_kept_from_having_a_say() -> None:
     table, is_right = predictions_to_table(PREDICTIONS[:100]), RNG.uniform(size=100) < 0.5
     evidence = evidence_of(table, FORMS[:100])
-    fitted = Calibration.fit(table, FORMS[:100], is_right, np.zeros(100, bool))
+    fitted = Calibration.fit(table, FORMS[:100], is_right, np.zeros(100, bool), scoring=scoring_settings(SCORING))
     assert fitted.right(evidence).std() < LogisticModel.fit(evidence, is_right, 1.0)(evidence).std() / 2
 
 
@@ -108,8 +112,17 @@ def test_nil_has_the_precision_that_was_asked_for(calibration: Calibration) -> N
     called = np.array([bool(prediction.is_nil) for prediction in calibration.apply(PREDICTIONS, FORMS)])
     assert IS_NIL[called].mean() == pytest.approx(0.4, abs=0.05)
     with pytest.raises(ConfigurationError, match="ask for less"):
-        Calibration.fit(predictions_to_table(PREDICTIONS), FORMS, IS_RIGHT, IS_NIL, nil_precision=1.0)
-    without = Calibration.fit(predictions_to_table(PREDICTIONS), FORMS, IS_RIGHT, np.zeros(600, bool))
+        Calibration.fit(
+            predictions_to_table(PREDICTIONS),
+            FORMS,
+            IS_RIGHT,
+            IS_NIL,
+            scoring=scoring_settings(SCORING),
+            nil_precision=1.0,
+        )
+    without = Calibration.fit(
+        predictions_to_table(PREDICTIONS), FORMS, IS_RIGHT, np.zeros(600, bool), scoring=scoring_settings(SCORING)
+    )
     assert without.nil is None
     assert without.apply(PREDICTIONS[:1], FORMS[:1])[0].is_nil is None
 
@@ -131,9 +144,63 @@ def test_damaged_files_are_refused_by_name(calibration: Calibration, tmp_path: P
         Calibration.open(tmp_path)
 
 
+def test_a_changed_weight_is_refused(calibration: Calibration, tmp_path: Path) -> None:
+    calibration.save(tmp_path)
+    path = tmp_path / "calibration.json"
+    manifest = json.loads(path.read_text())
+    manifest["right"]["weights"][0] += 0.1
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match="has been changed since it was written"):
+        Calibration.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"scoring": {}},
+        {"scoring": {"search": {"objective": "sum"}}},
+        {"scoring": {"search": 1}},
+        {"nil_threshold": None},
+        {"nil_threshold": float("nan")},
+        {"nil_threshold": 2.0},
+        {"nil": None},
+        {"fitted_on": {"accuracy": float("nan")}},
+        {"right": None},
+        {"self": 1},
+        {"format_version": 2},
+    ],
+)
+def test_values_that_no_fit_gives_are_refused(
+    calibration: Calibration, tmp_path: Path, changes: dict[str, object]
+) -> None:
+    calibration.save(tmp_path)
+    edit_manifest(tmp_path / "calibration.json", changes)
+    with pytest.raises(ArtifactError, match=r"calibration\.json"):
+        Calibration.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("scale", 1e-300), ("scale", -1.0), ("scale", 1e300), ("weights", 1e300), ("mean", float("inf")), ("mean", "1")],
+)
+def test_numbers_out_of_range_are_refused(calibration: Calibration, tmp_path: Path, name: str, value: object) -> None:
+    calibration.save(tmp_path)
+    right = json.loads((tmp_path / "calibration.json").read_text())["right"]
+    edit_manifest(tmp_path / "calibration.json", {"right": right | {name: [value, *right[name][1:]]}})
+    with pytest.raises(ArtifactError, match=rf"right\.{name}\.0"):
+        Calibration.open(tmp_path)
+
+
+def test_evidence_that_varies_by_rounding_alone_has_no_say() -> None:
+    evidence = RNG.normal(size=(200, len(EVIDENCE)))
+    evidence[:, 3] = 0.1 + 1e-17 * RNG.normal(size=200)
+    fitted = LogisticModel.fit(evidence, evidence[:, 0] > 0, 1.0)
+    assert fitted.scale[3] == 1.0
+
+
 def test_another_search_needs_another_calibration() -> None:
     table = predictions_to_table(PREDICTIONS)
-    fitted = Calibration.fit(table, FORMS, IS_RIGHT, IS_NIL, nil_precision=0.4, scoring=scoring_settings(SCORING))
+    fitted = Calibration.fit(table, FORMS, IS_RIGHT, IS_NIL, scoring=scoring_settings(SCORING), nil_precision=0.4)
     fitted.check_scoring(SCORING | {"language_model": {"name": "elsewhere/lm"}, "search": {"objective": "sum"}})
     with pytest.raises(ConfigurationError, match=r"search\.objective"):
         fitted.check_scoring(SCORING | {"search": {"objective": "mean"}})
@@ -141,14 +208,16 @@ def test_another_search_needs_another_calibration() -> None:
 
 def test_mentions_of_one_surface_form_are_left_out_together() -> None:
     table, forms = predictions_to_table(PREDICTIONS), [str(row % 7) for row in range(600)]
-    fitted = Calibration.fit(table, forms, IS_RIGHT, np.zeros(600, bool))
-    alone = Calibration.fit(table, FORMS, IS_RIGHT, np.zeros(600, bool))
+    fitted = Calibration.fit(table, forms, IS_RIGHT, np.zeros(600, bool), scoring=scoring_settings(SCORING))
+    alone = Calibration.fit(table, FORMS, IS_RIGHT, np.zeros(600, bool), scoring=scoring_settings(SCORING))
     assert fitted.fitted_on["brier_score"] != alone.fitted_on["brier_score"]
     with pytest.raises(InputError, match="of one outcome are of too few surface forms"):
-        Calibration.fit(table, [str(right) for right in IS_RIGHT], IS_RIGHT, np.zeros(600, bool))
+        Calibration.fit(
+            table, [str(right) for right in IS_RIGHT], IS_RIGHT, np.zeros(600, bool), scoring=scoring_settings(SCORING)
+        )
 
 
 def test_too_few_outcomes_are_refused() -> None:
     rows = pa.concat_tables([predictions_to_table(PREDICTIONS[:30])])
     with pytest.raises(InputError, match="0 of 30 answers are right"):
-        Calibration.fit(rows, FORMS[:30], np.zeros(30, bool), np.zeros(30, bool))
+        Calibration.fit(rows, FORMS[:30], np.zeros(30, bool), np.zeros(30, bool), scoring=scoring_settings(SCORING))

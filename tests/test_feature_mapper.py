@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from trouble import damage
+from trouble import damage, edit_manifest, make_endless
 
 from gemel_engine.errors import ArtifactError, InputError
 from gemel_engine.feature_mapper import FeatureMapper
@@ -138,9 +137,45 @@ def test_missing_or_damaged_file_is_refused(directory: Path, name: str) -> None:
     ],
 )
 def test_description_that_does_not_fit_is_refused(directory: Path, changes: dict[str, object], message: str) -> None:
-    path = directory / "mapper.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    edit_manifest(directory / "mapper.json", changes)
     with pytest.raises(ArtifactError, match=message):
+        FeatureMapper.load(directory)
+
+
+def test_a_changed_description_is_refused(directory: Path) -> None:
+    path = directory / "mapper.json"
+    path.write_text(path.read_text().replace('"scaling": "none"', '"scaling": "z_score"'))
+    with pytest.raises(ArtifactError, match="has been changed since it was written"):
+        FeatureMapper.load(directory)
+
+
+def test_a_mapper_in_use_is_no_mapping_of_its_file(directory: Path) -> None:
+    loaded = FeatureMapper.load(directory)
+    before = loaded.linear.weight.clone()
+    with (directory / "mapper.safetensors").open("r+b") as file:
+        file.seek(-8 * C, 2)
+        file.write(b"\1" * 8 * C)
+    assert torch.equal(loaded.linear.weight, before)
+    with (directory / "mapper.safetensors").open("r+b") as file:
+        file.truncate(10)  # what reads a mapping behind the new end is ended by the operating system
+    assert torch.equal(loaded.linear.weight, before)
+
+
+@pytest.mark.parametrize("name", ["mapper.json", "mapper.safetensors"])
+def test_what_is_no_regular_file_is_refused(directory: Path, name: str) -> None:
+    make_endless(directory / name)
+    with pytest.raises(ArtifactError, match="not a regular file"):
+        FeatureMapper.load(directory)
+    (directory / name).unlink()
+    (directory / name).symlink_to("/dev/zero")
+    with pytest.raises(ArtifactError, match="not a regular file"):
+        FeatureMapper.load(directory)
+
+
+def test_a_file_larger_than_the_mapper_is_not_read(directory: Path) -> None:
+    with (directory / "mapper.safetensors").open("r+b") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(ArtifactError, match=r"is larger than what mapper\.json asks for"):
         FeatureMapper.load(directory)
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import runpy
+import shutil
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -15,11 +16,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import trouble
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
-from trouble import damage
+from trouble import damage, forget_checksum, make_endless
 
 from gemel_engine.errors import ArtifactError, ConfigurationError, InputError
 from gemel_engine.knowledge_base import (
@@ -262,8 +264,7 @@ def test_the_fingerprint_tells_tokenizers_apart_whatever_they_were_used_for(buil
 
 
 def edit_manifest(built: Path, **values: object) -> None:
-    path = built / "knowledge_base.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    trouble.edit_manifest(built / "knowledge_base.json", values)
 
 
 def edit_entities(built: Path, edit: Callable[[pa.Table], pa.Table], num_batches: int = 1) -> None:
@@ -282,7 +283,7 @@ def with_column(name: str, values: list[object]) -> Callable[[pa.Table], pa.Tabl
 
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "no manifest": lambda built: (built / "knowledge_base.json").unlink(),
-    "format version": lambda built: edit_manifest(built, format_version=2),
+    "format version": lambda built: edit_manifest(built, format_version=99),
     "number of entities": lambda built: edit_manifest(built, num_entities=7),
     "no entities": lambda built: (built / "entities.arrow").unlink(),
     "empty file": lambda built: (built / "entities.arrow").write_bytes(b""),
@@ -326,6 +327,76 @@ def test_verifying_finds_what_opening_does_not(built: Path, forgery: str) -> Non
     KnowledgeBase.open(built)
     with pytest.raises(ArtifactError):
         KnowledgeBase.open(built, verify=True)
+
+
+def other_knowledge_base(tokenizer: PreTrainedTokenizerFast, directory: Path) -> Path:
+    """One with as many names and entities as `built`, and a trie of as many nodes."""
+    names = pa.array(["Bear Zoo", "Bear", " Bear Zoo", "Bear Zoo", "Bear Zoo", "Zoe\u0301"])
+    entities = ENTITIES.set_column(1, "name", names)
+    build_knowledge_base(entities, tokenizer, directory, KnowledgeBaseSettings())
+    return directory
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_the_trie_of_another_knowledge_base_is_refused(
+    built: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, verify: bool
+) -> None:
+    other = other_knowledge_base(tokenizer, tmp_path / "other")
+    shutil.rmtree(built / "trie")
+    shutil.copytree(other / "trie", built / "trie")
+    with pytest.raises(ArtifactError, match="is the trie of another knowledge base"):
+        KnowledgeBase.open(built, verify=verify)
+
+
+def test_a_knowledge_base_of_an_earlier_release_is_read(built: Path) -> None:
+    forget_checksum(built / "knowledge_base.json", format_version=1, also=["trie_sha256"])
+    forget_checksum(built / "trie" / "trie.json", format_version=1)
+    assert KnowledgeBase.open(built, verify=True).num_entities == 6
+
+
+@pytest.mark.parametrize("name", ["knowledge_base.json", "entities.arrow", "trie/trie.json", "trie/tokens.npy"])
+@pytest.mark.parametrize("verify", [False, True])
+def test_a_pipe_in_place_of_a_file_is_refused(built: Path, name: str, verify: bool) -> None:
+    make_endless(built / name)
+    with pytest.raises(ArtifactError, match="not a regular file"):
+        KnowledgeBase.open(built, verify=verify)
+
+
+def test_a_manifest_without_end_is_not_read(built: Path) -> None:
+    with (built / "knowledge_base.json").open("r+b") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(ArtifactError, match="larger than"):
+        KnowledgeBase.open(built)
+
+
+def test_one_command_at_a_time_builds_in_a_directory(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    directory, faults = tmp_path / "kb", []
+
+    def build(names: list[str]) -> None:
+        entities = pa.table({"entity_id": [f"Q{row}" for row in range(len(names))], "name": names})
+        try:
+            build_knowledge_base(entities, tokenizer, directory, KnowledgeBaseSettings())
+        except ConfigurationError as error:
+            faults.append(str(error))
+
+    tables = [[f"{word} {number}" for number in range(2000)] for word in ("Bear", "Zoo")]
+    threads = [threading.Thread(target=build, args=(table,)) for table in tables]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (fault,) = faults
+    assert "is being written by another command" in fault or "is not an empty directory" in fault
+    assert (
+        len({name.partition(" ")[0] for name in KnowledgeBase.open(directory, verify=True).table()["name"].to_pylist()})
+        == 1
+    )
+
+
+def test_a_claim_that_was_left_behind_is_named(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    (tmp_path / ".being-written").write_text("process 1 on elsewhere")
+    with pytest.raises(ConfigurationError, match=r"process 1 on elsewhere.*if that command was killed, remove .*being"):
+        build_knowledge_base(ENTITIES, tokenizer, tmp_path, SKIP)
 
 
 def all_records(knowledge_base: KnowledgeBase) -> list[object]:

@@ -322,7 +322,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "base of another checksum": lambda update: edit_base(update, sha256="0" * 64),
     "nowhere": lambda update: edit_base(update, address="/nowhere"),
     "another tokenizer": lambda update: edit_manifest(update, tokenizer_fingerprint="0"),
-    "format version": lambda update: edit_manifest(update, format_version=2),
+    "format version": lambda update: edit_manifest(update, format_version=99),
 }
 
 

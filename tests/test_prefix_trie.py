@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from trouble import damage
+from trouble import damage, edit_manifest
 
 from gemel_engine.errors import ArtifactError
 from gemel_engine.prefix_trie import PrefixTrie
@@ -201,9 +201,9 @@ def test_pickled_objects_are_refused(saved: Path) -> None:
 
 def test_signed_integers_are_refused_even_where_the_manifest_has_them(saved: Path) -> None:
     np.save(saved / "heights.npy", np.zeros(5, np.int8))
-    manifest = json.loads((saved / "trie.json").read_text())
-    manifest["files"]["heights.npy"] |= {"dtype": "|i1", "shape": [5]}
-    (saved / "trie.json").write_text(json.dumps(manifest))
+    files = json.loads((saved / "trie.json").read_text())["files"]
+    files["heights.npy"] |= {"dtype": "|i1", "shape": [5]}
+    edit_manifest(saved / "trie.json", {"files": files})
     with pytest.raises(ArtifactError, match=r"heights\.npy holds int8, not uint8"):
         PrefixTrie.open(saved)
 

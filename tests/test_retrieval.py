@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from contextlib import suppress
 from itertools import count
@@ -15,11 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from trouble import damage
+from trouble import damage, edit_manifest, forget_checksum, make_endless
 
 from gemel_engine.config import RetrievalSettings
-from gemel_engine.errors import ArtifactError, InputError
+from gemel_engine.errors import ArtifactError, ConfigurationError, InputError
 from gemel_engine.linker import DemonstrationRetriever
+from gemel_engine.manifest import claimed
 from gemel_engine.mention_encoder import MentionEncoder
 from gemel_engine.retrieval import Demonstration, DemonstrationIndex, FloatArray
 from gemel_engine.types import Mention
@@ -288,6 +288,30 @@ def test_missing_or_truncated_file_is_refused(encoder: MentionEncoder, tmp_path:
         DemonstrationIndex.open(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["index.json", "demonstrations.parquet"])
+def test_a_pipe_in_place_of_a_file_is_refused(encoder: MentionEncoder, tmp_path: Path, name: str) -> None:
+    build_with_features(tmp_path, encoder)
+    make_endless(tmp_path / name)
+    for verify in (False, True):
+        with pytest.raises(ArtifactError, match="not a regular file"):
+            DemonstrationIndex.open(tmp_path, verify=verify)
+
+
+def test_one_command_at_a_time_writes_an_index(encoder: MentionEncoder, tmp_path: Path) -> None:
+    build_with_features(tmp_path, encoder)
+    before = (tmp_path / "index.json").read_bytes()
+    with claimed(tmp_path, must_be_empty=False), pytest.raises(ConfigurationError, match="written by another command"):
+        build_with_features(tmp_path, encoder)
+    assert (tmp_path / "index.json").read_bytes() == before
+    build_with_features(tmp_path, encoder)
+
+
+def test_an_index_of_an_earlier_release_is_read(encoder: MentionEncoder, tmp_path: Path) -> None:
+    build_with_features(tmp_path, encoder)
+    forget_checksum(tmp_path / "index.json", format_version=2)
+    DemonstrationIndex.open(tmp_path, verify=True)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -306,8 +330,7 @@ def test_metadata_that_does_not_fit_is_refused(
     encoder: MentionEncoder, tmp_path: Path, changes: dict[str, object]
 ) -> None:
     build_with_features(tmp_path, encoder)
-    path = tmp_path / "index.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    edit_manifest(tmp_path / "index.json", changes)
     with pytest.raises(ArtifactError):
         DemonstrationIndex.open(tmp_path)
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
+from gemel_engine.manifest import write_manifest
 
 
 def damage(path: Path, changes: Sequence[tuple[int, int]]) -> bool:
@@ -23,6 +26,26 @@ def damage(path: Path, changes: Sequence[tuple[int, int]]) -> bool:
     is_changed = content != path.read_bytes()
     path.write_bytes(content)
     return is_changed
+
+
+def edit_manifest(path: Path, changes: Mapping[str, object]) -> None:
+    """Change what an artifact says of itself, and its checksum with it, as a forger would."""
+    contents = json.loads(path.read_text()) | changes
+    del contents["manifest_sha256"]
+    write_manifest(path, contents.pop("format_version"), contents)
+
+
+def forget_checksum(path: Path, *, format_version: int, also: Sequence[str] = ()) -> None:
+    """Make a manifest one of an earlier release, which had no checksum of its own and nothing of `also`."""
+    manifest = json.loads(path.read_text()) | {"format_version": format_version}
+    new = {"manifest_sha256", *also}
+    path.write_text(json.dumps({key: value for key, value in manifest.items() if key not in new}))
+
+
+def make_endless(path: Path) -> None:
+    """Put a pipe in the place of a file: whoever reads it waits for ever."""
+    path.unlink()
+    os.mkfifo(path)
 
 
 @contextmanager

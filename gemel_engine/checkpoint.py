@@ -1,0 +1,259 @@
+"""Checkpoints of models: their files are what they should be, and hold every tensor of the model as finite numbers.
+
+A model that lacks a tensor would otherwise get random numbers in its place, other ones at each start. What a model
+needs is asked of transformers, which knows how tensors were renamed, merged and tied; only names and shapes are read
+for that, so that it is cheap for a model of any size and can be done where the model does not fit.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.modeling_utils import LoadStateDictConfig, load_state_dict
+from transformers.utils import logging as transformers_logging
+from transformers.utils.generic import ContextManagers
+from transformers.utils.hub import cached_file
+
+from gemel_engine.errors import ArtifactError, not_loadable
+from gemel_engine.storage import open_regular
+
+_READ = frozenset({".json", ".txt", ".model", ".jinja", ".safetensors", ".bin", ".pt"})
+_WEIGHTS = frozenset({".safetensors", ".bin", ".pt"})
+_WHOLE = ("model.safetensors", "pytorch_model.bin")
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_NUM_NAMED = 5
+_META = torch.device("meta")
+
+
+def checkpoint_directory(what: str, name_or_path: str) -> Path:
+    """Return where the files of a model are on this machine; one on the hub is there once it has been downloaded.
+
+    Args:
+        what: The kind of model, for messages.
+        name_or_path: Local directory, or name on the model hub.
+
+    Raises:
+        ArtifactError: There is no such model, or `check_files` refuses one of its files.
+    """
+    check_files(name_or_path)
+    try:
+        return Path(str(cached_file(name_or_path, "config.json"))).parent
+    except OSError as error:
+        raise not_loadable(what, name_or_path, error) from error
+
+
+def check_files(name_or_path: str) -> None:
+    """Raise unless the files of a local model directory can be read: regular ones, and no pointers of git-lfs.
+
+    A name on the model hub passes. Of weights, only those that `weight_files` returns must be no pointers.
+
+    Raises:
+        ArtifactError: A file is something else.
+    """
+    directory = Path(name_or_path)
+    if not directory.is_dir():
+        return
+    for path in sorted(directory.iterdir()):
+        if path.suffix in _READ and path.exists() and not path.is_dir():
+            check_file(path, may_be_pointer=path.suffix in _WEIGHTS)
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """Return the files with a checkpoint's tensors, as transformers finds them: one, or those that an index lists.
+
+    Raises:
+        ArtifactError: There are none, one is missing, no regular file or a pointer of git-lfs, or the index leads out
+            of the directory.
+    """
+    for whole in _WHOLE:
+        index = directory / f"{whole}.index.json"
+        if (directory / whole).exists():
+            files = [directory / whole]
+        elif index.exists():
+            files = _indexed_files(index)
+        else:
+            continue
+        for path in files:
+            check_file(path)
+        return files
+    raise ArtifactError(f"{directory} holds no weights, neither {' nor '.join(_WHOLE)}: download the model again")
+
+
+def tensor_names(files: Collection[Path]) -> set[str]:
+    """Return the names of all tensors in the files of a checkpoint."""
+    return {name for path in files for name in _shapes(path)}
+
+
+def check_tensors(
+    what: str, directory: Path, files: Collection[Path], architecture: type[PreTrainedModel], config: PreTrainedConfig
+) -> None:
+    """Raise unless a checkpoint holds the tensors of a model, and no others; their numbers are not read.
+
+    Args:
+        what: The kind of model, for messages.
+        directory: The checkpoint's, for messages.
+        files: `weight_files` of the directory.
+        architecture: The model's class.
+        config: The model's configuration.
+
+    Raises:
+        ArtifactError: A tensor is missing, unexpected or of another shape, a file is damaged, or the configuration
+            makes no model.
+    """
+    tensors: dict[str, Tensor] = {}
+    for path in files:
+        tensors |= _shapes(path)
+    showed_bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        with ContextManagers(architecture.get_init_context(torch.float32, False, False, False)):
+            model = architecture(copy.deepcopy(config))
+        conversions: list[Any] = get_model_conversion_mapping(model)
+        settings = LoadStateDictConfig(device_map={"": _META}, weight_mapping=conversions)
+        found, _ = convert_and_load_state_dict_in_model(model, tensors, settings)
+        model.tie_weights(missing_keys=found.missing_keys, recompute_mapping=False)
+        model._adjust_missing_and_unexpected_keys(found)
+    except Exception as error:  # the configuration may say anything, and anything is raised then
+        raise ArtifactError(
+            f"{directory} describes no {what} that can be made ({error}): download the model again"
+        ) from error
+    finally:
+        if showed_bars:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+    check_whole(what, directory, found.to_dict())
+
+
+def load_model(what: str, auto_class: Any, name_or_path: str, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """Load a model by one of transformers' auto classes; returns it and what `check_whole` takes.
+
+    Raises:
+        ArtifactError: It can't be loaded.
+    """
+    try:
+        model, loaded = auto_class.from_pretrained(
+            name_or_path, trust_remote_code=False, output_loading_info=True, **options
+        )
+    except Exception as error:  # a directory may hold anything, and anything is raised then
+        raise not_loadable(what, name_or_path, error) from error
+    return model, loaded
+
+
+def check_whole(what: str, name_or_path: object, loaded: Mapping[str, Any]) -> None:
+    """Raise unless a model got exactly its tensors.
+
+    Args:
+        what: The kind of model, for messages.
+        name_or_path: The model.
+        loaded: What transformers says of the tensors where it is asked for `output_loading_info`.
+
+    Raises:
+        ArtifactError: A tensor is missing, unexpected or of another shape.
+    """
+    mismatched = [f"{name} {tuple(found)} for {tuple(wanted)}" for name, found, wanted in loaded["mismatched_keys"]]
+    faults = {
+        "lacks the tensors": sorted(loaded["missing_keys"]),
+        "has the unexpected tensors": sorted(loaded["unexpected_keys"]),
+        "has tensors of another shape:": sorted(mismatched),
+    }
+    named = [f"{fault} {_some(names)}" for fault, names in faults.items() if names]
+    if named:
+        raise ArtifactError(
+            f"the {what} {name_or_path} {', '.join(named)}: its weights are not those of its config.json; download it "
+            "again"
+        )
+
+
+def check_finite(what: str, name_or_path: object, tensors: Mapping[str, Tensor]) -> None:
+    """Raise unless all numbers of a model are finite.
+
+    Raises:
+        ArtifactError: Some are not.
+    """
+    damaged = sorted(name for name, tensor in tensors.items() if not _is_finite(tensor))
+    if damaged:
+        raise ArtifactError(
+            f"the {what} {name_or_path} has numbers that are not finite in {_some(damaged)}: download it again"
+        )
+
+
+def check_finite_files(what: str, directory: Path, files: Collection[Path]) -> None:
+    """Raise unless all numbers in the files of a checkpoint are finite; one tensor is held at a time.
+
+    Raises:
+        ArtifactError: Some are not.
+    """
+    for path in files:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                for name in file.keys():  # noqa: SIM118  # it is no mapping
+                    check_finite(what, directory, {name: file.get_tensor(name)})
+        else:
+            check_finite(what, directory, load_state_dict(path))
+
+
+def copy_weights(model: nn.Module) -> None:
+    """Copy weights that are mapped from a file, so that nothing that is written there changes the model, or ends it."""
+    for tensor in [*model.parameters(), *model.buffers()]:  # each once, also where it is tied
+        tensor.data = tensor.data.clone()
+
+
+def _indexed_files(index: Path) -> list[Path]:
+    try:
+        with open_regular(index) as file:
+            names = sorted(set(json.load(file)["weight_map"].values()))
+        if not names or any(Path(name).name != name or name in ("", "..") for name in names):
+            raise ValueError("it must list names of files beside it")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ArtifactError(f"{index} is no index of weights ({error!r}): download the model again") from error
+    return [index.parent / name for name in names]
+
+
+def check_file(path: Path, *, may_be_pointer: bool = False) -> None:
+    """Raise unless a file of a model is a regular one and, unless that may be, no pointer of git-lfs.
+
+    Raises:
+        ArtifactError: It is something else, or missing.
+    """
+    try:
+        with open_regular(path) as file:
+            is_pointer = file.read(len(_POINTER)) == _POINTER
+    except (OSError, ValueError) as error:  # the second for a name with a NUL
+        raise ArtifactError(f"{path} of the model cannot be read ({error}): download the model again") from error
+    if is_pointer and not may_be_pointer:
+        raise ArtifactError(f"{path} is a pointer of git-lfs and not the file: run `git lfs pull` in its directory")
+
+
+def _shapes(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file on the device "meta": names, shapes and types."""
+    try:
+        tensors = load_state_dict(path, map_location="meta")
+        if not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+            raise ValueError("it holds more than tensors")
+    except Exception as error:  # a file may hold anything, and anything is raised then; nothing of it is run
+        raise ArtifactError(f"{path} is damaged or holds more than tensors ({error}): download it again") from error
+    return tensors
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether all numbers are finite; one pass, without a tensor of the same size. Packed types are taken as they are.
+
+    The lowest and the highest number are NaN where any is.
+    """
+    if not tensor.is_floating_point() or tensor.element_size() < 2 or not tensor.numel():
+        return True
+    return bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _NUM_NAMED} more" if len(names) > _NUM_NAMED else ""
+    return ", ".join(names[:_NUM_NAMED]) + more
