@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import tyro
 
-from gemel_engine.errors import ConfigurationError, GemelError
+from gemel_engine.errors import ConfigurationError, GemelError, redacted
 
 Config = TypeVar("Config")
 
@@ -24,7 +24,7 @@ def run(command: Callable[[], object]) -> None:
     try:
         command()
     except GemelError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {redacted(str(error))}\n")
         sys.exit(error.exit_code)
 
 

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 
 from gemel_engine import shards, storage
-from gemel_engine.config import JobConfig, LinkConfig, PoolSettings, config_json
+from gemel_engine.config import JobConfig, LinkConfig, PoolSettings, config_json, validated
 from gemel_engine.display import percent
 from gemel_engine.errors import TooManyFailuresError, shown
 from gemel_engine.progress import Progress, Tally
@@ -199,6 +199,7 @@ def checked_plan(config: LinkConfig) -> tuple[list[Shard], Artifacts]:
     from gemel_engine.artifacts import open_artifacts, open_calibration
     from gemel_engine.linker import check_encoders
 
+    config = validated(config)
     storage.check_kept(config.output)
     plan = shards.plan_shards(config.input, config.rows_per_shard, config.vision.required_columns)
     artifacts = open_artifacts(config, verify=config.verify_artifacts)

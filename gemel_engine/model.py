@@ -90,7 +90,7 @@ def language_model_fingerprint(name_or_path: str) -> str:
     except OSError as error:
         raise not_loadable("language model", name_or_path, error) from error
     directory = Path(str(config_file)).parent
-    config = json.loads((directory / "config.json").read_text())
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     config.pop("transformers_version", None)
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for path in sorted([*directory.glob("*.safetensors"), *directory.glob("*.bin")]):

@@ -33,7 +33,7 @@ from botocore.parsers import ResponseParserError
 from botocore.session import Session
 from pyarrow.fs import AwsStandardS3RetryStrategy, S3FileSystem
 
-from gemel_engine.errors import ConfigurationError, shown
+from gemel_engine.errors import ConfigurationError, redacted, shown
 
 _COPY_CHUNK_BYTES = 1 << 20
 _MAX_ATTEMPTS = 8  # they last half a minute
@@ -147,7 +147,7 @@ def remove_tree(uri: str) -> None:
             deletion = {"Objects": batch, "Quiet": True}
             answer = _complete(partial(_client().delete_objects, Bucket=bucket, Delete=deletion), dict)
         if failures := answer.get("Errors"):
-            raise OSError(f"{shown(uri)}: {len(failures)} objects could not be removed, the first: {failures[0]}")
+            raise OSError(f"{shown(uri)}: {len(failures)} objects could not be removed, the first: {redacted(str(failures[0]), uri)}")
 
 
 def _complete(request: Callable[[], Any], read: Callable[[dict[str, Any]], _Content]) -> _Content:
@@ -226,25 +226,28 @@ def _endpoint_and_region(environment: _Environment) -> tuple[str | None, str | N
 
 @contextmanager
 def _builtin_errors(uri: str) -> Iterator[None]:
-    """Raise the client's errors as those that the module's docstring promises."""
+    """Raise the client's errors as those that the module's docstring promises.
+
+    The client repeats addresses with their queries, so its own text is redacted and its exception left out of tracebacks.
+    """
     try:
         yield
     except ClientError as error:
         if _status(error) == 404:
-            raise FileNotFoundError(f"{shown(uri)}: no such object or bucket") from error
+            raise FileNotFoundError(f"{shown(uri)}: no such object or bucket") from None
         if _status(error) in (401, 403):
-            raise _refused(uri, error) from error
-        raise OSError(f"{shown(uri)}: {error}") from error
+            raise _refused(uri, error) from None
+        raise OSError(f"{shown(uri)}: {redacted(str(error), uri)}") from None
     except (NoCredentialsError, PartialCredentialsError) as error:
-        raise _refused(uri, error) from error
+        raise _refused(uri, error) from None
     except (BotoCoreError, ResponseParserError) as error:
-        raise OSError(f"{shown(uri)}: {error}") from error
+        raise OSError(f"{shown(uri)}: {redacted(str(error), uri)}") from None
 
 
 def _refused(uri: str, error: Exception) -> ConfigurationError:
     return ConfigurationError(
-        f"{shown(uri)}: access refused ({error}); check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, "
-        "AWS_ENDPOINT_URL and the permissions of the bucket"
+        f"{shown(uri)}: access refused ({redacted(str(error), uri)}); check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, "
+        "AWS_REGION, AWS_ENDPOINT_URL and the permissions of the bucket"
     )
 
 

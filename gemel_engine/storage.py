@@ -52,9 +52,11 @@ def local_path(uri: str) -> Path | None:
     """Return the absolute local path that an address means, or None for an address in S3.
 
     Raises:
-        ConfigurationError: The address is of another kind, names no bucket, or brings credentials, which would end in
-            logs and outputs.
+        ConfigurationError: The address is of another kind, names no bucket, holds a NUL, or brings credentials, which
+            would end in logs and outputs.
     """
+    if "\0" in uri:
+        raise ConfigurationError(f"cannot use the address {shown(uri)}: it holds a NUL; remove that character")
     scheme, separator, rest = uri.partition("://")
     if not separator and uri:
         return Path(os.path.abspath(uri))

@@ -36,7 +36,7 @@ from torch import distributed
 
 from gemel_engine import shards, storage
 from gemel_engine.artifacts import Artifacts, open_artifacts
-from gemel_engine.config import TrainConfig, config_json
+from gemel_engine.config import TrainConfig, config_json, validated
 from gemel_engine.errors import ConfigurationError, InputError, TooManyFailuresError, shown
 from gemel_engine.feature_mapper import FeatureMapper
 from gemel_engine.generation import EntityNameGenerator
@@ -101,6 +101,7 @@ def train_mapper(config: TrainConfig) -> TrainReport:
             many mentions can't be used.
     """
     started = time.monotonic()
+    config = validated(config)
     for address in filter(None, (config.output, config.examples)):
         storage.check_kept(address)
     check_trainable(config.language_model.name, activation_checkpointing=config.language_model.activation_checkpointing)
