@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
+import io
+import locale
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +19,22 @@ from gemel_engine.errors import ConfigurationError, GemelError, redacted
 Config = TypeVar("Config")
 
 _SETTINGS = "Every setting: a key of CONFIG.toml, and an option that overrides it."
+
+
+def use_utf8() -> None:
+    """Make this process and those that it starts read text as UTF-8, and write what the terminal lacks as escapes.
+
+    Where the locale has another encoding the process begins anew, in Python's UTF-8 mode: libraries open text files
+    without naming an encoding. What it writes stays in the encoding of the terminal.
+    """
+    if not sys.flags.utf8_mode and codecs.lookup(locale.getencoding()).name != "utf-8":
+        encoding = getattr(sys.stdout, "encoding", None) or locale.getencoding()
+        os.environ.setdefault("PYTHONIOENCODING", f"{encoding}:backslashreplace")
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def run(command: Callable[[], object]) -> None:

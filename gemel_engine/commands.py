@@ -44,6 +44,7 @@ arguments, 3 input, 4 artifact unusable; 5 too many rows failed; 1 anything else
 
 def main(*command: str) -> None:
     """Run a command; what `command` does not say follows in the arguments of the process."""
+    command_line.use_utf8()
     arguments = [*command, *sys.argv[1:]]
     if arguments == ["--version"]:
         sys.stdout.write(f"gemel {version('gemel-engine')}\n")

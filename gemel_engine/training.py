@@ -145,7 +145,7 @@ def _check_disjoint(splits: Mapping[str, str]) -> None:
 
 def _check_resources(config: TrainConfig) -> None:
     """See that this machine has room for the workers; a cluster may grow."""
-    if "RAY_ADDRESS" in os.environ:
+    if os.environ.get("RAY_ADDRESS"):
         return
     workers = config.workers
     has: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
