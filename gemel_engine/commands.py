@@ -52,4 +52,5 @@ def main(*command: str) -> None:
         command_line.run(partial(UNPARSED[arguments[0]], arguments[1:]))
     else:
         cli = tyro.extras.subcommand_cli_from_dict
-        command_line.run(partial(cli, UNPARSED | PARSED, prog="gemel", description=DESCRIPTION, args=arguments))
+        known = UNPARSED | {name: command_line.checked(function) for name, function in PARSED.items()}
+        command_line.run(partial(cli, known, prog="gemel", description=DESCRIPTION, args=arguments))

@@ -98,7 +98,9 @@ def not_loadable(what: str, name_or_path: str, error: Exception) -> ArtifactErro
     missing = (
         "" if os.path.isdir(name_or_path) else ", which is no directory here, and so taken for a name on the model hub"
     )
-    return ArtifactError(f"no {what} can be loaded from {shown(name_or_path)}{missing}: {redacted(str(error), name_or_path)}")
+    return ArtifactError(
+        f"no {what} can be loaded from {shown(name_or_path)}{missing}: {redacted(str(error), name_or_path)}"
+    )
 
 
 class TooManyFailuresError(GemelError):

@@ -176,7 +176,9 @@ def evaluate(
     logger.info("%s/report.html", directory)
 
 
-def calibrate(output: Output, calibration: OutputDir, *, gold: str | None = None, nil_precision: Fraction = 0.8) -> None:
+def calibrate(
+    output: Output, calibration: OutputDir, *, gold: str | None = None, nil_precision: Fraction = 0.8
+) -> None:
     """Fit a calibration to a finished run over mentions with gold labels; linking applies it.
 
     Args:
@@ -197,7 +199,9 @@ def _asked(
     options: type[Options], config_type: type[Config], command: str, arguments: Sequence[str]
 ) -> tuple[Options, Config]:
     """Read the options of a command, and the configuration from what they leave."""
+    from gemel_engine.config import validated
+
     if {"-h", "--help"} & set(arguments):
         tyro.cli(options, prog=f"{command} CONFIG.toml", args=["--help"])
     found, settings = tyro.cli(options, prog=f"{command} CONFIG.toml", args=arguments[1:], return_unknown_args=True)
-    return found, command_line.configure(config_type, command, [*arguments[:1], *settings])
+    return validated(found), command_line.configure(config_type, command, [*arguments[:1], *settings])

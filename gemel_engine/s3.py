@@ -147,7 +147,8 @@ def remove_tree(uri: str) -> None:
             deletion = {"Objects": batch, "Quiet": True}
             answer = _complete(partial(_client().delete_objects, Bucket=bucket, Delete=deletion), dict)
         if failures := answer.get("Errors"):
-            raise OSError(f"{shown(uri)}: {len(failures)} objects could not be removed, the first: {redacted(str(failures[0]), uri)}")
+            first = redacted(str(failures[0]), uri)
+            raise OSError(f"{shown(uri)}: {len(failures)} objects could not be removed, the first: {first}")
 
 
 def _complete(request: Callable[[], Any], read: Callable[[dict[str, Any]], _Content]) -> _Content:
@@ -228,7 +229,7 @@ def _endpoint_and_region(environment: _Environment) -> tuple[str | None, str | N
 def _builtin_errors(uri: str) -> Iterator[None]:
     """Raise the client's errors as those that the module's docstring promises.
 
-    The client repeats addresses with their queries, so its own text is redacted and its exception left out of tracebacks.
+    The client repeats addresses with their queries: its text is redacted, and its exception is in no traceback.
     """
     try:
         yield

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +23,7 @@ from s3_server import S3Server, run_s3_server  # noqa: F401
 from trouble import small_file_system
 
 from gemel_engine import storage
-from gemel_engine.errors import ArtifactError, ConfigurationError, InputError
+from gemel_engine.errors import ArtifactError, ConfigurationError, InputError, not_loadable, redacted
 from gemel_engine.shards import parquet_bytes
 
 
@@ -328,6 +329,29 @@ def test_an_endpoint_that_does_not_answer_is_an_os_error(s3_server: S3Server, mo
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     with pytest.raises(OSError, match=r"127\.0\.0\.1:9"):
         storage.read_bytes("s3://bucket/key")
+
+
+def test_a_query_that_the_client_repeats_stays_secret(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    for query in ("X-Amz-Signature=hidden", "any=hidden&more=hidden+too", "hidden"):
+        with pytest.raises(OSError, match=r"'s3://bucket/key\?\.\.\.'.*127\.0\.0\.1:9") as failed:
+            storage.read_bytes(f"s3://bucket/key?{query}")
+        assert "hidden" not in "".join(traceback.format_exception(failed.value))
+
+
+def test_texts_of_other_libraries_keep_no_secret() -> None:
+    for text, kept in {
+        "GET https://user:hidden@host/x?sig=hidden failed": "GET https://...@host/x?... failed",
+        'the URL "http://host/b/key%3FX-Amz-Signature%3Dhidden"': 'the URL "http://host/b/key?..."',
+        "key 'a?X-Amz-Credential=hidden&Signature=hidden'": "key 'a?X-Amz-Credential=...&Signature=...'",
+        "no repository https://hidden@host": "no repository https://...@host",
+        "nothing at s3://bucket/a@b, 3=4": "nothing at s3://bucket/a@b, 3=4",
+    }.items():
+        assert redacted(text) == kept
+    error = str(not_loadable("model", "https://user:hidden@host/m", OSError("'https://user:hidden@host/m' is no id")))
+    assert "hidden" not in error
+    assert "https://...@host/m" in error
 
 
 @pytest.mark.parametrize("seed", [0, 1])
