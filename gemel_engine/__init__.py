@@ -13,3 +13,6 @@ os.environ.setdefault("RAY_DATA_CLUSTER_AUTOSCALER", "V2")
 # Ray Train asks a cluster's dashboard every second whether its controller lives, and warns each time where there is
 # none, as in the Ray that a job starts for itself.
 os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "Failed to query Ray Train Controller actor state")
+# Behind `uv run` Ray would upload the working directory and have uv make an environment for each worker, where relative
+# paths mean other places. The workers take the driver's Python and directory instead, as they do without uv.
+os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")

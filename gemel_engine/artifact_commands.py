@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
+from gemel_engine.bounds import Count, NumBytes, NumPixels, Seed
 from gemel_engine.errors import InputError
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class NameOptions:
     """
 
     tokenizer: str
-    max_name_tokens: int = 32
+    max_name_tokens: Count = 32
     on_bad_name: Literal["error", "skip"] = "error"
 
     def settings(self) -> KnowledgeBaseSettings:
@@ -139,9 +140,9 @@ def build_demonstrations(
     image_encoder: str | None = None,
     image_encoder_pretrained: str | None = None,
     device: str = "cpu",
-    max_image_pixels: int = 50_000_000,
+    max_image_pixels: NumPixels = 50_000_000,
     allowed_image_prefixes: tuple[str, ...] = (),
-    max_image_bytes: int = 20_000_000,
+    max_image_bytes: NumBytes = 20_000_000,
 ) -> None:
     """Build a demonstration index from a training split.
 
@@ -195,8 +196,8 @@ def init_mapper(
     language_model: str,
     image_encoder: str,
     image_encoder_pretrained: str | None = None,
-    prefix_length: int = 4,
-    seed: int = 0,
+    prefix_length: Count = 4,
+    seed: Seed = 0,
 ) -> None:
     """Make an untrained feature mapper, with which linking can be tried out.
 

@@ -44,6 +44,7 @@ arguments, 3 input, 4 artifact unusable; 5 too many rows failed; 1 anything else
 
 def main(*command: str) -> None:
     """Run a command; what `command` does not say follows in the arguments of the process."""
+    command_line.use_utf8()
     arguments = [*command, *sys.argv[1:]]
     if arguments == ["--version"]:
         sys.stdout.write(f"gemel {version('gemel-engine')}\n")
@@ -51,4 +52,5 @@ def main(*command: str) -> None:
         command_line.run(partial(UNPARSED[arguments[0]], arguments[1:]))
     else:
         cli = tyro.extras.subcommand_cli_from_dict
-        command_line.run(partial(cli, UNPARSED | PARSED, prog="gemel", description=DESCRIPTION, args=arguments))
+        known = UNPARSED | {name: command_line.checked(function) for name, function in PARSED.items()}
+        command_line.run(partial(cli, known, prog="gemel", description=DESCRIPTION, args=arguments))

@@ -19,14 +19,22 @@ from pydantic import (
     AfterValidator,
     ConfigDict,
     Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
     TypeAdapter,
     ValidationError,
 )
 
+from gemel_engine import storage
+from gemel_engine.bounds import (
+    Amount,
+    Count,
+    CountOrZero,
+    Factor,
+    Fraction,
+    NumPixels,
+    NumSteps,
+    PositiveFraction,
+    Seed,
+)
 from gemel_engine.errors import ConfigurationError, shown
 from gemel_engine.image_source import ImagePolicy
 from gemel_engine.prompt import PromptSettings
@@ -35,9 +43,21 @@ from gemel_engine.types import FeatureScaling
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Config = TypeVar("Config")
-Fraction = Annotated[float, Field(ge=0, le=1)]
-# In S3 `runs/` and `runs` would be two places.
-Address = Annotated[str, AfterValidator(lambda uri: uri.rstrip("/") or uri)]
+
+
+def _checked_address(uri: str) -> str:
+    storage.local_path(uri)
+    return uri.rstrip("/") or uri  # in S3 `runs/` and `runs` would be two places
+
+
+def _checked_name(name: str) -> str:
+    if "://" in name or "\0" in name or not name:
+        raise ConfigurationError(f"{shown(name)} names no model: give a local directory, or a name on the model hub")
+    return name
+
+
+Address = Annotated[str, AfterValidator(_checked_address)]
+ModelName = Annotated[str, AfterValidator(_checked_name)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +69,7 @@ class LanguageModelSettings:
         dtype: Of the weights, and of the cache of keys and values.
     """
 
-    name: str
+    name: ModelName
     dtype: Dtype = "bfloat16"
 
 
@@ -71,12 +91,12 @@ class EngineSettings(LanguageModelSettings):
     """
 
     engine: Literal["vllm", "transformers"] = "vllm"
-    block_size: int | None = None
-    kv_cache_gib: int = 2
-    gpu_memory_utilization: float = 0.9
-    tensor_parallel_size: int = 1
-    max_num_seqs: int = 64
-    max_num_batched_tokens: int | None = None
+    block_size: Count | None = None
+    kv_cache_gib: Count = 2
+    gpu_memory_utilization: PositiveFraction = 0.9
+    tensor_parallel_size: Count = 1
+    max_num_seqs: Count = 64
+    max_num_batched_tokens: Count | None = None
     quantization: str | None = None
     enable_prefix_caching: bool = True
 
@@ -98,12 +118,12 @@ class RetrievalSettings:
         seed: Of the policy `random`.
     """
 
-    num_demonstrations: NonNegativeInt = 8
-    num_similar_pictures: NonNegativeInt = 0
+    num_demonstrations: CountOrZero = 8
+    num_similar_pictures: CountOrZero = 0
     policy: Literal["similar", "random"] = "similar"
     exclude_group: bool = False
-    mention_encoder: str | None = None
-    seed: int = 0
+    mention_encoder: ModelName | None = None
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         if self.num_similar_pictures and (self.policy == "random" or not self.num_demonstrations):
@@ -127,11 +147,11 @@ class VisionSettings:
         device: torch device of the image encoder.
     """
 
-    image_encoder: str | None = None
+    image_encoder: ModelName | None = None
     pretrained: str | None = None
     feature_mapper: Address | None = None
-    batch_size: int = 32
-    max_image_pixels: int = 50_000_000
+    batch_size: Count = 32
+    max_image_pixels: NumPixels = 50_000_000
     device: str = "cpu"
 
     @property
@@ -154,16 +174,16 @@ class PoolSettings:
         num_threads: Threads of one actor's models on CPU; None leaves it to Ray, which gives one below two CPUs.
     """
 
-    min_actors: int = 1
-    max_actors: int = 1
-    num_cpus: float = 0.5
-    num_gpus: float = 0.0
-    memory_gib: NonNegativeFloat = 0.0
-    num_threads: int | None = None
+    min_actors: Count = 1
+    max_actors: Count = 1
+    num_cpus: Amount = 0.5
+    num_gpus: Amount = 0.0
+    memory_gib: Amount = 0.0
+    num_threads: Count | None = None
 
     def __post_init__(self) -> None:
-        if not 1 <= self.min_actors <= self.max_actors:
-            raise ValueError(f"min_actors {self.min_actors} must be between 1 and max_actors {self.max_actors}")
+        if self.min_actors > self.max_actors:
+            raise ValueError(f"min_actors is {self.min_actors}: it must not be above max_actors {self.max_actors}")
         if self.num_gpus > 1 and not float(self.num_gpus).is_integer():
             raise ValueError(f"num_gpus is {self.num_gpus}: give an actor a share of one GPU, or whole ones")
 
@@ -198,7 +218,7 @@ class JobConfig:
         verify_artifacts: Check the artifacts' checksums before starting.
     """
 
-    __pydantic_config__ = ConfigDict(extra="forbid")  # also for the settings within
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)  # also for the settings within
 
     output: Address
     knowledge_base: Address
@@ -210,7 +230,7 @@ class JobConfig:
     prompt: PromptSettings = field(default_factory=PromptSettings)
     search: SearchSettings = field(default_factory=SearchSettings)
     resources: ResourceSettings = field(default_factory=ResourceSettings)
-    rows_per_shard: PositiveInt = 1024
+    rows_per_shard: Count = 1024
     max_failed_fraction: Fraction = 0.01
     verify_artifacts: bool = True
 
@@ -301,11 +321,11 @@ class MapperSettings:
         saved_dtype: Of the mapper that the run ends with, wherever it started; checkpoints and steps are in float32.
     """
 
-    prefix_length: PositiveInt = 4
+    prefix_length: Count = 4
     initialisation: Literal["random", "ridge"] = "random"
     scaling: FeatureScaling = "none"
-    ridge_penalty: PositiveFloat = 1.0
-    ridge_gain: PositiveFloat = 1.0
+    ridge_penalty: Factor = 1.0
+    ridge_gain: Factor = 1.0
     saved_dtype: Literal["float32", "bfloat16"] = "float32"
 
 
@@ -328,17 +348,17 @@ class OptimisationSettings:
         seed: Of the mapper's start and of the order of the mentions.
     """
 
-    epochs: NonNegativeInt = 5
-    learning_rate: PositiveFloat = 1e-6
+    epochs: CountOrZero = 5
+    learning_rate: PositiveFraction = 1e-6
     warmup_fraction: Fraction = 0.1
-    weight_decay: NonNegativeFloat = 0.01
-    adam_epsilon: PositiveFloat = 1e-6
-    max_gradient_norm: PositiveFloat = 1.0
-    batch_size: PositiveInt = 16
-    mentions_per_form: PositiveInt = 8
-    max_pack_tokens: PositiveInt = 4096
-    max_steps: PositiveInt | None = None
-    seed: int = 0
+    weight_decay: Fraction = 0.01
+    adam_epsilon: PositiveFraction = 1e-6
+    max_gradient_norm: Factor = 1.0
+    batch_size: Count = 16
+    mentions_per_form: Count = 8
+    max_pack_tokens: Count = 4096
+    max_steps: NumSteps | None = None
+    seed: Seed = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -350,8 +370,8 @@ class ValidationSettings:
         every_steps: Between two validations; None: at the end of each epoch. The last step always validates.
     """
 
-    num_mentions: NonNegativeInt = 200
-    every_steps: PositiveInt | None = None
+    num_mentions: CountOrZero = 200
+    every_steps: NumSteps | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -369,14 +389,14 @@ class WorkerSettings:
         checkpoint_every: Steps between two checkpoints; a validation always makes one.
     """
 
-    num_workers: PositiveInt = 1
-    min_workers: PositiveInt | None = None
-    num_cpus: PositiveFloat = 1.0
+    num_workers: Count = 1
+    min_workers: Count | None = None
+    num_cpus: Factor = 1.0
     use_gpu: bool = False
-    num_threads: PositiveInt | None = None
-    max_failures: int = 3
-    report_every: PositiveInt = 10
-    checkpoint_every: PositiveInt = 100
+    num_threads: Count | None = None
+    max_failures: Annotated[int, Field(strict=True, ge=-1, le=1_000_000)] = 3
+    report_every: NumSteps = 10
+    checkpoint_every: NumSteps = 100
 
     def __post_init__(self) -> None:
         if (self.min_workers or 1) > self.num_workers:
@@ -416,7 +436,8 @@ def load_config(
 ) -> Config:
     """Read a TOML file and apply overrides such as `--search.objective mean`.
 
-    A wrong override ends the process with code 2 and its reason, as command lines do, and so does `--help` with code 0.
+    An override that is unknown or malformed ends the process with code 2 and its reason, as command lines do, and so
+    does `--help` with code 0.
 
     Args:
         config_type: The configuration.
@@ -425,22 +446,34 @@ def load_config(
         program: What stands before them, for the texts that name it; None: the name of the process.
 
     Raises:
-        ConfigurationError: The file can't be read, a key is unknown, or a value is malformed.
+        ConfigurationError: The file can't be read, a key is unknown, or a value is malformed or out of its bounds.
     """
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors write a byte order mark
     except OSError as error:
         raise ConfigurationError(f"the configuration {path} can't be read: {error}") from error
     except ValueError as error:
         raise ConfigurationError(f"the configuration {path} is not TOML: {error}") from error
+    except RecursionError:
+        raise ConfigurationError(f"the configuration {path} is nested too deeply: settings have three levels") from None
     try:
         config = TypeAdapter(config_type).validate_python(values)
-        if overrides:
-            config = tyro.cli(config_type, prog=program, default=config, args=list(overrides))
-            config = TypeAdapter(config_type).validate_python(TypeAdapter(config_type).dump_python(config))
-        return config
     except ValidationError as error:
-        raise ConfigurationError(f"the configuration {path} is wrong: {_describe(error, config_type)}") from error
+        raise ConfigurationError(f"the configuration {path} is wrong: {_describe(error, config_type)}") from None
+    return validated(tyro.cli(config_type, prog=program, default=config, args=list(overrides))) if overrides else config
+
+
+def validated(config: Config) -> Config:
+    """Check a configuration that was made in Python, or changed: its parts are not checked when they are made.
+
+    Raises:
+        ConfigurationError: A value is malformed or out of its bounds.
+    """
+    adapter = TypeAdapter(type(config))
+    try:
+        return adapter.validate_python(adapter.dump_python(config, warnings=False))
+    except ValidationError as error:
+        raise ConfigurationError(f"the configuration is wrong: {_describe(error, type(config))}") from None
 
 
 def config_json(config: object) -> str:
@@ -461,9 +494,16 @@ def _describe(error: ValidationError, config_type: type[Any]) -> str:
         elif fault["type"] == "missing":  # what was found is all of its group
             faults.append(f"{key}: {fault['msg']}")
         else:
-            found = shown(fault["input"]) if isinstance(fault["input"], str) else repr(fault["input"])
-            faults.append(f"{key}: {fault['msg']} (got {found})" if key else fault["msg"])
+            faults.append(f"{key}: {fault['msg']} (got {_found(fault['input'])})" if key else fault["msg"])
     return "; ".join(faults)
+
+
+def _found(value: object) -> str:
+    """Describe a wrong value in a few words, without what may be secret."""
+    if isinstance(value, str):
+        return shown(value)
+    is_short = isinstance(value, float) or (isinstance(value, int) and value.bit_length() <= 64)
+    return repr(value) if is_short else f"a value of type {type(value).__name__}"
 
 
 def _field_names(config_type: type[Any], location: Sequence[int | str]) -> list[str]:

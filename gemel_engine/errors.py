@@ -15,7 +15,7 @@
 
 A bad *row* is data: its `MentionError` is written to the row's `error` column as ``kind: message`` and counted.
 A bad *job* raises, before any work where that is possible. A message names the offending value and the remedy; an
-address it names as `shown` writes it.
+address it names as `shown` writes it, and what another library says as `redacted` writes it.
 """
 
 from __future__ import annotations
@@ -23,24 +23,50 @@ from __future__ import annotations
 import os
 import re
 from typing import ClassVar
+from urllib.parse import quote, quote_plus
 
 _SHOWN_CHARACTERS = 200
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://[^\s\"'<>`]+", re.IGNORECASE)
+# What a query is made of, wherever it is repeated without its address; `=` may be escaped.
+_SECRET_PARAMETER = re.compile(
+    r"([\w-]*(?:signature|credential|token|secret|password|passwd|api_?key|keyid|\bsig)(?:=|%3D))[^&\s\"'<>,;)]+",
+    re.IGNORECASE,
+)
 
 
 def shown(address: str) -> str:
-    """An address as messages and logs write it: quoted, of bounded length, and without what may be secret.
+    """Quote an address for a message or log: of bounded length, and without what may be secret.
 
     That is user name and password and, but for an absolute local path, the query, in which a presigned address has its
     signature.
     """
     if not address.startswith("/") or address.startswith("//"):
-        address, *query = re.split("[?#]", address, maxsplit=1)
-        user, _, place = address.rpartition("@")
-        start = user.find("//") + 2 if "//" in user else 0
-        if ":" in user[start:] or (user and "/" not in user[start:]):  # a password may hold an unescaped slash
-            address = f"{user[:start]}...@{place}"
-        address += "?..." if query else ""
+        address = _without_secrets(address)
     return repr(address if len(address) <= _SHOWN_CHARACTERS else f"{address[:_SHOWN_CHARACTERS]}...")
+
+
+def redacted(text: str, *addresses: str) -> str:
+    """Remove what may be secret from a text that another library wrote, such as the message of its exception.
+
+    Args:
+        text: The text; each `scheme://...` in it is treated as an address.
+        addresses: Addresses that the text may repeat in part: their queries are removed wherever they occur.
+    """
+    for address in addresses:
+        query = re.split("[?#]", address, maxsplit=1)[1:]
+        for secret in filter(None, [*query, *map(quote, query), *map(quote_plus, query)]):
+            text = text.replace(secret, "...")
+    text = _ADDRESS.sub(lambda found: _without_secrets(found[0], "[?#]|%3F"), text)
+    return _SECRET_PARAMETER.sub(r"\1...", text)
+
+
+def _without_secrets(address: str, query_marks: str = "[?#]") -> str:
+    address, *query = re.split(query_marks, address, maxsplit=1)
+    user, _, place = address.rpartition("@")
+    start = user.find("//") + 2 if "//" in user else 0
+    if ":" in user[start:] or (user and "/" not in user[start:]):  # a password may hold an unescaped slash
+        address = f"{user[:start]}...@{place}"
+    return f"{address}?..." if query else address
 
 
 class GemelError(Exception):
@@ -72,7 +98,9 @@ def not_loadable(what: str, name_or_path: str, error: Exception) -> ArtifactErro
     missing = (
         "" if os.path.isdir(name_or_path) else ", which is no directory here, and so taken for a name on the model hub"
     )
-    return ArtifactError(f"no {what} can be loaded from {name_or_path!r}{missing}: {error}")
+    return ArtifactError(
+        f"no {what} can be loaded from {shown(name_or_path)}{missing}: {redacted(str(error), name_or_path)}"
+    )
 
 
 class TooManyFailuresError(GemelError):

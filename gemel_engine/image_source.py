@@ -26,7 +26,8 @@ from urllib3.exceptions import TimeoutError as NetworkTimeoutError
 from urllib3.util import Url, parse_url
 
 from gemel_engine import storage
-from gemel_engine.errors import ConfigurationError, ImageFetchError, shown
+from gemel_engine.bounds import NumBytes, NumRetries, Seconds
+from gemel_engine.errors import ConfigurationError, ImageFetchError, redacted, shown
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -56,9 +57,9 @@ class ImagePolicy:
     """
 
     allowed_prefixes: tuple[str, ...] = ()
-    max_bytes: int = 20_000_000
-    timeout_seconds: float = 10.0
-    max_retries: int = 2
+    max_bytes: NumBytes = 20_000_000
+    timeout_seconds: Seconds = 10.0
+    max_retries: NumRetries = 2
 
     def __post_init__(self) -> None:
         for prefix in self.allowed_prefixes:
@@ -91,7 +92,7 @@ def fetch_image(uri: str, policy: ImagePolicy) -> bytes:
     try:
         data = storage.read_bytes(location, policy.max_bytes + 1)
     except (OSError, ConfigurationError) as error:
-        raise ImageFetchError(f"{shown(uri)}: cannot be read: {error}") from error
+        raise ImageFetchError(f"{shown(uri)}: cannot be read: {redacted(str(error), uri)}") from error
     _check_size(uri, len(data), policy)
     return data
 
@@ -161,12 +162,12 @@ def _fetch_once(uri: str, policy: ImagePolicy) -> bytes:
     try:
         return _follow(uri, policy, time.monotonic() + policy.timeout_seconds)
     except (NewConnectionError, ProtocolError) as error:
-        raise _TransientError(f"{shown(uri)}: {error}") from error
+        raise _TransientError(f"{shown(uri)}: {redacted(str(error), uri)}") from error
     except NetworkTimeoutError as error:
         message = f"{shown(uri)}: timed out after timeout_seconds, {policy.timeout_seconds}"
         raise _TransientError(message) from error
     except (HTTPError, OSError) as error:
-        raise ImageFetchError(f"{shown(uri)}: {error}") from error
+        raise ImageFetchError(f"{shown(uri)}: {redacted(str(error), uri)}") from error
 
 
 def _follow(uri: str, policy: ImagePolicy, deadline: float) -> bytes:

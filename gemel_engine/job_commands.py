@@ -13,6 +13,7 @@ import tyro
 from tyro.conf import Positional, arg
 
 from gemel_engine import command_line
+from gemel_engine.bounds import Amount, Count, CountOrZero, Fraction, Seed
 from gemel_engine.errors import InputError
 
 Output = Annotated[Positional[str], arg(metavar="OUTPUT")]
@@ -60,10 +61,10 @@ class Sampling:
         write_to: File for the plan as JSON, local or s3://bucket/key.
     """
 
-    sample_rows: int = 1000
-    actors: tuple[int, ...] = ()
-    price_per_actor_hour: float | None = None
-    seed: int = 0
+    sample_rows: Count = 1000
+    actors: tuple[Count, ...] = ()
+    price_per_actor_hour: Amount | None = None
+    seed: Seed = 0
     write_to: str | None = None
 
 
@@ -139,7 +140,7 @@ def evaluate(
     against: str | None = None,
     protocol: Literal["entity", "name", "candidates"] = "entity",
     write_to: str | None = None,
-    gallery_size: int = 60,
+    gallery_size: CountOrZero = 60,
 ) -> None:
     """Judge a finished linking run by gold labels: a table here, `metrics.json` and `report.html` beside the run.
 
@@ -175,7 +176,9 @@ def evaluate(
     logger.info("%s/report.html", directory)
 
 
-def calibrate(output: Output, calibration: OutputDir, *, gold: str | None = None, nil_precision: float = 0.8) -> None:
+def calibrate(
+    output: Output, calibration: OutputDir, *, gold: str | None = None, nil_precision: Fraction = 0.8
+) -> None:
     """Fit a calibration to a finished run over mentions with gold labels; linking applies it.
 
     Args:
@@ -196,7 +199,9 @@ def _asked(
     options: type[Options], config_type: type[Config], command: str, arguments: Sequence[str]
 ) -> tuple[Options, Config]:
     """Read the options of a command, and the configuration from what they leave."""
+    from gemel_engine.config import validated
+
     if {"-h", "--help"} & set(arguments):
         tyro.cli(options, prog=f"{command} CONFIG.toml", args=["--help"])
     found, settings = tyro.cli(options, prog=f"{command} CONFIG.toml", args=arguments[1:], return_unknown_args=True)
-    return found, command_line.configure(config_type, command, [*arguments[:1], *settings])
+    return validated(found), command_line.configure(config_type, command, [*arguments[:1], *settings])

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -199,24 +200,30 @@ def compact_knowledge_base(update: str, directory: Path) -> KnowledgeBaseReport:
         source = storage.download_directory(update)
         if "base" not in _contents(source):
             raise ConfigurationError(f"{shown(update)} is no update but a knowledge base: there is nothing to merge")
-        return _merge(source, _read_manifest(source), directory, storage.ARTIFACT_CACHE)
+        manifest = _read_manifest(source)
+        base = _merged(_download_base(source, manifest.base, storage.ARTIFACT_CACHE), storage.ARTIFACT_CACHE)
+        return _merge(source, manifest, base, directory)
 
 
 def _merged(directory: Path, cache_dir: Path) -> Path:
-    """The directory itself, or for an update that of the cache in which it is merged with its base."""
-    if "base" not in _contents(directory):
-        return directory
-    manifest = _read_manifest(directory)
-    if not storage.exists(f"{manifest.base.address}/{MANIFEST}"):  # this node may have merged it, but others have not
-        raise _base_is_missing(directory, manifest.base)
-    content = json.dumps(asdict(manifest) | {"base": manifest.base.sha256}, sort_keys=True)
-    target = cache_dir / f"{directory.name}-merged-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
-    return storage.made_once(target, lambda temporary: _merge(directory, manifest, temporary, cache_dir))
+    """The directory itself, or for an update that of the cache in which it is merged with its base.
+
+    Updates of updates are merged from the oldest on.
+    """
+    updates = []
+    while "base" in _contents(directory):
+        manifest = _read_manifest(directory)
+        updates.append((directory, manifest))
+        directory = _download_base(directory, manifest.base, cache_dir)
+    for update, manifest in reversed(updates):
+        content = json.dumps(asdict(manifest) | {"base": manifest.base.sha256}, sort_keys=True)
+        target = cache_dir / f"{update.name}-merged-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
+        directory = storage.made_once(target, partial(_merge, update, manifest, directory))
+    return directory
 
 
-def _merge(directory: Path, manifest: _Manifest, target: Path, cache_dir: Path) -> KnowledgeBaseReport:
-    """Write a knowledge base: the changes of an update applied to its base."""
-    base_directory = _merged(_download_base(directory, manifest.base, cache_dir), cache_dir)
+def _merge(directory: Path, manifest: _Manifest, base_directory: Path, target: Path) -> KnowledgeBaseReport:
+    """Write a knowledge base: the changes of an update applied to its base, which is no update."""
     base, changes = KnowledgeBase.open(base_directory, verify=True), _read_changes(directory, manifest)
     if base.tokenizer_fingerprint != manifest.tokenizer_fingerprint:
         raise ArtifactError(f"the update {directory} and its base are of two tokenizers; write the update again")

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from gemel_engine.artifacts import Artifacts, open_artifacts
-from gemel_engine.config import JobConfig, LinkConfig, RetrievalSettings, VisionSettings
+from gemel_engine.config import JobConfig, LinkConfig, RetrievalSettings, VisionSettings, validated
 from gemel_engine.errors import ArtifactError, ConfigurationError, InputError, MentionError
 from gemel_engine.generation import EntityNameGenerator
 from gemel_engine.mention_encoder import MentionEncoder
@@ -142,6 +142,7 @@ class Linker:
     """
 
     def __init__(self, config: LinkConfig) -> None:
+        config = validated(config)
         artifacts = open_artifacts(config, verify=config.verify_artifacts)
         check_encoders(config, artifacts)
         self._pictures = load_picture_encoder(config.vision) if config.vision.image_encoder is not None else None

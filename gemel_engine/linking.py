@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import signal
+import socket
 import sys
 import threading
 import time
@@ -22,6 +23,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
+from urllib.parse import urlsplit
 
 import numpy as np
 import pyarrow as pa
@@ -32,9 +34,9 @@ from ray.data import ActorPoolStrategy, DataContext, Dataset
 from ray.exceptions import RayError
 
 from gemel_engine import errors, output_check, shards, storage
-from gemel_engine.config import JobConfig, LinkConfig, PoolSettings, config_json
+from gemel_engine.config import JobConfig, LinkConfig, PoolSettings, config_json, validated
 from gemel_engine.display import percent
-from gemel_engine.errors import TooManyFailuresError, shown
+from gemel_engine.errors import ConfigurationError, TooManyFailuresError, redacted, shown
 from gemel_engine.fingerprints import Contents, run_contents
 from gemel_engine.progress import Progress, Tally
 from gemel_engine.relinking import EarlierRun
@@ -59,6 +61,7 @@ logger = logging.getLogger(__name__)
 _NOT_IDENTITY = ("resources", "output", "max_failed_fraction", "verify_artifacts", "dry_run")
 _OWN_ERROR = re.compile(r"^gemel_engine\.errors\.(\w+): (.*)$", re.MULTILINE)  # in a traceback
 _MAX_SORTED_BLOCKS = 256
+_CONNECT_SECONDS = 10.0
 _ROWS_PER_RANGE = 1 << 18  # read at once to be sorted: row groups may be as large, and are read whole
 
 
@@ -212,6 +215,7 @@ def checked_plan(config: LinkConfig) -> tuple[list[Shard], Artifacts, Contents]:
     from gemel_engine.artifacts import open_artifacts, open_calibration
     from gemel_engine.linker import check_encoders
 
+    config = validated(config)
     storage.check_kept(config.output)
     storage.check_apart(config.output, config.input)
     plan = shards.plan_shards(config.input, config.rows_per_shard, config.vision.required_columns)
@@ -320,15 +324,19 @@ def encode_and_retrieve(
 
 
 def connect() -> None:
-    """Join the cluster that the job was submitted to, or start Ray on this machine."""
+    """Join the cluster that the job was submitted to, or start Ray on this machine.
+
+    Raises:
+        ConfigurationError: No cluster answers at RAY_ADDRESS, or Ray cannot be started here.
+    """
     if ray.is_initialized():
         return
     root = logging.getLogger()
     ours = root.handlers[:]
-    if "RAY_ADDRESS" in os.environ:
-        ray.init(log_to_driver=True)
+    if address := os.environ.get("RAY_ADDRESS"):
+        _join_cluster(address)
     else:
-        ray.init(address="local", num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False)
+        _start_ray()
     if asked := [handler for handler in root.handlers if handler not in ours]:
         # RAY_LOGGING_CONFIG_ENCODING, such as JSON: Ray writes the logs of all processes in it. One handler is enough.
         root.handlers = asked
@@ -338,6 +346,36 @@ def connect() -> None:
     DataContext.get_current().enable_rich_progress_bars = False
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _stop)  # after ray.init, which sets its own
+
+
+def _join_cluster(address: str) -> None:
+    """Join a cluster; where nothing listens, Ray itself would try for a quarter of an hour."""
+    try:
+        if address not in ("auto", "local"):
+            place = urlsplit(address if "://" in address else f"//{address}")
+            if place.scheme not in ("", "ray") or not place.hostname or not place.port:
+                raise ValueError("it is not of the form host:port")
+            socket.create_connection((place.hostname, place.port), _CONNECT_SECONDS).close()
+        ray.init(log_to_driver=True)
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(
+            f"RAY_ADDRESS is {shown(address)}, where no cluster can be joined ({redacted(str(error))}): start it, give "
+            "host:port of its head, or unset RAY_ADDRESS to work on this machine alone"
+        ) from error
+
+
+def _start_ray() -> None:
+    """Start Ray on this machine; it reports failures by exceptions of no kind of their own."""
+    os.environ.pop("RAY_ADDRESS", None)  # an empty one
+    try:
+        ray.init(address="local", num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False)
+    except Exception as error:
+        remedy = (
+            "set TMPDIR, or RAY_TMPDIR, to a directory with a shorter path"
+            if "AF_UNIX" in str(error)
+            else "see that the machine is not overloaded and that `ulimit -n` is at least 1024, then try again"
+        )
+        raise ConfigurationError(f"Ray cannot be started on this machine: {remedy} ({error})") from error
 
 
 def _stop(number: int, _: object) -> NoReturn:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from gemel_engine.bounds import Count
 from gemel_engine.errors import ConfigurationError, PromptTooLongError
 
 if TYPE_CHECKING:  # the settings are read where no model is
@@ -42,8 +43,8 @@ class PromptSettings:
 
     template: str = GEMEL_TEMPLATE
     terminator: Terminator = "newline"
-    max_prompt_tokens: int = 2048
-    query_reserve: int = 512
+    max_prompt_tokens: Count = 2048
+    query_reserve: Count = 512
     begin_with_bos: bool = False
     demonstration_pictures: bool = True
 

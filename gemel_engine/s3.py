@@ -21,7 +21,7 @@ from typing import Any
 
 from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem
 
-from gemel_engine.errors import ConfigurationError, shown
+from gemel_engine.errors import ConfigurationError, redacted, shown
 
 _MAX_ATTEMPTS = 10  # s3fs waits half a minute between the first and the last
 _MAX_CONFLICTS = 8
@@ -110,7 +110,8 @@ def remove_tree(uri: str) -> None:
         with _builtin_errors(uri):
             answer = _client().call_s3("delete_objects", Bucket=bucket, Delete=deletion)
         if failures := answer.get("Errors"):  # s3fs's own removal does not look
-            raise OSError(f"{shown(uri)}: {len(failures)} objects could not be removed, the first: {failures[0]}")
+            first = redacted(str(failures[0]), uri)
+            raise OSError(f"{shown(uri)}: {len(failures)} objects could not be removed, the first: {first}")
 
 
 def _client() -> Any:
@@ -152,27 +153,30 @@ def _client_of(environment: _Environment) -> Any:
 
 @contextmanager
 def _builtin_errors(uri: str) -> Iterator[None]:
-    """Raise the client's errors as those that the module's docstring promises."""
+    """Raise the client's errors as those that the module's docstring promises.
+
+    The client repeats addresses with their queries: its text is redacted, and its exception is in no traceback.
+    """
     from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
     from botocore.parsers import ResponseParserError
 
     try:
         yield
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{shown(uri)}: no such object or bucket") from error
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{shown(uri)}: no such object or bucket") from None
     except (PermissionError, NoCredentialsError, PartialCredentialsError) as error:
-        raise _refused(uri, error) from error
+        raise _refused(uri, error) from None
     except (OSError, BotoCoreError, ClientError, ResponseParserError) as error:
         if _status(error) in (401, 403):
-            raise _refused(uri, error) from error
-        message, number = f"{shown(uri)}: {error}", getattr(error, "errno", None)
-        raise (OSError(message) if number is None else OSError(number, message)) from error
+            raise _refused(uri, error) from None
+        message, number = f"{shown(uri)}: {redacted(str(error), uri)}", getattr(error, "errno", None)
+        raise (OSError(message) if number is None else OSError(number, message)) from None
 
 
 def _refused(uri: str, error: Exception) -> ConfigurationError:
     return ConfigurationError(
-        f"{shown(uri)}: access refused ({error}); check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, "
-        "AWS_ENDPOINT_URL and the permissions of the bucket"
+        f"{shown(uri)}: access refused ({redacted(str(error), uri)}); check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, "
+        "AWS_REGION, AWS_ENDPOINT_URL and the permissions of the bucket"
     )
 
 

@@ -29,6 +29,7 @@ from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 
+from gemel_engine.bounds import Count, NumSteps
 from gemel_engine.errors import GemelError
 from gemel_engine.prefix_trie import PrefixTrie
 from gemel_engine.prompt import Prompt
@@ -63,20 +64,18 @@ class SearchSettings:
 
     objective: Objective = "sum"
     ranking: Ranking = "mean"
-    num_candidates: int = 5
-    num_to_certify: int = 1
-    num_children: int = 10
-    width: int = 4
-    max_rollouts: int = 64
-    max_tokens: int | None = None
+    num_candidates: Count = 5
+    num_to_certify: Count = 1
+    num_children: Count = 10
+    width: Count = 4
+    max_rollouts: Count = 64
+    max_tokens: NumSteps | None = None
 
     def __post_init__(self) -> None:
-        for name in ("num_candidates", "num_children", "width", "max_rollouts", "max_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}: it must be at least 1")
-        if not 1 <= self.num_to_certify <= self.num_candidates:
-            raise ValueError(f"num_to_certify is {self.num_to_certify}: it must be from 1 to {self.num_candidates}")
+        if self.num_to_certify > self.num_candidates:
+            raise ValueError(
+                f"num_to_certify is {self.num_to_certify}: it must not be above num_candidates {self.num_candidates}"
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -22,7 +21,7 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import BufferedReader
 from itertools import chain
@@ -30,18 +29,20 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+from filelock import FileLock
 from pyarrow.fs import FileSystem, LocalFileSystem
 
 from gemel_engine import s3
 from gemel_engine.errors import ArtifactError, ConfigurationError, InputError, shown
 
-ARTIFACT_CACHE = Path(tempfile.gettempdir()) / "gemel-artifacts"
+ARTIFACT_CACHE = Path(tempfile.gettempdir()) / f"gemel-artifacts-{os.geteuid()}"
 _RAY_WORKING_DIRECTORIES = "working_dir_files"
 _MAX_VANISHED = 100
 # With these os.link fails on file systems without hard links: exFAT, SMB, many in user space.
 _NO_HARD_LINKS = (errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EMLINK)
 _AT_FDCWD, _RENAME_NOREPLACE = -100, 1  # of Linux
 _SUFFIXES = (".parquet", ".parq", ".pq")
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +64,11 @@ def local_path(uri: str) -> Path | None:
     """Return the absolute local path that an address means, or None for an address in S3.
 
     Raises:
-        ConfigurationError: The address is of another kind, names no bucket, or brings credentials, which would end in
-            logs and outputs.
+        ConfigurationError: The address is of another kind, names no bucket, holds a NUL, or brings credentials, which
+            would end in logs and outputs.
     """
+    if "\0" in uri:
+        raise ConfigurationError(f"cannot use the address {shown(uri)}: it holds a NUL; remove that character")
     scheme, separator, rest = uri.partition("://")
     if not separator and uri:
         return Path(os.path.abspath(uri))
@@ -236,10 +239,12 @@ def download_directory(uri: str, cache_dir: str | os.PathLike[str] = ARTIFACT_CA
     """Make an artifact directory available as a local one.
 
     A directory in S3 is copied once into `cache_dir`, under a name made from its address and its files' versions; of
-    several processes that ask for it at once one copies and the others wait. A local directory is returned as it is.
+    several processes that ask for it at once one copies and the others wait. A copy that has been changed since, such
+    as by a cleaner of temporary files, is made again. A local directory is returned as it is.
 
     Raises:
         ArtifactError: There is no such directory, or it holds a name that could lead out of it.
+        ConfigurationError: Other users can write to `cache_dir`, or this one cannot.
     """
     root = _normalised(uri)
     if not root.startswith("s3://"):
@@ -261,23 +266,74 @@ def download_directory(uri: str, cache_dir: str | os.PathLike[str] = ARTIFACT_CA
 
 
 def made_once(target: Path, make: Callable[[Path], object]) -> Path:
-    """The directory `target`; where it is missing, `make` fills a new one, and other processes that ask for it wait.
+    """Return the directory `target`, which `make` fills where it is missing or no longer as it was made.
 
-    The lock of a process that is killed goes with it, and the next begins anew.
+    Other processes that ask for it wait. The lock of a process that is killed goes with it, and the next begins anew.
+
+    Raises:
+        ConfigurationError: Other users can write to the directory around it, or this one cannot.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}")
-    with _room_for(target), target.with_name(f".{target.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if target.is_dir():
-            return target
-        shutil.rmtree(temporary, ignore_errors=True)
-        try:
-            temporary.mkdir()
-            make(temporary)
-            return temporary.rename(target)
-        finally:
+    temporary, record = target.with_name(f".{target.name}"), target.with_name(f".{target.name}.json")
+    with _room_for(target):
+        _make_private(target.parent)
+        with FileLock(target.with_name(f".{target.name}.lock")):
+            if target.is_dir() and _recorded(record) == _content(target):
+                return target
+            record.unlink(missing_ok=True)
+            shutil.rmtree(target, ignore_errors=True)
             shutil.rmtree(temporary, ignore_errors=True)
+            try:
+                temporary.mkdir()
+                make(temporary)
+                temporary.rename(target)
+                record.write_text(json.dumps(_content(target)), encoding="utf-8")
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+def _make_private(directory: Path) -> None:
+    """Make a directory that only this user can write to, or raise unless the existing one is such a directory."""
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):
+            directory.mkdir(mode=0o700)
+        status = directory.lstat()  # of a link, not of what it leads to
+    except OSError as error:
+        if error.errno in _NO_ROOM:
+            raise
+        fault = str(error.strerror)
+    else:
+        if not stat.S_ISDIR(status.st_mode):
+            fault = "it is no directory"
+        elif status.st_uid != os.geteuid():
+            fault = "it belongs to another user"
+        elif status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            fault = "other users can write to it"
+        else:
+            return
+    raise ConfigurationError(
+        f"the artifact cache {shown(str(directory))} cannot be used: {fault}; remove it, or set TMPDIR to a directory "
+        "of your own"
+    )
+
+
+def _content(directory: Path) -> dict[str, list[int]]:
+    """Size in bytes and modification time in nanoseconds of each file below a directory; links are not followed."""
+    found = {}
+    for place, _, names in os.walk(directory):
+        for path in (Path(place, name) for name in names):
+            status = path.lstat()
+            found[str(path.relative_to(directory))] = [status.st_size, status.st_mtime_ns]
+    return found
+
+
+def _recorded(record: Path) -> object:
+    """Read what `_content` was when the directory was made; None if that is not known."""
+    try:
+        return json.loads(record.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def remove_tree(uri: str) -> None:
@@ -464,7 +520,7 @@ def _room_for(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in _NO_ROOM:
             raise
         message = "no room left on the disk: make room, then run the same command again"
         raise OSError(error.errno, message, str(path)) from error

@@ -36,7 +36,7 @@ from torch import distributed
 
 from gemel_engine import shards, storage
 from gemel_engine.artifacts import Artifacts, open_artifacts
-from gemel_engine.config import TrainConfig, config_json
+from gemel_engine.config import TrainConfig, config_json, validated
 from gemel_engine.errors import ConfigurationError, InputError, TooManyFailuresError, shown
 from gemel_engine.feature_mapper import FeatureMapper
 from gemel_engine.fingerprints import Contents, artifact_manifests, check_contents, run_contents
@@ -104,6 +104,7 @@ def train_mapper(config: TrainConfig) -> TrainReport:
             many mentions can't be used.
     """
     started = time.monotonic()
+    config = validated(config)
     for address in filter(None, (config.output, config.examples)):
         storage.check_kept(address)
         for source in filter(None, (config.train, config.dev)):
@@ -159,7 +160,7 @@ def _check_disjoint(splits: Mapping[str, str]) -> None:
 
 def _check_resources(config: TrainConfig) -> None:
     """See that this machine has room for the workers; a cluster may grow."""
-    if "RAY_ADDRESS" in os.environ:
+    if os.environ.get("RAY_ADDRESS"):
         return
     workers = config.workers
     has: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]

@@ -86,6 +86,10 @@ def test_the_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
         (("link", "examples/emoji/link.toml", "--search.widt", "3"), "gemel link examples/emoji/link.toml --help"),
         (("build-kb", "entities.parquet", "kb"), "--tokenizer"),
         (("import-gemel", "mapper", "only.pkl"), "OUTPUT_DIR"),
+        (("evaluate", "out", "--gallery-size", "-1"), "--gallery-size is -1: Input should be greater than or equal"),
+        (("calibrate", "out", "c", "--nil-precision", "nan"), "--nil-precision is nan: Input should be a finite"),
+        (("build-kb", "e", "kb", "--tokenizer", "t", "--max-name-tokens", "0"), "--max-name-tokens is 0: "),
+        (("plan", "examples/emoji/link.toml", "--price-per-actor-hour", "inf"), "price_per_actor_hour: Input should"),
     ],
 )
 def test_wrong_arguments_are_named(

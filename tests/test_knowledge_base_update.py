@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -200,6 +202,24 @@ def test_an_update_may_have_an_update_as_its_base(
     assert_same_knowledge_base(local_knowledge_base(str(tmp_path / "second"), tmp_path / "cache"), tmp_path / "anew")
     compact_knowledge_base(str(tmp_path / "second"), tmp_path / "compact")
     assert_same_knowledge_base(tmp_path / "compact", tmp_path / "anew")
+
+
+def test_a_long_chain_of_updates_is_merged_without_recursion(
+    base: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "ARTIFACT_CACHE", tmp_path / "cache")
+    newest = base
+    for number in range(30):
+        changes = pa.table({"entity_id": [f"N{number}"], "name": [f"Bear {number}"]})
+        update_knowledge_base(str(newest), changes, tokenizer, tmp_path / f"update{number}", STRICT)
+        newest = tmp_path / f"update{number}"
+    before = sys.getrecursionlimit()
+    try:
+        sys.setrecursionlimit(len(inspect.stack()) + 100)
+        merged = local_knowledge_base(str(newest), tmp_path / "other")
+    finally:
+        sys.setrecursionlimit(before)
+    assert KnowledgeBase.open(merged, verify=True).num_entities == 30 + len(ENTITIES)
 
 
 def test_a_compacted_update_needs_no_base(update: Path, base: Path, tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ class Nodes:
 
     def kept(self, name: str) -> set[str]:
         """Names of the artifacts that a node has kept, without the mark of their version; not of their locks."""
-        return {path.name.rpartition("-")[0] for path in self.temporary(name).glob("gemel-artifacts/[!.]*")}
+        return {path.name.rpartition("-")[0] for path in self.temporary(name).glob("gemel-artifacts-*/[!.]*")}
 
     def start(self, command: list[str], log: Path) -> subprocess.Popen[bytes]:
         """Start a driver on the head."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 import threading
 import time
+import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +24,7 @@ from s3_server import S3Server, run_s3_server  # noqa: F401
 from trouble import small_file_system
 
 from gemel_engine import storage
-from gemel_engine.errors import ArtifactError, ConfigurationError, InputError
+from gemel_engine.errors import ArtifactError, ConfigurationError, InputError, not_loadable, redacted
 from gemel_engine.shards import parquet_bytes
 
 
@@ -288,6 +290,71 @@ def test_download_directory_reads_each_object_once(
     assert sorted(path[-1] for path in reads) == ["a", "b"]
 
 
+@pytest.mark.parametrize("damage", ["remove a file", "remove all", "truncate", "overwrite", "add", "link", "record"])
+def test_a_damaged_copy_is_made_again(damage: str, s3_directory: str, tmp_path: Path) -> None:
+    for name in ("meta.json", "arrays/tokens.npy"):
+        storage.write_bytes(f"{s3_directory}/trie/{name}", b"content")
+    copy = storage.download_directory(f"{s3_directory}/trie", tmp_path)
+    victim = copy / "arrays/tokens.npy"
+    if damage in ("remove a file", "link"):
+        victim.unlink()
+    if damage == "remove all":
+        shutil.rmtree(copy)
+    elif damage == "truncate":
+        os.truncate(victim, 3)
+    elif damage == "overwrite":
+        victim.write_bytes(b"CONTENT")
+    elif damage == "add":
+        (copy / "more").touch()
+    elif damage == "link":
+        victim.symlink_to(copy / "meta.json")
+    elif damage == "record":
+        os.truncate(tmp_path / f".{copy.name}.json", 1)
+    assert storage.download_directory(f"{s3_directory}/trie", tmp_path) == copy
+    assert {str(path.relative_to(copy)) for path in copy.rglob("*")} == {"meta.json", "arrays", "arrays/tokens.npy"}
+    assert victim.read_bytes() == b"content"
+    assert not victim.is_symlink()
+
+
+def test_the_artifact_cache_belongs_to_its_user_alone(tmp_path: Path) -> None:
+    def make(directory: Path) -> None:
+        (directory / "file").touch()
+
+    cache = tmp_path / "cache"
+    assert storage.ARTIFACT_CACHE.name == f"gemel-artifacts-{os.geteuid()}"
+    assert storage.made_once(cache / "made", make) == cache / "made"
+    assert cache.stat().st_mode & 0o777 == 0o700
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    for fault in ("it is no directory", "other users can write", "it belongs to another user", "File exists"):
+        shutil.rmtree(cache, ignore_errors=True)
+        if fault == "it is no directory":
+            cache.symlink_to(victim)
+        elif fault == "other users can write":
+            cache.unlink()
+            cache.mkdir()
+            cache.chmod(0o777)
+        elif fault == "it belongs to another user":
+            if os.geteuid() != 0:
+                continue  # only root can give a directory away
+            cache.mkdir(0o700)
+            os.chown(cache, 12345, -1)
+        else:
+            cache.touch()
+        inside = cache / "below" if cache.is_file() else cache
+        with pytest.raises(ConfigurationError, match=f"cannot be used: {fault}.*; remove it, or set TMPDIR"):
+            storage.made_once(inside / "made", make)
+    assert list(victim.iterdir()) == []
+
+
+def test_a_planted_lock_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "victim").write_bytes(b"precious")
+    (tmp_path / ".made.lock").symlink_to(tmp_path / "victim")
+    with pytest.raises(OSError, match="symbolic link"):
+        storage.made_once(tmp_path / "made", lambda directory: None)
+    assert (tmp_path / "victim").read_bytes() == b"precious"
+
+
 def test_download_directory_without_the_directory_is_an_artifact_error(directory: str, tmp_path: Path) -> None:
     storage.write_bytes(f"{directory}/file", b"")
     for name in ("absent", "file"):
@@ -307,7 +374,7 @@ def test_download_directory_never_leaves_its_directory(
 
 
 def without_locks(directory: Path) -> list[Path]:
-    return [path for path in directory.iterdir() if path.suffix != ".lock"]
+    return [path for path in directory.iterdir() if path.suffix not in (".lock", ".json")]
 
 
 def test_a_conflict_of_conditional_writes_is_tried_again(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -345,6 +412,29 @@ def test_an_endpoint_that_does_not_answer_is_an_os_error(s3_server: S3Server, mo
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     with pytest.raises(OSError, match=r"127\.0\.0\.1:9"):
         storage.read_bytes("s3://bucket/key")
+
+
+def test_a_query_that_the_client_repeats_stays_secret(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    for query in ("X-Amz-Signature=hidden", "any=hidden&more=hidden+too", "hidden"):
+        with pytest.raises(OSError, match=r"'s3://bucket/key\?\.\.\.'.*127\.0\.0\.1:9") as failed:
+            storage.read_bytes(f"s3://bucket/key?{query}")
+        assert "hidden" not in "".join(traceback.format_exception(failed.value))
+
+
+def test_texts_of_other_libraries_keep_no_secret() -> None:
+    for text, kept in {
+        "GET https://user:hidden@host/x?sig=hidden failed": "GET https://...@host/x?... failed",
+        'the URL "http://host/b/key%3FX-Amz-Signature%3Dhidden"': 'the URL "http://host/b/key?..."',
+        "key 'a?X-Amz-Credential=hidden&Signature=hidden'": "key 'a?X-Amz-Credential=...&Signature=...'",
+        "no repository https://hidden@host": "no repository https://...@host",
+        "nothing at s3://bucket/a@b, 3=4": "nothing at s3://bucket/a@b, 3=4",
+    }.items():
+        assert redacted(text) == kept
+    error = str(not_loadable("model", "https://user:hidden@host/m", OSError("'https://user:hidden@host/m' is no id")))
+    assert "hidden" not in error
+    assert "https://...@host/m" in error
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -461,6 +551,7 @@ def test_a_full_disk_is_said_and_leaves_no_part_of_a_file(small_disk: Path, s3_d
                 write(str(small_disk / name), too_much)
     storage.write_bytes(f"{s3_directory}/artifact/large", too_much)
     with pytest.raises(OSError, match="no room left on the disk"):
-        storage.download_directory(f"{s3_directory}/artifact", small_disk)
-    assert without_locks(small_disk) == [small_disk / "kept"]
+        storage.download_directory(f"{s3_directory}/artifact", small_disk / "cache")
+    assert without_locks(small_disk / "cache") == []
+    assert sorted(small_disk.iterdir()) == [small_disk / "cache", small_disk / "kept"]
     assert storage.read_bytes(str(small_disk / "kept")) == b"old"
