@@ -26,11 +26,11 @@ from gemel_engine.vision import ImageEncoder, PictureEncoder
 class DemonstrationRetriever:
     """Surface forms to rows of the demonstration index."""
 
-    def __init__(self, settings: RetrievalSettings, index: DemonstrationIndex) -> None:
+    def __init__(self, settings: RetrievalSettings, index: DemonstrationIndex, device: str = "cpu") -> None:
         self._settings = settings
         self._index = index
         assert settings.mention_encoder is not None, "checked by the configuration"
-        self.encoder = MentionEncoder(settings.mention_encoder)
+        self.encoder = MentionEncoder(settings.mention_encoder, device)
 
     def retrieve(self, mentions: Sequence[Mention], features: Sequence[Features | None]) -> list[list[int]]:
         """Row numbers for each of B mentions, the most similar last; those of similar pictures behind all others.

@@ -189,8 +189,8 @@ def mention_encoder_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def encoder(mention_encoder_directory: Path) -> MentionEncoder:
-    """The random BERT, in batches smaller than the tests'."""
-    return MentionEncoder(str(mention_encoder_directory), batch_size=4)
+    """The random BERT, in passes of fewer forms than the tests give it."""
+    return MentionEncoder(str(mention_encoder_directory), tokens_per_pass=16)
 
 
 def write_image_encoder(directory: Path, vision_config: Mapping[str, object], seed: int = 0) -> Path:
