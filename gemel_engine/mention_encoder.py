@@ -58,12 +58,12 @@ class MentionEncoder:
             raise not_loadable("mention encoder", name_or_path, error) from error
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
             raise ConfigurationError(f"the tokenizer of {name_or_path!r} has no fast implementation, which is needed")
-        num_embeddings = model.get_input_embeddings().weight.shape[0]
-        check_embedded(tokenizer, num_embeddings, name_or_path, added=tokenizer("")["input_ids"])
         self.fingerprint = _fingerprint(model, tokenizer_fingerprint(tokenizer))
         self._tokenizer = tokenizer
         self._model = model.eval().requires_grad_(False)
         self.max_tokens, self.width = self._measure(name_or_path)
+        num_embeddings = model.get_input_embeddings().weight.shape[0]
+        check_embedded(tokenizer, num_embeddings, name_or_path, added=tokenizer("")["input_ids"])
         self._model = model.to(device)
         self._tokens_per_pass = tokens_per_pass or _TOKENS_PER_PASS.get(torch.device(device).type, 256)
 

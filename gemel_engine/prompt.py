@@ -103,8 +103,8 @@ def check_embedded(
     ]
     if reachable:
         raise ArtifactError(
-            f"{name} has {num_embeddings} token embeddings, and its tokenizer makes {len(reachable)} tokens beyond them, "
-            f"such as {reachable[0]!r}: resize the model's embeddings, or remove the tokens from the tokenizer"
+            f"{name} has {num_embeddings} token embeddings, and its tokenizer makes {len(reachable)} tokens beyond "
+            f"them, such as {reachable[0]!r}: resize the model's embeddings, or remove the tokens from the tokenizer"
         )
 
 

@@ -75,9 +75,7 @@ RECEIPT_SCHEMA = pa.schema(
 )
 
 
-def read_mentions(
-    batch: pa.Table, output: str, also: Sequence[str], earlier: EarlierRun | None = None
-) -> pa.Table:
+def read_mentions(batch: pa.Table, output: str, also: Sequence[str], earlier: EarlierRun | None = None) -> pa.Table:
     """Read a shard, ordered by surface form, so that equal prompts' beginnings follow each other.
 
     Reads the columns of `also` beside the small ones, where the corpus has them. Adds `shard`, `row` (in the

@@ -106,7 +106,7 @@ def test_an_encoder_that_lacks_embeddings_is_refused(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(directory)
     tokenizer.add_tokens(["snorkel"])
     tokenizer.save_pretrained(directory)
-    with pytest.raises(ArtifactError, match="has 99 token embeddings, .* such as 'snorkel'"):
+    with pytest.raises(ArtifactError, match=r"has 99 token embeddings, .* such as 'snorkel'"):
         MentionEncoder(directory)
 
 
@@ -115,7 +115,7 @@ def test_a_model_that_reads_no_text_is_refused(tmp_path: Path) -> None:
     small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     config = CLIPConfig(text_config={**small, "vocab_size": 99}, vision_config={**small, "image_size": 32})
     CLIPModel(config).save_pretrained(directory)
-    with pytest.raises(ArtifactError, match="can't be used as a mention encoder .* name a model that encodes text"):
+    with pytest.raises(ArtifactError, match=r"can't be used as a mention encoder .* name a model that encodes text"):
         MentionEncoder(directory)
 
 

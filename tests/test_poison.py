@@ -134,7 +134,9 @@ def test_errors_of_the_job_are_nobodys_rows(tmp_path: Path) -> None:
     assert num_calls == [4]
 
 
-def test_a_row_that_ends_its_reader_becomes_an_error_with_its_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_that_ends_its_reader_becomes_an_error_with_its_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     corpus = tmp_path / "corpus.parquet"
     pq.write_table(pa.table({"mention_id": list("abcd"), "text": ["a bear"] * 4, "mention": ["bear"] * 4}), corpus)
     (shard,) = shards.plan_shards(str(corpus), 10)
