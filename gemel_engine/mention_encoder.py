@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -22,6 +22,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTo
 from gemel_engine.errors import ArtifactError, ConfigurationError, not_loadable
 from gemel_engine.knowledge_base import tokenizer_fingerprint
 from gemel_engine.prompt import check_embedded
+
+TokenIds = tuple[int, ...]
 
 _MAX_TOKENS = 512  # of a surface form; what follows is cut off
 _TOKENS_PER_PASS = {"cpu": 256, "cuda": 16_384}  # as many as it takes to be limited by arithmetic alone
@@ -68,14 +70,15 @@ class MentionEncoder:
         self._tokens_per_pass = tokens_per_pass or _TOKENS_PER_PASS.get(torch.device(device).type, 256)
 
     def encode(self, surface_forms: Sequence[str]) -> NDArray[np.float32]:
-        """Embed surface forms, each distinct one once; nothing in them becomes a special token.
+        """Embed surface forms, those of equal tokens once; nothing in them becomes a special token.
 
         Returns:
             Shape (B, E), rows of length one; a zero row for a form without tokens.
         """
-        row_of_form = {form: row for row, form in enumerate(dict.fromkeys(surface_forms))}
-        embeddings = np.zeros((len(row_of_form), self.width), np.float32)
-        passes = list(self._passes(list(row_of_form)))
+        token_ids = self._token_ids(surface_forms)
+        row_of = {ids: row for row, ids in enumerate(dict.fromkeys(token_ids.values()))}
+        embeddings = np.zeros((len(row_of), self.width), np.float32)
+        passes = list(self._passes(row_of))
         num_threads = torch.get_num_threads()
         num_workers = num_threads if self._model.device.type == "cpu" else 1
         try:
@@ -83,40 +86,41 @@ class MentionEncoder:
                 tqdm(total=len(embeddings), desc="embed surface forms", unit=" forms", delay=5) as progress,
                 ThreadPoolExecutor(num_workers, initializer=torch.set_num_threads, initargs=(1,)) as workers,
             ):
-                for (rows, _), embedded in zip(passes, workers.map(self._embed, passes), strict=True):
-                    embeddings[rows] = embedded
-                    progress.update(len(rows))
+                for forms, embedded in zip(passes, workers.map(self._embed, passes), strict=True):
+                    embeddings[[row_of[ids] for ids in forms]] = embedded
+                    progress.update(len(forms))
         finally:
             torch.set_num_threads(num_threads)  # the workers' number is what threads of other owners would begin with
-        return embeddings[np.array([row_of_form[form] for form in surface_forms], dtype=np.intp)]
+        return embeddings[np.array([row_of[token_ids[form]] for form in surface_forms], dtype=np.intp)]
 
-    def _passes(self, forms: list[str]) -> Iterator[tuple[list[int], list[list[int]]]]:
-        """Yield row numbers and token ids, of equal length within a pass; the longest first."""
+    def _token_ids(self, surface_forms: Sequence[str]) -> dict[str, TokenIds]:
+        """Token ids of each distinct form, special tokens included."""
+        forms = list(dict.fromkeys(surface_forms))
         if not forms:
-            return
-        token_ids = self._tokenizer(forms, split_special_tokens=True, truncation=True, max_length=self.max_tokens)[
-            "input_ids"
-        ]
-        rows_of_length = defaultdict(list)
-        for row, ids in enumerate(token_ids):
-            rows_of_length[len(ids)].append(row)
-        rows_of_length.pop(0, None)
-        for length, rows in sorted(rows_of_length.items(), reverse=True):
+            return {}
+        encoded = self._tokenizer(forms, split_special_tokens=True, truncation=True, max_length=self.max_tokens)
+        return dict(zip(forms, map(tuple, encoded["input_ids"]), strict=True))
+
+    def _passes(self, token_ids: Iterable[TokenIds]) -> Iterator[list[TokenIds]]:
+        """Yield forms for one pass each, of equal length; the longest first."""
+        forms_of_length = defaultdict(list)
+        for ids in token_ids:
+            forms_of_length[len(ids)].append(ids)
+        forms_of_length.pop(0, None)
+        for length, forms in sorted(forms_of_length.items(), reverse=True):
             size = self._forms_per_pass(length)
-            for start in range(0, len(rows), size):
-                batch = rows[start : start + size]
-                yield batch, [token_ids[row] for row in batch]
+            for start in range(0, len(forms), size):
+                yield forms[start : start + size]
 
     def _forms_per_pass(self, num_tokens: int) -> int:
         return max(1, self._tokens_per_pass // num_tokens)
 
-    def _embed(self, forms: tuple[list[int], list[list[int]]]) -> NDArray[np.float32]:
+    def _embed(self, forms: list[TokenIds]) -> NDArray[np.float32]:
         """Embeddings of a pass: (B, E)."""
-        _, token_ids = forms
-        num_missing = self._forms_per_pass(len(token_ids[0])) - len(token_ids)
-        hidden = self._hidden(torch.tensor(token_ids + token_ids[-1:] * num_missing))
+        num_missing = self._forms_per_pass(len(forms[0])) - len(forms)
+        hidden = self._hidden(torch.tensor(forms + forms[-1:] * num_missing))
         normalised = torch.nn.functional.normalize(hidden.mean(dim=1), dim=-1)
-        embeddings: NDArray[np.float32] = normalised[: len(token_ids)].cpu().numpy()
+        embeddings: NDArray[np.float32] = normalised[: len(forms)].cpu().numpy()
         return embeddings
 
     @torch.inference_mode()
