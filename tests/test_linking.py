@@ -8,10 +8,11 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -37,7 +38,8 @@ from gemel_engine.linker import Linker
 from gemel_engine.linking import LinkReport, actor_pool, describe_run, link_corpus, ordered_plan
 from gemel_engine.model import load_tokenizer
 from gemel_engine.shards import plan_shards
-from gemel_engine.types import PREDICTION_SCHEMA, Mention
+from gemel_engine.stages import RetrieveDemonstrations, read_mentions
+from gemel_engine.types import PREDICTION_SCHEMA, Features, Mention
 
 ROOT = Path(__file__).parent.parent
 
@@ -323,6 +325,29 @@ def test_bad_rows_become_errors_and_too_many_fail_the_job_at_its_end(
 
 
 Change = Callable[[LinkConfig, Path], LinkConfig]
+
+
+def test_a_row_that_fails_in_retrieval_alone_becomes_an_error(
+    config: LinkConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def retrieve(mentions: Sequence[Mention], features: Sequence[Features | None]) -> list[list[int]]:
+        if any(mention.mention_id == "m1" for mention in mentions):
+            raise RuntimeError("the expanded size must match")
+        return retriever.retrieve(mentions, features)
+
+    stage = RetrieveDemonstrations(config)
+    retriever = stage._retriever
+    monkeypatch.setattr(stage, "_retriever", SimpleNamespace(retrieve=retrieve))
+    (shard,) = plan_shards(config.input, 10)
+    found = stage(read_mentions(pa.Table.from_pylist([asdict(shard)]), config.output, ()))
+    assert found.num_rows == len(mention_rows())
+    for row in found.select(["mention_id", "error", "demonstrations"]).to_pylist():
+        if row["mention_id"] == "m1":
+            assert row["error"] == (
+                "failed: RuntimeError in stage retrieval, of this row alone: the expanded size must match"
+            )
+        else:
+            assert (row["error"], len(row["demonstrations"])) == (None, 2)
 
 
 def with_table(config: LinkConfig, directory: Path, table: pa.Table) -> LinkConfig:
