@@ -37,7 +37,7 @@ from ray.data import Dataset
 from record import record
 
 from gemel_engine import linking, shards
-from gemel_engine.config import JobConfig, LinkConfig, RetrievalSettings, load_config
+from gemel_engine.config import JobConfig, LinkConfig, load_config
 from gemel_engine.linking import actor_pool, connect, describe_run, link_corpus
 from gemel_engine.stages import (
     IMAGE_COLUMNS,
@@ -78,8 +78,8 @@ class WaitingEncodeImages(EncodeImages):
 class WaitingRetrieveDemonstrations(RetrieveDemonstrations):
     """The stage with an index that only takes its time."""
 
-    def __init__(self, demonstrations: str, retrieval: RetrievalSettings) -> None:
-        self._retriever = self  # type: ignore[assignment]
+    def __init__(self, config: JobConfig) -> None:
+        self._output, self._retriever = config.output, self  # type: ignore[assignment]
 
     def retrieve(self, mentions: Sequence[Mention], features: Sequence[object]) -> list[list[int]]:
         """Demonstrations for each mention."""
@@ -119,6 +119,14 @@ class BareEncodeImages(WaitingEncodeImages):
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Encode a batch's pictures."""
         return self._encode(batch)
+
+
+class BareRetrieveDemonstrations(WaitingRetrieveDemonstrations):
+    """The stage without marks."""
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Retrieve a batch's demonstrations."""
+        return self._retrieve(batch)
 
 
 class BareGenerateEntityNames(WaitingGenerateEntityNames):
@@ -227,13 +235,12 @@ def plain_pipeline(config: LinkConfig) -> Dataset:
     plan = shards.plan_shards(config.input, config.rows_per_shard)
     connect()
     dataset: Dataset = ray.data.from_items([asdict(shard) for shard in plan], override_num_blocks=len(plan))
-    read = partial(read_mentions, also=("image_features", *IMAGE_COLUMNS))
+    read = partial(read_mentions, output=config.output, also=("image_features", *IMAGE_COLUMNS))
     dataset = dataset.map_batches(read, batch_size=1, batch_format="pyarrow", num_cpus=0.25)
-    arguments = (config.demonstrations, config.retrieval)
     pools = config.resources
     dataset = dataset.map_batches(BareEncodeImages, fn_constructor_args=(config,), **actor_pool(pools.images))
     dataset = dataset.map_batches(
-        WaitingRetrieveDemonstrations, fn_constructor_args=arguments, **actor_pool(pools.retrieval)
+        BareRetrieveDemonstrations, fn_constructor_args=(config,), **actor_pool(pools.retrieval)
     )
     dataset = dataset.map_batches(
         BareGenerateEntityNames, fn_constructor_args=(config,), **actor_pool(pools.generation)

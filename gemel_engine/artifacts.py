@@ -21,8 +21,9 @@ from gemel_engine.model import (
     language_model_width,
     load_tokenizer,
     max_positions,
+    vocabulary_size,
 )
-from gemel_engine.prompt import PromptBuilder
+from gemel_engine.prompt import PromptBuilder, check_embedded
 from gemel_engine.retrieval import DemonstrationIndex
 from gemel_engine.storage import download_directory
 
@@ -59,7 +60,11 @@ def open_artifacts(config: JobConfig, *, verify: bool = False) -> Artifacts:
     """
     check_language_model(config.language_model.name, verify=verify)
     tokenizer = load_tokenizer(config.language_model.name)
-    PromptBuilder(tokenizer, config.prompt)  # says what is wrong with the template or the terminator
+    builder = PromptBuilder(tokenizer, config.prompt)  # says what is wrong with the template or the terminator
+    num_embeddings = vocabulary_size(config.language_model.name)
+    check_embedded(
+        tokenizer, num_embeddings, config.language_model.name, added=(*builder.beginning, builder.terminator)
+    )
     directory = local_knowledge_base(config.knowledge_base)
     knowledge_base = KnowledgeBase.open(directory, verify=verify)
     index = mapper = None
@@ -72,9 +77,14 @@ def open_artifacts(config: JobConfig, *, verify: bool = False) -> Artifacts:
             f"the knowledge base {config.knowledge_base} was built with another tokenizer than that of "
             f"{config.language_model.name}: build it again with --tokenizer {config.language_model.name}"
         )
-    if knowledge_base.trie.tokens.max() >= len(tokenizer):
+    if knowledge_base.trie.tokens.max() >= num_embeddings:
         raise ArtifactError(f"the trie of {config.knowledge_base} holds tokens that no tokenizer made; build it again")
     _check_names(config, knowledge_base, tokenizer)
+    if (knowledge_base.trie.tokens[1:] == builder.terminator).any():
+        raise ConfigurationError(
+            f"prompt.terminator is {config.prompt.terminator!r}, whose token {builder.terminator} is in names of the "
+            f"knowledge base {config.knowledge_base}, so that it can't tell where they end: use 'eos'"
+        )
     _check_length(config, knowledge_base)
     if mapper is not None:
         _check_mapper(config, mapper, index)

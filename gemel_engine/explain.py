@@ -60,6 +60,11 @@ def explain(linker: Linker, mention: Mention, picture: bytes | None = None) -> E
         ConfigurationError: There is a picture, but no image encoder.
         MentionError: It can't be linked.
     """
+    with linker.lock:
+        return _explain(linker, mention, picture)
+
+
+def _explain(linker: Linker, mention: Mention, picture: bytes | None) -> Explanation:
     (features,), (rows,) = linker.prepare([mention], [picture])
     if isinstance(features, MentionError):
         raise features
@@ -74,7 +79,7 @@ def explain(linker: Linker, mention: Mention, picture: bytes | None = None) -> E
         prediction=prediction,
         demonstrations=tuple(_demonstrations(linker, mention.mention, used)),
         prompt=tuple(_pieces(prompt, generator.artifacts.tokenizer)),
-        without_picture=None if picture is None else explain(linker, mention),
+        without_picture=None if picture is None else _explain(linker, mention, None),
     )
 
 

@@ -11,6 +11,7 @@ B mentions, C vision width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from threading import RLock
 
 from gemel_engine.artifacts import Artifacts, open_artifacts
 from gemel_engine.config import JobConfig, LinkConfig, RetrievalSettings, VisionSettings, validated
@@ -25,11 +26,11 @@ from gemel_engine.vision import ImageEncoder, PictureEncoder
 class DemonstrationRetriever:
     """Surface forms to rows of the demonstration index."""
 
-    def __init__(self, settings: RetrievalSettings, index: DemonstrationIndex) -> None:
+    def __init__(self, settings: RetrievalSettings, index: DemonstrationIndex, device: str = "cpu") -> None:
         self._settings = settings
         self._index = index
         assert settings.mention_encoder is not None, "checked by the configuration"
-        self.encoder = MentionEncoder(settings.mention_encoder)
+        self.encoder = MentionEncoder(settings.mention_encoder, device)
 
     def retrieve(self, mentions: Sequence[Mention], features: Sequence[Features | None]) -> list[list[int]]:
         """Row numbers for each of B mentions, the most similar last; those of similar pictures behind all others.
@@ -130,18 +131,23 @@ def _fits(encoder: tuple[int, str], width: int | None, fingerprint: str | None) 
 class Linker:
     """All parts of a linking run in this process.
 
+    Its methods may be called from several threads: calls are served one after the other, since tokenizers,
+    demonstrations and engine hold state. A service that collects mentions into one call of `link` is faster.
+
     Args:
         config: The run; its input, output and resources are not used.
 
     Attributes:
         retriever: None without demonstrations.
         generator: The engine and what stands around it.
+        lock: Held by each method; hold it to use `retriever` or `generator` beside other threads.
 
     Raises:
         ArtifactError: An artifact is missing or damaged, or they don't belong together.
     """
 
     def __init__(self, config: LinkConfig) -> None:
+        self.lock = RLock()
         config = validated(config)
         artifacts = open_artifacts(config, verify=config.verify_artifacts)
         check_encoders(config, artifacts)
@@ -152,10 +158,11 @@ class Linker:
 
     def link(self, mentions: Sequence[Mention], pictures: Sequence[bytes | None]) -> list[Prediction]:
         """Link B mentions with their picture files; a bad one becomes a prediction with an `error`."""
-        encoded, rows = self.prepare(mentions, pictures)
-        good = {place: item for place, item in enumerate(encoded) if not isinstance(item, MentionError)}
-        asked, demonstrations = [mentions[place] for place in good], [rows[place] for place in good]
-        linked = dict(zip(good, self.generator.generate(asked, list(good.values()), demonstrations), strict=True))
+        with self.lock:
+            encoded, rows = self.prepare(mentions, pictures)
+            good = {place: item for place, item in enumerate(encoded) if not isinstance(item, MentionError)}
+            asked, demonstrations = [mentions[place] for place in good], [rows[place] for place in good]
+            linked = dict(zip(good, self.generator.generate(asked, list(good.values()), demonstrations), strict=True))
         return [
             linked[row] if row in linked else Prediction(mention.mention_id, error=str(item))
             for row, (mention, item) in enumerate(zip(mentions, encoded, strict=True))
@@ -172,16 +179,17 @@ class Linker:
         """
         faults = map(fault_of, mentions)
         files = [fault or picture for fault, picture in zip(faults, pictures, strict=True)]
-        if self._pictures is not None:
-            encoded = self._pictures.encode(files)
-        else:
-            encoded = [file if isinstance(file, MentionError) else None for file in files]
-        good = {place: item for place, item in enumerate(encoded) if not isinstance(item, MentionError)}
-        rows: list[list[int]] = [[] for _ in mentions]
-        if self.retriever is not None:
-            found = self.retriever.retrieve([mentions[place] for place in good], list(good.values()))
-            for place, demonstrations in zip(good, found, strict=True):
-                rows[place] = demonstrations
+        with self.lock:
+            if self._pictures is not None:
+                encoded = self._pictures.encode(files)
+            else:
+                encoded = [file if isinstance(file, MentionError) else None for file in files]
+            good = {place: item for place, item in enumerate(encoded) if not isinstance(item, MentionError)}
+            rows: list[list[int]] = [[] for _ in mentions]
+            if self.retriever is not None:
+                found = self.retriever.retrieve([mentions[place] for place in good], list(good.values()))
+                for place, demonstrations in zip(good, found, strict=True):
+                    rows[place] = demonstrations
         return encoded, rows
 
     def link_one(

@@ -311,15 +311,14 @@ def encode_and_retrieve(
     columns = ("image_features", *(IMAGE_COLUMNS if with_pictures else ()), *(("entity_id",) if with_gold else ()))
     dataset: Dataset = ray.data.from_items([asdict(shard) for shard in plan], override_num_blocks=len(plan))
     earlier = EarlierRun.of(config) if isinstance(config, LinkConfig) else None
-    read = partial(read_mentions, also=columns, earlier=earlier)
+    read = partial(read_mentions, output=config.output, also=columns, earlier=earlier)
     dataset = dataset.map_batches(read, batch_size=1, batch_format="pyarrow", num_cpus=0.25)
     if with_pictures:
         pool = actor_pool(config.resources.images)
         dataset = dataset.map_batches(EncodeImages, fn_constructor_args=(config, contents), **pool)
     if config.demonstrations is not None and config.retrieval.num_demonstrations:
-        arguments = (config.demonstrations, config.retrieval, contents)
         pool = actor_pool(config.resources.retrieval)
-        dataset = dataset.map_batches(RetrieveDemonstrations, fn_constructor_args=arguments, **pool)
+        dataset = dataset.map_batches(RetrieveDemonstrations, fn_constructor_args=(config, contents), **pool)
     return dataset
 
 

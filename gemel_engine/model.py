@@ -88,6 +88,15 @@ def max_positions(name_or_path: str) -> int | None:
     return getattr(_load_config(name_or_path).get_text_config(), "max_position_embeddings", None)
 
 
+def vocabulary_size(name_or_path: str) -> int:
+    """Number of the language model's token embeddings, which may differ from that of its tokenizer's tokens.
+
+    Raises:
+        ArtifactError: The model's configuration can't be loaded.
+    """
+    return int(_load_config(name_or_path).get_text_config().vocab_size)
+
+
 def language_model_fingerprint(name_or_path: str) -> str:
     """A hash that tells language models apart without reading all of their weights.
 

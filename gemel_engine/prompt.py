@@ -9,12 +9,12 @@ P prefix length, D language-model width, T tokens, K demonstrations.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from gemel_engine.bounds import Count
-from gemel_engine.errors import ConfigurationError, PromptTooLongError
+from gemel_engine.errors import ArtifactError, ConfigurationError, PromptTooLongError
 
 if TYPE_CHECKING:  # the settings are read where no model is
     from torch import Tensor
@@ -33,7 +33,8 @@ class PromptSettings:
 
     Attributes:
         template: Question layout with the fields `{text}` and `{mention}`; the name follows it directly.
-        terminator: Token that ends a generated name. Demonstrations always end with a newline in the prompt.
+        terminator: What ends a generated name: the first token of the newline with which demonstrations
+            end, or the end-of-text token. Demonstrations end with a newline in either case.
         max_prompt_tokens: Upper limit of T.
         query_reserve: Tokens kept free for the question. Demonstrations get the rest, so that which ones fit depends on
             the surface form alone and equal surface forms share their prefix.
@@ -78,11 +79,41 @@ def encode_text(tokenizer: PreTrainedTokenizerFast, text: str) -> tuple[int, ...
     return tuple(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
 
+def check_embedded(
+    tokenizer: PreTrainedTokenizerFast, num_embeddings: int, name: str, added: Iterable[int] = ()
+) -> None:
+    """Raise unless a model has an embedding for each token that its input can contain.
+
+    A special token may lack one, as padding added for training often does, if no text becomes it.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        num_embeddings: Rows of the model's embedding matrix.
+        name: The model, for the message.
+        added: Special tokens that are put beside the tokens of a text.
+
+    Raises:
+        ArtifactError: A token has no embedding.
+    """
+    special = _special_tokens(tokenizer)
+    missing = {token_id: token for token, token_id in tokenizer.get_vocab().items() if token_id >= num_embeddings}
+    reachable = [
+        token
+        for token_id, token in sorted(missing.items())
+        if token_id not in special or token_id in {*added, *encode_text(tokenizer, token)}
+    ]
+    if reachable:
+        raise ArtifactError(
+            f"{name} has {num_embeddings} token embeddings, and its tokenizer makes {len(reachable)} tokens beyond "
+            f"them, such as {reachable[0]!r}: resize the model's embeddings, or remove the tokens from the tokenizer"
+        )
+
+
 class PromptBuilder:
     """Lays out prompts for one language model.
 
     Attributes:
-        terminator: Token that ends a generated name.
+        terminator: Token by which a generated name has ended; the first of the newline's, if it has several.
         beginning: Tokens in front of every prompt.
 
     Raises:
@@ -95,7 +126,7 @@ class PromptBuilder:
         _check_special_tokens(tokenizer)
         self._tokenizer = tokenizer
         self._settings = settings
-        self._newline = encode_text(tokenizer, "\n")
+        self._newline = _newline_tokens(tokenizer)
         self.terminator = self._terminator_token()
         self.beginning: tuple[int, ...] = ()
         if settings.begin_with_bos:
@@ -168,19 +199,37 @@ class PromptBuilder:
                     'prompt.terminator is "eos", but the tokenizer has no EOS token: use "newline"'
                 )
             return int(self._tokenizer.eos_token_id)
-        if len(self._newline) != 1:
+        if not self._newline:
             raise ConfigurationError(
-                f'prompt.terminator is "newline", but the tokenizer writes a newline as {len(self._newline)} tokens: '
-                'use "eos"'
+                'prompt.terminator is "newline", but the tokenizer writes no token for a newline: use "eos"'
             )
         return self._newline[0]
 
 
-def _check_special_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
-    """See that no text becomes a special token: a vocabulary may spell them, beside listing them as added."""
+def _newline_tokens(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
+    """Tokens of a newline behind a name.
+
+    Llama 2's tokenizer begins every text with a space, so that a newline alone becomes two tokens. Behind a letter it
+    is the one that the model knows from the ends of lines.
+    """
+    alone = encode_text(tokenizer, "\n")
+    letter, line = encode_text(tokenizer, "a"), encode_text(tokenizer, "a\n")
+    if len(alone) == 1 or len(line) <= len(letter) or line[: len(letter)] != letter:
+        return alone
+    return line[len(letter) :]
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[int, str]:
+    """Special tokens by their ids, without the one that replaces what a vocabulary lacks."""
     added = {token_id: token.content for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
     special = added | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
-    special.pop(tokenizer.unk_token_id, None)  # stands for what a vocabulary lacks
+    special.pop(tokenizer.unk_token_id, None)
+    return special
+
+
+def _check_special_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
+    """See that no text becomes a special token: a vocabulary may spell them, beside listing them as added."""
+    special = _special_tokens(tokenizer)
     for token in special.values():
         if not special.keys().isdisjoint(encode_text(tokenizer, token)):
             raise ConfigurationError(

@@ -5,10 +5,10 @@
 
 GEMEL (section 3.3) retrieves by the surface form alone, so mentions with equal surface forms can share their
 demonstrations and, in the engine, the key-value cache of that part of the prompt. That needs equal lists for equal
-surface forms, in every batch and every process. Three things see to it: the encoder runs on batches of one size,
-without padding; each query is searched on its own; similarities are rounded before ties are broken by surface form.
-What remains is a similarity so close to a rounding boundary that another device or thread count moves it across: it may
-cost a cache hit, never a wrong answer.
+surface forms, in every batch and every process. Three things see to it: the encoder embeds forms of one length in
+passes of one size; each query is searched on its own; similarities are rounded before ties are broken by surface form.
+What remains is a similarity so close to a rounding boundary that another device moves it across: it may cost
+a cache hit, never a wrong answer.
 
 All demonstrations of one surface form are equally similar, so there is a choice: one of each of its entities first,
 then a second one of each. The prompt shows what the surface form can mean; which of it is meant is for the text and the

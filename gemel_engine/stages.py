@@ -16,6 +16,8 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from itertools import repeat
 from typing import Any
 
@@ -24,7 +26,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from gemel_engine import parquet, shards, storage
-from gemel_engine.config import JobConfig, LinkConfig, RetrievalSettings, TrainConfig
+from gemel_engine.config import JobConfig, LinkConfig, TrainConfig
 from gemel_engine.errors import EngineDiedError, ImageFetchError, MentionError
 from gemel_engine.fingerprints import Contents, check_content, check_contents, read_manifest_at
 from gemel_engine.image_source import fetch_image
@@ -73,25 +75,45 @@ RECEIPT_SCHEMA = pa.schema(
 )
 
 
-def read_mentions(batch: pa.Table, also: Sequence[str], earlier: EarlierRun | None = None) -> pa.Table:
+def read_mentions(batch: pa.Table, output: str, also: Sequence[str], earlier: EarlierRun | None = None) -> pa.Table:
     """Read a shard, ordered by surface form, so that equal prompts' beginnings follow each other.
 
     Reads the columns of `also` beside the small ones, where the corpus has them. Adds `shard`, `row` (in the
     shard's file) and `error` (null so far, or why the row can't be linked); for a run that carries on an earlier one
-    also what that says of each row.
+    also what that says of each row. `output` is the run's directory.
     """
     (fields,) = batch.to_pylist()
     shard = Shard(**fields)
-    table, errors = _without_invalid_text(shards.read_rows(shard, (*_COLUMNS, *also)))
-    table = table.append_column("shard", pa.array(np.full(table.num_rows, shard.index, np.int32)))
-    table = table.append_column("row", pa.array(np.arange(shard.start, shard.stop)))
-    for row, fault in enumerate(map(fault_of, _all_mentions(table))):
-        if fault is not None and errors[row] is None:
-            errors[row] = str(fault)
-    table = table.append_column("error", pa.array(errors, pa.string()))
+    rows = np.arange(shard.start, shard.stop)
+    places = pa.table(
+        {
+            "shard": np.full(len(rows), shard.index, np.int32),
+            "row": rows,
+            "error": pa.nulls(len(rows), pa.string()),
+        }
+    )
+    table = isolate(partial(_read_rows, shard=shard, also=also), places, output, "reading")
     if earlier is not None:
         table = earlier.attach(table, shard)
     return table.sort_by([("mention", "ascending"), ("row", "ascending")])
+
+
+def _read_rows(places: pa.Table, shard: Shard, also: Sequence[str]) -> pa.Table:
+    """Read rows of a shard that follow each other; of a row with an error the id alone."""
+    first, are_unreadable = places["row"][0].as_py(), places["error"].null_count == 0
+    part = replace(shard, start=first, stop=first + places.num_rows)
+    if are_unreadable:
+        table, errors = shards.read_rows(part, ("mention_id",)), places["error"].to_pylist()
+        for name in ("text", "mention"):
+            table = table.append_column(name, pa.nulls(table.num_rows, pa.string()))
+    else:
+        table, errors = _without_invalid_text(shards.read_rows(part, (*_COLUMNS, *also)))
+    for row, fault in enumerate(map(fault_of, _all_mentions(table))):
+        if fault is not None and errors[row] is None:
+            errors[row] = str(fault)
+    for name in ("shard", "row"):
+        table = table.append_column(name, places[name])
+    return table.append_column("error", pa.array(errors, pa.string()))
 
 
 def read_with_places(batch: pa.Table) -> pa.Table:
@@ -172,17 +194,27 @@ class EncodeImages:
 class RetrieveDemonstrations:
     """Adds `demonstrations`: rows of the index, the most similar last."""
 
-    def __init__(self, demonstrations: str, retrieval: RetrievalSettings, contents: Contents | None = None) -> None:
+    def __init__(self, config: JobConfig, contents: Contents | None = None) -> None:
         from gemel_engine.linker import DemonstrationRetriever
         from gemel_engine.retrieval import DemonstrationIndex
 
-        check_content(contents, "demonstrations", demonstrations, read_manifest_at(f"{demonstrations}/index.json"))
-        self._retriever = DemonstrationRetriever(retrieval, DemonstrationIndex.open(download_directory(demonstrations)))
+        directory = config.demonstrations
+        assert directory is not None, "else there is no such stage"
+        self._output = config.output
+        check_content(contents, "demonstrations", directory, read_manifest_at(f"{directory}/index.json"))
+        self._retriever = DemonstrationRetriever(
+            config.retrieval,
+            DemonstrationIndex.open(download_directory(directory)),
+            device="cuda" if config.resources.retrieval.num_gpus else "cpu",
+        )
         fingerprint = self._retriever.encoder.fingerprint
-        check_content(contents, "mention_encoder", retrieval.mention_encoder, fingerprint)
+        check_content(contents, "mention_encoder", config.retrieval.mention_encoder, fingerprint)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Retrieve a batch's demonstrations."""
+        return isolate(self._retrieve, batch, self._output, "retrieval")
+
+    def _retrieve(self, batch: pa.Table) -> pa.Table:
         started = time.monotonic()
         mentions, features = _mentions(batch), _features(batch)
         are_settled = _are_settled(batch)
@@ -273,6 +305,7 @@ class CheckExamples:
         from gemel_engine.model import load_tokenizer
         from gemel_engine.prompt import PromptBuilder
 
+        self._output = config.output
         self._knowledge_base = KnowledgeBase.open(local_knowledge_base(config.knowledge_base))
         self._builder = PromptBuilder(load_tokenizer(config.language_model.name), config.prompt)
         self._stand_in = torch.empty(prefix_length, 0)
@@ -280,6 +313,9 @@ class CheckExamples:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Check a batch."""
+        return isolate(self._check_rows, batch, self._output, "examples")
+
+    def _check_rows(self, batch: pa.Table) -> pa.Table:
         errors = batch["error"].to_pylist()
         entity_ids = [entity_id or "" for entity_id in batch["entity_id"].to_pylist()]
         names = self._knowledge_base.names_of_entities(entity_ids)

@@ -108,6 +108,19 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return tiny_tokenizer()
 
 
+def llama_2_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of single letters and bytes that begins each text with a space, as Llama 2's does."""
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", *map(chr, range(33, 127))]
+    vocabulary = {token: token_id for token_id, token in enumerate(tokens)}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=2048, **names)  # type: ignore[no-untyped-call]
+
+
 SLIDING_WINDOW = 12  # less than a prompt, so that it shows whether sliding windows are kept
 
 
@@ -176,8 +189,8 @@ def mention_encoder_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def encoder(mention_encoder_directory: Path) -> MentionEncoder:
-    """The random BERT, in batches smaller than the tests'."""
-    return MentionEncoder(str(mention_encoder_directory), batch_size=4)
+    """The random BERT, in passes of fewer forms than the tests give it."""
+    return MentionEncoder(str(mention_encoder_directory), tokens_per_pass=16)
 
 
 def write_image_encoder(directory: Path, vision_config: Mapping[str, object], seed: int = 0) -> Path:

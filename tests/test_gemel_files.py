@@ -119,7 +119,7 @@ def test_features_are_linked_and_demonstrated_without_an_image_encoder(
     config = load_config(LinkConfig, corpus / "link.toml")
     config = replace(config, vision=replace(config.vision, image_encoder=None))
     (shard,) = plan_shards(config.input, 10, config.vision.required_columns)
-    mentions = read_mentions(pa.Table.from_pylist([asdict(shard)]), ("image_features",))
+    mentions = read_mentions(pa.Table.from_pylist([asdict(shard)]), config.output, ("image_features",))
     generate = GenerateEntityNames(config)
     linked = generate(mentions)
     without = generate(mentions.drop_columns(["image_features"]))

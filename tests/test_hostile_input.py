@@ -153,7 +153,8 @@ class Chain:
         (shard,) = shards.plan_shards(str(corpus), 1000)
         if ordered:
             shard = self._sorted(shard)
-        batch = read_mentions(pa.Table.from_pylist([asdict(shard)]), ("image_bytes", "image_uri", "image_features"))
+        columns = ("image_bytes", "image_uri", "image_features")
+        batch = read_mentions(pa.Table.from_pylist([asdict(shard)]), str(self.directory), columns)
         linked = self.generate(self.retrieve(self.encode(batch)))
         predictions: list[Row] = linked.select(PREDICTION_SCHEMA.names).to_pylist()
         places = {row["mention_id"].decode(): place for place, row in enumerate(rows)}
@@ -188,7 +189,7 @@ def chain(config: LinkConfig) -> Chain:
     return Chain(
         Path(config.output),
         EncodeImages(config),
-        RetrieveDemonstrations(str(config.demonstrations), config.retrieval),
+        RetrieveDemonstrations(config),
         GenerateEntityNames(config),
     )
 

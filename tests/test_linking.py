@@ -8,15 +8,17 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ENTITY_NAMES
+from conftest import ENTITY_NAMES, llama_2_tokenizer, save_artifacts, save_tiny_model
 from PIL import Image
 from ray.exceptions import ActorDiedError, RayTaskError, UserCodeException
 from s3_server import S3Server
@@ -31,11 +33,14 @@ from gemel_engine.errors import (
     InputError,
     TooManyFailuresError,
 )
+from gemel_engine.explain import explain
 from gemel_engine.feature_mapper import FeatureMapper
 from gemel_engine.linker import Linker
 from gemel_engine.linking import LinkReport, actor_pool, describe_run, link_corpus, ordered_plan, own_errors
+from gemel_engine.model import load_tokenizer
 from gemel_engine.shards import plan_shards
-from gemel_engine.types import PREDICTION_SCHEMA
+from gemel_engine.stages import RetrieveDemonstrations, read_mentions
+from gemel_engine.types import PREDICTION_SCHEMA, Features, Mention
 
 ROOT = Path(__file__).parent.parent
 
@@ -212,6 +217,32 @@ def test_the_linker_without_ray_gives_the_same(linked: tuple[LinkConfig, LinkRep
         assert prediction.log_prob == pytest.approx(expected["log_prob"], abs=1e-4)
 
 
+def test_a_linker_serves_several_threads(config: LinkConfig) -> None:
+    linker = Linker(config)
+    calls = [(row["text"], row["mention"], row["image_bytes"]) for row in mention_rows()[:4]] * 4
+    alone = [linker.link_one(*call) for call in calls[:4]] * 4
+    with ThreadPoolExecutor(8) as threads:
+        linked = list(threads.map(lambda call: linker.link_one(*call), calls))
+        explained = list(
+            threads.map(lambda call: explain(linker, Mention("0", call[0], call[1]), call[2]).prediction, calls[:4])
+        )
+    for found, expected in zip([*linked, *explained], [*alone, *alone[:4]], strict=True):
+        assert (found.entity_id, found.error) == (expected.entity_id, None)
+        assert found.log_prob == pytest.approx(expected.log_prob, abs=1e-4)
+
+
+def test_a_tokenizer_that_begins_texts_with_a_space_links_with_newlines(
+    artifacts: dict[str, Path], tmp_path: Path
+) -> None:
+    model = save_tiny_model("llama", llama_2_tokenizer(), tmp_path / "model")
+    made = save_artifacts(tmp_path, model, artifacts["mention_encoder"])
+    path = tmp_path / "link.toml"
+    path.write_text(toml(made, write_mentions(tmp_path / "mentions.parquet"), tmp_path / "output"))
+    prediction = Linker(load_config(LinkConfig, path)).link_one("Look at the bear.", "bear")
+    assert prediction.error is None
+    assert prediction.certified
+
+
 def test_a_rerun_skips_finished_shards_and_refuses_other_settings(
     linked: tuple[LinkConfig, LinkReport], tmp_path: Path
 ) -> None:
@@ -326,6 +357,29 @@ def test_bad_rows_become_errors_and_too_many_fail_the_job_at_its_end(
 Change = Callable[[LinkConfig, Path], LinkConfig]
 
 
+def test_a_row_that_fails_in_retrieval_alone_becomes_an_error(
+    config: LinkConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def retrieve(mentions: Sequence[Mention], features: Sequence[Features | None]) -> list[list[int]]:
+        if any(mention.mention_id == "m1" for mention in mentions):
+            raise RuntimeError("the expanded size must match")
+        return retriever.retrieve(mentions, features)
+
+    stage = RetrieveDemonstrations(config)
+    retriever = stage._retriever
+    monkeypatch.setattr(stage, "_retriever", SimpleNamespace(retrieve=retrieve))
+    (shard,) = plan_shards(config.input, 10)
+    found = stage(read_mentions(pa.Table.from_pylist([asdict(shard)]), config.output, ()))
+    assert found.num_rows == len(mention_rows())
+    for row in found.select(["mention_id", "error", "demonstrations"]).to_pylist():
+        if row["mention_id"] == "m1":
+            assert row["error"] == (
+                "failed: RuntimeError in stage retrieval, of this row alone: the expanded size must match"
+            )
+        else:
+            assert (row["error"], len(row["demonstrations"])) == (None, 2)
+
+
 def with_table(config: LinkConfig, directory: Path, table: pa.Table) -> LinkConfig:
     pq.write_table(table, directory / "changed.parquet")
     return replace(config, input=str(directory / "changed.parquet"))
@@ -379,6 +433,14 @@ def with_other_tokenizer(config: LinkConfig, directory: Path) -> LinkConfig:
     return replace(config, language_model=replace(config.language_model, name=str(other)))
 
 
+def with_added_token(config: LinkConfig, directory: Path) -> LinkConfig:
+    shutil.copytree(config.language_model.name, directory / "model")
+    tokenizer = load_tokenizer(str(directory / "model"))
+    tokenizer.add_tokens(["snorkel"])
+    tokenizer.save_pretrained(directory / "model")
+    return replace(config, language_model=replace(config.language_model, name=str(directory / "model")))
+
+
 def without_knowledge_base(config: LinkConfig, directory: Path) -> LinkConfig:
     return replace(config, knowledge_base=str(directory / "nowhere"))
 
@@ -418,6 +480,7 @@ def with_prompts_too_long_for_the_model(config: LinkConfig, directory: Path) -> 
         (with_mapper_of_another_width, ArtifactError, "different image encoders"),
         (with_mapper_for_another_model, ArtifactError, "made for another language model"),
         (with_other_tokenizer, ArtifactError, "built with another tokenizer"),
+        (with_added_token, ArtifactError, "tokens beyond them, such as 'snorkel': resize the model's embeddings"),
         (without_knowledge_base, ArtifactError, "nowhere"),
         (with_knowledge_base_of_another_version, ArtifactError, "format version 99"),
         (without_language_model, ArtifactError, "nowhere"),

@@ -7,17 +7,21 @@ import signal
 import subprocess
 import sys
 from collections.abc import Collection
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gemel_engine import storage
+from gemel_engine import shards, storage
+from gemel_engine.errors import InputError
 from gemel_engine.poison import isolate, marks_of
+from gemel_engine.stages import read_mentions
 
 
 class ProcessEndedError(BaseException):
@@ -85,6 +89,78 @@ def test_an_error_ends_no_process_and_leaves_no_mark(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="no room left"):
         isolate(work, batch_of(4), str(tmp_path), "stage")
     assert storage.list_files(marks_of(batch_of(4), str(tmp_path), "stage")) == []
+
+
+def failing(rows: pa.Table, bad: Collection[int], num_calls: list[int]) -> pa.Table:
+    num_calls.append(rows.num_rows)
+    for row, error in zip(rows["row"].to_pylist(), rows["error"].to_pylist(), strict=True):
+        if row in bad and error is None:
+            raise IndexError(f"row {row}\nis out of range")
+    return rows
+
+
+@settings(max_examples=20)
+@given(num_rows=st.integers(4, 40), bad=st.sets(st.integers(0, 39), max_size=3))
+def test_rows_that_raise_become_errors_and_stop_no_others(num_rows: int, bad: set[int]) -> None:
+    with TemporaryDirectory() as output:
+        result = isolate(partial(failing, bad=bad, num_calls=[]), batch_of(num_rows), output, "retrieval")
+        assert result["row"].to_pylist() == list(range(num_rows))
+        errors = {row: error for row, error in enumerate(result["error"].to_pylist()) if error is not None}
+        assert errors == {
+            row: f"failed: IndexError in stage retrieval, of this row alone: row {row} is out of range"
+            for row in bad
+            if row < num_rows
+        }
+        assert storage.list_files(output) == []
+
+
+@pytest.mark.parametrize("num_rows", [1, 8, 1000])
+def test_an_exception_over_every_row_is_not_the_rows_and_ends_the_job(tmp_path: Path, num_rows: int) -> None:
+    num_calls: list[int] = []
+    with pytest.raises(IndexError, match="is out of range"):
+        isolate(partial(failing, bad=range(num_rows), num_calls=num_calls), batch_of(num_rows), str(tmp_path), "images")
+    assert len(num_calls) < 60
+    assert storage.list_files(str(tmp_path)) == []
+
+
+def test_errors_of_the_job_are_nobodys_rows(tmp_path: Path) -> None:
+    def work(rows: pa.Table) -> pa.Table:
+        num_calls.append(rows.num_rows)
+        raise InputError("the corpus has changed")
+
+    num_calls: list[int] = []
+    with pytest.raises(InputError):
+        isolate(work, batch_of(4), str(tmp_path), "reading")
+    assert num_calls == [4]
+
+
+def test_a_row_that_ends_its_reader_becomes_an_error_with_its_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = tmp_path / "corpus.parquet"
+    pq.write_table(pa.table({"mention_id": list("abcd"), "text": ["a bear"] * 4, "mention": ["bear"] * 4}), corpus)
+    (shard,) = shards.plan_shards(str(corpus), 10)
+
+    def read_rows(part: shards.Shard, columns: Collection[str]) -> pa.Table:
+        if part.start <= 2 < part.stop and "text" in columns:
+            raise ProcessEndedError
+        return read(part, columns)
+
+    read = shards.read_rows
+    monkeypatch.setattr(shards, "read_rows", read_rows)
+    batch = pa.Table.from_pylist([asdict(shard)])
+    for _ in range(20):
+        try:
+            table = read_mentions(batch, str(tmp_path / "output"), ("image_uri",))
+            break
+        except ProcessEndedError:
+            continue
+    else:
+        raise AssertionError("it never ends")
+    rows = sorted(table.select(["row", "mention_id", "mention", "error"]).to_pylist(), key=lambda row: row["row"])
+    assert [row["mention_id"] for row in rows] == list("abcd")
+    assert [row["mention"] for row in rows] == ["bear", "bear", None, "bear"]
+    assert [(row["error"] or "").partition(":")[0] for row in rows] == ["", "", "poison", ""]
 
 
 def test_each_batch_has_marks_of_its_own() -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import pytest
+from conftest import llama_2_tokenizer, tiny_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from gemel_engine.errors import ConfigurationError, PromptTooLongError
-from gemel_engine.prompt import Block, PromptBuilder, PromptSettings
+from gemel_engine.errors import ArtifactError, ConfigurationError, PromptTooLongError
+from gemel_engine.prompt import Block, PromptBuilder, PromptSettings, check_embedded, encode_text
 
 LIMIT, RESERVE = 100, 30
 
@@ -85,3 +86,45 @@ def test_a_reserve_that_leaves_no_room_for_the_bos_token_is_refused(tokenizer: P
     PromptBuilder(tokenizer, PromptSettings(max_prompt_tokens=64, query_reserve=64))
     with pytest.raises(ConfigurationError, match="query_reserve is 64: it must be positive and at most 63"):
         PromptBuilder(tokenizer, PromptSettings(max_prompt_tokens=64, query_reserve=64, begin_with_bos=True))
+
+
+def test_a_newline_is_the_token_that_ends_lines_where_a_text_begins_with_a_space() -> None:
+    tokenizer = llama_2_tokenizer()
+    assert tokenizer.convert_ids_to_tokens(list(encode_text(tokenizer, "\n"))) == ["\u2581", "<0x0A>"]
+    builder = PromptBuilder(tokenizer, PromptSettings())
+    assert tokenizer.convert_ids_to_tokens(builder.terminator) == "<0x0A>"
+    shown = builder.demonstration("A bear.", "bear", "brown bear", None).token_ids
+    name = encode_text(tokenizer, "brown bear")
+    assert shown[-len(name) - 1 :] == (*name, builder.terminator)
+
+
+def test_a_newline_of_several_tokens_ends_a_name_with_its_first() -> None:
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "\r": 1, "\n": 2, "a": 3}, unk_token="<unk>"))
+    backend.normalizer = normalizers.Replace("\n", "\r\n")
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")  # type: ignore[no-untyped-call]
+    builder = PromptBuilder(tokenizer, PromptSettings())
+    assert builder.terminator == 1
+    assert builder.demonstration("a", "a", "a", None).token_ids[-3:] == (3, 1, 2)
+
+
+def test_a_tokenizer_without_newlines_is_refused() -> None:
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")  # type: ignore[no-untyped-call]
+    with pytest.raises(ConfigurationError, match='writes no token for a newline: use "eos"'):
+        PromptBuilder(tokenizer, PromptSettings())
+
+
+def test_tokens_of_texts_without_embeddings_are_refused_and_other_special_tokens_are_not() -> None:
+    tokenizer = tiny_tokenizer()
+    num_embeddings = len(tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    check_embedded(tokenizer, num_embeddings, "model")
+    padding = tokenizer.convert_tokens_to_ids("[PAD]")
+    with pytest.raises(ArtifactError, match=r"makes 1 tokens beyond them, such as '\[PAD\]': resize"):
+        check_embedded(tokenizer, num_embeddings, "model", added=[padding])
+    tokenizer.add_tokens([AddedToken("snorkel")])
+    with pytest.raises(ArtifactError, match=rf"model has {num_embeddings} token embeddings, .* such as 'snorkel'"):
+        check_embedded(tokenizer, num_embeddings, "model")
+    check_embedded(tokenizer, num_embeddings + 2, "model")
