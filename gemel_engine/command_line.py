@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import tyro
 
+from gemel_engine.display import make_visible, visible, visible_traceback
 from gemel_engine.errors import ConfigurationError, GemelError
 
 Config = TypeVar("Config")
@@ -18,14 +19,20 @@ _SETTINGS = "Every setting: a key of CONFIG.toml, and an option that overrides i
 
 
 def run(command: Callable[[], object]) -> None:
-    """Call a command; an error that the project raises on purpose ends the process with its exit code."""
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    """Call a command; an error ends the process: one that the project raises on purpose, with its exit code."""
+    handler = logging.StreamHandler()
+    handler.addFilter(make_visible)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", handlers=[handler])
     logging.getLogger("gemel_engine").setLevel(logging.INFO)  # open_clip and faiss write how they load to the root's
     try:
         command()
     except GemelError as error:
-        sys.stderr.write(f"error: {error}\n")
+        cause = getattr(error, "cause", error)  # Ray puts its own text around what a task raises
+        sys.stderr.write(f"error: {visible(str(cause))}\n")
         sys.exit(error.exit_code)
+    except Exception as error:
+        sys.stderr.write(f"{visible_traceback(error)}\n")
+        sys.exit(1)
 
 
 def configure(config_type: type[Config], command: str, arguments: Sequence[str]) -> Config:

@@ -66,7 +66,7 @@ def decode(data: bytes, max_pixels: int) -> Image.Image:
             _check_header(image, pixels, max_pixels)
             if data.startswith(_PNG):
                 _scale_transparency(image, bit_depth=pixels[24])
-            turn = _UPRIGHT.get(_orientation(exif or image.info.get("exif")))
+            turn = _UPRIGHT.get(_orientation(exif or image.info.get("exif", b"")))
             rgb = _to_rgb(image)
     except ImageError:
         raise
@@ -124,7 +124,7 @@ def _check_header(image: Image.Image, data: bytes, max_pixels: int) -> None:
         raise ImageError(f"the JPEG has more than {_MAX_JPEG_SCANS} scans; save it again")
 
 
-def _orientation(exif: bytes | None) -> int:
+def _orientation(exif: bytes) -> int:
     """Return the orientation in Exif data, 1 (upright) where there is none that can be read."""
     metadata = Image.Exif()
     try:

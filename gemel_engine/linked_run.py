@@ -26,6 +26,7 @@ from gemel_engine.types import PREDICTION_SCHEMA
 
 _GOLD_COLUMNS = ("mention_id", "entity_id", "mention", "text", "candidate_ids", "image_uri")
 _PICTURES = ("image_bytes", "image_uri", "image_features")
+_SETTINGS = {"input": str, "knowledge_base": str, "demonstrations": str | None}  # those that are read here
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +52,13 @@ class LinkedRun:
         Raises:
             InputError: It is not one, or the run has not finished.
         """
-        documents, output = [], output.rstrip("/")
-        for name in ("_run.json", "report.json"):
-            if not storage.exists(f"{output}/{name}"):
-                raise InputError(f"{output} has no {name}: name the output of a linking run that has finished")
-            documents.append(json.loads(storage.read_bytes(f"{output}/{name}")))
-        run, report = documents
-        return cls(output, run["settings"], report, _dataset(f"{output}/data", PREDICTION_SCHEMA).to_table())
+        output = output.rstrip("/")
+        settings, report = _read_object(f"{output}/_run.json").get("settings"), _read_object(f"{output}/report.json")
+        if not isinstance(settings, dict) or not all(
+            name in settings and isinstance(settings[name], kind) for name, kind in _SETTINGS.items()
+        ):
+            raise InputError(f"{output}/_run.json is not of a linking run: name the output of one that has finished")
+        return cls(output, settings, report, _dataset(f"{output}/data", PREDICTION_SCHEMA).to_table())
 
     def has_gold(self) -> bool:
         """Whether its input has a column `entity_id`."""
@@ -292,6 +293,20 @@ def entities_to_judge(knowledge_base: KnowledgeBase, gold: pa.Table, predictions
         pa.chunked_array([chunk.cast(pa.large_string()) for column in ids for chunk in column.chunks]),
         names.cast(pa.large_string()),
     )
+
+
+def _read_object(uri: str) -> dict[str, Any]:
+    """Read a JSON object of a run's output."""
+    if not storage.exists(uri):
+        output, _, name = uri.rpartition("/")
+        raise InputError(f"{output} has no {name}: name the output of a linking run that has finished")
+    try:
+        found = json.loads(storage.read_bytes(uri))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{uri} is not JSON ({error}): finish the run, or link again to another output") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{uri} is no JSON object: finish the run, or link again to another output")
+    return found
 
 
 def _dataset(uri: str, schema: pa.Schema | None = None) -> pads.Dataset:

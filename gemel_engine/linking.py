@@ -30,7 +30,7 @@ from ray.data import ActorPoolStrategy, DataContext, Dataset
 
 from gemel_engine import shards, storage
 from gemel_engine.config import JobConfig, LinkConfig, PoolSettings, config_json
-from gemel_engine.display import percent
+from gemel_engine.display import make_visible, percent
 from gemel_engine.errors import TooManyFailuresError, shown
 from gemel_engine.progress import Progress, Tally
 from gemel_engine.relinking import EarlierRun
@@ -303,12 +303,14 @@ def connect() -> None:
         ray.init(log_to_driver=True)
     else:
         ray.init(address="local", num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False)
+    of_data = [item for item in logging.getLogger("ray.data").handlers if isinstance(item, logging.StreamHandler)]
     if asked := [handler for handler in root.handlers if handler not in ours]:
         # RAY_LOGGING_CONFIG_ENCODING, such as JSON: Ray writes the logs of all processes in it. One handler is enough.
         root.handlers = asked
-        for handler in logging.getLogger("ray.data").handlers:
-            if isinstance(handler, logging.StreamHandler):
-                handler.setFormatter(asked[0].formatter)
+        for handler in of_data:
+            handler.setFormatter(asked[0].formatter)
+    for handler in (*asked, *of_data):
+        handler.addFilter(make_visible)
     DataContext.get_current().enable_rich_progress_bars = False
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _stop)  # after ray.init, which sets its own

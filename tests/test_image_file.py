@@ -126,7 +126,7 @@ def test_the_rows_beside_a_slow_picture_get_their_features(
     first, slow, last = encoder.encode([honest, SLOW["BMP"], honest])
     assert str(slow).startswith("image: decoding takes more than")
     assert isinstance(first, np.ndarray)
-    np.testing.assert_array_equal(first, last)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(first, last)
 
 
 def test_a_decoding_process_that_was_killed_is_replaced(decoders: image_file._Decoders) -> None:
