@@ -18,6 +18,7 @@ from typing import TypeVar, get_type_hints
 import tyro
 from pydantic import TypeAdapter, ValidationError
 
+from gemel_engine.display import make_visible, visible, visible_traceback
 from gemel_engine.errors import ConfigurationError, GemelError, redacted
 
 Config = TypeVar("Config")
@@ -42,14 +43,19 @@ def use_utf8() -> None:
 
 
 def run(command: Callable[[], object]) -> None:
-    """Call a command; an error that the project raises on purpose ends the process with its exit code."""
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    """Call a command; an error ends the process: one that the project raises on purpose, with its exit code."""
+    handler = logging.StreamHandler()
+    handler.addFilter(make_visible)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", handlers=[handler])
     logging.getLogger("gemel_engine").setLevel(logging.INFO)  # open_clip and faiss write how they load to the root's
     try:
         command()
     except GemelError as error:
-        sys.stderr.write(f"error: {redacted(str(error))}\n")
+        sys.stderr.write(f"error: {visible(redacted(str(error)))}\n")
         sys.exit(error.exit_code)
+    except Exception as error:
+        sys.stderr.write(f"{redacted(visible_traceback(error))}\n")
+        sys.exit(1)
 
 
 def checked(function: Callable[..., None]) -> Callable[..., None]:

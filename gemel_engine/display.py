@@ -2,21 +2,58 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import re
+import textwrap
+import traceback
 from collections.abc import Sequence
 
 ELLIPSIS = "…"
 _REPLACEMENT = 0xFFFD
-_SIGNS = (
-    {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}  # Unicode's pictures of control characters
+# Unicode's Default_Ignorable_Code_Point, separators of lines and paragraphs, and annotations: what shows nothing itself,
+# but may turn, hide or carry other text.
+_UNSEEN = (
+    *(0xAD, 0x34F, 0x61C, 0x115F, 0x1160, 0x17B4, 0x17B5, *range(0x180B, 0x1810), *range(0x200B, 0x2010)),
+    *(*range(0x2028, 0x202F), *range(0x2060, 0x2070), 0x3164, *range(0xFE00, 0xFE0E), 0xFEFF, 0xFFA0),
+    *(*range(0xFFF0, 0xFFFC), *range(0x1BCA0, 0x1BCA4), *range(0x1D173, 0x1D17B), *range(0xE0000, 0xE1000)),
+)
+_SIGNS: dict[int, int | str] = (
+    {code: 0x2400 + code for code in range(32)}  # Unicode's pictures of control characters
     | {127: 0x2421}
     | dict.fromkeys([*range(128, 160), *range(0xD800, 0xE000)], _REPLACEMENT)
+    | {code: f"‹U+{code:04X}›" for code in _UNSEEN}
 )
+_SIGNS_IN_LINES = {code: sign for code, sign in _SIGNS.items() if chr(code) not in "\n\t"}
+# Whether a symbol is drawn as text or as emoji is for the character behind it to say; elsewhere that is unseen, too.
+_LOOSE_SELECTOR = re.compile("(?<![#*0-9©®‼-\u3299\U0001f000-\U0001faff])[\ufe0e\ufe0f]")
 
 
-def visible(text: str) -> str:
-    """Put a sign in place of every control character and lone surrogate; only newlines and tabs stay."""
-    return text.translate(_SIGNS)
+def visible(text: str, *, lines: bool = False) -> str:
+    """Put a sign in place of every character that is unseen, or that acts on a terminal or on the text around it.
+
+    They are control characters, lone surrogates, marks of direction, and characters without width. Every message and
+    whatever else is shown of a corpus or an artifact passes this function.
+
+    Args:
+        text: Untrusted text.
+        lines: Leave newlines and tabs: where a line that is forged by the text is taken for the text's own.
+    """
+    text = text.translate(_SIGNS_IN_LINES if lines else _SIGNS)
+    return _LOOSE_SELECTOR.sub(lambda selector: f"‹U+{ord(selector[0]):04X}›", text)
+
+
+def visible_traceback(error: BaseException) -> str:
+    """Format an error with its traceback, indented, so that no line of its message is taken for a line of the log."""
+    return textwrap.indent(visible("".join(traceback.format_exception(error)), lines=True).rstrip(), "  ")
+
+
+def make_visible(record: logging.LogRecord) -> bool:
+    """Rewrite a log record so that all of it is seen, on one line but for its traceback: a filter for a handler."""
+    record.msg, record.args = visible(record.getMessage()), ()
+    if record.exc_info and record.exc_info[1] is not None:
+        record.exc_text = visible_traceback(record.exc_info[1])
+    return True
 
 
 def cut(text: str, length: int) -> str:

@@ -1,76 +1,156 @@
-"""Untrusted image files to pictures: what is read, how large it may be, which way is up."""
+"""Decodes untrusted image files in bounded time: in processes beside this one, which end with a picture too slow."""
 
 from __future__ import annotations
 
-import io
-import struct
-import zlib
+import atexit
+import os
+import signal
+import subprocess
+import sys
+import threading
+import weakref
+from contextlib import suppress
 
-import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from gemel_engine.errors import ImageError
+from gemel_engine.image_decoder import ACCEPTED_FORMATS, REPLY, REQUEST
 
-ACCEPTED_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
-MAX_ELONGATION = 100  # times that a picture may be as long as wide: its short side is scaled up to the encoder's
-# A file of some bytes a scan could take hours: every scan goes over all pixels. Pictures have about ten.
-_MAX_JPEG_SCANS = 500
-_START_OF_SCAN = b"\xff\xda"
+__all__ = ["ACCEPTED_FORMATS", "MAX_SECONDS", "decode_image", "decoder_peak_bytes"]
 
-# What Pillow's readers raise for bytes that are not what they claim to be.
-_PILLOW_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    TypeError,
-    OverflowError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
-)
+MAX_SECONDS = 10.0  # of CPU time for one picture; one of 50 million pixels takes up to 2
+_ATTEMPTS = 3
 
 
 def decode_image(data: bytes, max_pixels: int) -> Image.Image:
-    """Decode untrusted bytes into an upright RGB picture; of an animation, the first frame.
-
-    The format is told from the bytes, and the size is read from the header and checked before any pixel is decoded.
-    Transparent parts become white. Decoding takes up to 16 bytes of memory a pixel.
+    """Decode untrusted bytes into an upright RGB picture; see `image_decoder.decode`. May be called from any thread.
 
     Raises:
-        ImageError: The bytes are not a whole picture in one of `ACCEPTED_FORMATS`, or it has more than `max_pixels`, is
-            more than `MAX_ELONGATION` times as long as wide, or is a JPEG of more scans than any picture needs.
+        ImageError: The bytes are no picture that is accepted, or decoding them takes more than `MAX_SECONDS` of CPU
+            time, or has ended three processes.
     """
-    try:
-        with Image.open(io.BytesIO(data), formats=ACCEPTED_FORMATS) as image:
-            _check_header(image, data, max_pixels)
-            ImageOps.exif_transpose(image, in_place=True)
-            return _to_rgb(image)
-    except UnidentifiedImageError as error:
-        raise ImageError(f"{len(data)} bytes are not a picture; accepted are {', '.join(ACCEPTED_FORMATS)}") from error
-    except _PILLOW_ERRORS as error:
-        raise ImageError(f"the picture is damaged or too large ({error}); save it again") from error
+    return _decoders.decode(data, max_pixels)
 
 
-def _check_header(image: Image.Image, data: bytes, max_pixels: int) -> None:
-    """See that decoding and scaling a picture takes bounded memory and time."""
-    size = f"{image.width} x {image.height} pixels"
-    if image.width * image.height > max_pixels:
-        raise ImageError(f"{size} exceed the limit of {max_pixels}; scale the picture down")
-    if max(image.size) > MAX_ELONGATION * min(image.size):
-        raise ImageError(f"{size}: more than {MAX_ELONGATION} times as long as wide; cut the picture")
-    if image.format == "JPEG" and data.count(_START_OF_SCAN) > _MAX_JPEG_SCANS:
-        raise ImageError(f"the JPEG has more than {_MAX_JPEG_SCANS} scans; save it again")
+def decoder_peak_bytes() -> int:
+    """Return the most memory that a process which decodes pictures for this one has held."""
+    return _decoders.peak_bytes
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):
-        # Pillow would clip 16 bits at 255 instead of scaling them.
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        canvas = Image.new("RGBA", image.size, "white")
-        canvas.alpha_composite(image.convert("RGBA"))
-        image = canvas
-    return image.convert("RGB")
+class _Decoder:
+    """A process that decodes one picture after the other.
+
+    Attributes:
+        peak_bytes: The most memory that it has held.
+    """
+
+    def __init__(self) -> None:
+        self.peak_bytes = 0
+        self._pixels = os.memfd_create("pixels")  # a pipe would hand them over in pieces
+        weakref.finalize(self, os.close, self._pixels)
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-W", "ignore", "-m", "gemel_engine.image_decoder", str(self._pixels)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            pass_fds=[self._pixels],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+            process_group=0,  # an interrupt from the keyboard is for this process, which then ends that one
+        )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._requests, self._replies = self._process.stdin, self._process.stdout
+
+    def decode(self, data: bytes, max_pixels: int) -> Image.Image:
+        """Return a picture.
+
+        Raises:
+            ImageError: The bytes are no picture that is accepted.
+            EOFError: The process has ended.
+        """
+        try:
+            self._requests.write(REQUEST.pack(len(data), max_pixels, MAX_SECONDS))
+            self._requests.write(data)
+            self._requests.flush()
+        except BrokenPipeError as error:
+            raise EOFError from error
+        width, height, message_bytes, self.peak_bytes = REPLY.unpack(self._read(REPLY.size))
+        if message_bytes:
+            raise ImageError(self._read(message_bytes).decode())
+        return Image.frombytes("RGB", (width, height), os.pread(self._pixels, 3 * width * height, 0))
+
+    def _read(self, num_bytes: int) -> bytes:
+        content = self._replies.read(num_bytes)
+        if len(content) < num_bytes:
+            raise EOFError
+        return content
+
+    def end(self) -> int:
+        """End the process; return its exit status, which is negative for a signal."""
+        self._process.kill()
+        status = self._process.wait()
+        for stream in (self._requests, self._replies):
+            with suppress(BrokenPipeError):  # of a request that it has not read
+                stream.close()
+        return status
+
+
+class _Decoders:
+    """Decoding processes: started when needed, as many as there are CPUs at most, and kept."""
+
+    def __init__(self) -> None:
+        self.peak_bytes = 0
+        self._idle: list[_Decoder] = []
+        self._slots = threading.BoundedSemaphore(os.cpu_count() or 1)
+
+    def decode(self, data: bytes, max_pixels: int) -> Image.Image:
+        """See `decode_image`."""
+        status = 0
+        with self._slots:
+            for _ in range(_ATTEMPTS):
+                decoder = self._take()
+                try:
+                    image = decoder.decode(data, max_pixels)
+                except ImageError:
+                    self._put_back(decoder)
+                    raise
+                except EOFError:
+                    status = decoder.end()
+                    if status == -signal.SIGPROF:
+                        break
+                except BaseException:  # its answer would be taken for one to the next question
+                    decoder.end()
+                    raise
+                else:
+                    self._put_back(decoder)
+                    return image
+        if status == -signal.SIGPROF:
+            raise ImageError(f"decoding takes more than {MAX_SECONDS:g} s; scale the picture down, or save it again")
+        raise ImageError(f"{_ATTEMPTS} processes ended while they decoded the picture (status {status}); save it again")
+
+    def _take(self) -> _Decoder:
+        try:
+            return self._idle.pop()
+        except IndexError:
+            return _Decoder()
+
+    def _put_back(self, decoder: _Decoder) -> None:
+        self.peak_bytes = max(self.peak_bytes, decoder.peak_bytes)
+        self._idle.append(decoder)
+
+    def end(self) -> None:
+        """End all processes that no thread is waiting for."""
+        while self._idle:
+            self._idle.pop().end()
+
+
+_decoders = _Decoders()
+
+
+def _forget_decoders() -> None:
+    """Leave the decoding processes to the process that this one was forked from."""
+    global _decoders
+    _decoders = _Decoders()
+
+
+os.register_at_fork(after_in_child=_forget_decoders)
+atexit.register(lambda: _decoders.end())

@@ -141,6 +141,8 @@ def evaluate(
     protocol: Literal["entity", "name", "candidates"] = "entity",
     write_to: str | None = None,
     gallery_size: CountOrZero = 60,
+    allowed_image_prefixes: tuple[str, ...] = (),
+    max_image_bytes: int = 20_000_000,
 ) -> None:
     """Judge a finished linking run by gold labels: a table here, `metrics.json` and `report.html` beside the run.
 
@@ -156,13 +158,18 @@ def evaluate(
             candidates alone.
         write_to: Directory for the files; by default `evaluation` in the run's output.
         gallery_size: Mentions to show in the report.
+        allowed_image_prefixes: Where an `image_uri` may lie whose picture the report shows: absolute local directories,
+            s3://bucket/prefix, https://host/path. What the run itself was allowed to read does not count.
+        max_image_bytes: A larger image file is not shown.
     """
     from rich.console import Console
 
     from gemel_engine import storage
+    from gemel_engine.image_source import ImagePolicy
     from gemel_engine.linked_run import LinkedRun, as_table, judge_run
     from gemel_engine.report import report_of
 
+    image_source = ImagePolicy(allowed_image_prefixes, max_image_bytes)
     linked = LinkedRun.open(output)
     other = None if against is None else LinkedRun.open(against)
     directory, judged = write_to or f"{linked.output}/evaluation", None
@@ -171,7 +178,7 @@ def evaluate(
         Console().print(as_table(judged))
         storage.write_bytes(f"{directory}/metrics.json", judged.to_json())
         logger.info("%s/metrics.json", directory)
-    page = report_of(linked, judged, training=train, gallery_size=gallery_size)
+    page = report_of(linked, judged, training=train, gallery_size=gallery_size, image_source=image_source)
     storage.write_bytes(f"{directory}/report.html", page.encode())
     logger.info("%s/report.html", directory)
 

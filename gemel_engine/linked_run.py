@@ -23,6 +23,7 @@ from gemel_engine.types import MENTION_COLUMNS, PREDICTION_COLUMNS, PREDICTION_S
 
 _GOLD_COLUMNS = ("mention_id", "entity_id", "mention", "text", "candidate_ids", "image_uri")
 _PICTURES = ("image_bytes", "image_uri", "image_features")
+_SETTINGS = {"input": str, "knowledge_base": str, "demonstrations": str | None}  # those that are read here
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,12 @@ class LinkedRun:
                 raise InputError(f"{output} has no {name}: name the output of a linking run that has finished")
             documents.append(storage.read_json(f"{output}/{name}", "put it back, or link again to a new output"))
         run, report = documents
-        return cls(output, run["settings"], report, _read_predictions(f"{output}/data"))
+        settings = run.get("settings") if isinstance(run, dict) and isinstance(report, dict) else None
+        if not isinstance(settings, dict) or not all(
+            name in settings and isinstance(settings[name], kind) for name, kind in _SETTINGS.items()
+        ):
+            raise InputError(f"{output}/_run.json is not of a linking run: name the output of one that has finished")
+        return cls(output, settings, report, _read_predictions(f"{output}/data"))
 
     def has_gold(self) -> bool:
         """Whether its input has a column `entity_id`."""

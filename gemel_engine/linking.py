@@ -35,7 +35,7 @@ from ray.exceptions import RayError
 
 from gemel_engine import errors, output_check, shards, storage
 from gemel_engine.config import JobConfig, LinkConfig, PoolSettings, config_json, validated
-from gemel_engine.display import percent
+from gemel_engine.display import make_visible, percent
 from gemel_engine.errors import ConfigurationError, TooManyFailuresError, redacted, shown
 from gemel_engine.fingerprints import Contents, run_contents
 from gemel_engine.progress import Progress, Tally
@@ -336,12 +336,14 @@ def connect() -> None:
         _join_cluster(address)
     else:
         _start_ray()
+    of_data = [item for item in logging.getLogger("ray.data").handlers if isinstance(item, logging.StreamHandler)]
     if asked := [handler for handler in root.handlers if handler not in ours]:
         # RAY_LOGGING_CONFIG_ENCODING, such as JSON: Ray writes the logs of all processes in it. One handler is enough.
         root.handlers = asked
-        for handler in logging.getLogger("ray.data").handlers:
-            if isinstance(handler, logging.StreamHandler):
-                handler.setFormatter(asked[0].formatter)
+        for handler in of_data:
+            handler.setFormatter(asked[0].formatter)
+    for handler in (*asked, *of_data):
+        handler.addFilter(make_visible)
     DataContext.get_current().enable_rich_progress_bars = False
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _stop)  # after ray.init, which sets its own

@@ -96,14 +96,22 @@ def render_report(
     )
 
 
-def report_of(linked: LinkedRun, judged: JudgedRun | None, *, training: str | None, gallery_size: int) -> str:
-    """The report of a finished run.
+def report_of(
+    linked: LinkedRun,
+    judged: JudgedRun | None,
+    *,
+    training: str | None,
+    gallery_size: int,
+    image_source: ImagePolicy | None = None,
+) -> str:
+    """Render the report of a finished run.
 
     Args:
         linked: The run.
         judged: What is said of it; None without gold labels.
         training: Parquet file or directory of the demonstrations' mentions, for their pictures.
         gallery_size: Mentions to show.
+        image_source: Which image addresses may be read, whatever the run was allowed to; None: none.
     """
     settings, index = linked.settings, None
     if settings["demonstrations"] is not None:
@@ -115,7 +123,7 @@ def report_of(linked: LinkedRun, judged: JudgedRun | None, *, training: str | No
         size=gallery_size,
         judged=None if judged is None else judged.verdicts,
         training=training,
-        image_source=ImagePolicy(**settings["image_source"]),
+        image_source=image_source,
     )
     page = partial(
         render_report, title=linked.output, run=linked.report, predictions=linked.predictions, gallery=gallery
@@ -236,7 +244,7 @@ def _shown(value: object) -> object:
     """What the template writes of a value, before it is escaped."""
     if value is None:
         return NOTHING
-    return visible(value) if type(value) is str else value  # Markup, a subclass, is the template's own
+    return visible(value, lines=True) if type(value) is str else value  # Markup, a subclass, is the template's own
 
 
 def _environment() -> Environment:

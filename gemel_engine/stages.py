@@ -29,6 +29,7 @@ from gemel_engine import parquet, shards, storage
 from gemel_engine.config import JobConfig, LinkConfig, TrainConfig
 from gemel_engine.errors import EngineDiedError, ImageFetchError, MentionError
 from gemel_engine.fingerprints import Contents, check_content, check_contents, read_manifest_at
+from gemel_engine.image_file import decoder_peak_bytes
 from gemel_engine.image_source import fetch_image
 from gemel_engine.poison import isolate
 from gemel_engine.relinking import EarlierRun
@@ -168,7 +169,7 @@ class EncodeImages:
         columns = ("image_features", *IMAGE_COLUMNS)
         batch = batch.drop_columns([column for column in columns if column in batch.column_names])
         batch = batch.append_column("image_features", pa.array(features, pa.list_(pa.float32())))
-        return _with_use(_with_errors(batch, errors), "image", started)
+        return _with_use(_with_errors(batch, errors), "image", started, beside_bytes=decoder_peak_bytes())
 
     def _files(self, batch: pa.Table, needed: list[bool]) -> Iterator[bytes | ImageFetchError | None]:
         """The image file of each row that needs one; a row that has both a file and an address keeps the file."""
@@ -429,10 +430,17 @@ def _with_errors(batch: pa.Table, errors: list[str | None]) -> pa.Table:
     return batch.set_column(batch.column_names.index("error"), "error", pa.array(errors, pa.string()))
 
 
-def _with_use(batch: pa.Table, stage: str, started: float) -> pa.Table:
-    """With the seconds since a stage started on a batch, and the most memory that this process has ever held."""
+def _with_use(batch: pa.Table, stage: str, started: float, beside_bytes: int = 0) -> pa.Table:
+    """Add the seconds since a stage started on a batch, and the most memory that this process has ever held.
+
+    Args:
+        batch: The rows that the stage is done with.
+        stage: Prefix of the two columns.
+        started: When it began, by `time.monotonic`.
+        beside_bytes: What a process that works for this one has held.
+    """
     batch = _with_cost(batch, f"{stage}_seconds", time.monotonic() - started)
-    peak = 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux counts in KiB
+    peak = 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + beside_bytes  # Linux counts in KiB
     return batch.append_column(f"{stage}_peak_bytes", pa.array(np.full(batch.num_rows, peak)))
 
 

@@ -119,7 +119,7 @@ def _prompt(pieces: Sequence[str | VisualMark]) -> Text:
         if isinstance(piece, VisualMark):
             prompt.append(f"⟨picture: {piece.num_embeddings} embeddings⟩", "reverse")
         else:
-            prompt.append(visible(piece))
+            prompt.append(visible(piece, lines=True))
     return prompt
 
 

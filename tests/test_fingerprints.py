@@ -108,11 +108,10 @@ def test_an_actor_that_opens_another_artifact_is_refused(
 
 
 def test_an_actor_that_opens_another_mention_encoder_is_refused(config: LinkConfig, contents: Contents) -> None:
-    demonstrations, retrieval = str(config.demonstrations), config.retrieval
-    RetrieveDemonstrations(demonstrations, retrieval, contents)
-    change_a_weight(Path(str(retrieval.mention_encoder)))
+    RetrieveDemonstrations(config, contents)
+    change_a_weight(Path(str(config.retrieval.mention_encoder)))
     with pytest.raises(ArtifactError, match=r"mention encoder .* is not the one that the run began with"):
-        RetrieveDemonstrations(demonstrations, retrieval, contents)
+        RetrieveDemonstrations(config, contents)
 
 
 def test_an_actor_that_opens_another_image_encoder_is_refused(

@@ -11,8 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import ENTITY_NAMES
+from PIL import Image
 
 from gemel_engine import shards, storage
+from gemel_engine.commands import main
 from gemel_engine.errors import ConfigurationError, InputError
 from gemel_engine.linked_run import LinkedRun, as_table, calibrate_run, judge_run, read_gold
 from gemel_engine.report import report_of
@@ -166,3 +168,44 @@ def test_what_is_no_finished_run_is_refused(output: str, tmp_path: Path) -> None
     pq.write_table(pa.table({"mention_id": ["a"]}), tmp_path / "unlabelled.parquet")
     with pytest.raises(InputError, match="no column entity_id"):
         read_gold(str(tmp_path / "unlabelled.parquet"))
+
+
+@pytest.mark.parametrize("name", ["_run.json", "report.json"])
+@pytest.mark.parametrize("content", [b"", b'{"settings"', b"[]", b"\xff", b"[" * 100_000])
+def test_a_document_of_a_run_that_is_none_is_refused_by_its_name(output: str, name: str, content: bytes) -> None:
+    Path(output, name).write_bytes(content)
+    with pytest.raises(InputError, match=rf"{name} is (not|no) JSON"):
+        LinkedRun.open(output)
+
+
+OTHER = {"input": 1, "knowledge_base": "kb", "demonstrations": None}
+
+
+@pytest.mark.parametrize("run", [{}, {"settings": None}, {"settings": {"input": "a"}}, {"settings": OTHER}])
+def test_the_settings_of_another_kind_of_run_are_refused(output: str, run: object) -> None:
+    Path(output, "_run.json").write_text(json.dumps(run))
+    with pytest.raises(InputError, match=r"_run\.json is not of a linking run"):
+        LinkedRun.open(output)
+
+
+def test_the_judge_says_which_addresses_are_read_and_not_the_judged(
+    output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture = tmp_path / "pictures/red.png"
+    picture.parent.mkdir()
+    Image.new("RGB", (8, 8), "red").save(picture)
+    mentions = pq.read_table(tmp_path / "mentions.parquet").drop_columns(["image_bytes"])
+    addresses = pa.array([str(picture)] * NUM_MENTIONS)
+    pq.write_table(mentions.append_column("image_uri", addresses), tmp_path / "mentions.parquet")
+    run = json.loads(Path(output, "_run.json").read_text())
+    run["settings"]["image_source"] = {"allowed_prefixes": [str(tmp_path)], "a setting of tomorrow": 1}
+    Path(output, "_run.json").write_text(json.dumps(run))
+
+    def report(*options: str) -> str:
+        monkeypatch.setattr("sys.argv", ["gemel", "evaluate", output, "--gallery-size", "3", *options])
+        main()
+        return Path(output, "evaluation/report.html").read_text()
+
+    assert "data:image/webp" not in report()
+    assert "data:image/webp" in report("--allowed-image-prefixes", str(picture.parent))
+    assert "under none of allowed_prefixes" in report("--allowed-image-prefixes", "/elsewhere")

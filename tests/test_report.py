@@ -53,6 +53,7 @@ HOSTILE = [
     "{{ 7 * 7 }}{% raw %}&amp;",
     "a\x00b\x1b[31m\x7f\x9b\ud800",
     "\u202eright to left\u2067",
+    "\u200bno width\u2060\U000e0041\ufeff",
     "javascript:alert(1)",
     "x" * 100_000,
 ]
@@ -173,6 +174,7 @@ def test_no_text_of_a_corpus_becomes_markup(harmless: Page, word: str) -> None:
     assert visible(cut(word, 100)).rstrip("…") in page.text
     assert len(html.encode()) < 500_000
     assert not {chr(code) for code in range(32) if code not in (9, 10)} & set(html)
+    assert not {*"\u202e\u2067\u200b\u2060\U000e0041\ufeff"} & set(html)
 
 
 def test_the_page_loads_nothing_and_runs_its_own_script_alone(harmless: Page) -> None:
