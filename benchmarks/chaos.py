@@ -22,7 +22,7 @@ from typing import Any
 
 import tyro
 from chaos_runs import Blow, Chaos, Corpus, Damage, Target, link, nodes
-from conftest import save_artifacts, save_mention_encoder, save_tiny_model, tiny_tokenizer
+from tiny_models import save_artifacts, save_mention_encoder, save_tiny_model, tiny_tokenizer
 from record import record
 from s3_server import serve_s3
 

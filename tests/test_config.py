@@ -9,6 +9,8 @@ import pytest
 from gemel_engine.config import LinkConfig, load_config
 from gemel_engine.errors import ConfigurationError
 
+pytestmark = pytest.mark.unit
+
 REQUIRED = """
 input = "in"
 output = "out"

@@ -19,6 +19,8 @@ from hypothesis import strategies as st
 from gemel_engine import storage
 from gemel_engine.poison import isolate, marks_of
 
+pytestmark = pytest.mark.unit
+
 
 class ProcessEndedError(BaseException):
     """Stands for the end of a process: what comes after it in the process is not done."""
