@@ -31,7 +31,7 @@ export VLLM_NO_USAGE_STATS = 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install demo train-demo cluster-trial test test-unit test-pythons gpu-check test-all test-chaos check format \
-	lint types bench bench-decode ablations requirements dist clean
+	lint hygiene types bench bench-decode ablations requirements dist clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' Makefile
@@ -75,16 +75,23 @@ test-all: $(KNOWLEDGE_BASE) $(DEMONSTRATIONS) ## run all tests, those with real 
 test-chaos: $(INSTALLED) ## link while processes and a node are killed at random; a few minutes
 	$(BIN)/pytest -m chaos
 
-check: lint types test ## everything that has to pass before a commit
+check: lint types hygiene test ## everything that has to pass before a commit
 
 format: $(INSTALLED) ## rewrite the code in the house format
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-lint: $(INSTALLED) ## check format, lint rules and import layers
+lint: $(INSTALLED) ## check format, lint rules, import layers and the workflows of the public host
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/lint-imports --no-logo
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/[!c]*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
+	$(BIN)/zizmor --offline --no-progress .github
+
+hygiene: $(INSTALLED) ## check line ends, white space, sizes and syntax of all files, as pre-commit does
+	SKIP=lint,types $(BIN)/pre-commit run --all-files
 
 types: $(INSTALLED) ## check types
 	$(BIN)/mypy

@@ -32,6 +32,7 @@ from gemel_engine import shards, storage
 from gemel_engine.config import JobConfig, LinkConfig, PoolSettings, config_json
 from gemel_engine.display import percent
 from gemel_engine.errors import TooManyFailuresError, shown
+from gemel_engine.extras import require
 from gemel_engine.progress import Progress, Tally
 from gemel_engine.relinking import EarlierRun
 from gemel_engine.shards import Shard
@@ -200,6 +201,8 @@ def checked_plan(config: LinkConfig) -> tuple[list[Shard], Artifacts]:
     from gemel_engine.linker import check_encoders
 
     storage.check_kept(config.output)
+    if config.language_model.engine == "vllm":
+        require("vllm", "cpu", "gpu")
     plan = shards.plan_shards(config.input, config.rows_per_shard, config.vision.required_columns)
     artifacts = open_artifacts(config, verify=config.verify_artifacts)
     check_encoders(config, artifacts)
