@@ -22,8 +22,8 @@ def extra(*names: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        remedy = " or ".join(f"'gemel-engine[{name}]'" for name in names)
-        raise ConfigurationError(f"the package {error.name} is not installed: pip install {remedy}") from error
+        extras = " or ".join(f"gemel-engine[{name}]" for name in names)
+        raise ConfigurationError(f"the package {error.name} is not installed: install {extras}") from error
 
 
 def require(module: str, *names: str) -> None:
