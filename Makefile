@@ -53,7 +53,7 @@ test: test-unit ## run the fast tests, those without a model or Ray first
 	$(BIN)/pytest -m "not heavy and not unit"
 
 test-unit: $(INSTALLED) ## run the tests that need neither a model nor Ray, and measure what they cover
-	$(BIN)/pytest -m unit --cov $(shell grep -rl pytest.mark.unit tests)
+	$(BIN)/pytest -m unit --cov $(shell grep -rl --include='test_*.py' pytest.mark.unit tests)
 
 test-pythons: ## lint, check types and run the unit tests on each Python that is installed, in .venv-3.11 and so on
 	@set -e; for version in $(PYTHONS); do \
