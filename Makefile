@@ -52,8 +52,8 @@ cluster-trial: $(KNOWLEDGE_BASE) $(DEMONSTRATIONS) ## link and train a little on
 test: test-unit ## run the fast tests, those without a model or Ray first
 	$(BIN)/pytest -m "not heavy and not unit"
 
-test-unit: $(INSTALLED) ## run the tests that need neither a model nor Ray, and measure what they cover
-	$(BIN)/pytest -m unit --cov $(shell grep -rl --include='test_*.py' pytest.mark.unit tests)
+test-unit: $(INSTALLED) ## run the tests that need neither a model nor Ray; COVERAGE=--cov measures what they reach
+	$(BIN)/pytest -m unit $(shell grep -rl --include='test_*.py' pytest.mark.unit tests) $(COVERAGE)
 
 test-pythons: ## lint, check types and run the unit tests on each Python that is installed, in .venv-3.11 and so on
 	@set -e; for version in $(PYTHONS); do \

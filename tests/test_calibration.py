@@ -12,8 +12,6 @@ from gemel_engine.calibration import EVIDENCE, Calibration, LogisticModel, evide
 from gemel_engine.errors import ArtifactError, ConfigurationError, InputError
 from gemel_engine.types import Prediction, predictions_to_table
 
-pytestmark = pytest.mark.unit
-
 RNG = np.random.default_rng(0)
 SHARES = RNG.uniform(0.01, 0.99, 600)
 IS_RIGHT = RNG.uniform(size=600) < SHARES**2  # overconfident
