@@ -110,11 +110,11 @@ requirements: $(INSTALLED) ## resolve requirements-cpu.txt and requirements-gpu.
 	$(call resolve,cpu,$(EXTRAS))
 	$(call resolve,gpu,$(EXTRAS) aws)
 
-# Everything but the engine that one develops with, on a CPU.
+# What both files hold beside the engine.
 EXTRAS := report train import demo dev
 COMPILE := $(BIN)/uv pip compile --quiet --no-annotate --no-header --no-emit-index-url --no-emit-find-links pyproject.toml
 
-# One file of pins serves all of PYTHONS: resolved for the newest, it has to be what the others resolve to under it.
+# One file of pins serves all of PYTHONS: those of the newest; the others have to resolve to the same.
 define resolve
 $(COMPILE) $(addprefix --extra ,$(1) $(2)) --upgrade --python-version $(lastword $(PYTHONS)) \
 	--output-file requirements-$(1).txt

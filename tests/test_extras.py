@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from gemel_engine.config import LinkConfig, load_config
 from gemel_engine.errors import ConfigurationError
 from gemel_engine.extras import extra, require
 
@@ -50,6 +51,18 @@ def test_a_missing_package_is_named_with_its_extra(
         ConfigurationError, match=rf"the package {package} is not installed: install gemel-engine\[{name}\]$"
     ):
         importlib.import_module(f"gemel_engine.{module}")
+
+
+def test_a_job_without_its_engine_stops_before_any_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from gemel_engine.linking import checked_plan
+
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    (tmp_path / "link.toml").write_text(
+        "input = 'none.parquet'\noutput = 'out'\nknowledge_base = 'kb'\nlanguage_model = { name = 'lm' }\n"
+    )
+    config = load_config(LinkConfig, tmp_path / "link.toml")
+    with pytest.raises(ConfigurationError, match=r"vllm is not installed: install .*\[cpu\] or .*\[gpu\]"):
+        checked_plan(config)
 
 
 @pytest.mark.unit
