@@ -1,13 +1,18 @@
-# Needs Python 3.11, make and git. Everything is installed into .venv.
+# Needs a Python from 3.11 to 3.13, make and git. Everything is installed into .venv.
 
-PYTHON ?= python3.11
-# gpu for machines with NVIDIA GPUs; .venv holds one of the two.
+PYTHONS := 3.11 3.12 3.13
+# The first of these that starts: a shim of pyenv is on the path even where its Python is not chosen.
+PYTHON ?= $(or $(firstword $(foreach version,$(PYTHONS),$(shell python$(version) -c 'print("python$(version)")' \
+	2> /dev/null))),$(error no Python from 3.11 to 3.13 is on the path: name one with PYTHON=...))
+# A directory for another Python or ENGINE than .venv was made with: make test VENV=.venv-3.13 PYTHON=python3.13
+VENV ?= .venv
+# gpu for machines with NVIDIA GPUs; a virtual environment holds one of the two.
 ENGINE ?= cpu
 DEVICE ?= cuda
 UV_VERSION := 0.13.9
 
-BIN := .venv/bin
-INSTALLED := .venv/.installed
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
 MODELS := build/models.stamp
 KNOWLEDGE_BASE := build/emoji/knowledge_base.stamp
 DEMONSTRATIONS := build/emoji/demonstrations.stamp
@@ -25,8 +30,8 @@ export VLLM_NO_USAGE_STATS = 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo train-demo cluster-trial test gpu-check test-all test-chaos check format lint types bench \
-	bench-decode ablations requirements dist clean
+.PHONY: help install demo train-demo cluster-trial test test-unit test-pythons gpu-check test-all test-chaos check format \
+	lint hygiene types bench bench-decode ablations requirements dist clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' Makefile
@@ -44,8 +49,20 @@ train-demo: $(KNOWLEDGE_BASE) $(DEMONSTRATIONS) ## make the demo's feature mappe
 cluster-trial: $(KNOWLEDGE_BASE) $(DEMONSTRATIONS) ## link and train a little on a Ray cluster of two nodes on this machine
 	PATH=$(CURDIR)/$(BIN):$$PATH cluster/local_trial.sh
 
-test: $(INSTALLED) ## run the fast tests
-	$(BIN)/pytest
+test: test-unit ## run the fast tests, those without a model or Ray first
+	$(BIN)/pytest -m "not heavy and not unit"
+
+test-unit: $(INSTALLED) ## run the tests that need neither a model nor Ray; COVERAGE=--cov measures what they reach
+	$(BIN)/pytest -m unit $(shell grep -rl --include='test_*.py' pytest.mark.unit tests) $(COVERAGE)
+
+test-pythons: ## lint, check types and run the unit tests on each Python that is installed, in .venv-3.11 and so on
+	@set -e; for version in $(PYTHONS); do \
+		if python$$version -c '' 2> /dev/null; then \
+			$(MAKE) lint types test-unit VENV=.venv-$$version PYTHON=python$$version; \
+		else \
+			echo "python$$version is not on the path: left out"; \
+		fi; \
+	done
 
 gpu-check: $(INSTALLED) ## check what a GPU changes; ENGINE=gpu installs for it, DEVICE=cpu tries the checks
 	$(BIN)/pytest tests -m gpu --device $(DEVICE) -v --tb=line
@@ -58,16 +75,23 @@ test-all: $(KNOWLEDGE_BASE) $(DEMONSTRATIONS) ## run all tests, those with real 
 test-chaos: $(INSTALLED) ## link while processes and a node are killed at random; a few minutes
 	$(BIN)/pytest -m chaos
 
-check: lint types test ## everything that has to pass before a commit
+check: lint types hygiene test ## everything that has to pass before a commit
 
 format: $(INSTALLED) ## rewrite the code in the house format
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-lint: $(INSTALLED) ## check format, lint rules and import layers
+lint: $(INSTALLED) ## check format, lint rules, import layers and the workflows of the public host
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/lint-imports --no-logo
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/[!c]*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
+	$(BIN)/zizmor --offline --no-progress .github
+
+hygiene: $(INSTALLED) ## check line ends, white space, sizes and syntax of all files, as pre-commit does
+	SKIP=lint,types $(BIN)/pre-commit run --all-files
 
 types: $(INSTALLED) ## check types
 	$(BIN)/mypy
@@ -82,21 +106,33 @@ bench-decode: $(MODELS) ## measure decoding; WIKIDIVERSE as for bench, which goe
 ablations: $(KNOWLEDGE_BASE) $(DEMONSTRATIONS) ## change one thing at a time; WIKIDIVERSE as for bench, which goes first
 	$(BIN)/python benchmarks/ablations.py $(WIKIDIVERSE)
 
-requirements: COMPILE := $(BIN)/uv pip compile --quiet --upgrade --no-annotate --no-header --no-emit-index-url \
-	--no-emit-find-links pyproject.toml
 requirements: $(INSTALLED) ## resolve requirements-cpu.txt and requirements-gpu.txt anew
-	$(COMPILE) --extra cpu --extra demo --extra dev --output-file requirements-cpu.txt
-	$(COMPILE) --extra gpu --extra aws --extra demo --extra dev --output-file requirements-gpu.txt
+	$(call resolve,cpu,$(EXTRAS))
+	$(call resolve,gpu,$(EXTRAS) aws)
+
+# What both files hold beside the engine.
+EXTRAS := report train import demo dev
+COMPILE := $(BIN)/uv pip compile --quiet --no-annotate --no-header --no-emit-index-url --no-emit-find-links pyproject.toml
+
+# One file of pins serves all of PYTHONS: those of the newest; the others have to resolve to the same.
+define resolve
+$(COMPILE) $(addprefix --extra ,$(1) $(2)) --upgrade --python-version $(lastword $(PYTHONS)) \
+	--output-file requirements-$(1).txt
+@set -e; for version in $(filter-out $(lastword $(PYTHONS)),$(PYTHONS)); do \
+	$(COMPILE) $(addprefix --extra ,$(1) $(2)) --python-version $$version --constraint requirements-$(1).txt \
+		| diff requirements-$(1).txt -; \
+done
+endef
 
 dist: $(INSTALLED) ## build the wheel and the source distribution, in dist/
 	$(BIN)/uv build --quiet
 
-clean: ## remove what was built; .venv stays
-	rm -rf build dist gemel_engine.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
-	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+clean: ## remove what was built; virtual environments stay
+	rm -rf build dist gemel_engine.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache .coverage
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 
 $(INSTALLED): requirements-$(ENGINE).txt pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
 	$(BIN)/uv pip install --python $(BIN)/python --requirement requirements-$(ENGINE).txt
 	$(BIN)/uv pip install --python $(BIN)/python --no-deps --editable .

@@ -26,6 +26,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from gemel_engine.errors import ConfigurationError, InputError
+from gemel_engine.extras import extra
 from gemel_engine.manifest import claimed, parse_manifest, read_manifest, write_manifest
 from gemel_engine.types import Prediction, predictions_to_table
 
@@ -91,7 +92,8 @@ class LogisticModel:
     @classmethod
     def fit(cls, evidence: Numbers, outcomes: Outcomes, freedom: float) -> Self:
         """Fit to evidence (N, F) and outcomes (N,); the smaller `freedom`, the more the weights are kept near 0."""
-        from sklearn.linear_model import LogisticRegression  # takes a second to import, and only fitting needs it
+        with extra("report"):
+            from sklearn.linear_model import LogisticRegression  # takes a second to import, and only fitting needs it
 
         mean, scale = evidence.mean(axis=0), evidence.std(axis=0)
         scale = np.where(scale > _LEAST_SCALE, scale, 1.0)
@@ -319,7 +321,8 @@ def quality(confidence: Numbers, is_right: Outcomes) -> ConfidenceQuality:
 
 def _fitted(evidence: Numbers, outcomes: Outcomes, forms: npt.NDArray[np.intp]) -> tuple[LogisticModel, Numbers]:
     """A model as free as is best for mentions that are left out, and the probabilities that it gives these."""
-    from sklearn.metrics import log_loss
+    with extra("report"):
+        from sklearn.metrics import log_loss
 
     folds = _folds(evidence, outcomes, forms)
     left_out = {freedom: _left_out(evidence, outcomes, folds, freedom) for freedom in _FREEDOMS}
@@ -329,7 +332,8 @@ def _fitted(evidence: Numbers, outcomes: Outcomes, forms: npt.NDArray[np.intp]) 
 
 def _folds(evidence: Numbers, outcomes: Outcomes, forms: npt.NDArray[np.intp]) -> Folds:
     """Mentions to fit to and mentions to judge, none of which has a surface form of the others."""
-    from sklearn.model_selection import StratifiedGroupKFold
+    with extra("report"):
+        from sklearn.model_selection import StratifiedGroupKFold
 
     folds = StratifiedGroupKFold(_NUM_FOLDS, shuffle=True, random_state=0)
     splits = list(folds.split(evidence, outcomes, forms)) if len(np.unique(forms)) >= _NUM_FOLDS else []
@@ -351,7 +355,8 @@ def _left_out(evidence: Numbers, outcomes: Outcomes, folds: Folds, freedom: floa
 
 def _threshold(probabilities: Numbers, is_nil: Outcomes, wanted: float) -> tuple[float, dict[str, float]]:
     """The lowest threshold of that precision, and what is reached with it."""
-    from sklearn.metrics import precision_recall_curve, roc_auc_score
+    with extra("report"):
+        from sklearn.metrics import precision_recall_curve, roc_auc_score
 
     precision, recall, thresholds = precision_recall_curve(is_nil, probabilities)
     num_called = len(probabilities) - np.searchsorted(np.sort(probabilities), thresholds)

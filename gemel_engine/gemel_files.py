@@ -17,15 +17,18 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-import h5py
 import numpy as np
 import pyarrow as pa
 import torch
 
 from gemel_engine.errors import ArtifactError, InputError
+from gemel_engine.extras import extra
 from gemel_engine.feature_mapper import FeatureMapper, MapperMetadata
 from gemel_engine.storage import open_regular
 from gemel_engine.types import Features, are_features
+
+with extra("import"):
+    import h5py
 
 _KEYS = ("mention", "text", "target", "golden")
 _PICTURE_KEYS = ("img_name", "img_url")

@@ -23,6 +23,7 @@ from gemel_engine.calibration import Calibration
 from gemel_engine.config import LinkConfig
 from gemel_engine.earlier import numbered_in, result_of
 from gemel_engine.errors import InvalidMentionError, MentionError
+from gemel_engine.extras import extra
 from gemel_engine.model import FrozenLanguageModel
 from gemel_engine.prefix_trie import PrefixTrie, SavedTrie
 from gemel_engine.prompt import Block, Prompt, PromptBuilder, PromptSettings
@@ -241,7 +242,8 @@ def _start_engine(config: LinkConfig, artifacts: Artifacts, added_names: SavedTr
         model = FrozenLanguageModel(settings.name, settings.dtype)
         return TransformersEngine(model, artifacts.knowledge_base.trie, terminator, num_children)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # read when vLLM is imported
-    from gemel_engine.vllm_engine import VllmEngine  # takes seconds to import, and only engines need it
+    with extra("cpu", "gpu"):
+        from gemel_engine.vllm_engine import VllmEngine  # takes seconds to import, and only engines need it
 
     max_prompt_tokens = config.prompt.max_prompt_tokens
     return VllmEngine(settings, artifacts.trie_directory, terminator, num_children, max_prompt_tokens, added_names)

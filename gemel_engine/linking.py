@@ -37,6 +37,7 @@ from gemel_engine import errors, output_check, shards, storage
 from gemel_engine.config import JobConfig, LinkConfig, PoolSettings, config_json, validated
 from gemel_engine.display import make_visible, percent
 from gemel_engine.errors import ConfigurationError, TooManyFailuresError, redacted, shown
+from gemel_engine.extras import require
 from gemel_engine.fingerprints import Contents, run_contents
 from gemel_engine.progress import Progress, Tally
 from gemel_engine.relinking import EarlierRun
@@ -218,6 +219,8 @@ def checked_plan(config: LinkConfig) -> tuple[list[Shard], Artifacts, Contents]:
     config = validated(config)
     storage.check_kept(config.output)
     storage.check_apart(config.output, config.input)
+    if config.language_model.engine == "vllm":
+        require("vllm", "cpu", "gpu")
     plan = shards.plan_shards(config.input, config.rows_per_shard, config.vision.required_columns)
     artifacts = open_artifacts(config, verify=config.verify_artifacts)
     image_encoder = check_encoders(config, artifacts)

@@ -12,16 +12,19 @@ from itertools import cycle
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
-import matplotlib
 import numpy as np
 from markupsafe import Markup
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 from numpy.typing import ArrayLike
 from scipy.stats import binomtest
 
 from gemel_engine.calibration import ConfidenceQuality
+from gemel_engine.extras import extra
+
+with extra("report"):
+    import matplotlib
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
 
 # Colours that stand for variables of the page's style sheet.
 _INK, _MUTED, _RULE, _ACCENT = "#000001", "#000002", "#000003", "#000004"

@@ -18,17 +18,20 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from gemel_engine import plots
 from gemel_engine.calibration import ConfidenceQuality
 from gemel_engine.display import cut, excerpt, shares, visible
 from gemel_engine.evaluation import Comparison, Evaluation, Figure, LeakAudit
+from gemel_engine.extras import extra
 from gemel_engine.gallery import GalleryItem, ShownDemonstration, gallery_items
 from gemel_engine.image_source import ImagePolicy
 from gemel_engine.linked_run import JudgedRun, LinkedRun
 from gemel_engine.retrieval import DemonstrationIndex
 from gemel_engine.storage import download_directory
+
+with extra("report"):
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 NOTHING = "–"
 _CONTEXT = 240  # characters on each side of a surface form

@@ -31,13 +31,13 @@ from ray.data import Dataset
 from ray.experimental import tqdm_ray
 from ray.train import Checkpoint, CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchTrainer, get_device
-from tensorboardX import SummaryWriter
 from torch import distributed
 
 from gemel_engine import shards, storage
 from gemel_engine.artifacts import Artifacts, open_artifacts
 from gemel_engine.config import TrainConfig, config_json, validated
 from gemel_engine.errors import ConfigurationError, InputError, TooManyFailuresError, shown
+from gemel_engine.extras import extra
 from gemel_engine.feature_mapper import FeatureMapper
 from gemel_engine.fingerprints import Contents, artifact_manifests, check_contents, run_contents
 from gemel_engine.generation import EntityNameGenerator
@@ -56,6 +56,9 @@ from gemel_engine.shards import Shard
 from gemel_engine.stages import CheckExamples, read_file, write_examples
 from gemel_engine.transformers_engine import TransformersEngine
 from gemel_engine.vision import ImageEncoder
+
+with extra("train"):
+    from tensorboardX import SummaryWriter
 
 logger = logging.getLogger(__name__)
 

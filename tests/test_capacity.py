@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from gemel_engine.capacity import Estimate, StageCost, Workload, draw_windows
 from gemel_engine.errors import ConfigurationError
 
+pytestmark = pytest.mark.unit
+
 LENGTHS = np.array([30, 90] * 8)
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import save_mention_encoder, write_image_encoder
 from safetensors.torch import load_file, save_file
+from tiny_models import save_mention_encoder, write_image_encoder
 from transformers import BertForMaskedLM, PreTrainedTokenizerFast
 from trouble import make_endless
 

@@ -19,6 +19,8 @@ from gemel_engine.linker import Linker
 from gemel_engine.linking import describe_run
 from gemel_engine.search import SearchSettings
 
+pytestmark = pytest.mark.unit
+
 REQUIRED = """
 input = "in"
 output = "out"

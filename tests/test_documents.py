@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from test_linking import picture, toml
 
 from gemel_engine import errors
 from gemel_engine.commands import PARSED, UNPARSED
+from gemel_engine.config import LinkConfig, load_config
 from gemel_engine.knowledge_base import read_entities
 from gemel_engine.shards import plan_shards
+from gemel_engine.types import Prediction
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -67,6 +71,33 @@ def test_the_tables_made_in_the_documents_are_accepted(tmp_path: Path) -> None:
             subprocess.run([sys.executable, "-c", block], cwd=tmp_path, check=True)
     assert len(plan_shards(str(tmp_path / "mentions.parquet"), 10)) == 1
     assert read_entities(str(tmp_path / "entities.parquet")).num_rows == 3
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=named)
+def test_configurations_are_accepted(path: Path, tmp_path: Path) -> None:
+    for block in blocks(path.read_text("utf-8"), "toml"):
+        (tmp_path / "link.toml").write_text(block)
+        load_config(LinkConfig, tmp_path / "link.toml")
+
+
+def test_the_python_of_the_readme_links_a_mention(
+    artifacts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the artifacts of tiny models for those that `link.toml` names there."""
+    monkeypatch.chdir(tmp_path)
+    Path("link.toml").write_text(toml(artifacts, "none.parquet", "none"))
+    snippets = blocks((ROOT / "README.md").read_text("utf-8"), "python")
+    assert snippets
+    for block in snippets:
+        for name in re.findall(r'"([\w-]+\.png)"', block):
+            Path(name).write_bytes(picture("brown"))
+        *statements, last = ast.parse(block).body
+        assert isinstance(last, ast.Expr)
+        names: dict[str, object] = {}
+        exec(compile(ast.Module(statements, []), "README.md", "exec"), names)
+        prediction = eval(compile(ast.Expression(last.value), "README.md", "eval"), names)
+        assert isinstance(prediction, Prediction)
+        assert (prediction.error, prediction.entity_id is None) == (None, False)
 
 
 def test_every_error_has_its_remedy() -> None:

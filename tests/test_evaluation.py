@@ -8,6 +8,8 @@ from gemel_engine.errors import InputError
 from gemel_engine.evaluation import Figure, Judge, audit_leaks
 from gemel_engine.types import Candidate, Prediction, predictions_to_table
 
+pytestmark = pytest.mark.unit
+
 ENTITIES = pa.table(
     {
         "entity_id": ["Q1", "Q2", "Q3", "Q4"],

@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import TINY_VIT, write_image_encoder
 from safetensors.torch import load_file, save_file
 from test_linking import toml, write_mentions
+from tiny_models import TINY_VIT, write_image_encoder
 
 from gemel_engine import fingerprints, linking, shards
 from gemel_engine.config import LinkConfig, VisionSettings, load_config

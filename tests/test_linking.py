@@ -18,10 +18,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ENTITY_NAMES, llama_2_tokenizer, save_artifacts, save_tiny_model
+from conftest import ENTITY_NAMES
 from PIL import Image
 from ray.exceptions import ActorDiedError, RayTaskError, UserCodeException
 from s3_server import S3Server
+from tiny_models import llama_2_tokenizer, save_artifacts, save_tiny_model
 
 from gemel_engine import storage
 from gemel_engine.calibration import EVIDENCE, Calibration, LogisticModel, scoring_settings

@@ -12,7 +12,8 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from conftest import ENTITY_NAMES, save_tiny_model
+from conftest import ENTITY_NAMES
+from tiny_models import save_tiny_model
 from torch import Tensor, distributed
 from torch.multiprocessing.spawn import spawn
 from transformers import PreTrainedTokenizerFast

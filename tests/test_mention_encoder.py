@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import save_mention_encoder
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import save_mention_encoder
 from transformers import (
     AutoModel,
     AutoTokenizer,

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ENTITY_NAMES, save_tiny_model
+from conftest import ENTITY_NAMES
 from test_engines import link, make_prompts
 from test_packing import DEMONSTRATIONS, PROMPTS, D, P, plain_losses
+from tiny_models import save_tiny_model
 from torch import Tensor, nn
 from transformers import BloomConfig, PreTrainedTokenizerFast
 from transformers.integrations.sdpa_attention import sdpa_attention_forward

@@ -23,6 +23,8 @@ from gemel_engine.errors import InputError
 from gemel_engine.poison import isolate, marks_of
 from gemel_engine.stages import read_mentions
 
+pytestmark = pytest.mark.unit
+
 
 class ProcessEndedError(BaseException):
     """Stands for the end of a process: what comes after it in the process is not done."""

@@ -15,6 +15,8 @@ from trouble import damage, edit_manifest
 from gemel_engine.errors import ArtifactError
 from gemel_engine.prefix_trie import PrefixTrie
 
+pytestmark = pytest.mark.unit
+
 LARGE_TOKEN = 128_255  # of a vocabulary that 16 bits can't number
 
 Names = list[tuple[int, ...]]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from conftest import llama_2_tokenizer, tiny_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_models import llama_2_tokenizer, tiny_tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 

@@ -28,6 +28,8 @@ from gemel_engine.search import (
     run_searches,
 )
 
+pytestmark = pytest.mark.unit
+
 VOCABULARY = 8
 TERMINATOR = 7
 PROMPT = Prompt((), ())

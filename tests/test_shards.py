@@ -15,6 +15,8 @@ from gemel_engine.errors import ConfigurationError, InputError
 from gemel_engine.shards import Shard
 from gemel_engine.types import Prediction, predictions_to_table
 
+pytestmark = pytest.mark.unit
+
 SHARD = Shard(index=3, uri="mentions.parquet", version="1", start=0, stop=4)
 
 

@@ -14,7 +14,7 @@ from gemel_engine.prefix_trie import PrefixTrie
 from gemel_engine.search import allowed_next_tokens
 from gemel_engine.trie_mask import TrieTensors, constrain
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.unit]
 TERMINATOR = 70_001
 NAMES = st.lists(
     st.lists(st.sampled_from([0, 1, 40_000, 65_535, 70_000]), min_size=1, max_size=5),

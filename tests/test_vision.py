@@ -12,10 +12,10 @@ import open_clip
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import TINY_VIT, write_image_encoder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tiny_models import TINY_VIT, write_image_encoder
 
 from gemel_engine.errors import ArtifactError, ConfigurationError, ImageError, ImageFetchError
 from gemel_engine.image_file import ACCEPTED_FORMATS, decode_image
