@@ -215,7 +215,8 @@ class JobConfig:
         rows_per_shard: Rows that are worked on at a time.
         max_failed_fraction: The job fails when more rows than this end in an `error`; in training, an entity that the
             knowledge base lacks does not count.
-        verify_artifacts: Check the artifacts' checksums before starting.
+        verify_artifacts: Check the artifacts' checksums, and that the language model's weights are finite, before
+            starting.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)  # also for the settings within

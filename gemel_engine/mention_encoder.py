@@ -185,16 +185,6 @@ class MentionEncoder:
         return limit, widths[limit]
 
 
-def _load_encoder(name_or_path: str) -> torch.nn.Module:
-    """The text encoder of a checkpoint; of one that can also decode, the encoder alone."""
-    config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
-    has_text_encoder = type(config) in AutoModelForTextEncoding._model_mapping
-    model = (AutoModelForTextEncoding if has_text_encoder else AutoModel).from_pretrained(
-        name_or_path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
-    )
-    return model.get_encoder() if config.is_encoder_decoder else model
-
-
 def _load_model(name_or_path: str) -> PreTrainedModel:
     """Load the text encoder of a checkpoint, all of whose tensors are in it.
 

@@ -22,7 +22,9 @@ from conftest import ENTITY_NAMES
 from PIL import Image
 from ray.exceptions import ActorDiedError, RayTaskError, UserCodeException
 from s3_server import S3Server
+from safetensors.torch import load_file, save_file
 from tiny_models import llama_2_tokenizer, save_artifacts, save_tiny_model
+from trouble import forget_checksum
 
 from gemel_engine import storage
 from gemel_engine.calibration import EVIDENCE, Calibration, LogisticModel, scoring_settings
@@ -36,6 +38,7 @@ from gemel_engine.errors import (
 )
 from gemel_engine.explain import explain
 from gemel_engine.feature_mapper import FeatureMapper
+from gemel_engine.knowledge_base import KnowledgeBase, KnowledgeBaseSettings, build_knowledge_base
 from gemel_engine.linker import Linker
 from gemel_engine.linking import LinkReport, actor_pool, describe_run, link_corpus, ordered_plan, own_errors
 from gemel_engine.model import load_tokenizer
@@ -460,6 +463,27 @@ def without_language_model(config: LinkConfig, directory: Path) -> LinkConfig:
     return replace(config, language_model=replace(config.language_model, name=str(directory / "nowhere")))
 
 
+def with_language_model_that_lacks_a_tensor(config: LinkConfig, directory: Path) -> LinkConfig:
+    model = Path(shutil.copytree(config.language_model.name, directory / "model"))
+    tensors = load_file(model / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    return replace(config, language_model=replace(config.language_model, name=str(model)))
+
+
+def with_trie_of_another_knowledge_base(config: LinkConfig, directory: Path) -> LinkConfig:
+    """Of an earlier release, in which the files of a knowledge base did not name each other."""
+    entities = KnowledgeBase.open(Path(config.knowledge_base)).table()
+    names = [name[::-1] for name in entities["name"].to_pylist()]
+    tokenizer = load_tokenizer(config.language_model.name)
+    other = entities.set_column(entities.column_names.index("name"), "name", pa.array(names))
+    build_knowledge_base(other, tokenizer, directory / "other", KnowledgeBaseSettings())
+    mixed = Path(shutil.copytree(config.knowledge_base, directory / "kb"))
+    shutil.copytree(directory / "other" / "trie", mixed / "trie", dirs_exist_ok=True)
+    forget_checksum(mixed / "knowledge_base.json", format_version=1, also=["trie_sha256"])
+    return replace(config, knowledge_base=str(mixed))
+
+
 def with_template_without_mention(config: LinkConfig, directory: Path) -> LinkConfig:
     return replace(config, prompt=replace(config.prompt, template="{text}"))
 
@@ -485,12 +509,16 @@ def with_prompts_too_long_for_the_model(config: LinkConfig, directory: Path) -> 
         (without_knowledge_base, ArtifactError, "nowhere"),
         (with_knowledge_base_of_another_version, ArtifactError, "format version 99"),
         (without_language_model, ArtifactError, "nowhere"),
+        (with_language_model_that_lacks_a_tensor, ArtifactError, r"lacks the tensors model\.norm\.weight"),
+        (with_trie_of_another_knowledge_base, ArtifactError, "they are of two knowledge bases"),
     ],
 )
 def test_a_bad_job_stops_before_any_work(
     config: LinkConfig, tmp_path: Path, change: Change, error: type[GemelError], message: str
 ) -> None:
     changed = change(config, tmp_path)
+    with pytest.raises(error, match=message):
+        describe_run(changed)
     with pytest.raises(error, match=message):
         link_corpus(changed)
     assert not Path(config.output).exists()
