@@ -70,7 +70,9 @@ def checked(function: Callable[..., None]) -> Callable[..., None]:
     def call(*arguments: object, **options: object) -> None:
         for name, value in signature.bind(*arguments, **options).arguments.items():
             try:
-                TypeAdapter(hints[name]).validate_python(asdict(value) if is_dataclass(value) else value)
+                TypeAdapter(hints[name]).validate_python(
+                    asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+                )
             except ValidationError as error:
                 fault = error.errors(include_url=False)[0]
                 option = str(fault["loc"][0] if fault["loc"] else name).replace("_", "-")

@@ -115,7 +115,7 @@ def numeric_settings(settings: type, prefix: tuple[str, ...] = ()) -> Iterator[t
 def test_every_number_has_bounds(config_type: type) -> None:
     required = {"input": "i", "train": "t", "output": "o", "knowledge_base": "k", "language_model": {"name": "m"}}
     known = {field.name for field in dataclasses.fields(config_type)}
-    adapter = TypeAdapter(config_type)
+    adapter: TypeAdapter[Any] = TypeAdapter(config_type)
     found = list(numeric_settings(config_type))
     assert len(found) > 25
     for path, kind in found:

@@ -84,6 +84,17 @@ def test_workers_behind_uv_run_work_where_the_driver_does() -> None:
     if not uv.exists():
         pytest.skip("uv is not in this environment")
     code = "import gemel_engine; from ray._private.worker import _maybe_modify_runtime_env as f; print(f({}, False))"
-    command = [uv, "run", "--no-project", "--no-config", "--offline", "--python", sys.executable, "python", "-c", code]
+    command = [
+        str(uv),
+        "run",
+        "--no-project",
+        "--no-config",
+        "--offline",
+        "--python",
+        sys.executable,
+        "python",
+        "-c",
+        code,
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "{}"
