@@ -220,8 +220,8 @@ def test_a_damaged_file_is_an_input_error_however_late_it_is_found(tmp_path: Pat
         for _ in range(draw.choice([1, 5])):
             content[draw.randrange(*((4, footer) if number % 3 else (footer, len(content))))] = draw.randrange(256)
         Path(uri).write_bytes(content)
+        outcome = "refused"
         try:
-            outcome = "refused"
             plan = shards.plan_shards(uri, 100)
             outcome = "late"
             for shard in plan:
