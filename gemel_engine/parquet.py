@@ -92,7 +92,7 @@ class Table:
 
     def schema(self, columns: Sequence[str]) -> pa.Schema:
         """Those of `columns` that the file has, in their order, with the types in which they are read."""
-        return pa.schema([(name, self._columns[name].type) for name in columns if name in self._columns])
+        return pa.schema([self._fields[name] for name in dict.fromkeys(columns) if name in self._fields])
 
     def pieces(
         self, columns: Sequence[str], rows: range | None = None, max_rows: int = _ROWS_PER_PIECE
@@ -163,7 +163,7 @@ class Table:
     @cached_property
     def _reader(self) -> pq.ParquetFile:
         """Reads texts in lists as dictionaries, whose size is known before it is taken."""
-        nested = [leaf.path for _, leaf in self._leaves(self._columns) if leaf.max_repetition_level and _is_bytes(leaf)]
+        nested = [leaf.path for _, leaf in self._leaves(self._fields) if leaf.max_repetition_level and _is_bytes(leaf)]
         return self._open(nested) if nested else self._parquet
 
     def _leaves(self, names: Collection[str]) -> list[tuple[int, pq.ColumnSchema]]:
@@ -181,8 +181,8 @@ class Table:
                 f"{uri} has {num_columns} columns, in row groups that lack some or of {self._ends[-1]} of its "
                 f"{self.num_rows} rows: write it again, with {_MAX_COLUMNS} columns at most"
             )
-        if columns is None:
-            columns = {field.name: Column(field.type, str(field.type)) for field in self._schema}
+        stored = {field.name: field.remove_metadata() for field in self._schema} if columns is None else {}
+        columns = {name: Column(field.type, str(field.type)) for name, field in stored.items()} | dict(columns or {})
         if missing := [name for name in required if name not in self.names]:
             known = ", ".join(self.names[:_MAX_NAMES_SHOWN])
             raise InputError(
@@ -197,14 +197,16 @@ class Table:
                 )
         if _PICTURE in columns and _ADDRESS in columns and self._has_picture_structs() and _ADDRESS not in self.names:
             self.names.append(_ADDRESS)
-        self._columns = {name: columns[name] for name in self.names if name in columns}
+        self._fields = {
+            name: stored.get(name, pa.field(name, columns[name].type)) for name in self.names if name in columns
+        }
 
     def _has_picture_structs(self) -> bool:
         return _PICTURE in self._schema.names and pa.types.is_struct(self._schema.field(_PICTURE).type)
 
     def _check_sizes(self, group: int, num_rows: int) -> None:
         """See that no column of a row group is a bomb: pages of zeros, or lists of millions of nulls."""
-        for place, leaf in self._leaves(self._columns):
+        for place, leaf in self._leaves(self._fields):
             chunk = self._chunks[group][place]
             size = max(chunk.size, 8 * (chunk.num_values - num_rows))
             self._check_bytes(size, f"column {leaf.path.partition('.')[0]!r} of {num_rows} rows")

@@ -18,6 +18,7 @@ from typing import Any
 import pyarrow as pa
 
 EXTENSION_KEY = b"ARROW:extension:name"
+_BYTES_PER_GUESS = 64 << 10  # read at once, since most footers are shorter
 _MAX_FOOTER_BYTES = 64 << 20
 _MAX_DEPTH = 16  # Parquet's own structs are half as deep
 _MAX_VARINT_BYTES = 10
@@ -51,10 +52,13 @@ def read_chunks(source: pa.NativeFile) -> list[list[Chunk]]:
         ValueError: The footer is damaged, or has an extension type, which the message names.
     """
     size = source.size()
-    length = int.from_bytes(source.read_at(min(size, 4), max(0, size - _TAIL)), "little")
+    tail = source.read_at(min(size, _BYTES_PER_GUESS), max(0, size - _BYTES_PER_GUESS))
+    length = int.from_bytes(tail[-_TAIL:-4], "little")
     if length > min(size - _TAIL, _MAX_FOOTER_BYTES):
         raise ValueError(f"a footer of {length} bytes in a file of {size}")
-    footer = source.read_at(length, size - _TAIL - length)
+    if length + _TAIL > len(tail):
+        tail = source.read_at(length + _TAIL, size - _TAIL - length)
+    footer = tail[len(tail) - _TAIL - length : -_TAIL]
     if any(spelling in footer for spelling in _SPELLINGS):
         named = ", ".join(f"{name!r} is of {kind!r}" for name, kind in _extension_types(footer))
         raise ValueError(f"Arrow extension types are not read, cast them to plain types: {named or 'in its schema'}")

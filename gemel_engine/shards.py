@@ -122,10 +122,11 @@ def order_within_shards(plan: Sequence[Shard]) -> NDArray[np.int64]:
     orders, first = [], 0
     for uri, of_file in groupby(plan, key=lambda shard: shard.uri):
         with parquet.open_table(uri, MENTION_COLUMNS) as table:
-            for shard in of_file:
-                mentions = table.read(["mention"], range(shard.start, shard.stop))["mention"]
-                orders.append(first + pc.sort_indices(mentions).to_numpy().astype(np.int64))
-                first += len(mentions)
+            mentions = table.read(["mention"])["mention"]
+        for shard in of_file:
+            within = pc.sort_indices(mentions.slice(shard.start, shard.stop - shard.start)).to_numpy()
+            orders.append(first + within.astype(np.int64))
+            first += len(within)
     return np.concatenate(orders)
 
 

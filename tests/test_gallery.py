@@ -135,7 +135,7 @@ def test_row_groups_without_a_drawn_mention_are_not_read(tmp_path: Path) -> None
                 content[start : start + size] = b"\xff" * size
         path.write_bytes(content)
     assert gallery_items(predictions(), corpus, size=1) == [item]
-    with pytest.raises(InputError, match="is not a readable Parquet table of mentions"):
+    with pytest.raises(InputError, match="is not a readable Parquet table"):
         gallery_items(predictions(), corpus, size=SIZE)
 
 
