@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 ELLIPSIS = "…"
 _REPLACEMENT = 0xFFFD
-# Unicode's Default_Ignorable_Code_Point, separators of lines and paragraphs, and annotations: what shows nothing itself,
-# but may turn, hide or carry other text.
+# Unicode's Default_Ignorable_Code_Point, separators of lines and paragraphs, and annotations: what shows nothing
+# itself, but may turn, hide or carry other text.
 _UNSEEN = (
     *(0xAD, 0x34F, 0x61C, 0x115F, 0x1160, 0x17B4, 0x17B5, *range(0x180B, 0x1810), *range(0x200B, 0x2010)),
     *(*range(0x2028, 0x202F), *range(0x2060, 0x2070), 0x3164, *range(0xFE00, 0xFE0E), 0xFEFF, 0xFFA0),
