@@ -343,8 +343,8 @@ def connect() -> None:
     if asked := [handler for handler in root.handlers if handler not in ours]:
         # RAY_LOGGING_CONFIG_ENCODING, such as JSON: Ray writes the logs of all processes in it. One handler is enough.
         root.handlers = asked
-        for handler in of_data:
-            handler.setFormatter(asked[0].formatter)
+        for stream in of_data:
+            stream.setFormatter(asked[0].formatter)
     for handler in (*asked, *of_data):
         handler.addFilter(make_visible)
     DataContext.get_current().enable_rich_progress_bars = False
