@@ -65,7 +65,7 @@ logger = logging.getLogger("overhead")
 class WaitingEncodeImages(EncodeImages):
     """The stage with a model that only takes its time."""
 
-    def __init__(self, config: JobConfig) -> None:
+    def __init__(self, config: JobConfig, contents: object = None) -> None:
         self._output, self._policy, self._encoder = config.output, config.image_source, self  # type: ignore[assignment]
 
     def encode(self, files: Iterable[object]) -> Iterator[NDArray[np.float32] | None]:
@@ -78,7 +78,7 @@ class WaitingEncodeImages(EncodeImages):
 class WaitingRetrieveDemonstrations(RetrieveDemonstrations):
     """The stage with an index that only takes its time."""
 
-    def __init__(self, config: JobConfig) -> None:
+    def __init__(self, config: JobConfig, contents: object = None) -> None:
         self._output, self._retriever = config.output, self  # type: ignore[assignment]
 
     def retrieve(self, mentions: Sequence[Mention], features: Sequence[object]) -> list[list[int]]:
@@ -92,7 +92,7 @@ class WaitingGenerateEntityNames(GenerateEntityNames):
 
     engine = None
 
-    def __init__(self, config: LinkConfig) -> None:
+    def __init__(self, config: LinkConfig, contents: object = None) -> None:
         self._output, self._generator = config.output, self  # type: ignore[assignment]
 
     def generate(self, mentions: Sequence[Mention], *_: object) -> list[Prediction]:
