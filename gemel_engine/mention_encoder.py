@@ -10,6 +10,7 @@ from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
@@ -164,7 +165,7 @@ class MentionEncoder:
         return limit, widths[limit]
 
 
-def _load_encoder(name_or_path: str) -> torch.nn.Module:
+def _load_encoder(name_or_path: str) -> Any:  # transformers does not say what its automatic classes return
     """The text encoder of a checkpoint; of one that can also decode, the encoder alone."""
     config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
     has_text_encoder = type(config) in AutoModelForTextEncoding._model_mapping
