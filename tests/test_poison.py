@@ -6,7 +6,7 @@ import logging
 import signal
 import subprocess
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -143,7 +143,7 @@ def test_a_row_that_ends_its_reader_becomes_an_error_with_its_id(
     pq.write_table(pa.table({"mention_id": list("abcd"), "text": ["a bear"] * 4, "mention": ["bear"] * 4}), corpus)
     (shard,) = shards.plan_shards(str(corpus), 10)
 
-    def read_rows(part: shards.Shard, columns: Collection[str]) -> pa.Table:
+    def read_rows(part: shards.Shard, columns: Sequence[str]) -> pa.Table:
         if part.start <= 2 < part.stop and "text" in columns:
             raise ProcessEndedError
         return read(part, columns)

@@ -121,7 +121,7 @@ def test_tokens_of_texts_without_embeddings_are_refused_and_other_special_tokens
     num_embeddings = len(tokenizer)
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     check_embedded(tokenizer, num_embeddings, "model")
-    padding = tokenizer.convert_tokens_to_ids("[PAD]")
+    padding = tokenizer.get_vocab()["[PAD]"]
     with pytest.raises(ArtifactError, match=r"makes 1 tokens beyond them, such as '\[PAD\]': resize"):
         check_embedded(tokenizer, num_embeddings, "model", added=[padding])
     tokenizer.add_tokens([AddedToken("snorkel")])
