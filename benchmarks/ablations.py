@@ -30,12 +30,13 @@ from record import difference, record, to_digits
 from vllm import RequestOutput, SamplingParams
 from wikidiverse import guesses
 
-from gemel_engine.config import LinkConfig, load_config
+from gemel_engine.config.loading import load_config
+from gemel_engine.config.settings import LinkConfig
+from gemel_engine.decoding.engines.vllm import VllmEngine
 from gemel_engine.errors import MentionError
-from gemel_engine.evaluation import Figure
+from gemel_engine.evaluation.judge import Figure
 from gemel_engine.linker import Linker
 from gemel_engine.types import Features, Mention
-from gemel_engine.vllm_engine import VllmEngine
 
 RESULTS = Path("benchmarks/results/ablations.json")
 DOCUMENT = Path("docs/ablations.md")

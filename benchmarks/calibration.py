@@ -30,10 +30,14 @@ from numpy.typing import NDArray
 from record import record, run_script
 from sklearn.metrics import roc_auc_score
 
-from gemel_engine.calibration import Calibration, evidence_of, quality, scoring_settings
-from gemel_engine.config import LinkConfig, load_config
-from gemel_engine.evaluation import Judge
-from gemel_engine.linked_run import LinkedRun, entities_to_judge, read_gold, surface_forms
+from gemel_engine.config.loading import load_config
+from gemel_engine.config.settings import LinkConfig
+from gemel_engine.decoding.confidence import evidence_of, scoring_settings
+from gemel_engine.evaluation.calibrate import fit_calibration
+from gemel_engine.evaluation.gold import entities_to_judge, read_gold, surface_forms
+from gemel_engine.evaluation.judge import Judge
+from gemel_engine.evaluation.quality import quality
+from gemel_engine.evaluation.run import LinkedRun
 
 WORK = Path("build/calibration")
 RESULTS = Path("benchmarks/results/calibration.json")
@@ -144,7 +148,7 @@ def judged(directory: Path) -> dict[str, Any]:
     evidence = evidence_of(predictions, forms.tolist())
     calibrated, constant = np.empty(len(halves)), np.empty(len(halves))
     for half in (halves, ~halves):
-        fitted = Calibration.fit(
+        fitted = fit_calibration(
             predictions.filter(half), forms[half].tolist(), is_right[half], is_nil[half], scoring=scoring
         )
         calibrated[~half], constant[~half] = fitted.right(evidence[~half]), is_right[half].mean()
@@ -171,7 +175,7 @@ def nil_found(directory: Path) -> dict[str, Any]:
     evidence, confidence, nil = evidence_of(predictions, forms.tolist()), np.empty(len(halves)), np.empty(len(halves))
     called = np.empty(len(halves), bool)
     for half in (halves, ~halves):
-        fitted = Calibration.fit(
+        fitted = fit_calibration(
             predictions.filter(half),
             forms[half].tolist(),
             is_right[half],

@@ -21,10 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from chaos_runs import Blow, Chaos, Corpus, Damage, Target, link, nodes
 from record import record
-from s3_server import serve_s3
-from tiny_models import save_artifacts, save_mention_encoder, save_tiny_model, tiny_tokenizer
+from support.chaos import Blow, Chaos, Corpus, Damage, Target, link, nodes
+from support.models import (
+    save_artifacts,
+    save_mention_encoder,
+    save_tiny_model,
+    tiny_tokenizer,
+)
+from support.s3_server import serve_s3
 
 WORK = Path("build/chaos").absolute()
 RESULTS = Path("benchmarks/results/chaos.json")

@@ -14,7 +14,10 @@ import numpy as np
 import torch
 from decode_systems import WORK, Beams, Systems, timed
 
-from gemel_engine.search import NameSearch, Objective, Rollout, RolloutRequest, run_searches
+from gemel_engine.config.settings import Objective
+from gemel_engine.decoding.engines.base import Rollout, RolloutRequest
+from gemel_engine.decoding.scheduler import run_searches
+from gemel_engine.decoding.search import NameSearch
 
 UNION = str(WORK / "union")  # made by the part "trie"
 NUM_SLOW = 60

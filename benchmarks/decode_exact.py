@@ -17,8 +17,8 @@ import torch
 from decode_systems import Systems
 from transformers import DynamicCache
 
-from gemel_engine.model import FrozenLanguageModel
-from gemel_engine.prefix_trie import PrefixTrie
+from gemel_engine.decoding.language_model import FrozenLanguageModel
+from gemel_engine.knowledge_base.trie import PrefixTrie
 
 _NODES_AT_ONCE = 256  # attention under a mask costs their square
 

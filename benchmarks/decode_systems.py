@@ -17,13 +17,13 @@ from transformers import DynamicCache
 from vllm import SamplingParams
 from vllm.inputs import TokensPrompt
 
-from gemel_engine.artifacts import Artifacts, open_artifacts
-from gemel_engine.config import LanguageModelSettings, LinkConfig, load_config
-from gemel_engine.generation import EntityNameGenerator
-from gemel_engine.linker import DemonstrationRetriever
-from gemel_engine.model import FrozenLanguageModel
-from gemel_engine.prompt import Prompt
-from gemel_engine.search import Ranking
+from gemel_engine.assembly import open_artifacts, start_generator
+from gemel_engine.config.loading import load_config
+from gemel_engine.config.settings import LanguageModelSettings, LinkConfig, Ranking
+from gemel_engine.decoding.generator import Artifacts, EntityNameGenerator
+from gemel_engine.decoding.language_model import FrozenLanguageModel
+from gemel_engine.decoding.prompt import Prompt
+from gemel_engine.retrieval.retriever import DemonstrationRetriever
 from gemel_engine.types import Mention, Prediction
 
 CONFIG = Path("build/wikidiverse/link.toml")
@@ -60,7 +60,7 @@ class Systems:
             config = replace(config, knowledge_base=knowledge_base)
         self.config = config
         self.artifacts: Artifacts = open_artifacts(config)
-        self.generator = EntityNameGenerator.start(config, self.artifacts)
+        self.generator = start_generator(config, self.artifacts)
         self._engine: Any = self.generator.engine
         assert self.artifacts.index is not None, "written by benchmarks/wikidiverse.py"
         self._retriever = DemonstrationRetriever(config.retrieval, self.artifacts.index)

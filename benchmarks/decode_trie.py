@@ -16,12 +16,13 @@ import pyarrow.parquet as pq
 import torch
 from decode_systems import CONFIG, WORK, timed
 
-from gemel_engine.config import LinkConfig, load_config
-from gemel_engine.entity_names import TokenisedNames
-from gemel_engine.knowledge_base import KnowledgeBaseSettings, build_knowledge_base
-from gemel_engine.model import load_tokenizer
-from gemel_engine.prefix_trie import PrefixTrie
-from gemel_engine.trie_mask import TrieTensors, constrain
+from gemel_engine.config.loading import load_config
+from gemel_engine.config.settings import KnowledgeBaseSettings, LinkConfig
+from gemel_engine.decoding.engines.mask import TrieTensors, constrain
+from gemel_engine.knowledge_base.names import TokenisedNames
+from gemel_engine.knowledge_base.store import build_knowledge_base
+from gemel_engine.knowledge_base.trie import PrefixTrie
+from gemel_engine.tokenizer import load_tokenizer
 
 
 def trie(wikidiverse: Path, titles: Path) -> dict[str, tuple[Any, str]]:

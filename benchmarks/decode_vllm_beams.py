@@ -13,7 +13,8 @@ from vllm import LLM
 from vllm.inputs import TokensPrompt
 from vllm.sampling_params import BeamSearchParams, StructuredOutputsParams
 
-from gemel_engine.config import LinkConfig, load_config
+from gemel_engine.config.loading import load_config
+from gemel_engine.config.settings import LinkConfig
 
 _NUM_NAMES = (10, 100, 1000, 7642, 100_000)  # titles beyond the corpus's own; with 1M none was done in 7 minutes
 _NUM_MENTIONS = 3

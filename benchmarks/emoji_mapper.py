@@ -26,13 +26,14 @@ import tyro
 from numpy.typing import NDArray
 from record import commit, from_digits, machine, to_digits
 
-from gemel_engine.artifacts import Artifacts, open_artifacts
-from gemel_engine.config import LinkConfig, VisionSettings, load_config
-from gemel_engine.evaluation import Figure
-from gemel_engine.feature_mapper import FeatureMapper
-from gemel_engine.generation import EntityNameGenerator
-from gemel_engine.linker import DemonstrationRetriever, load_picture_encoder
+from gemel_engine.assembly import load_picture_encoder, open_artifacts, start_generator
+from gemel_engine.config.loading import load_config
+from gemel_engine.config.settings import LinkConfig, VisionSettings
+from gemel_engine.decoding.generator import Artifacts, EntityNameGenerator
+from gemel_engine.evaluation.judge import Figure
+from gemel_engine.retrieval.retriever import DemonstrationRetriever
 from gemel_engine.types import Features, Mention
+from gemel_engine.vision.mapper import FeatureMapper
 
 CORPUS = Path("examples/emoji")
 WORK = Path("build/emoji_mapper")
@@ -128,7 +129,7 @@ class _Bench:
         self._config = config
         self._num_mentions = num_mentions
         self._artifacts = open_artifacts(replace(config, vision=VisionSettings()))  # mappers come one by one
-        self._engine = EntityNameGenerator.start(config, self._artifacts).engine
+        self._engine = start_generator(config, self._artifacts).engine
         assert self._artifacts.index is not None, "the demo has demonstrations"
         self._retriever = DemonstrationRetriever(config.retrieval, self._artifacts.index)
         self._splits: dict[str, Split] = {}

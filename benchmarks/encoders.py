@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from record import record
 from transformers import AutoModel, AutoTokenizer
 
-from gemel_engine.mention_encoder import MentionEncoder
+from gemel_engine.retrieval.encoder import MentionEncoder
 
 MODEL = "build/models/minilm"
 RESULTS = Path("benchmarks/results/encoders.json")

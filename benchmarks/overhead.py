@@ -36,16 +36,15 @@ from numpy.typing import NDArray
 from ray.data import Dataset
 from record import record
 
-from gemel_engine import linking, shards
-from gemel_engine.config import JobConfig, LinkConfig, load_config
-from gemel_engine.linking import actor_pool, connect, describe_run, link_corpus
-from gemel_engine.stages import (
-    IMAGE_COLUMNS,
-    EncodeImages,
-    GenerateEntityNames,
-    RetrieveDemonstrations,
-    read_mentions,
-)
+from gemel_engine.config.loading import load_config
+from gemel_engine.config.settings import JobConfig, LinkConfig
+from gemel_engine.linking import job as linking
+from gemel_engine.linking.job import describe_run, link_corpus
+from gemel_engine.linking.stages import GenerateEntityNames
+from gemel_engine.pipeline.corpus import plan_shards
+from gemel_engine.pipeline.output import read_columns
+from gemel_engine.pipeline.ray_data import actor_pool, connect
+from gemel_engine.pipeline.stages import IMAGE_COLUMNS, EncodeImages, RetrieveDemonstrations, read_mentions
 from gemel_engine.types import PREDICTION_SCHEMA, Candidate, Mention, Prediction
 
 System = Literal["ours", "plain"]
@@ -225,14 +224,14 @@ def seconds_of(system: System, pictures: Pictures) -> dict[str, float]:
     else:
         plain_pipeline(config).write_parquet(str(output))
     seconds = time.perf_counter() - checked
-    num_rows = shards.read_columns(f"{output}/data" if system == "ours" else str(output), ("mention_id",)).num_rows
+    num_rows = read_columns(f"{output}/data" if system == "ours" else str(output), ("mention_id",)).num_rows
     assert num_rows == pq.read_metadata(config.input).num_rows, f"{num_rows} rows"
     return {"checks": checked - started, "run": seconds}
 
 
 def plain_pipeline(config: LinkConfig) -> Dataset:
     """The stages of `linking.stream_parts`, and nothing that makes a rerun possible."""
-    plan = shards.plan_shards(config.input, config.rows_per_shard)
+    plan = plan_shards(config.input, config.rows_per_shard)
     connect()
     dataset: Dataset = ray.data.from_items([asdict(shard) for shard in plan], override_num_blocks=len(plan))
     read = partial(read_mentions, output=config.output, also=("image_features", *IMAGE_COLUMNS))

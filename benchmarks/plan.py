@@ -26,9 +26,10 @@ import ray
 import tyro
 from record import record, run_script
 
-from gemel_engine import shards
-from gemel_engine.config import LinkConfig, load_config
-from gemel_engine.planning import link_windows
+from gemel_engine.config.loading import load_config
+from gemel_engine.config.settings import LinkConfig
+from gemel_engine.linking.plan import link_windows
+from gemel_engine.pipeline.corpus import plan_shards
 
 CONFIG = Path("build/wikidiverse/link.toml")
 WORK = Path("build/plan")
@@ -74,7 +75,7 @@ def planned(settings: Sequence[str], sample_rows: int) -> dict[str, Any]:
 def single_rows(settings: Sequence[str], sample_rows: int) -> dict[str, float]:
     """Seconds of generation for a row, from as many rows as the windows have, drawn one by one."""
     config = replace(load_config(LinkConfig, CONFIG, settings), output=f"{WORK}/single_rows")
-    plan = shards.plan_shards(config.input, config.rows_per_shard)
+    plan = plan_shards(config.input, config.rows_per_shard)
     drawn = np.random.default_rng(0).permutation(sum(shard.stop - shard.start for shard in plan))[:sample_rows]
     sample = link_windows(config, plan, np.array_split(drawn, 17))
     ray.shutdown()

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gemel_engine.evaluation import Figure
+from gemel_engine.evaluation.judge import Figure
 
 
 def record(value: object, command: str, what: str) -> dict[str, Any]:

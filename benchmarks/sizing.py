@@ -26,8 +26,9 @@ import tyro
 from ray.data import ActorPoolStrategy, Dataset
 from record import record
 
-from gemel_engine.model import load_tokenizer
-from gemel_engine.prompt import PromptBuilder, PromptSettings
+from gemel_engine.config.settings import PromptSettings
+from gemel_engine.decoding.prompt import PromptBuilder
+from gemel_engine.tokenizer import load_tokenizer
 
 RESULTS = Path("benchmarks/results/sizing.json")
 TOKENIZER = "build/models/smollm2-135m"

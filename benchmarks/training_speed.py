@@ -31,12 +31,15 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from gemel_engine.artifacts import Artifacts, open_artifacts
-from gemel_engine.config import TrainConfig, load_config
-from gemel_engine.linker import DemonstrationRetriever
-from gemel_engine.mapper_training import MapperTrainer, TrainingExample, TrainingPrompts, epoch_order, initial_mapper
-from gemel_engine.model import FrozenLanguageModel
-from gemel_engine.packing import LabelledPrompt
+from gemel_engine.assembly import open_artifacts
+from gemel_engine.config.loading import load_config
+from gemel_engine.config.settings import TrainConfig
+from gemel_engine.decoding.generator import Artifacts
+from gemel_engine.retrieval.retriever import DemonstrationRetriever
+from gemel_engine.training.attention import PackedLanguageModel
+from gemel_engine.training.packing import LabelledPrompt
+from gemel_engine.training.prompts import TrainingExample, TrainingPrompts
+from gemel_engine.training.trainer import MapperTrainer, epoch_order, initial_mapper
 from gemel_engine.types import Mention
 
 RESULTS = Path("benchmarks/results/training_speed.json")
@@ -82,7 +85,7 @@ def main(*, num_mentions: int = 64, num_rounds: int = 3, cases: tuple[str, ...] 
 def measure(config: TrainConfig, num_mentions: int, num_rounds: int) -> dict[str, Any]:
     """Rates of the loops, and the share that each reaches of the machine's limit."""
     artifacts = open_artifacts(config)
-    model = FrozenLanguageModel(config.language_model.name, config.language_model.dtype)
+    model = PackedLanguageModel(config.language_model.name, config.language_model.dtype)
     examples = training_examples(config, artifacts)
     layout = config.prompt, config.mapper.prefix_length, config.retrieval.num_demonstrations
     everything = TrainingPrompts(examples, artifacts, *layout)
@@ -136,12 +139,12 @@ class Round:
     flops: float
 
 
-def run_round(trainer: MapperTrainer, prompts: TrainingPrompts, model: FrozenLanguageModel, mapper: nn.Module) -> Round:
+def run_round(trainer: MapperTrainer, prompts: TrainingPrompts, model: PackedLanguageModel, mapper: nn.Module) -> Round:
     """Take the times of the loops in turn."""
     plain_seconds, num_plain_tokens = timed(lambda: plain_epoch(model, mapper, prompts))
     flops = matmul_rate(model.module.dtype)
     seconds, num_tokens = timed(lambda: epoch(trainer))
-    with patch("gemel_engine.model.attention_by_products", sdpa_attention_forward):
+    with patch("gemel_engine.training.attention.attention_by_products", sdpa_attention_forward):
         kernel_seconds, _ = timed(lambda: epoch(trainer))
     result = Round(plain_seconds, seconds, kernel_seconds, num_plain_tokens, num_tokens, flops)
     logger.info("%s", result)
@@ -168,7 +171,7 @@ def training_examples(config: TrainConfig, artifacts: Artifacts) -> list[Trainin
     ]
 
 
-def plain_epoch(model: FrozenLanguageModel, mapper: nn.Module, prompts: TrainingPrompts) -> int:
+def plain_epoch(model: PackedLanguageModel, mapper: nn.Module, prompts: TrainingPrompts) -> int:
     """One pass as the paper's code makes it; how many positions it computed."""
     optimiser = torch.optim.AdamW(mapper.parameters(), lr=0.0)
     num_tokens = 0
@@ -186,7 +189,7 @@ def plain_epoch(model: FrozenLanguageModel, mapper: nn.Module, prompts: Training
 
 
 def plain_inputs(
-    model: FrozenLanguageModel, mapper: nn.Module, prompts: TrainingPrompts, prompt: LabelledPrompt
+    model: PackedLanguageModel, mapper: nn.Module, prompts: TrainingPrompts, prompt: LabelledPrompt
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Embeddings (T, D) and labels (T,) of one whole prompt."""
     parts = []
@@ -217,7 +220,7 @@ def matmul_rate(dtype: torch.dtype) -> float:
     return 50 * 2 * 1024 * 576 * 1536 / seconds
 
 
-def matrix_parameters(model: FrozenLanguageModel) -> int:
+def matrix_parameters(model: PackedLanguageModel) -> int:
     """Parameters that every token is multiplied by: those of linear layers but the one that makes logits."""
     head = model.module.get_output_embeddings()
     return sum(

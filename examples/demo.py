@@ -16,11 +16,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from gemel_engine.config import LinkConfig, load_config
+from gemel_engine.config.loading import load_config
+from gemel_engine.config.settings import LinkConfig
 from gemel_engine.errors import GemelError
-from gemel_engine.linked_run import LinkedRun, judge_run
-from gemel_engine.linking import link_corpus
-from gemel_engine.report import report_of
+from gemel_engine.evaluation.run import LinkedRun, judge_run
+from gemel_engine.linking.job import link_corpus
+from gemel_engine.report.page import report_of
 
 WITH, WITHOUT, SHUFFLED = "with", "without", "shuffled"
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gemel_engine import storage
-from gemel_engine.config import JobConfig, LinkConfig
+from gemel_engine.config.settings import JobConfig, LinkConfig
 from gemel_engine.errors import ArtifactError, not_loadable, shown
 
 Contents = Mapping[str, Any]

@@ -1,131 +1,111 @@
-"""Linking without Ray, for a notebook or a service: encoders, retrieval and generation in one object.
-
-    linker = Linker(load_config(LinkConfig, Path("link.toml")))
-    linker.link_one("A bear plays the drums.", "bear", Path("bear.png").read_bytes())
-
-The distributed job runs the same three parts, each in actors of its own.
-
-B mentions, C vision width.
-"""
+"""Why a mention is linked as it is: demonstrations, the prompt, and the same without the picture."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from threading import RLock
 
-from gemel_engine.artifacts import Artifacts, open_artifacts
-from gemel_engine.config import JobConfig, LinkConfig, RetrievalSettings, VisionSettings, validated
-from gemel_engine.errors import ArtifactError, ConfigurationError, InputError, MentionError
-from gemel_engine.generation import EntityNameGenerator
-from gemel_engine.mention_encoder import MentionEncoder
-from gemel_engine.retrieval import DemonstrationIndex
-from gemel_engine.types import Features, Mention, Prediction, are_features, fault_of
-from gemel_engine.vision import ImageEncoder, PictureEncoder
+from transformers import PreTrainedTokenizerFast
+
+from gemel_engine.assembly import check_encoders, load_picture_encoder, open_artifacts, start_generator
+from gemel_engine.config.loading import validated
+from gemel_engine.config.settings import LinkConfig
+from gemel_engine.decoding.prompt import Prompt
+from gemel_engine.errors import ConfigurationError, MentionError
+from gemel_engine.retrieval.index import Demonstration
+from gemel_engine.retrieval.retriever import DemonstrationRetriever
+from gemel_engine.types import Features, Mention, Prediction, fault_of
 
 
-class DemonstrationRetriever:
-    """Surface forms to rows of the demonstration index."""
+@dataclass(frozen=True, slots=True)
+class VisualMark:
+    """Stands where a prompt has a picture's embeddings, so many of them."""
 
-    def __init__(self, settings: RetrievalSettings, index: DemonstrationIndex, device: str = "cpu") -> None:
-        self._settings = settings
-        self._index = index
-        assert settings.mention_encoder is not None, "checked by the configuration"
-        self.encoder = MentionEncoder(settings.mention_encoder, device)
-
-    def retrieve(self, mentions: Sequence[Mention], features: Sequence[Features | None]) -> list[list[int]]:
-        """Row numbers for each of B mentions, the most similar last; those of similar pictures behind all others.
-
-        Args:
-            mentions: What to find demonstrations for.
-            features: Image features (C,) of each mention, None without a picture.
-
-        Raises:
-            InputError: A mention would be its own demonstration though its group is left out.
-        """
-        settings, index = self._settings, self._index
-        excluded = [mention.group or mention.mention_id if settings.exclude_group else None for mention in mentions]
-        if settings.policy == "random":
-            found = [
-                index.sample(mention.mention, settings.num_demonstrations, settings.seed, group)
-                for mention, group in zip(mentions, excluded, strict=True)
-            ]
-        else:
-            embeddings = self.encoder.encode([mention.mention for mention in mentions])
-            found = index.retrieve(embeddings, settings.num_demonstrations, excluded)
-        found = [
-            [*rows, *self._similar_pictures(rows, item, group)]
-            for rows, item, group in zip(found, features, excluded, strict=True)
-        ]
-        if settings.exclude_group:
-            for mention, rows in zip(mentions, found, strict=True):
-                if mention.mention_id in index.mention_ids(rows):
-                    raise InputError(
-                        f"mention {mention.mention_id!r} of group {mention.group!r} has another group in the index of "
-                        "demonstrations: build the index again from the same table"
-                    )
-        return found
-
-    def similarities(self, surface_form: str, rows: Sequence[int]) -> list[float]:
-        """Cosine of a surface form's embedding and those of demonstrations' surface forms."""
-        embeddings = self.encoder.encode([surface_form, *(self._index[row].mention for row in rows)])  # (1 + K, E)
-        cosines: list[float] = (embeddings[1:] @ embeddings[0]).tolist()
-        return cosines
-
-    def _similar_pictures(self, rows: list[int], features: Features | None, excluded: str | None) -> list[int]:
-        width = self._index.metadata.vision_width
-        if not rows or features is None or width is None or not are_features(features, width):
-            return []  # features that don't fit are an error of the mention, which generation reports
-        return self._index.similar_pictures(rows[-1], features, self._settings.num_similar_pictures, excluded)
+    num_embeddings: int
 
 
-def load_picture_encoder(settings: VisionSettings) -> PictureEncoder:
-    """Load the image encoder of a run, for picture files.
+@dataclass(frozen=True, slots=True)
+class UsedDemonstration:
+    """A demonstration, and the cosine of its surface form to the mention's."""
+
+    demonstration: Demonstration
+    similarity: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Explanation:
+    """One mention, what was said of it, and what from.
+
+    Attributes:
+        mention: What was linked.
+        prediction: What was said of it.
+        demonstrations: In the order of the prompt: the last stands right before the question.
+        prompt: What the language model read: its text, as the tokenizer writes it, and marks of pictures.
+        without_picture: The same mention without its picture; None if it has none.
+    """
+
+    mention: Mention
+    prediction: Prediction
+    demonstrations: tuple[UsedDemonstration, ...]
+    prompt: tuple[str | VisualMark, ...]
+    without_picture: Explanation | None = None
+
+
+def explain(linker: Linker, mention: Mention, picture: bytes | None = None) -> Explanation:
+    """Link one mention and say what led there.
+
+    Args:
+        linker: All parts of a run.
+        mention: What to link.
+        picture: Content of an image file; with one, the mention is linked once more without it.
 
     Raises:
-        ArtifactError: It can't be loaded.
-        ConfigurationError: None is configured, or it is of an unknown kind.
+        ConfigurationError: There is a picture, but no image encoder.
+        MentionError: It can't be linked.
     """
-    if settings.image_encoder is None:
-        raise ConfigurationError("vision.image_encoder is not set: name an open_clip model or directory")
-    encoder = ImageEncoder(settings.image_encoder, settings.pretrained, device=settings.device)
-    return PictureEncoder(encoder, settings.max_image_pixels, settings.batch_size)
+    with linker.lock:
+        return _explain(linker, mention, picture)
 
 
-def check_encoders(config: JobConfig, artifacts: Artifacts) -> ImageEncoder | None:
-    """Load the encoders once, to see that they are the ones that the artifacts were made with.
-
-    Returns:
-        The image encoder, if one is configured.
-
-    Raises:
-        ArtifactError: An encoder can't be loaded, or is another one.
-    """
-    index, mapper, image_encoder = artifacts.index, artifacts.feature_mapper, None
-    if config.vision.image_encoder is not None:
-        image_encoder = ImageEncoder(config.vision.image_encoder, config.vision.pretrained)
-        ours = image_encoder.width, image_encoder.fingerprint
-        remedy = f"made with another image encoder than {config.vision.image_encoder}: use"
-        if mapper is not None and not _fits(
-            ours, mapper.metadata.vision_width, mapper.metadata.image_encoder_fingerprint
-        ):
-            raise ArtifactError(
-                f"the feature mapper {config.vision.feature_mapper} was {remedy} the one trained for it"
-            )
-        if index is not None and not _fits(ours, index.metadata.vision_width, index.metadata.image_encoder_fingerprint):
-            raise ArtifactError(f"the demonstrations {config.demonstrations} were {remedy} an index built with it")
-    if index is not None:
-        retriever = DemonstrationRetriever(config.retrieval, index)
-        if retriever.encoder.fingerprint != index.metadata.mention_encoder_fingerprint:
-            raise ArtifactError(
-                f"the demonstrations {config.demonstrations} were encoded by another mention encoder than "
-                f"{config.retrieval.mention_encoder}: build the index again with it"
-            )
-    return image_encoder
+def _explain(linker: Linker, mention: Mention, picture: bytes | None) -> Explanation:
+    (features,), (rows,) = linker.prepare([mention], [picture])
+    if isinstance(features, MentionError):
+        raise features
+    if picture is not None and features is None:
+        raise ConfigurationError("a picture needs vision.image_encoder: set it, or leave the picture out")
+    generator = linker.generator
+    prompt, used = generator.prompt(mention, features, rows)
+    generator.search(mention)  # raises what would be the prediction's error
+    (prediction,) = generator.generate([mention], [features], [rows])
+    return Explanation(
+        mention=mention,
+        prediction=prediction,
+        demonstrations=tuple(_demonstrations(linker, mention.mention, used)),
+        prompt=tuple(_pieces(prompt, generator.artifacts.tokenizer)),
+        without_picture=None if picture is None else _explain(linker, mention, None),
+    )
 
 
-def _fits(encoder: tuple[int, str], width: int | None, fingerprint: str | None) -> bool:
-    """Whether an artifact with these two, each of which it may lack, goes with an encoder."""
-    return width in (None, encoder[0]) and fingerprint in (None, encoder[1])
+def _demonstrations(linker: Linker, surface_form: str, rows: Sequence[int]) -> Iterator[UsedDemonstration]:
+    index = linker.generator.artifacts.index
+    if index is not None and linker.retriever is not None:
+        for row, similarity in zip(rows, linker.retriever.similarities(surface_form, rows), strict=True):
+            yield UsedDemonstration(index[row], similarity)
+
+
+def _pieces(prompt: Prompt, tokenizer: PreTrainedTokenizerFast) -> Iterator[str | VisualMark]:
+    start = 0
+    for position, prefix in prompt.visual_prefixes:
+        if position > start:
+            yield _text(prompt.token_ids[start:position], tokenizer)
+        yield VisualMark(len(prefix))
+        start = position + len(prefix)
+    yield _text(prompt.token_ids[start:], tokenizer)
+
+
+def _text(token_ids: tuple[int, ...], tokenizer: PreTrainedTokenizerFast) -> str:
+    return str(tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 class Linker:
@@ -154,7 +134,7 @@ class Linker:
         self._pictures = load_picture_encoder(config.vision) if config.vision.image_encoder is not None else None
         index = artifacts.index
         self.retriever = None if index is None else DemonstrationRetriever(config.retrieval, index)
-        self.generator = EntityNameGenerator.start(config, artifacts)
+        self.generator = start_generator(config, artifacts)
 
     def link(self, mentions: Sequence[Mention], pictures: Sequence[bytes | None]) -> list[Prediction]:
         """Link B mentions with their picture files; a bad one becomes a prediction with an `error`."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,6 @@ import pyarrow as pa
 
 from gemel_engine.errors import InvalidMentionError
 
-FeatureScaling = Literal["none", "z_score", "z_score_norm"]
 Features = npt.NDArray[np.float32]  # of one picture (C,), or of a batch (B, C)
 
 MENTION_REQUIRED_COLUMNS = ("mention_id", "text", "mention")

@@ -3,7 +3,7 @@
 python jobs/calibrate.py linked_dev/ calibration/ --nil-precision 0.8
 """
 
-from gemel_engine.commands import main
+from gemel_engine.cli.main import main
 
 if __name__ == "__main__":
     main("calibrate")

@@ -3,7 +3,7 @@
 python jobs/evaluate.py linked/ --train train.parquet
 """
 
-from gemel_engine.commands import main
+from gemel_engine.cli.main import main
 
 if __name__ == "__main__":
     main("evaluate")

@@ -4,7 +4,7 @@ python jobs/explain.py CONFIG.toml --text "A bear plays the drums." --mention be
     [--candidates Q1 Q2 ...] [--language-model.engine transformers ...]
 """
 
-from gemel_engine.commands import main
+from gemel_engine.cli.main import main
 
 if __name__ == "__main__":
     main("explain")

@@ -4,7 +4,7 @@ python jobs/import_gemel.py mapper opt-6.7b_wikidiverse.pkl mapper/ --language-m
 python jobs/import_gemel.py mentions data/wikidiverse wikidiverse/ --features data/wikidiverse/clip.hdf5
 """
 
-from gemel_engine.commands import main
+from gemel_engine.cli.main import main
 
 if __name__ == "__main__":
     main("import-gemel")

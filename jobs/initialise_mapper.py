@@ -3,7 +3,7 @@
 python jobs/initialise_mapper.py mapper/ --language-model models/lm --image-encoder models/encoder
 """
 
-from gemel_engine.commands import main
+from gemel_engine.cli.main import main
 
 if __name__ == "__main__":
     main("init-mapper")

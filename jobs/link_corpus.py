@@ -7,7 +7,7 @@ Exit codes: 0 done; 2 configuration, 3 input, 4 artifact unusable, nothing was s
 than `max_failed_fraction` allows; 1 anything else.
 """
 
-from gemel_engine.commands import main
+from gemel_engine.cli.main import main
 
 if __name__ == "__main__":
     main("link")

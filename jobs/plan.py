@@ -4,7 +4,7 @@ python jobs/plan.py CONFIG.toml [--sample-rows 1000] [--actors 8 64] [--price-pe
     [--language-model.max-num-seqs 128 ...]
 """
 
-from gemel_engine.commands import main
+from gemel_engine.cli.main import main
 
 if __name__ == "__main__":
     main("plan")

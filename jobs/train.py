@@ -7,7 +7,7 @@ A rerun goes on from the last checkpoint. Exit codes: 0 done; 2 configuration, 3
 mentions unusable, nothing was trained; 1 anything else.
 """
 
-from gemel_engine.commands import main
+from gemel_engine.cli.main import main
 
 if __name__ == "__main__":
     main("train")

@@ -3,7 +3,7 @@
 python jobs/update_knowledge_base.py knowledge_base/ changes.parquet updated/ --tokenizer models/language_model
 """
 
-from gemel_engine.commands import main
+from gemel_engine.cli.main import main
 
 if __name__ == "__main__":
     main("update-kb")

@@ -23,12 +23,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
-from s3_server import run_s3_server  # noqa: F401
+from support.s3_server import run_s3_server  # noqa: F401
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from gemel_engine.mention_encoder import MentionEncoder
+    from gemel_engine.retrieval.encoder import MentionEncoder
 
 # The same examples in every run: a test that fails fails for a change of the code.
 settings.register_profile("fixed", derandomize=True, deadline=None)
@@ -64,17 +64,10 @@ def device(request: pytest.FixtureRequest) -> str:
     return name
 
 
-ENTITY_NAMES = [
-    "brown bear", "polar bear", "teddy bear", "bear", "steam train", "bullet train", "train", "tram", "red apple",
-    "green apple", "apple", "apple pie", "crescent moon", "full moon", "moon cake", "star", "shooting star", "starfish",
-    "dog", "guide dog", "hot dog", "cat", "black cat", "wild cat", "sun", "sunflower", "sun with face", "rainbow",
-]  # fmt: skip
-
-
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer, trained on the entity names."""
-    from tiny_models import tiny_tokenizer
+    from support.models import tiny_tokenizer
 
     return tiny_tokenizer()
 
@@ -82,7 +75,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def language_models(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> dict[str, Path]:
     """Random causal language models of two architectures."""
-    from tiny_models import save_tiny_model
+    from support.models import save_tiny_model
 
     return {family: save_tiny_model(family, tokenizer, tmp_path_factory.mktemp(family)) for family in ("llama", "opt")}
 
@@ -90,7 +83,7 @@ def language_models(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrai
 @pytest.fixture(scope="session")
 def mention_encoder_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The random BERT."""
-    from tiny_models import save_mention_encoder
+    from support.models import save_mention_encoder
 
     return save_mention_encoder(tmp_path_factory.mktemp("mention_encoder"))
 
@@ -98,7 +91,7 @@ def mention_encoder_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def encoder(mention_encoder_directory: Path) -> MentionEncoder:
     """The random BERT, in passes of fewer forms than the tests give it."""
-    from gemel_engine.mention_encoder import MentionEncoder
+    from gemel_engine.retrieval.encoder import MentionEncoder
 
     return MentionEncoder(str(mention_encoder_directory), tokens_per_pass=16)
 
@@ -108,7 +101,7 @@ def artifacts(
     tmp_path_factory: pytest.TempPathFactory, language_models: dict[str, Path], mention_encoder_directory: Path
 ) -> dict[str, Path]:
     """The artifacts of tiny models."""
-    from tiny_models import save_artifacts
+    from support.models import save_artifacts
 
     return save_artifacts(tmp_path_factory.mktemp("artifacts"), language_models["llama"], mention_encoder_directory)
 

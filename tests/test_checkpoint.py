@@ -10,14 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import save_mention_encoder, write_image_encoder
+from support.models import (
+    save_mention_encoder,
+    write_image_encoder,
+)
+from support.trouble import make_endless
 from transformers import BertForMaskedLM, PreTrainedTokenizerFast
-from trouble import make_endless
 
+from gemel_engine.decoding.language_model import FrozenLanguageModel, check_language_model, language_model_fingerprint
 from gemel_engine.errors import ArtifactError
-from gemel_engine.mention_encoder import MentionEncoder
-from gemel_engine.model import FrozenLanguageModel, check_language_model, language_model_fingerprint, load_tokenizer
-from gemel_engine.vision import ImageEncoder
+from gemel_engine.retrieval.encoder import MentionEncoder
+from gemel_engine.tokenizer import load_tokenizer
+from gemel_engine.vision.encoder import ImageEncoder
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 123\n"
 WEIGHTS = "model.safetensors"

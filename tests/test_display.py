@@ -13,11 +13,12 @@ import pytest
 from ray.exceptions import RayTaskError
 from rich.console import Console
 
-from gemel_engine import command_line, shards
+from gemel_engine.cli import options as command_line
+from gemel_engine.cli.tables import print_explanation
 from gemel_engine.display import make_visible, visible
 from gemel_engine.errors import InputError
-from gemel_engine.explain import Explanation
-from gemel_engine.terminal import print_explanation
+from gemel_engine.linker import Explanation
+from gemel_engine.pipeline.output import check_claim
 from gemel_engine.types import Candidate, Mention, Prediction
 
 FORGED = "error: all is well"
@@ -101,7 +102,7 @@ def test_an_error_that_nobody_expects_shows_where_and_forges_no_line(capsys: pyt
 def test_the_keys_of_a_manifest_forge_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "_run.json").write_text(json.dumps({"settings": {HOSTILE: 1}}))
     with pytest.raises(SystemExit, match="2"):
-        command_line.run(lambda: shards.check_claim(str(tmp_path), {"settings": {}}))
+        command_line.run(lambda: check_claim(str(tmp_path), {"settings": {}}))
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert f"differs in settings.{SHOWN}" in line

@@ -9,12 +9,12 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from support.paths import ROOT
 
-from gemel_engine.config import LinkConfig, load_config
+from gemel_engine.config.loading import load_config
+from gemel_engine.config.settings import LinkConfig
 from gemel_engine.errors import ConfigurationError
 from gemel_engine.extras import extra, require
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.unit
@@ -54,7 +54,7 @@ def test_a_missing_package_is_named_with_its_extra(
 
 
 def test_a_job_without_its_engine_stops_before_any_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from gemel_engine.linking import checked_plan
+    from gemel_engine.linking.job import checked_plan
 
     monkeypatch.setitem(sys.modules, "vllm", None)
     (tmp_path / "link.toml").write_text(

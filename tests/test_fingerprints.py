@@ -10,16 +10,23 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
-from test_linking import toml, write_mentions
-from tiny_models import TINY_VIT, write_image_encoder
+from support.corpus import toml, write_mentions
+from support.models import (
+    TINY_VIT,
+    write_image_encoder,
+)
 
-from gemel_engine import fingerprints, linking, shards
-from gemel_engine.config import LinkConfig, VisionSettings, load_config
+from gemel_engine import fingerprints as fingerprints
+from gemel_engine.config.loading import load_config
+from gemel_engine.config.settings import LinkConfig, VisionSettings
 from gemel_engine.errors import ArtifactError, ConfigurationError
-from gemel_engine.feature_mapper import FeatureMapper
 from gemel_engine.fingerprints import Contents, checkpoint_fingerprint
-from gemel_engine.linking import checked_plan, describe_run
-from gemel_engine.stages import EncodeImages, GenerateEntityNames, RetrieveDemonstrations
+from gemel_engine.linking import job as linking
+from gemel_engine.linking.job import checked_plan, describe_run
+from gemel_engine.linking.stages import GenerateEntityNames
+from gemel_engine.pipeline.output import claim_output
+from gemel_engine.pipeline.stages import EncodeImages, RetrieveDemonstrations
+from gemel_engine.vision.mapper import FeatureMapper
 
 
 @pytest.fixture
@@ -60,7 +67,7 @@ def test_a_language_model_that_was_replaced_is_another_run_s(
     config: LinkConfig, change: Callable[[Path], None]
 ) -> None:
     plan, _, contents = checked_plan(config)
-    shards.claim_output(config.output, linking._identity(config, plan, contents))
+    claim_output(config.output, linking._identity(config, plan, contents))
     assert "9 of 9 rows are to be linked" in describe_run(config)
     change(Path(config.language_model.name))
     with pytest.raises(ConfigurationError, match=r"differs in artifacts\.language_model: choose another output"):

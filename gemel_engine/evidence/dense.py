@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from gemel_engine.errors import ArtifactError, ConfigurationError
 from gemel_engine.evidence.arrays import open_array
-from gemel_engine.manifest import read_manifest, write_manifest
+from gemel_engine.storage.manifest import read_manifest, write_manifest
 
 FORMAT_VERSION = 1
 _MANIFEST = "dense.json"
@@ -108,7 +108,7 @@ class DenseIndex:
         else:
             _write_compressed(directory, vectors, rows)
         manifest = {"num_vectors": len(vectors), "width": vectors.shape[1], "num_rows": num_rows, "is_exact": is_exact}
-        write_manifest(directory / _MANIFEST, {"format_version": FORMAT_VERSION, **manifest, **asdict(settings)})
+        write_manifest(directory / _MANIFEST, FORMAT_VERSION, {**manifest, **asdict(settings)})
         return cls.open(directory)
 
     @classmethod

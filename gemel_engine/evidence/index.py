@@ -30,8 +30,8 @@ from gemel_engine.evidence.dense import DenseIndex, DenseSettings
 from gemel_engine.evidence.dictionary import NameDictionary
 from gemel_engine.evidence.lexical import LexicalIndex
 from gemel_engine.evidence.pictures import PictureIndex
-from gemel_engine.manifest import file_sha256, read_manifest, write_manifest
-from gemel_engine.mention_encoder import MentionEncoder
+from gemel_engine.retrieval.encoder import MentionEncoder
+from gemel_engine.storage.manifest import file_sha256, read_manifest, write_manifest
 from gemel_engine.types import Features
 
 FORMAT_VERSION = 1
@@ -139,7 +139,6 @@ def build_evidence(
     if has_popularity:
         np.save(directory / "popularity.npy", _popularity(entities["popularity"]))
     manifest = {
-        "format_version": FORMAT_VERSION,
         "knowledge_base": knowledge_base,
         "num_entities": len(entities),
         "num_names": lexical.num_documents,
@@ -150,7 +149,7 @@ def build_evidence(
         "image_encoder_fingerprint": None if pictures is None else pictures.image_encoder_fingerprint,
         "files": {name: file_sha256(directory / name) for name in _files(directory)},
     }
-    write_manifest(directory / MANIFEST, manifest)
+    write_manifest(directory / MANIFEST, FORMAT_VERSION, manifest)
     return EvidenceIndex.open(directory)
 
 

@@ -1,0 +1,232 @@
+"""The artifacts of a run, opened and found to belong together."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from gemel_engine.config.loading import config_json
+from gemel_engine.config.settings import JobConfig, LinkConfig, VisionSettings
+from gemel_engine.decoding.confidence import Calibration
+from gemel_engine.decoding.engines.base import RolloutEngine
+from gemel_engine.decoding.engines.reference import TransformersEngine
+from gemel_engine.decoding.generator import Artifacts, EntityNameGenerator
+from gemel_engine.decoding.language_model import (
+    FrozenLanguageModel,
+    check_language_model,
+    language_model_fingerprint,
+    language_model_width,
+    max_positions,
+    vocabulary_size,
+)
+from gemel_engine.decoding.prompt import PromptBuilder
+from gemel_engine.errors import ArtifactError, ConfigurationError
+from gemel_engine.extras import extra
+from gemel_engine.knowledge_base.store import KnowledgeBase
+from gemel_engine.knowledge_base.trie import SavedTrie
+from gemel_engine.knowledge_base.update import local_knowledge_base
+from gemel_engine.retrieval.index import DemonstrationIndex
+from gemel_engine.retrieval.retriever import DemonstrationRetriever
+from gemel_engine.storage.files import download_directory
+from gemel_engine.tokenizer import check_embedded, load_tokenizer, tokenizer_fingerprint
+from gemel_engine.vision.encoder import ImageEncoder, PictureEncoder
+from gemel_engine.vision.mapper import FeatureMapper
+
+_NAMES_CHECKED = 1000
+
+
+def open_artifacts(config: JobConfig, *, verify: bool = False) -> Artifacts:
+    """Open what a configuration names; a directory in S3 is copied to this node once, an update merged once.
+
+    Args:
+        config: The run.
+        verify: Also compare all checksums, and see that the language model's weights are finite.
+
+    Raises:
+        ArtifactError: One is missing or damaged, or they were made for different models.
+        ConfigurationError: The language model's tokenizer can't write the prompts, or it can't read as long ones.
+    """
+    check_language_model(config.language_model.name, verify=verify)
+    tokenizer = load_tokenizer(config.language_model.name)
+    builder = PromptBuilder(tokenizer, config.prompt)  # says what is wrong with the template or the terminator
+    num_embeddings = vocabulary_size(config.language_model.name)
+    check_embedded(
+        tokenizer, num_embeddings, config.language_model.name, added=(*builder.beginning, builder.terminator)
+    )
+    directory = local_knowledge_base(config.knowledge_base)
+    knowledge_base = KnowledgeBase.open(directory, verify=verify)
+    index = mapper = None
+    if config.demonstrations is not None:
+        index = DemonstrationIndex.open(download_directory(config.demonstrations), verify=verify)
+    if config.vision.feature_mapper is not None:
+        mapper = FeatureMapper.load(download_directory(config.vision.feature_mapper))
+    if knowledge_base.tokenizer_fingerprint != tokenizer_fingerprint(tokenizer):
+        raise ArtifactError(
+            f"the knowledge base {config.knowledge_base} was built with another tokenizer than that of "
+            f"{config.language_model.name}: build it again with --tokenizer {config.language_model.name}"
+        )
+    if knowledge_base.trie.tokens.max() >= num_embeddings:
+        raise ArtifactError(f"the trie of {config.knowledge_base} holds tokens that no tokenizer made; build it again")
+    _check_names(config, knowledge_base, tokenizer)
+    if (knowledge_base.trie.tokens[1:] == builder.terminator).any():
+        raise ConfigurationError(
+            f"prompt.terminator is {config.prompt.terminator!r}, whose token {builder.terminator} is in names of the "
+            f"knowledge base {config.knowledge_base}, so that it can't tell where they end: use 'eos'"
+        )
+    _check_length(config, knowledge_base)
+    if mapper is not None:
+        _check_mapper(config, mapper, index)
+    return Artifacts(tokenizer, knowledge_base, directory / "trie", index, mapper)
+
+
+def open_calibration(config: LinkConfig) -> Calibration | None:
+    """Open the calibration of a run, if it has one.
+
+    Raises:
+        ArtifactError: It is missing or damaged.
+        ConfigurationError: It was fitted on a run with other settings.
+    """
+    if config.calibration is None:
+        return None
+    calibration = Calibration.open(download_directory(config.calibration))
+    calibration.check_scoring(json.loads(config_json(config)))
+    return calibration
+
+
+def _check_names(config: JobConfig, knowledge_base: KnowledgeBase, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Raise where a name's tokens do not decode to it, as those of every name did when it was built; asks a sample.
+
+    Knowledge bases of earlier releases do not say which trie is theirs.
+    """
+    for row in np.linspace(0, knowledge_base.num_entities - 1, _NAMES_CHECKED).astype(int):
+        name = knowledge_base.entity(row).name
+        tokens = knowledge_base.name_tokens(knowledge_base.name_of_row(row))
+        if (decoded := tokenizer.backend_tokenizer.decode(tokens, skip_special_tokens=False)) != name:
+            raise ArtifactError(
+                f"the trie of the knowledge base {config.knowledge_base} has {decoded!r} where its entities have "
+                f"{name!r}: they are of two knowledge bases; build it again"
+            )
+
+
+def _check_length(config: JobConfig, knowledge_base: KnowledgeBase) -> None:
+    num_tokens, limit = knowledge_base.trie.longest(0) + 1, max_positions(config.language_model.name)
+    if limit is not None and config.prompt.max_prompt_tokens + num_tokens > limit:
+        raise ConfigurationError(
+            f"prompt.max_prompt_tokens is {config.prompt.max_prompt_tokens}, and the longest name takes {num_tokens} "
+            f"tokens more, but {config.language_model.name} reads {limit} at most: set prompt.max_prompt_tokens to "
+            f"{limit - num_tokens} or less"
+        )
+
+
+def _check_mapper(config: JobConfig, mapper: FeatureMapper, index: DemonstrationIndex | None) -> None:
+    name, metadata = f"the feature mapper {config.vision.feature_mapper}", mapper.metadata
+    width = language_model_width(config.language_model.name)
+    if metadata.language_model_width != width:
+        raise ArtifactError(
+            f"{name} makes embeddings of width {metadata.language_model_width}, but {config.language_model.name} takes "
+            f"{width}: use the mapper trained for this language model"
+        )
+    if metadata.language_model_fingerprint not in (None, language_model_fingerprint(config.language_model.name)):
+        raise ArtifactError(
+            f"{name} was made for another language model than {config.language_model.name}: use the one trained for it"
+        )
+    if index is None or index.metadata.vision_width is None:
+        return
+    fingerprints = {index.metadata.image_encoder_fingerprint, metadata.image_encoder_fingerprint} - {None}
+    if index.metadata.vision_width != metadata.vision_width or len(fingerprints) > 1:
+        raise ArtifactError(
+            f"{name} and the demonstrations {config.demonstrations} come from different image encoders: build the "
+            "index with the encoder that the mapper was trained for"
+        )
+
+
+def start_generator(
+    config: LinkConfig, artifacts: Artifacts | None = None, added_names: Path | None = None
+) -> EntityNameGenerator:
+    """Start the engine of a run and what stands around it.
+
+    Args:
+        config: The run.
+        artifacts: Of the run; None opens them.
+        added_names: Directory of the prefix trie of names that earlier predictions know nothing of.
+    """
+    artifacts = artifacts or open_artifacts(config)
+    added = None if added_names is None else SavedTrie.open(added_names)
+    return EntityNameGenerator(
+        artifacts,
+        _start_engine(config, artifacts, added),
+        config.prompt,
+        config.search,
+        max_in_flight=config.language_model.max_num_seqs if config.language_model.engine == "vllm" else 1,
+        num_shared=config.retrieval.num_demonstrations,
+        calibration=open_calibration(config),
+        added_names=None if added is None else added.trie,
+    )
+
+
+def _start_engine(config: LinkConfig, artifacts: Artifacts, added_names: SavedTrie | None) -> RolloutEngine:
+    settings, num_children = config.language_model, config.search.num_children
+    terminator = PromptBuilder(artifacts.tokenizer, config.prompt).terminator
+    if settings.engine == "transformers":
+        model = FrozenLanguageModel(settings.name, settings.dtype)
+        return TransformersEngine(model, artifacts.knowledge_base.trie, terminator, num_children)
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # read when vLLM is imported
+    with extra("cpu", "gpu"):
+        from gemel_engine.decoding.engines.vllm import VllmEngine  # takes seconds to import, and only engines need it
+
+    max_prompt_tokens = config.prompt.max_prompt_tokens
+    return VllmEngine(settings, artifacts.trie_directory, terminator, num_children, max_prompt_tokens, added_names)
+
+
+def load_picture_encoder(settings: VisionSettings) -> PictureEncoder:
+    """Load the image encoder of a run, for picture files.
+
+    Raises:
+        ArtifactError: It can't be loaded.
+        ConfigurationError: None is configured, or it is of an unknown kind.
+    """
+    if settings.image_encoder is None:
+        raise ConfigurationError("vision.image_encoder is not set: name an open_clip model or directory")
+    encoder = ImageEncoder(settings.image_encoder, settings.pretrained, device=settings.device)
+    return PictureEncoder(encoder, settings.max_image_pixels, settings.batch_size)
+
+
+def check_encoders(config: JobConfig, artifacts: Artifacts) -> ImageEncoder | None:
+    """Load the encoders once, to see that they are the ones that the artifacts were made with.
+
+    Returns:
+        The image encoder, if one is configured.
+
+    Raises:
+        ArtifactError: An encoder can't be loaded, or is another one.
+    """
+    index, mapper, image_encoder = artifacts.index, artifacts.feature_mapper, None
+    if config.vision.image_encoder is not None:
+        image_encoder = ImageEncoder(config.vision.image_encoder, config.vision.pretrained)
+        ours = image_encoder.width, image_encoder.fingerprint
+        remedy = f"made with another image encoder than {config.vision.image_encoder}: use"
+        if mapper is not None and not _fits(
+            ours, mapper.metadata.vision_width, mapper.metadata.image_encoder_fingerprint
+        ):
+            raise ArtifactError(
+                f"the feature mapper {config.vision.feature_mapper} was {remedy} the one trained for it"
+            )
+        if index is not None and not _fits(ours, index.metadata.vision_width, index.metadata.image_encoder_fingerprint):
+            raise ArtifactError(f"the demonstrations {config.demonstrations} were {remedy} an index built with it")
+    if index is not None:
+        retriever = DemonstrationRetriever(config.retrieval, index)
+        if retriever.encoder.fingerprint != index.metadata.mention_encoder_fingerprint:
+            raise ArtifactError(
+                f"the demonstrations {config.demonstrations} were encoded by another mention encoder than "
+                f"{config.retrieval.mention_encoder}: build the index again with it"
+            )
+    return image_encoder
+
+
+def _fits(encoder: tuple[int, str], width: int | None, fingerprint: str | None) -> bool:
+    """Whether an artifact with these two, each of which it may lack, goes with an encoder."""
+    return width in (None, encoder[0]) and fingerprint in (None, encoder[1])

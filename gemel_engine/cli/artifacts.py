@@ -1,0 +1,281 @@
+"""Commands that make what a run reads: see `commands.py`."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+from tyro.conf import OmitArgPrefixes, Positional, arg
+
+from gemel_engine.config.bounds import Count, NumBytes, NumPixels, Seed
+from gemel_engine.errors import InputError
+
+if TYPE_CHECKING:
+    from gemel_engine.config.settings import KnowledgeBaseSettings
+
+
+Entities = Annotated[Positional[str], arg(metavar="ENTITIES")]
+KnowledgeBase = Annotated[Positional[str], arg(metavar="KNOWLEDGE_BASE")]
+Changes = Annotated[Positional[str], arg(metavar="CHANGES")]
+Mentions = Annotated[Positional[str], arg(metavar="MENTIONS")]
+InputDir = Annotated[Positional[Path], arg(metavar="INPUT_DIR")]
+OutputDir = Annotated[Positional[Path], arg(metavar="OUTPUT_DIR")]
+Checkpoint = Annotated[Positional[Path], arg(metavar="CHECKPOINT")]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NameOptions:
+    """Which names are usable, and what to do with the others.
+
+    Attributes:
+        tokenizer: The language model's directory or hub name.
+        max_name_tokens: Longer names are unusable.
+        on_bad_name: Refuse the table if a name is unusable, or leave its row out.
+    """
+
+    tokenizer: str
+    max_name_tokens: Count = 32
+    on_bad_name: Literal["error", "skip"] = "error"
+
+    def settings(self) -> KnowledgeBaseSettings:
+        """What a knowledge base is built with."""
+        from gemel_engine.config.settings import KnowledgeBaseSettings
+
+        return KnowledgeBaseSettings(max_name_tokens=self.max_name_tokens, on_bad_name=self.on_bad_name)
+
+
+def build_kb(
+    entities: Entities,
+    output_dir: OutputDir,
+    *,
+    names: OmitArgPrefixes[NameOptions],
+) -> None:
+    """Build a knowledge base from a table of entities.
+
+    Args:
+        entities: Parquet file, or directory of them; local or s3://bucket/prefix. Columns `entity_id` and `name`, and
+            optionally `description`, `popularity`, `image_uri`, `aliases`.
+        output_dir: New or empty local directory.
+        names: Which are usable.
+    """
+    from gemel_engine.knowledge_base.store import build_knowledge_base, read_entities
+    from gemel_engine.tokenizer import load_tokenizer
+
+    started = time.perf_counter()
+    report = build_knowledge_base(
+        read_entities(entities), load_tokenizer(names.tokenizer), output_dir, names.settings()
+    )
+    logger.info(
+        "%s: %d entities, %d names of at most %d tokens, %d entities skipped, in %.1f s",
+        output_dir,
+        report.num_entities,
+        report.num_names,
+        report.longest_name,
+        sum(report.num_skipped.values()),
+        time.perf_counter() - started,
+    )
+
+
+def update_kb(
+    knowledge_base: KnowledgeBase,
+    changes: Changes,
+    output_dir: OutputDir,
+    *,
+    names: OmitArgPrefixes[NameOptions],
+) -> None:
+    """Add, rename and retire entities: an update that stands wherever a knowledge base does, and needs it beside it.
+
+    Args:
+        knowledge_base: Directory of a knowledge base or of an update; local or s3://bucket/prefix. It has to stay.
+        changes: Parquet file, or directory of them, with the columns of `gemel build-kb` and `retired`. A row whose
+            `entity_id` is known takes the place of that entity, in the columns that the table has.
+        output_dir: New or empty local directory.
+        names: Which are usable.
+    """
+    from gemel_engine.knowledge_base.store import read_entities
+    from gemel_engine.knowledge_base.update import update_knowledge_base
+    from gemel_engine.tokenizer import load_tokenizer
+
+    started = time.perf_counter()
+    table = read_entities(changes, also=("retired",))
+    report = update_knowledge_base(knowledge_base, table, load_tokenizer(names.tokenizer), output_dir, names.settings())
+    logger.info(
+        "%s: %d entities added, %d replaced, %d retired, %d changes skipped, in %.1f s",
+        output_dir,
+        report.num_added,
+        report.num_replaced,
+        report.num_retired,
+        sum(report.num_skipped.values()),
+        time.perf_counter() - started,
+    )
+
+
+def compact_kb(knowledge_base: KnowledgeBase, output_dir: OutputDir) -> None:
+    """Merge an update with its base into a knowledge base that needs neither.
+
+    Args:
+        knowledge_base: Directory that `gemel update-kb` made; local or s3://bucket/prefix.
+        output_dir: New or empty local directory.
+    """
+    from gemel_engine.knowledge_base.update import compact_knowledge_base
+
+    started = time.perf_counter()
+    report = compact_knowledge_base(knowledge_base, output_dir)
+    seconds = time.perf_counter() - started
+    logger.info("%s: %d entities, %d names, in %.1f s", output_dir, report.num_entities, report.num_names, seconds)
+
+
+def build_demonstrations(
+    mentions: Mentions,
+    entities: Entities,
+    output_dir: OutputDir,
+    *,
+    mention_encoder: str,
+    image_encoder: str | None = None,
+    image_encoder_pretrained: str | None = None,
+    device: str = "cpu",
+    max_image_pixels: NumPixels = 50_000_000,
+    allowed_image_prefixes: tuple[str, ...] = (),
+    max_image_bytes: NumBytes = 20_000_000,
+) -> None:
+    """Build a demonstration index from a training split.
+
+    Args:
+        mentions: Parquet file, or directory of them; local or s3://bucket/prefix. Columns `mention_id`, `text`,
+            `mention`, `entity_id`, and optionally `entity_name`, `group`, `image_features`, `image_bytes`,
+            `image_uri`.
+        entities: Parquet file, or directory of them, with the columns `entity_id` and `name`.
+        output_dir: Local directory; an index that is there is replaced.
+        mention_encoder: Sentence encoder of surface forms; local directory, or name on the model hub.
+        image_encoder: An open_clip architecture, or a local directory in open_clip's layout; without it pictures are
+            ignored.
+        image_encoder_pretrained: open_clip's tag of the weights, for an architecture by name.
+        device: torch device of both encoders.
+        max_image_pixels: A picture that decodes to more is unusable.
+        allowed_image_prefixes: Where an `image_uri` may lie: absolute local directories, s3://bucket/prefix,
+            https://host/path.
+        max_image_bytes: A larger image file is unusable.
+    """
+    from gemel_engine.config.settings import ImagePolicy
+    from gemel_engine.retrieval.encoder import MentionEncoder
+    from gemel_engine.retrieval.index import DemonstrationIndex
+    from gemel_engine.retrieval.reading import PictureReader, read_demonstrations, read_names
+    from gemel_engine.vision.encoder import ImageEncoder
+
+    started = time.perf_counter()
+    pictures = None
+    if image_encoder is not None:
+        encoder = ImageEncoder(image_encoder, pretrained=image_encoder_pretrained, device=device)
+        policy = ImagePolicy(allowed_image_prefixes, max_image_bytes)
+        pictures = PictureReader(encoder, policy, max_image_pixels)
+    index = DemonstrationIndex.build(
+        output_dir,
+        read_demonstrations(mentions, read_names(entities), pictures),
+        MentionEncoder(mention_encoder, device=device),
+        image_encoder_fingerprint=None if pictures is None else pictures.encoder.fingerprint,
+    )
+    logger.info(
+        "%s: %d demonstrations of %d surface forms, %d with a picture, in %.1f s",
+        output_dir,
+        index.metadata.num_demonstrations,
+        index.metadata.num_surface_forms,
+        index.metadata.num_images,
+        time.perf_counter() - started,
+    )
+
+
+def init_mapper(
+    output_dir: OutputDir,
+    *,
+    language_model: str,
+    image_encoder: str,
+    image_encoder_pretrained: str | None = None,
+    prefix_length: Count = 4,
+    seed: Seed = 0,
+) -> None:
+    """Make an untrained feature mapper, with which linking can be tried out.
+
+    Args:
+        output_dir: Local directory; a mapper that is there is replaced.
+        language_model: Local directory, or name on the model hub.
+        image_encoder: An open_clip architecture, or a local directory in open_clip's layout.
+        image_encoder_pretrained: open_clip's tag of the weights, for an architecture by name.
+        prefix_length: Embeddings that stand for one picture.
+        seed: Of the random weights.
+    """
+    from gemel_engine.decoding.language_model import language_model_fingerprint, language_model_width
+    from gemel_engine.vision.encoder import ImageEncoder
+    from gemel_engine.vision.mapper import FeatureMapper
+
+    encoder = ImageEncoder(image_encoder, pretrained=image_encoder_pretrained)
+    mapper = FeatureMapper.random(
+        encoder.width,
+        prefix_length,
+        language_model_width(language_model),
+        seed,
+        language_model_fingerprint=language_model_fingerprint(language_model),
+        image_encoder_fingerprint=encoder.fingerprint,
+    )
+    mapper.save(output_dir)
+    logger.info("%s: untrained, width %d to %d embeddings", output_dir, encoder.width, prefix_length)
+
+
+def import_gemel(arguments: Sequence[str]) -> None:
+    """Convert files that GEMEL's authors released: mapper or mentions."""
+    commands: dict[str, Callable[..., None]] = {"mapper": import_mapper, "mentions": import_mentions}
+    tyro.extras.subcommand_cli_from_dict(
+        commands, prog="gemel import-gemel", description=import_gemel.__doc__, args=arguments
+    )
+
+
+def import_mapper(checkpoint: Checkpoint, output_dir: OutputDir, *, language_model: str) -> None:
+    """Convert a feature mapper.
+
+    Args:
+        checkpoint: The pickled state dict; only tensors are read from it.
+        output_dir: Directory of the mapper; one that is there is replaced.
+        language_model: Local directory, or name on the model hub, of the model that it was trained for.
+    """
+    from gemel_engine import gemel_release
+    from gemel_engine.decoding.language_model import language_model_fingerprint, language_model_width
+
+    mapper = gemel_release.import_mapper(checkpoint, language_model_width(language_model))
+    fingerprint = language_model_fingerprint(language_model)
+    mapper.metadata = replace(mapper.metadata, language_model_fingerprint=fingerprint)
+    mapper.save(output_dir)
+    metadata = mapper.metadata
+    logger.info("%s: %d features to %d embeddings", output_dir, metadata.vision_width, metadata.prefix_length)
+
+
+def import_mentions(input_dir: InputDir, output_dir: OutputDir, *, features: Path | None = None) -> None:
+    """Convert `train.json`, `dev.json` and `test.json`, as far as they are there, and the entities they mention.
+
+    Args:
+        input_dir: Directory of the JSON lines.
+        output_dir: Gets `train.parquet`, `dev.parquet`, `test.parquet` and `entities.parquet`.
+        features: HDF5 file of image features.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from gemel_engine import gemel_release
+
+    output_dir.mkdir(parents=True, exist_ok=True)
+    splits = []
+    for path in sorted(input_dir / f"{split}.json" for split in ("train", "dev", "test")):
+        if path.exists():
+            table, num_left_out = gemel_release.import_mentions(path, features)
+            pq.write_table(table, output_dir / f"{path.stem}.parquet", compression="zstd")
+            logger.info("%s: %d mentions; %d without an entity left out", path, len(table), num_left_out)
+            splits.append(table)
+    if not splits:
+        raise InputError(f"{input_dir} has neither train.json nor dev.json nor test.json")
+    entities = gemel_release.entities_of(pa.concat_tables(splits))
+    pq.write_table(entities, output_dir / "entities.parquet", compression="zstd")

@@ -1,0 +1,219 @@
+"""Commands that work with a configuration or with the output of a run: see `commands.py`."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+import tyro
+from tyro.conf import Positional, arg
+
+from gemel_engine.cli import options
+from gemel_engine.config.bounds import Amount, Count, CountOrZero, Fraction, Seed
+from gemel_engine.errors import InputError
+
+Output = Annotated[Positional[str], arg(metavar="OUTPUT")]
+OutputDir = Annotated[Positional[Path], arg(metavar="OUTPUT_DIR")]
+Options = TypeVar("Options")
+Config = TypeVar("Config")
+
+logger = logging.getLogger(__name__)
+
+
+def link(arguments: Sequence[str]) -> None:
+    """Link a corpus of mentions to the entities of a knowledge base: CONFIG.toml [--key value ...]."""
+    from gemel_engine.config.settings import LinkConfig
+
+    config = options.configure(LinkConfig, "gemel link", arguments)
+
+    from gemel_engine.linking.job import describe_run, link_corpus
+
+    if config.dry_run:
+        logger.info("%s", describe_run(config))
+    else:
+        link_corpus(config)
+
+
+def train(arguments: Sequence[str]) -> None:
+    """Train the feature mapper, or go on from the last checkpoint: CONFIG.toml [--key value ...]."""
+    from gemel_engine.config.settings import TrainConfig
+
+    config = options.configure(TrainConfig, "gemel train", arguments)
+
+    from gemel_engine.training.job import train_mapper
+
+    train_mapper(config)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """Link a sample and predict the run; settings of the configuration may follow as options.
+
+    Attributes:
+        sample_rows: Mentions to link, in windows of the order in which the run links them.
+        actors: Actors of generation of each cluster to predict; by default `resources.generation.max_actors`.
+        price_per_actor_hour: Of such an actor and what stands beside it, in any currency.
+        seed: Of the sample.
+        write_to: File for the plan as JSON, local or s3://bucket/key.
+    """
+
+    sample_rows: Count = 1000
+    actors: tuple[Count, ...] = ()
+    price_per_actor_hour: Amount | None = None
+    seed: Seed = 0
+    write_to: str | None = None
+
+
+def plan(arguments: Sequence[str]) -> None:
+    """Predict time, memory and cost of a run by linking a sample: CONFIG.toml [--actors N ...] [--key value ...]."""
+    from gemel_engine.config.settings import LinkConfig
+
+    sampling, config = _asked(Sampling, LinkConfig, "gemel plan", arguments)
+
+    from rich.console import Console
+
+    from gemel_engine import storage
+    from gemel_engine.cli.tables import as_tables
+    from gemel_engine.linking.plan import plan_run
+
+    planned = plan_run(
+        config,
+        sample_rows=sampling.sample_rows,
+        actors=sampling.actors,
+        price_per_actor_hour=sampling.price_per_actor_hour,
+        seed=sampling.seed,
+    )
+    for table in as_tables(planned):
+        Console().print(table)
+    if sampling.write_to is not None:
+        storage.write_bytes(sampling.write_to, planned.to_json())
+        logger.info("%s", sampling.write_to)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """Link one mention and show why; settings of the configuration may follow as options.
+
+    Attributes:
+        text: The sentence or caption.
+        mention: The surface form in it.
+        picture: An image file.
+        candidates: Consider these entities only.
+    """
+
+    text: str
+    mention: str
+    picture: Path | None = None
+    candidates: tuple[str, ...] | None = None
+
+
+def explain(arguments: Sequence[str]) -> None:
+    """Link one mention and show why: CONFIG.toml --text TEXT --mention FORM [--picture FILE] [--key value ...]."""
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # the output is for the explanation
+    from gemel_engine.config.settings import LinkConfig
+
+    question, config = _asked(Question, LinkConfig, "gemel explain", arguments)
+
+    from rich.console import Console
+
+    from gemel_engine import linker as explaining
+    from gemel_engine.cli.tables import print_explanation
+    from gemel_engine.linker import Linker
+    from gemel_engine.types import Mention
+
+    try:
+        picture = None if question.picture is None else question.picture.read_bytes()
+    except OSError as error:
+        raise InputError(f"the picture {question.picture} can't be read: {error}") from error
+    mention = Mention("0", question.text, question.mention, candidate_ids=question.candidates)
+    print_explanation(explaining.explain(Linker(config), mention, picture), Console())
+
+
+def evaluate(
+    output: Output,
+    *,
+    gold: str | None = None,
+    train: str | None = None,
+    against: str | None = None,
+    protocol: Literal["entity", "name", "candidates"] = "entity",
+    write_to: str | None = None,
+    gallery_size: CountOrZero = 60,
+    allowed_image_prefixes: tuple[str, ...] = (),
+    max_image_bytes: int = 20_000_000,
+) -> None:
+    """Judge a finished linking run by gold labels: a table here, `metrics.json` and `report.html` beside the run.
+
+    Without gold labels only the report is written.
+
+    Args:
+        output: The run's output, local or s3://bucket/prefix.
+        gold: `mention_id` and `entity_id` of mentions, in Parquet; the run's input by default, if it has the latter.
+        train: The training split, to tell mentions by what it holds, for the baseline without a model, and for the
+            pictures of demonstrations.
+        against: Output of another run over the same mentions, to compare with.
+        protocol: When an answer is right: the entity's id, its name (GEMEL's protocol), or its id of the mention's own
+            candidates alone.
+        write_to: Directory for the files; by default `evaluation` in the run's output.
+        gallery_size: Mentions to show in the report.
+        allowed_image_prefixes: Where an `image_uri` may lie whose picture the report shows: absolute local directories,
+            s3://bucket/prefix, https://host/path. What the run itself was allowed to read does not count.
+        max_image_bytes: A larger image file is not shown.
+    """
+    from rich.console import Console
+
+    from gemel_engine import storage
+    from gemel_engine.cli.tables import as_table
+    from gemel_engine.config.settings import ImagePolicy
+    from gemel_engine.evaluation.run import LinkedRun, judge_run
+    from gemel_engine.report.page import report_of
+
+    image_source = ImagePolicy(allowed_image_prefixes, max_image_bytes)
+    linked = LinkedRun.open(output)
+    other = None if against is None else LinkedRun.open(against)
+    directory, judged = write_to or f"{linked.output}/evaluation", None
+    if gold is not None or linked.has_gold():
+        judged = judge_run(linked, gold=gold, train=train, against=other, protocol=protocol)
+        Console().print(as_table(judged))
+        storage.write_bytes(f"{directory}/metrics.json", judged.to_json())
+        logger.info("%s/metrics.json", directory)
+    page = report_of(linked, judged, training=train, gallery_size=gallery_size, image_source=image_source)
+    storage.write_bytes(f"{directory}/report.html", page.encode())
+    logger.info("%s/report.html", directory)
+
+
+def calibrate(
+    output: Output, calibration: OutputDir, *, gold: str | None = None, nil_precision: Fraction = 0.8
+) -> None:
+    """Fit a calibration to a finished run over mentions with gold labels; linking applies it.
+
+    Args:
+        output: The run's output, local or s3://bucket/prefix; of a dev split, not of what is to be judged later.
+        calibration: Local directory for it.
+        gold: `mention_id` and `entity_id` of mentions, in Parquet; the run's input by default. Those whose entity the
+            knowledge base lacks, or that have none, teach what NIL looks like.
+        nil_precision: So large a share of the mentions called NIL shall be NIL.
+    """
+    from gemel_engine.evaluation.calibrate import calibrate_run
+    from gemel_engine.evaluation.run import LinkedRun
+
+    fitted = calibrate_run(LinkedRun.open(output), gold=gold, nil_precision=nil_precision)
+    fitted.save(calibration)
+    logger.info("%s: %s", calibration, ", ".join(f"{name} {value:.3g}" for name, value in fitted.fitted_on.items()))
+
+
+def _asked(
+    options_type: type[Options], config_type: type[Config], command: str, arguments: Sequence[str]
+) -> tuple[Options, Config]:
+    """Read the options of a command, and the configuration from what they leave."""
+    from gemel_engine.config.loading import validated
+
+    if {"-h", "--help"} & set(arguments):
+        tyro.cli(options_type, prog=f"{command} CONFIG.toml", args=["--help"])
+    found, settings = tyro.cli(
+        options_type, prog=f"{command} CONFIG.toml", args=arguments[1:], return_unknown_args=True
+    )
+    return validated(found), options.configure(config_type, command, [*arguments[:1], *settings])

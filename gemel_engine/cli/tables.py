@@ -1,0 +1,212 @@
+"""An explanation on a terminal. What comes from a corpus is printed as it is: nothing in it is markup or a command."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.bar import Bar
+from rich.console import Console, Group, RenderableType
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+
+from gemel_engine.display import cut, excerpt, percent, shares, visible
+from gemel_engine.evaluation.judge import Figure
+from gemel_engine.evaluation.run import JudgedRun
+from gemel_engine.linker import Explanation, UsedDemonstration, VisualMark
+from gemel_engine.linking.plan import RunPlan, _size
+from gemel_engine.types import Candidate, Prediction
+
+
+def as_table(judged: JudgedRun) -> Table:
+    """What is said of a run, for a terminal."""
+    evaluation = judged.evaluation
+    table = Table(title=f"{evaluation.num_mentions} mentions, protocol {evaluation.protocol}")
+    for heading in ("", "value", "95% interval", "mentions"):
+        table.add_column(heading, justify="left" if not heading else "right")
+
+    def add(name: str, figure: Figure) -> None:
+        interval = f"{figure.low:.3f} to {figure.high:.3f}"
+        table.add_row(name, f"{figure.value:.3f}", interval, str(figure.num_mentions))
+
+    add("accuracy", evaluation.accuracy)
+    if evaluation.baseline is not None:
+        add("accuracy without a model", evaluation.baseline)
+    add("gold among the first 5", evaluation.hits_at_5)
+    add("mean reciprocal rank", evaluation.mean_reciprocal_rank)
+    add("certified", evaluation.certified_share)
+    for kind, figures in evaluation.buckets.items():
+        table.add_section()
+        for label, figure in figures.items():
+            add(f"{kind}: {label}", figure)
+    for score, item in judged.confidence.items():
+        table.add_section()
+        table.add_row(f"{score} score: calibration error", f"{item.expected_calibration_error:.3f}", "", "")
+        table.add_row(f"{score} score: Brier", f"{item.brier_score:.3f}", "", "")
+        table.add_row(f"{score} score: area under risk and coverage", f"{item.area_under_risk_coverage:.3f}", "", "")
+    if judged.comparison is not None:
+        table.add_section()
+        add("accuracy, less that of the other run", judged.comparison.difference)
+        table.add_row(
+            "right here alone, right there alone",
+            f"{len(judged.comparison.won)}, {len(judged.comparison.lost)}",
+            "",
+            "",
+        )
+        table.add_row("McNemar's exact test, p", f"{judged.comparison.p_value:.3f}", "", "")
+    return table
+
+
+def as_tables(plan: RunPlan) -> list[Table]:
+    """What is predicted, for a terminal: stages, then clusters."""
+    stages = Table(
+        title=f"{plan.sample_rows:,} of {plan.num_rows:,} rows linked, in {plan.num_windows} windows",
+        caption=f"cache hits {percent(plan.cache_hit_rate)}, {plan.rollouts_per_row:.1f} rollouts a row, "
+        f"{sum(plan.errors.values())} errors; start {plan.start_seconds:,.0f} s; "
+        f"input {_size(plan.input_bytes)}, output {_size(plan.output_bytes)}",
+    )
+    for heading in ("stage", "seconds a row", "95% interval", "seconds a shard, beside", "memory of an actor"):
+        stages.add_column(heading, justify="left" if heading == "stage" else "right")
+    for name, per_row in plan.seconds_per_row.items():
+        interval = f"{per_row.low:.4f} to {per_row.high:.4f}"
+        beside = f"{plan.stage_costs[name].per_shard:.2f}"
+        stages.add_row(name, f"{per_row.value:.4f}", interval, beside, _size(plan.peak_bytes[name]))
+    clusters = Table(title=f"the whole corpus, in shards of {plan.rows_per_shard:,} rows")
+    for heading in ("generation actors", "hours", "95% interval", "cost", "limited by", "other actors", "rows a shard"):
+        clusters.add_column(heading, justify="left" if heading in ("limited by", "other actors") else "right")
+    for cluster in plan.clusters:
+        hours = cluster.seconds.times(1 / 3600)
+        clusters.add_row(
+            f"{cluster.actors:,}",
+            f"{hours.value:,.2f}",
+            f"{hours.low:,.2f} to {hours.high:,.2f}",
+            "-" if cluster.cost is None else f"{cluster.cost.value:,.2f}",
+            cluster.limited_by,
+            ", ".join(f"{name} {number}" for name, number in cluster.pools.items()) or "-",
+            f"{cluster.rows_per_shard:,}",
+        )
+    return [stages, clusters]
+
+
+_CONTEXT = 200
+_DEMONSTRATION_CONTEXT = 40
+_MAX_NAME = 60
+_BAR_WIDTH = 16
+_NOTHING = "–"
+
+
+def print_explanation(explanation: Explanation, console: Console) -> None:
+    """Print the answer, the ranking with and without the picture, the demonstrations and the prompt."""
+    console.print(_answer(explanation))
+    console.print(Rule("candidates", align="left"))
+    console.print(_candidates(explanation.prediction, explanation.without_picture))
+    if explanation.demonstrations:
+        console.print(Rule("demonstrations, the last right before the question", align="left"))
+        console.print(_demonstrations(explanation.demonstrations))
+    console.print(Rule("prompt", align="left"))
+    console.print(_prompt(explanation.prompt))
+
+
+def _answer(explanation: Explanation) -> RenderableType:
+    mention, prediction = explanation.mention, explanation.prediction
+    before, surface_form, after = excerpt(mention.text, mention.mention, mention.mention_start, _CONTEXT)
+    return Group(
+        Text.assemble(visible(before), (visible(surface_form), "bold reverse"), visible(after)),
+        Text.assemble("→ ", (_name(prediction.entity_name), "bold"), f"  {_name(prediction.entity_id)}"),
+        Text(_search(prediction), "dim"),
+    )
+
+
+def _search(prediction: Prediction) -> str:
+    """What the search knows of its answer."""
+    certificate = (
+        f"certified: the first {prediction.num_certified} proved to be in their place"
+        if prediction.certified
+        else "not certified: the budget of rollouts was spent first"
+    )
+    return (
+        f"{certificate}; rollouts {prediction.num_rollouts}; margin {_number(prediction.margin)}; "
+        f"unexplored mass at most {percent(prediction.unexplored_mass, _NOTHING)}; "
+        f"demonstrations left out {prediction.num_demonstrations_dropped}"
+    )
+
+
+def _candidates(prediction: Prediction, without: Explanation | None) -> Table:
+    """All candidates of both rankings; a share is a lower bound."""
+    table = _table("", "entity", "id", "log-prob", "share", "")
+    ranked = _ranked(prediction)
+    others = {} if without is None else _ranked(without.prediction)
+    if without is not None:
+        for header in ("without picture", "log-prob", "share"):
+            table.add_column(header, justify="right")
+    for entity_id in dict.fromkeys([*ranked, *others]):
+        candidate = (ranked.get(entity_id) or others[entity_id])[1]
+        place, *scores = _ranking_cells(ranked.get(entity_id))
+        share = ranked[entity_id][2] if entity_id in ranked else 0.0
+        table.add_row(
+            place,
+            Text(_name(candidate.entity_name), "bold" if candidate.entity_id == prediction.entity_id else ""),
+            Text(_name(entity_id), "dim"),
+            *scores,
+            Bar(1.0, 0.0, share, width=_BAR_WIDTH),
+            *(_ranking_cells(others.get(entity_id)) if without is not None else ()),
+        )
+    return table
+
+
+def _ranked(prediction: Prediction) -> dict[str, tuple[int, Candidate, float]]:
+    """Place, candidate and share of each entity."""
+    candidates = prediction.candidates
+    of_names = shares(prediction.probability, [candidate.log_prob for candidate in candidates])
+    return {
+        candidate.entity_id: (place, candidate, share)
+        for place, (candidate, share) in enumerate(zip(candidates, of_names, strict=True), 1)
+    }
+
+
+def _ranking_cells(ranked: tuple[int, Candidate, float] | None) -> list[Text]:
+    """Place, log-prob and share."""
+    if ranked is None:
+        return [Text(_NOTHING)] * 3
+    place, candidate, share = ranked
+    return [Text(str(place)), Text(_number(candidate.log_prob)), Text(percent(share, _NOTHING))]
+
+
+def _demonstrations(used: Sequence[UsedDemonstration]) -> Table:
+    table = _table("", "similarity", "entity", "picture", "text")
+    for place, item in enumerate(used, 1):
+        demonstration = item.demonstration
+        before, surface_form, after = excerpt(demonstration.text, demonstration.mention, None, _DEMONSTRATION_CONTEXT)
+        table.add_row(
+            Text(str(place)),
+            Text(_number(item.similarity)),
+            Text(_name(demonstration.name)),
+            Text("no" if demonstration.features is None else "yes"),
+            Text.assemble(visible(before), (visible(surface_form), "reverse"), visible(after)),
+        )
+    return table
+
+
+def _prompt(pieces: Sequence[str | VisualMark]) -> Text:
+    prompt = Text()
+    for piece in pieces:
+        if isinstance(piece, VisualMark):
+            prompt.append(f"⟨picture: {piece.num_embeddings} embeddings⟩", "reverse")
+        else:
+            prompt.append(visible(piece, lines=True))
+    return prompt
+
+
+def _table(*headers: str) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for header in headers:
+        table.add_column(header, justify="right" if header in ("", "log-prob", "share", "similarity") else "left")
+    return table
+
+
+def _name(name: str | None) -> str:
+    return _NOTHING if name is None else visible(cut(name, _MAX_NAME))
+
+
+def _number(value: float | None) -> str:
+    return _NOTHING if value is None else f"{value:.2f}"

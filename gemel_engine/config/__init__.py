@@ -1,0 +1,1 @@
+"""Every setting of every job, and how a configuration is read."""

@@ -1,0 +1,100 @@
+"""Read a configuration: a TOML file, then command-line overrides; a misspelt key fails by its full name."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+import tyro
+from pydantic import TypeAdapter, ValidationError
+
+from gemel_engine.errors import ConfigurationError, shown
+
+Config = TypeVar("Config")
+
+
+def load_config(
+    config_type: type[Config], path: Path, overrides: Sequence[str] = (), *, program: str | None = None
+) -> Config:
+    """Read a TOML file and apply overrides such as `--search.objective mean`.
+
+    An override that is unknown or malformed ends the process with code 2 and its reason, as command lines do, and so
+    does `--help` with code 0.
+
+    Args:
+        config_type: The configuration.
+        path: The file.
+        overrides: Arguments of a command line.
+        program: What stands before them, for the texts that name it; None: the name of the process.
+
+    Raises:
+        ConfigurationError: The file can't be read, a key is unknown, or a value is malformed or out of its bounds.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors write a byte order mark
+    except OSError as error:
+        raise ConfigurationError(f"the configuration {path} can't be read: {error}") from error
+    except ValueError as error:
+        raise ConfigurationError(f"the configuration {path} is not TOML: {error}") from error
+    except RecursionError:
+        raise ConfigurationError(f"the configuration {path} is nested too deeply: settings have three levels") from None
+    try:
+        config = TypeAdapter(config_type).validate_python(values)
+    except ValidationError as error:
+        raise ConfigurationError(f"the configuration {path} is wrong: {_describe(error, config_type)}") from None
+    return validated(tyro.cli(config_type, prog=program, default=config, args=list(overrides))) if overrides else config
+
+
+def validated(config: Config) -> Config:
+    """Check a configuration that was made in Python, or changed: its parts are not checked when they are made.
+
+    Raises:
+        ConfigurationError: A value is malformed or out of its bounds.
+    """
+    adapter = TypeAdapter(type(config))
+    try:
+        return adapter.validate_python(adapter.dump_python(config, warnings=False))
+    except ValidationError as error:
+        raise ConfigurationError(f"the configuration is wrong: {_describe(error, type(config))}") from None
+
+
+def config_json(config: object) -> str:
+    """The resolved settings as canonical JSON: what is saved with an output."""
+    return json.dumps(TypeAdapter(type(config)).dump_python(config, mode="json"), indent=2, sort_keys=True)
+
+
+def _describe(error: ValidationError, config_type: type[Any]) -> str:
+    """All faults, each by the full name of its key."""
+    faults = []
+    for fault in error.errors(include_url=False):
+        key = ".".join(map(str, fault["loc"]))
+        if fault["type"] == "unexpected_keyword_argument":
+            known = _field_names(config_type, fault["loc"][:-1])
+            close = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known keys are {', '.join(known)}"
+            faults.append(f"unknown key {key!r}; {hint}")
+        elif fault["type"] == "missing":  # what was found is all of its group
+            faults.append(f"{key}: {fault['msg']}")
+        else:
+            faults.append(f"{key}: {fault['msg']} (got {_found(fault['input'])})" if key else fault["msg"])
+    return "; ".join(faults)
+
+
+def _found(value: object) -> str:
+    """Describe a wrong value in a few words, without what may be secret."""
+    if isinstance(value, str):
+        return shown(value)
+    is_short = isinstance(value, float) or (isinstance(value, int) and value.bit_length() <= 64)
+    return repr(value) if is_short else f"a value of type {type(value).__name__}"
+
+
+def _field_names(config_type: type[Any], location: Sequence[int | str]) -> list[str]:
+    """Names of the settings in the group that `location` leads to."""
+    for name in location:
+        config_type = get_type_hints(config_type)[str(name)]
+    return [item.name for item in dataclasses.fields(config_type)]

@@ -1,0 +1,201 @@
+"""Rollouts by vLLM: prompts with visual prefixes, continuous batching, prefix cache.
+
+The prefix trie acts as a logits processor (`vllm_processors.py`), which leaves log-probs of allowed tokens; vLLM, asked
+for `processed_logits`, then takes the best and reports the K best of exactly these. A prompt is sent again with every
+rollout of its mention: all but its last block is a cache hit.
+
+D language-model width, P prefix length, T tokens.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch._dynamo
+from vllm import EngineArgs, LLMEngine, SamplingParams, envs
+from vllm.inputs import EmbedsPrompt, TokensPrompt
+from vllm.logprobs import FlatLogprobs
+from vllm.outputs import RequestOutput
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from gemel_engine.config.settings import EngineSettings
+from gemel_engine.decoding.engines.base import Rollout, RolloutRequest
+from gemel_engine.decoding.engines.vllm_mask import TrieLogitsProcessor, TrieLogitsProcessorV2
+from gemel_engine.decoding.language_model import DTYPES, check_language_model, language_model_width, warn_if_slow
+from gemel_engine.decoding.prompt import Prompt
+from gemel_engine.errors import EngineDiedError
+from gemel_engine.knowledge_base.trie import PrefixTrie, SavedTrie
+
+
+@dataclass(slots=True)
+class CacheStatistics:
+    """Prompt tokens sent to the engine, and those of them found in the prefix cache."""
+
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+
+
+class VllmEngine:
+    """A vLLM engine in this process that answers rollouts.
+
+    Args:
+        settings: The language model and how vLLM runs it.
+        trie_directory: Names allowed where a request brings no candidates; each worker maps the files itself.
+        terminator: Token that ends a name.
+        num_children: K, the log-probs reported at each step.
+        max_prompt_tokens: Longest prompt.
+        common_candidates: Candidates of many requests, and too many to be sent with each: workers map them, too.
+    """
+
+    def __init__(
+        self,
+        settings: EngineSettings,
+        trie_directory: Path,
+        terminator: int,
+        num_children: int,
+        max_prompt_tokens: int,
+        common_candidates: SavedTrie | None = None,
+    ) -> None:
+        self._common_candidates = None if common_candidates is None else common_candidates.trie
+        self._trie = PrefixTrie.open(trie_directory)
+        self._terminator = terminator
+        self._num_children = num_children
+        self._width = language_model_width(settings.name)
+        self._dtype = DTYPES[settings.dtype]
+        self.cache_statistics = CacheStatistics()
+        _set_environment()
+        additional = {"prefix_trie": str(trie_directory), "terminator": terminator}
+        if common_candidates is not None:
+            additional["common_candidates"] = str(common_candidates.directory)
+        on_cpu = not torch.cuda.is_available()
+        if on_cpu:
+            warn_if_slow(settings.dtype, torch.device("cpu"))
+            # Compiling the sampler's one small function costs a process more than a small job has to compute.
+            torch._dynamo.config.disable = True
+        # vLLM's annotation knows the first interface only.
+        processors: list[Any] = [TrieLogitsProcessorV2 if envs.VLLM_USE_V2_MODEL_RUNNER else TrieLogitsProcessor]
+        self._engine = LLMEngine.from_engine_args(
+            EngineArgs(
+                model=settings.name,
+                load_format="hf",  # by itself vLLM would take files of another format that lie beside those checked
+                skip_tokenizer_init=True,
+                enable_prompt_embeds=True,
+                dtype=settings.dtype,
+                max_model_len=max_prompt_tokens + self._trie.longest(0) + 1,
+                block_size=settings.block_size or (32 if on_cpu else None),
+                gpu_memory_utilization=settings.gpu_memory_utilization,
+                kv_cache_memory_bytes=settings.kv_cache_gib << 30 if on_cpu else None,
+                tensor_parallel_size=settings.tensor_parallel_size,
+                distributed_executor_backend="mp" if settings.tensor_parallel_size > 1 else "uni",
+                max_num_seqs=settings.max_num_seqs,
+                max_num_batched_tokens=settings.max_num_batched_tokens,
+                quantization=settings.quantization,
+                enable_prefix_caching=settings.enable_prefix_caching,
+                enforce_eager=on_cpu,
+                async_scheduling=False,  # the logits processor must see each token before the next step
+                max_logprobs=num_children,
+                logprobs_mode="processed_logits",
+                logits_processors=processors,
+                additional_config=additional,
+                disable_log_stats=True,
+                seed=0,
+            )
+        )
+        if not os.path.isdir(settings.name):
+            check_language_model(settings.name)  # the weights of one on the hub may just have been downloaded
+
+    def submit(self, request_id: str, prompt: Prompt, request: RolloutRequest, candidates: PrefixTrie | None) -> None:
+        """Queue a rollout under the engine's trie, or under `candidates` where that is given."""
+        trie = candidates or self._trie
+        are_common = candidates is not None and candidates is self._common_candidates
+        are_sent = candidates is not None and not are_common
+        parameters = SamplingParams(
+            temperature=0.0,
+            max_tokens=trie.longest(trie.walk(request.path)) + 1,
+            stop_token_ids=[self._terminator],
+            ignore_eos=True,
+            detokenize=False,
+            logprobs=self._num_children,
+            flat_logprobs=True,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            extra_args={
+                "path": list(request.path),
+                "excluded": list(request.excluded),
+                "candidates": [trie.name_tokens(name) for name in range(trie.num_names)] if are_sent else None,
+                "has_common_candidates": are_common,
+            },
+        )
+        self._engine.add_request(request_id, self._vllm_prompt(prompt, request.path), parameters)
+
+    def step(self) -> list[tuple[str, Rollout]]:
+        """Run one engine step over all queued rollouts; returns the finished ones with their ids.
+
+        Raises:
+            EngineDiedError: A process of the engine has ended, where it has several.
+        """
+        finished = []
+        for output in self._step():
+            assert isinstance(output, RequestOutput)
+            self.cache_statistics.num_prompt_tokens += len(output.prompt_token_ids or ())
+            self.cache_statistics.num_cached_tokens += output.num_cached_tokens or 0
+            finished.append((output.request_id, _to_rollout(output)))
+        return finished
+
+    def _step(self) -> list[Any]:
+        try:
+            return self._engine.step()
+        except Exception as error:
+            # What vLLM raises says little; whether a worker has ended, its executor knows.
+            executor = getattr(self._engine, "model_executor", None)
+            if isinstance(error, EngineDeadError) or getattr(executor, "is_failed", False):
+                raise EngineDiedError("a process of the language model's engine has ended: start it again") from error
+            raise
+
+    def _vllm_prompt(self, prompt: Prompt, path: tuple[int, ...]) -> EmbedsPrompt | TokensPrompt:
+        """The prompt followed by the tokens already taken; only visual positions carry embeddings.
+
+        The other positions hold NaN: vLLM never reads them, but its cache keys cover them, and NaN keeps a token
+        position from ever being taken for a visual one.
+        """
+        token_ids = [*prompt.token_ids, *path]
+        if not prompt.visual_prefixes:
+            return TokensPrompt(prompt_token_ids=token_ids)
+        embeddings = torch.full((len(token_ids), self._width), math.nan, dtype=self._dtype)  # (T, D)
+        is_token = [True] * len(token_ids)
+        for start, prefix in prompt.visual_prefixes:
+            embeddings[start : start + len(prefix)] = prefix.to(embeddings)
+            is_token[start : start + len(prefix)] = [False] * len(prefix)
+        return EmbedsPrompt(prompt_embeds=embeddings, prompt_token_ids=token_ids, prompt_is_token_ids=is_token)
+
+
+def _to_rollout(output: RequestOutput) -> Rollout:
+    """The log-probs of allowed tokens, step by step; vLLM puts the chosen token before the K best.
+
+    Where several are the most probable, to the bit, the one chosen need not be the first of the K, nor one of them.
+    """
+    flat = output.outputs[0].logprobs
+    assert isinstance(flat, FlatLogprobs)
+    rollout = Rollout([], [])
+    for start, end in zip(flat.start_indices, flat.end_indices, strict=True):
+        log_probs = flat.logprobs[start + 1 : end]
+        num_allowed = sum(log_prob != -math.inf for log_prob in log_probs)
+        tokens, chosen = flat.token_ids[start + 1 : start + 1 + num_allowed], flat.token_ids[start]
+        if tokens[0] != chosen:
+            tokens[tokens.index(chosen) if chosen in tokens else -1] = tokens[0]
+            tokens[0] = chosen
+        rollout.tokens.append(tokens)
+        rollout.log_probs.append(log_probs[:num_allowed])
+    return rollout
+
+
+def _set_environment() -> None:
+    """What vLLM takes from the environment only; what the user has set there stays."""
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # the other one is not tried on a GPU yet: docs/gpu.md
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")

@@ -1,0 +1,312 @@
+"""From mentions, image features and retrieved demonstrations to predictions: prompts, engine, search, entities.
+
+Knows neither Ray nor the encoders that stand before it.
+
+B mentions, C vision width, P prefix length, D language-model width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from gemel_engine.config.settings import PromptSettings, SearchSettings
+from gemel_engine.decoding.confidence import Calibration
+from gemel_engine.decoding.engines.base import RolloutEngine
+from gemel_engine.decoding.prompt import Block, Prompt, PromptBuilder
+from gemel_engine.decoding.resume import merge_results, numbered_in, result_of
+from gemel_engine.decoding.scheduler import run_searches
+from gemel_engine.decoding.search import FoundName, NameSearch, SearchResult
+from gemel_engine.errors import InvalidMentionError, MentionError
+from gemel_engine.knowledge_base.store import KnowledgeBase
+from gemel_engine.knowledge_base.trie import PrefixTrie
+from gemel_engine.retrieval.index import DemonstrationIndex
+from gemel_engine.types import Candidate, Features, Mention, Prediction, check_features
+from gemel_engine.vision.mapper import FeatureMapper
+
+_CACHED_BLOCKS = 1 << 16
+_OF_DEMONSTRATIONS = ("demonstration_ids", "demonstration_entity_ids", "num_demonstrations_dropped")
+_LARGEST_EMBEDDING = 1e4  # token embeddings are around 1; the log-probs behind a much larger one are no numbers
+
+
+@dataclass(frozen=True, slots=True)
+class Artifacts:
+    """What a run reads beside its mentions.
+
+    Attributes:
+        trie_directory: The knowledge base's prefix trie, for engines that open it in a process of their own.
+        index: None without demonstrations.
+        feature_mapper: None without pictures.
+    """
+
+    tokenizer: PreTrainedTokenizerFast
+    knowledge_base: KnowledgeBase
+    trie_directory: Path
+    index: DemonstrationIndex | None
+    feature_mapper: FeatureMapper | None
+
+
+class EntityNameGenerator:
+    """Links mentions whose features and demonstrations are at hand.
+
+    Args:
+        artifacts: Knowledge base, demonstrations and feature mapper.
+        engine: Answers the rollouts.
+        prompt: How prompts are laid out.
+        search: How far decoding searches.
+        max_in_flight: Mentions that are searched at once.
+        num_shared: So many demonstrations are the same for all mentions of a surface form; None: all of them.
+        calibration: Gives predictions their confidence.
+        added_names: Names of the knowledge base that earlier predictions know nothing of; None: there are none.
+    """
+
+    def __init__(
+        self,
+        artifacts: Artifacts,
+        engine: RolloutEngine,
+        prompt: PromptSettings,
+        search: SearchSettings,
+        max_in_flight: int = 1,
+        num_shared: int | None = None,
+        calibration: Calibration | None = None,
+        added_names: PrefixTrie | None = None,
+    ) -> None:
+        self.artifacts = artifacts
+        self.engine = engine
+        self._builder = PromptBuilder(artifacts.tokenizer, prompt)
+        self._with_pictures = prompt.demonstration_pictures
+        self._search = search
+        self._max_in_flight = max_in_flight
+        self._num_shared = num_shared
+        self._calibration = calibration
+        self.added_names = added_names
+        self._demonstration_block = lru_cache(_CACHED_BLOCKS)(self._make_demonstration_block)
+
+    def generate(
+        self,
+        mentions: Sequence[Mention],
+        features: Sequence[Features | None],
+        demonstrations: Sequence[Sequence[int]],
+        earlier: Sequence[Prediction | None] | None = None,
+    ) -> list[Prediction]:
+        """Link B mentions; one that cannot be linked becomes a prediction with an `error`.
+
+        Args:
+            mentions: What to link.
+            features: Image features (C,) of each mention, None without a picture.
+            demonstrations: Row numbers in the demonstration index for each mention, the most similar last.
+            earlier: For each mention None, or what the same prompt gave before names were added: its candidates are
+                still in the knowledge base under their names, and at least `num_to_certify` of them were proved. Then
+                only the added names are searched, for those that score higher. A mention with candidates of its own
+                must have them all from before; it keeps its prediction.
+
+        Returns:
+            A prediction for each mention, in order.
+        """
+        tasks = _Tasks(self, mentions, features, demonstrations, earlier or [None] * len(mentions))
+        for position, result in run_searches(self.engine, tasks.searches(), self._max_in_flight):
+            tasks.finish(position, result)
+        predictions = tasks.predictions()
+        if self._calibration is None:
+            return predictions
+        return self._calibration.apply(predictions, [mention.mention for mention in mentions])
+
+    def prompt(
+        self, mention: Mention, features: Features | None, demonstrations: Sequence[int]
+    ) -> tuple[Prompt, list[int]]:
+        """What the language model reads for a mention, and the rows of the demonstrations that found room in it.
+
+        Raises:
+            PromptTooLongError: The mention's own text is too long.
+        """
+        question = self._builder.question(mention.text, mention.mention, self._visual_prefix(features))
+        blocks = [self._demonstration_block(row) for row in demonstrations]
+        places = self._builder.fitting(blocks, self._num_shared, question)
+        prompt = self._builder.build([blocks[place] for place in places], question)
+        return prompt, [demonstrations[place] for place in places]
+
+    def search(self, mention: Mention) -> tuple[NameSearch, PrefixTrie | None]:
+        """The search for a mention, and the trie of its own candidates, if it has any.
+
+        Raises:
+            InvalidMentionError: A candidate is not in the knowledge base.
+        """
+        trie = None if mention.candidate_ids is None else self._candidate_trie(mention.candidate_ids)
+        return NameSearch(trie or self.artifacts.knowledge_base.trie, self._builder.terminator, self._search), trie
+
+    def search_added(self, mention: Mention, earlier: SearchResult) -> NameSearch | None:
+        """The search for an added name that beats what was found before; None where there can't be one."""
+        if self.added_names is None or mention.candidate_ids is not None:
+            return None
+        rivals = [name.score for name in earlier.names]
+        search = NameSearch(self.added_names, self._builder.terminator, self._search, rivals)
+        return None if search.is_done else search
+
+    def found_before(self, prediction: Prediction) -> SearchResult:
+        """The search behind an earlier prediction, in the numbers of this knowledge base."""
+        return result_of(prediction, self.artifacts.knowledge_base, self._search.objective)
+
+    def numbered(self, result: SearchResult, searched: PrefixTrie) -> SearchResult:
+        """The result of a search over some names, in the numbers of the knowledge base."""
+        return numbered_in(self.artifacts.knowledge_base.trie, result, searched)
+
+    def merged(self, earlier: SearchResult, added: SearchResult) -> SearchResult:
+        """What was found before and what was found among the added names, as one result."""
+        return merge_results(earlier, added, self._search.num_candidates)
+
+    def candidates(self, names: Sequence[FoundName], mention: Mention) -> tuple[Candidate, ...]:
+        """The entities of names, within the mention's own candidates if it has any."""
+        knowledge_base = self.artifacts.knowledge_base
+        allowed = None if mention.candidate_ids is None else set(mention.candidate_ids)
+        entities = (
+            (knowledge_base.entity(row), name.log_prob)
+            for name in names
+            for row in knowledge_base.entities_of_name(name.name_index)
+        )
+        return tuple(
+            Candidate(entity.entity_id, entity.name, log_prob)
+            for entity, log_prob in entities
+            if allowed is None or entity.entity_id in allowed
+        )
+
+    def mention_ids(self, rows: Sequence[int]) -> tuple[str, ...]:
+        """The `mention_id`s of demonstrations."""
+        index = self.artifacts.index
+        return () if index is None else index.mention_ids(rows)
+
+    def entity_ids(self, rows: Sequence[int]) -> tuple[str, ...]:
+        """The entities that demonstrations show."""
+        index = self.artifacts.index
+        return () if index is None else index.entity_ids(rows)
+
+    def _make_demonstration_block(self, row: int) -> Block:
+        assert self.artifacts.index is not None, "demonstrations without an index"
+        demonstration = self.artifacts.index[row]
+        prefix = self._visual_prefix(demonstration.features) if self._with_pictures else None
+        return self._builder.demonstration(demonstration.text, demonstration.mention, demonstration.name, prefix)
+
+    @torch.inference_mode()
+    def _visual_prefix(self, features: Features | None) -> Tensor | None:
+        """The visual prefix (P, D) of one picture; always computed alone, so that it has the same bits everywhere."""
+        mapper = self.artifacts.feature_mapper
+        if features is None or mapper is None:
+            return None
+        check_features(features, mapper.metadata.vision_width)
+        prefix: Tensor = mapper(torch.from_numpy(np.array(features))[None])[0]
+        largest = prefix.abs().max().item()
+        if not largest <= _LARGEST_EMBEDDING:  # nor if it is no number
+            raise InvalidMentionError(
+                f"image_features become embeddings of up to {largest:g}, which a language model can't compute with: "
+                "give those of the image encoder that the feature mapper was trained for"
+            )
+        return prefix
+
+    def _candidate_trie(self, entity_ids: Sequence[str]) -> PrefixTrie:
+        knowledge_base = self.artifacts.knowledge_base
+        known = dict(zip(entity_ids, knowledge_base.names_of_entities(entity_ids), strict=True))
+        unknown = [entity_id[:50] for entity_id, name in known.items() if name is None]
+        if unknown or not known:
+            raise InvalidMentionError(
+                f"candidate_ids {unknown[:3]} are not in the knowledge base: remove them"
+                if unknown
+                else "candidate_ids is empty: list at least one entity, or leave it null to search the knowledge base"
+            )
+        names = {name for name in known.values() if name is not None}
+        return PrefixTrie.from_sequences([knowledge_base.name_tokens(name) for name in names])[0]
+
+
+class _Tasks:
+    """The mentions of one call: what is asked for each, and what came of it."""
+
+    def __init__(
+        self,
+        generator: EntityNameGenerator,
+        mentions: Sequence[Mention],
+        features: Sequence[Features | None],
+        demonstrations: Sequence[Sequence[int]],
+        earlier: Sequence[Prediction | None],
+    ) -> None:
+        self._generator = generator
+        self._inputs = list(zip(mentions, features, demonstrations, strict=True))
+        self._earlier = earlier
+        self._found_before: dict[int, SearchResult] = {}
+        self._used_rows: dict[int, list[int]] = {}
+        self._own_tries: dict[int, PrefixTrie] = {}
+        self._predictions: dict[int, Prediction] = {}
+
+    def searches(self) -> Iterator[tuple[int, Prompt, NameSearch, PrefixTrie | None]]:
+        """Prompts and searches, made as the engine has room for them."""
+        for position, ((mention, features, rows), earlier) in enumerate(zip(self._inputs, self._earlier, strict=True)):
+            search: NameSearch | None = None
+            trie: PrefixTrie | None = None
+            if earlier is not None:
+                self._found_before[position] = found = self._generator.found_before(earlier)
+                search, trie = self._generator.search_added(mention, found), self._generator.added_names
+                if search is None:
+                    self._predict(position, found)
+                    continue
+            try:
+                prompt, self._used_rows[position] = self._generator.prompt(mention, features, rows)
+                if search is None:
+                    search, trie = self._generator.search(mention)
+            except MentionError as error:
+                self._predictions[position] = Prediction(mention.mention_id, error=str(error))
+                continue
+            if trie is not None:
+                self._own_tries[position] = trie
+            yield position, prompt, search, trie
+
+    def finish(self, position: int, result: SearchResult) -> None:
+        """Note the outcome of a search."""
+        if (trie := self._own_tries.pop(position, None)) is not None:
+            result = self._generator.numbered(result, trie)
+        if (earlier := self._found_before.pop(position, None)) is not None:
+            result = self._generator.merged(earlier, result)
+        self._predict(position, result)
+
+    def predictions(self) -> list[Prediction]:
+        """One for each mention, in order."""
+        return [self._predictions[position] for position in range(len(self._inputs))]
+
+    def _predict(self, position: int, result: SearchResult) -> None:
+        """Note a result whose names are numbered as in the knowledge base."""
+        mention, names = self._inputs[position][0], result.names
+        candidates = self._generator.candidates(names, mention)
+        self._predictions[position] = Prediction(
+            mention_id=mention.mention_id,
+            entity_id=candidates[0].entity_id,
+            entity_name=candidates[0].entity_name,
+            log_prob=names[0].log_prob,
+            probability=_probability(names[0], result),
+            unexplored_mass=result.unexplored_mass,
+            margin=names[0].score - names[1].score if len(names) > 1 else None,
+            certified=result.num_certified > 0,
+            num_certified=result.num_certified,
+            candidates=candidates,
+            **self._demonstrations(position),
+            num_rollouts=result.num_rollouts,
+        )
+
+    def _demonstrations(self, position: int) -> dict[str, Any]:
+        """What a prediction says of the demonstrations in its prompt; an earlier prediction had the same."""
+        earlier = self._earlier[position]
+        if earlier is not None:
+            return {name: getattr(earlier, name) for name in _OF_DEMONSTRATIONS}
+        rows, used = self._inputs[position][2], self._used_rows[position]
+        ids, entity_ids = self._generator.mention_ids(used), self._generator.entity_ids(used)
+        return dict(zip(_OF_DEMONSTRATIONS, (ids, entity_ids, len(rows) - len(used)), strict=True))
+
+
+def _probability(best: FoundName, result: SearchResult) -> float:
+    """The best name's share of all names' mass; what was not explored is taken at its upper bound."""
+    log_mass = float(np.logaddexp(result.log_explored_mass, math.log(max(result.unexplored_mass, 1e-300))))
+    return math.exp(best.log_prob - log_mass)

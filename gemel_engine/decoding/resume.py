@@ -1,0 +1,84 @@
+"""What the row of an earlier run tells of the search behind it, now that its knowledge base has other names.
+
+Of the names that there were, none but those proved scores above the last of these. That stays true when names are taken
+away, and so do the bounds of their mass; added names are searched on their own.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+
+from gemel_engine.config.settings import Objective
+from gemel_engine.decoding.search import FoundName, SearchResult
+from gemel_engine.knowledge_base.store import KnowledgeBase
+from gemel_engine.knowledge_base.trie import PrefixTrie
+from gemel_engine.types import Candidate, Prediction
+
+
+def result_of(prediction: Prediction, knowledge_base: KnowledgeBase, objective: Objective) -> SearchResult:
+    """The outcome of the search behind a prediction, as far as the prediction tells.
+
+    Args:
+        prediction: Its first name is proved, and each candidate is still in the knowledge base under its name.
+        knowledge_base: As it is now; it numbers the names of the result.
+        objective: Of the search.
+    """
+    first_of_name: dict[str, Candidate] = {}
+    for candidate in prediction.candidates:
+        first_of_name.setdefault(candidate.entity_name, candidate)
+    found = knowledge_base.names_of_entities([candidate.entity_id for candidate in first_of_name.values()])
+    names = []
+    for name_index, candidate in zip(found, first_of_name.values(), strict=True):
+        assert name_index is not None, f"{candidate.entity_id} is still in the knowledge base"
+        num_tokens = len(knowledge_base.name_tokens(name_index)) + 1 if objective == "mean" else 1
+        names.append(FoundName(name_index, candidate.log_prob, candidate.log_prob / num_tokens))
+    assert prediction.num_certified, "nothing is known of what an unproved search did not find"
+    assert prediction.unexplored_mass is not None, "a prediction without an error"
+    return SearchResult(
+        names=tuple(names),
+        num_certified=prediction.num_certified,
+        log_explored_mass=_log_explored_mass(prediction, names[0].log_prob, prediction.unexplored_mass),
+        unexplored_mass=prediction.unexplored_mass,
+        num_rollouts=prediction.num_rollouts or 0,
+        highest_bound=names[prediction.num_certified - 1].score,
+    )
+
+
+def numbered_in(trie: PrefixTrie, result: SearchResult, searched: PrefixTrie) -> SearchResult:
+    """The result of a search over one trie with the numbers that its names have in another, which has them all."""
+    names = [
+        replace(name, name_index=trie.name_index(trie.walk(searched.name_tokens(name.name_index))))
+        for name in result.names
+    ]
+    return replace(result, names=tuple(names))
+
+
+def _log_explored_mass(prediction: Prediction, log_prob: float, unexplored_mass: float) -> float:
+    """What the share of the best name was computed with, up to rounding; `log_prob` is that name's."""
+    assert prediction.probability is not None, "a prediction without an error"
+    if not prediction.probability:  # too small for a number: so will be what is computed from it
+        return math.inf
+    log_mass = log_prob - math.log(prediction.probability)
+    unexplored_share = math.exp(min(0.0, math.log(max(unexplored_mass, 1e-300)) - log_mass))
+    return log_mass + math.log1p(-unexplored_share) if unexplored_share < 1 else -math.inf
+
+
+def merge_results(first: SearchResult, second: SearchResult, num_candidates: int) -> SearchResult:
+    """What two searches say of all names of both; no name is in both, and their numbers are of one trie.
+
+    A name that is not finished scores at most the higher of the two bounds, so the names above it are proved. Masses of
+    sets that have nothing in common add up.
+    """
+    names = sorted([*first.names, *second.names], key=lambda name: -name.score)[:num_candidates]
+    highest_bound = max(first.highest_bound, second.highest_bound)
+    return SearchResult(
+        names=tuple(names),
+        num_certified=sum(name.score >= highest_bound for name in names),
+        log_explored_mass=float(np.logaddexp(first.log_explored_mass, second.log_explored_mass)),
+        unexplored_mass=min(1.0, first.unexplored_mass + second.unexplored_mass),
+        num_rollouts=first.num_rollouts + second.num_rollouts,
+        highest_bound=highest_bound,
+    )

@@ -1,0 +1,66 @@
+"""Drives the searches of many mentions over one engine."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Hashable, Iterable, Iterator
+from typing import TypeVar
+
+from gemel_engine.decoding.engines.base import RolloutEngine, RolloutRequest
+from gemel_engine.decoding.prompt import Prompt
+from gemel_engine.decoding.search import NameSearch, SearchResult
+from gemel_engine.errors import GemelError
+from gemel_engine.knowledge_base.trie import PrefixTrie
+
+Key = TypeVar("Key", bound=Hashable)
+
+_request_ids = map(str, itertools.count())  # none comes twice: an engine may still hold those of an interrupted call
+
+
+def run_searches(
+    engine: RolloutEngine,
+    mentions: Iterable[tuple[Key, Prompt, NameSearch, PrefixTrie | None]],
+    max_in_flight: int,
+) -> Iterator[tuple[Key, SearchResult]]:
+    """Drive many searches over one engine, in order of arrival; yields each as it ends.
+
+    Args:
+        engine: Answers the rollouts.
+        mentions: Key, prompt, search, and the candidates' own trie (None: the engine's).
+        max_in_flight: Searches that are open at once.
+
+    Raises:
+        GemelError: The language model's log-probs are not numbers.
+    """
+    waiting = iter(mentions)
+    open_searches: dict[Key, tuple[Prompt, NameSearch, PrefixTrie | None]] = {}
+    rollouts: dict[str, tuple[Key, RolloutRequest]] = {}
+
+    def submit(key: Key) -> None:
+        prompt, search, candidates = open_searches[key]
+        for request in search.next_requests():
+            request_id = next(_request_ids)
+            rollouts[request_id] = key, request
+            engine.submit(request_id, prompt, request, candidates)
+
+    while True:
+        for key, prompt, search, candidates in itertools.islice(waiting, max_in_flight - len(open_searches)):
+            open_searches[key] = prompt, search, candidates
+            submit(key)
+        if not rollouts:
+            return
+        for request_id, rollout in engine.step():
+            asked = rollouts.pop(request_id, None)
+            if asked is None or asked[0] not in open_searches:
+                continue  # of a call that was interrupted, or of a search that was proved without it
+            if any(math.isnan(log_prob) for step in rollout.log_probs for log_prob in step):
+                raise GemelError("the language model's log-probs are not numbers: use dtype bfloat16 or float32")
+            key, request = asked
+            search = open_searches[key][1]
+            search.observe(request, rollout)
+            if search.is_done:
+                del open_searches[key]
+                yield key, search.result()
+            else:
+                submit(key)

@@ -1,0 +1,1 @@
+"""Finished runs, judged by gold labels."""

@@ -1,0 +1,103 @@
+"""Gold labels of mentions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from hashlib import blake2b
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from gemel_engine.errors import InputError
+from gemel_engine.knowledge_base.store import KnowledgeBase
+from gemel_engine.storage import parquet
+from gemel_engine.types import MENTION_COLUMNS
+
+_GOLD_COLUMNS = ("mention_id", "entity_id", "mention", "text", "candidate_ids", "image_uri")
+_PICTURES = ("image_bytes", "image_uri", "image_features")
+
+
+def surface_forms(gold: pa.Table, predictions: pa.Table) -> list[str]:
+    """The surface form of each prediction, all of whose mentions have a gold row."""
+    form_of = dict(zip(gold["mention_id"].to_pylist(), gold["mention"].to_pylist(), strict=True))
+    return [form_of[mention_id] for mention_id in predictions["mention_id"].to_pylist()]
+
+
+def read_gold(uri: str, linked: str | None = None, *, with_digests: bool = False) -> pa.Table:
+    """The small columns of mentions with gold labels.
+
+    Args:
+        uri: Parquet file or directory.
+        linked: The input of their run, which alone says what their candidates were, and all else if the labels come
+            without `text`; None if there is no run.
+        with_digests: Read all pictures, for their digests.
+
+    Returns:
+        `mention_id`, `entity_id`, where they are there `mention`, `text`, `candidate_ids`, `image_uri`,
+        `image_digest` (of `image_bytes`), and `has_picture`.
+
+    Raises:
+        InputError: The mentions have no labels.
+    """
+    if linked is None or linked == uri:
+        return _small_columns(uri, with_digests=with_digests, with_labels=True)
+    labels = _small_columns(uri, with_digests=with_digests, with_labels=True)
+    ours = [name for name in labels.column_names if name != "candidate_ids"]
+    labels = labels.select(ours if "text" in ours else ["mention_id", "entity_id"])
+    ids = labels["mention_id"].combine_chunks()
+    with_digests &= "image_digest" not in labels.column_names
+    described = _small_columns(linked, ids, with_digests=with_digests)
+    place = pc.index_in(ids, described["mention_id"].combine_chunks())
+    for name in described.column_names:
+        if name not in labels.column_names:
+            labels = labels.append_column(name, described[name].take(place))
+    return labels
+
+
+def _small_columns(
+    uri: str, wanted: pa.Array | None = None, *, with_digests: bool, with_labels: bool = False
+) -> pa.Table:
+    """What `read_gold` returns, of all mentions or of those with wanted ids; `with_labels` they must have labels."""
+    tables = []
+    for table in parquet.open_tables(uri, MENTION_COLUMNS, ["mention_id"]):
+        if with_labels and "entity_id" not in table.names:
+            raise InputError(f"{table.file.uri} has no column entity_id: name a table of mentions with gold labels")
+        tables += [
+            _described(piece if wanted is None else piece.filter(pc.is_in(piece["mention_id"], wanted)), with_digests)
+            for piece in table.pieces((*_GOLD_COLUMNS, *_PICTURES))
+        ]
+    return pa.concat_tables(tables, promote_options="default")
+
+
+def _described(mentions: pa.Table, with_digests: bool) -> pa.Table:
+    """The small columns of some mentions, and what is to be said of their pictures."""
+    table = mentions.select([name for name in _GOLD_COLUMNS if name in mentions.column_names])
+    has_picture = np.zeros(len(mentions), bool)
+    for name in _PICTURES:
+        if name in mentions.column_names:
+            has_picture |= mentions[name].is_valid().to_numpy()
+    table = table.append_column("has_picture", pa.array(has_picture))
+    if with_digests and "image_bytes" in mentions.column_names:
+        digests = [_digest(value) for value in mentions["image_bytes"]]
+        table = table.append_column("image_digest", pa.array(digests, pa.binary()))
+    return table
+
+
+def _digest(value: pa.Scalar) -> bytes | None:
+    return blake2b(value.as_buffer(), digest_size=16).digest() if value.is_valid else None
+
+
+def entities_to_judge(knowledge_base: KnowledgeBase, gold: pa.Table, predictions: Sequence[pa.Table]) -> pa.Table:
+    """The entities that judging meets: the gold ones, the candidates, and those that are called like a surface form.
+
+    Returns:
+        Columns `entity_id`, `name` and `popularity`.
+    """
+    candidates = (pc.list_flatten(table["candidates"]) for table in predictions)
+    ids = [gold["entity_id"], *(pc.struct_field(column, "entity_id") for column in candidates)]
+    names = gold["mention"] if "mention" in gold.column_names else pa.chunked_array([[]], pa.string())
+    return knowledge_base.records(
+        pa.chunked_array([chunk.cast(pa.large_string()) for column in ids for chunk in column.chunks]),
+        names.cast(pa.large_string()),
+    )

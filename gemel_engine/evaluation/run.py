@@ -1,0 +1,160 @@
+"""A finished output of the linking job: read, judged by gold labels, used to fit a calibration."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+
+from gemel_engine import storage
+from gemel_engine.errors import InputError
+from gemel_engine.evaluation.gold import entities_to_judge, read_gold
+from gemel_engine.evaluation.judge import Comparison, Evaluation, Judge, LeakAudit, Protocol, audit_leaks
+from gemel_engine.evaluation.quality import ConfidenceQuality, quality
+from gemel_engine.knowledge_base.store import KnowledgeBase
+from gemel_engine.knowledge_base.update import local_knowledge_base
+from gemel_engine.storage import parquet
+from gemel_engine.types import MENTION_COLUMNS, PREDICTION_COLUMNS, PREDICTION_SCHEMA
+
+_SETTINGS = {"input": str, "knowledge_base": str, "demonstrations": str | None}  # those that are read here
+
+
+@dataclass(frozen=True, slots=True)
+class LinkedRun:
+    """What a run was told and what it found.
+
+    Attributes:
+        output: Its directory, local or `s3://`.
+        settings: Of its configuration, all but resources and the output itself.
+        report: `report.json`.
+        predictions: All rows, `PREDICTION_SCHEMA`.
+    """
+
+    output: str
+    settings: dict[str, Any]
+    report: dict[str, Any]
+    predictions: pa.Table
+
+    @classmethod
+    def open(cls, output: str) -> Self:
+        """Read a finished output.
+
+        Raises:
+            InputError: It is not one, or the run has not finished.
+        """
+        documents, output = [], output.rstrip("/")
+        for name in ("_run.json", "report.json"):
+            if not storage.exists(f"{output}/{name}"):
+                raise InputError(f"{output} has no {name}: name the output of a linking run that has finished")
+            documents.append(storage.read_json(f"{output}/{name}", "put it back, or link again to a new output"))
+        run, report = documents
+        settings = run.get("settings") if isinstance(run, dict) and isinstance(report, dict) else None
+        if not isinstance(settings, dict) or not all(
+            name in settings and isinstance(settings[name], kind) for name, kind in _SETTINGS.items()
+        ):
+            raise InputError(f"{output}/_run.json is not of a linking run: name the output of one that has finished")
+        return cls(output, settings, report, _read_predictions(f"{output}/data"))
+
+    def has_gold(self) -> bool:
+        """Whether its input has a column `entity_id`."""
+        return any("entity_id" in table.names for table in parquet.open_tables(self.settings["input"], MENTION_COLUMNS))
+
+    def open_knowledge_base(self) -> KnowledgeBase:
+        """The knowledge base that it linked to, where that is still at its address."""
+        return KnowledgeBase.open(local_knowledge_base(self.settings["knowledge_base"]))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JudgedRun:
+    """All that is said of a run.
+
+    Attributes:
+        evaluation: How good it is.
+        confidence: How good its scores are, by their names: `calibrated` where it has a calibration, and `raw`.
+        comparison: The run beside another.
+        leaks: What its mentions have in common with the training split.
+        knowledge_base_names: Names that the run chose from.
+        verdicts: `Judge.verdicts`.
+    """
+
+    evaluation: Evaluation
+    confidence: dict[str, ConfidenceQuality]
+    comparison: Comparison | None
+    leaks: LeakAudit | None
+    knowledge_base_names: int
+    verdicts: pa.Table
+
+    def to_json(self) -> bytes:
+        """`metrics.json`: all but the verdicts."""
+        return json.dumps(asdict(replace(self, verdicts=None)), indent=2, allow_nan=False).encode()
+
+
+def judge_run(
+    linked: LinkedRun,
+    *,
+    gold: str | None = None,
+    train: str | None = None,
+    against: LinkedRun | None = None,
+    protocol: Protocol = "entity",
+) -> JudgedRun:
+    """Judge a run by gold labels.
+
+    Args:
+        linked: The run.
+        gold: See `read_gold`; the run's input by default.
+        train: The training split.
+        against: Another run over the same mentions.
+        protocol: When an answer is right.
+
+    Raises:
+        InputError: There are no labels, or they are not of the linked mentions.
+    """
+    labels = gold or linked.settings["input"]
+    labelled = read_gold(labels, linked.settings["input"], with_digests=train is not None)
+    training = None if train is None else read_gold(train, with_digests=True)
+    knowledge_base = linked.open_knowledge_base()
+    runs = [linked.predictions, *([] if against is None else [against.predictions])]
+    entities = entities_to_judge(knowledge_base, labelled, runs)
+    judge = Judge(labelled, entities=entities, train=training, protocol=protocol)
+    evaluation, comparison = judge.evaluate(linked.predictions), None
+    if against is not None:
+        try:  # what may be wrong is not the run's own, which has been judged
+            Judge(read_gold(labels, against.settings["input"]), entities=entities, protocol=protocol)
+            comparison = judge.compare(against.predictions, linked.predictions)
+        except InputError as error:
+            raise InputError(f"of the run to compare with: {error}") from error
+    return JudgedRun(
+        evaluation=evaluation,
+        confidence=qualities(judge, linked.predictions),
+        comparison=comparison,
+        leaks=None if training is None else audit_leaks(training, labelled),
+        knowledge_base_names=knowledge_base.trie.num_names,
+        verdicts=judge.verdicts(linked.predictions),
+    )
+
+
+def qualities(judge: Judge, predictions: pa.Table) -> dict[str, ConfidenceQuality]:
+    """How good each score is that a run gives its answers, those to NIL mentions too; rows with an error have none."""
+    judged, is_right, _ = judge.outcomes(predictions)
+    has_answer = np.array(judged["error"].is_null())
+    judged, is_right = judged.filter(has_answer), is_right[has_answer]
+    scores = {"calibrated": "confidence", "raw": "probability"}
+    return {
+        name: quality(judged[column].to_numpy(), is_right)
+        for name, column in scores.items()
+        if len(judged) and not judged[column].null_count
+    }
+
+
+def _read_predictions(directory: str) -> pa.Table:
+    """All rows of an output; a column that an earlier version did not write is null."""
+    found = parquet.read_tables(directory, PREDICTION_COLUMNS, PREDICTION_SCHEMA.names, ["mention_id"])
+    nulls = [pa.nulls(len(found), field.type) for field in PREDICTION_SCHEMA]
+    columns = [
+        found[field.name] if field.name in found.column_names else null
+        for field, null in zip(PREDICTION_SCHEMA, nulls, strict=True)
+    ]
+    return pa.table(columns, schema=PREDICTION_SCHEMA)

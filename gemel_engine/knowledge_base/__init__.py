@@ -1,0 +1,1 @@
+"""Entities and the prefix trie of their names."""

@@ -1,0 +1,67 @@
+"""What one knowledge base has that another had not, as far as predictions depend on it."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from gemel_engine import storage
+from gemel_engine.knowledge_base.trie import PrefixTrie
+from gemel_engine.storage.parquet import parquet_bytes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class KnowledgeBaseChanges:
+    """What one knowledge base has that another had not, as far as predictions depend on it.
+
+    Attributes:
+        entity_ids: Entities of the old one that the new one lacks, or calls by another name.
+        added_names: Names that only the new one has; None if there are none.
+    """
+
+    entity_ids: pa.Array
+    added_names: PrefixTrie | None
+
+    @classmethod
+    def between(cls, old: Path, new: Path) -> Self:
+        """Compare two knowledge bases, every byte of which is checked.
+
+        Raises:
+            ArtifactError: One is damaged.
+        """
+        from gemel_engine.knowledge_base.store import (
+            KnowledgeBase,  # takes seconds to import, and who reads rows has no need
+        )
+
+        knowledge_base = KnowledgeBase.open(new, verify=True)
+        before, after = KnowledgeBase.open(old, verify=True).table(), knowledge_base.table()
+        ids, names = (after[name].combine_chunks() for name in ("entity_id", "name"))
+        now = names.take(pc.index_in(before["entity_id"], ids).combine_chunks())
+        is_same = pc.fill_null(pc.equal(now, before["name"].combine_chunks()), False)
+        is_new = pc.invert(pc.is_in(names, before["name"].combine_chunks()))
+        added = np.unique(after["name_index"].filter(is_new).to_numpy())
+        return cls(
+            before["entity_id"].combine_chunks().filter(pc.invert(is_same)),
+            PrefixTrie.build(*knowledge_base.trie.sequences(added))[0] if len(added) else None,
+        )
+
+    def save(self, address: str) -> None:
+        """Write them to a directory, local or `s3://`; what is there is replaced by the same."""
+        table = pa.table({"entity_id": self.entity_ids})
+        storage.write_bytes(f"{address}/entities.parquet", parquet_bytes(table))
+        num_names = 0
+        if self.added_names is not None:
+            num_names = self.added_names.num_names
+            with tempfile.TemporaryDirectory() as directory:
+                self.added_names.save(Path(directory))
+                for path in Path(directory).iterdir():
+                    storage.write_bytes(f"{address}/added_names/{path.name}", path.read_bytes())
+        counts = {"num_changed_entities": len(self.entity_ids), "num_added_names": num_names}
+        storage.write_bytes(f"{address}/changes.json", json.dumps(counts).encode())

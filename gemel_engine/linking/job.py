@@ -1,0 +1,394 @@
+"""The linking job: Ray Data streams shards of mentions through actors that encode, retrieve and generate.
+
+    sort → read mentions → EncodeImages → RetrieveDemonstrations → GenerateEntityNames → write parts → commit shards
+
+One block is one shard, or a part of it. The stages stand in `stages.py` and know nothing of this file.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+import uuid
+from collections import Counter, defaultdict
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+from numpy.typing import NDArray
+from ray.data import Dataset
+
+from gemel_engine import storage
+from gemel_engine.config.loading import config_json, validated
+from gemel_engine.config.settings import LinkConfig
+from gemel_engine.display import percent
+from gemel_engine.errors import TooManyFailuresError, shown
+from gemel_engine.extras import require
+from gemel_engine.fingerprints import Contents, run_contents
+from gemel_engine.linking.incremental import EarlierRun
+from gemel_engine.linking.progress import Progress, Tally
+from gemel_engine.linking.stages import GenerateEntityNames, read_with_places, write_ordered, write_parts
+from gemel_engine.pipeline import output_check
+from gemel_engine.pipeline.corpus import Shard, count_rows, order_by_surface_form, plan_identity, plan_shards, recut
+from gemel_engine.pipeline.output import (
+    check_claim,
+    claim_output,
+    commit_shard,
+    is_claimed,
+    load_plan,
+    run_digest,
+    save_plan,
+)
+from gemel_engine.pipeline.ray_data import actor_pool, connect, encode_and_retrieve, own_errors, rows_of
+
+if TYPE_CHECKING:
+    from gemel_engine.decoding.generator import Artifacts
+
+
+logger = logging.getLogger(__name__)
+
+# Settings that may differ between a run and its continuation: they change no row of the output.
+_NOT_IDENTITY = ("resources", "output", "max_failed_fraction", "verify_artifacts", "dry_run")
+
+_MAX_SORTED_BLOCKS = 256
+
+_ROWS_PER_RANGE = 1 << 18  # read at once to be sorted: row groups may be as large, and are read whole
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CarriedOver:
+    """What a run took over from the one that it carries on; rows and costs are of the shards finished by this run.
+
+    Attributes:
+        num_changed_entities: Entities that were retired or renamed.
+        num_added_names: Names that are new.
+        rows_kept: Rows that kept their prediction without a question to the language model.
+        rows_extended: Rows that were searched over the added names alone.
+        rows_linked: Rows that were linked in full.
+        rollouts_before: All those behind the rows of the earlier run.
+        prompt_tokens_before: Of the earlier run, as its report says.
+    """
+
+    num_changed_entities: int
+    num_added_names: int
+    rows_kept: int
+    rows_extended: int
+    rows_linked: int
+    rollouts_before: int
+    prompt_tokens_before: int
+
+    def summary(self) -> str:
+        """One line for a terminal."""
+        return (
+            f"kept={self.rows_kept} extended={self.rows_extended} linked={self.rows_linked} "
+            f"rollouts_before={self.rollouts_before}"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkReport:
+    """What came of a run.
+
+    Attributes:
+        rows: Rows of the output, all shards.
+        errors: Rows that ended in an error, by kind.
+        certified_share: Share of the linked rows whose name is proved to be the best.
+        rollouts_per_mention: Mean over the linked rows.
+        shards: Shards of the output.
+        shards_skipped: Those that an earlier run had finished.
+        rows_linked_now: Rows of the shards that this run finished; what follows is of these.
+        seconds: From the start of the job to its last shard.
+        mentions_per_second: Rows over seconds, start-up included.
+        stage_seconds: Time that each stage's actors were busy.
+        peak_bytes: The most memory that a process of each stage has held.
+        rollouts: Asked of the engine.
+        prompt_tokens: Of all prompts sent to the engine, one for each rollout.
+        cached_tokens: Those of them that it had in its cache.
+        prefix_cache_hit_rate: Their share.
+        feature_mapper: `trained`, or what its weights were set to: `ridge` (in closed form), `random`, `imported`; or
+            `none`.
+        carried_over: Of the run that this one carries on; None if it does not.
+    """
+
+    rows: int
+    errors: dict[str, int]
+    certified_share: float | None
+    rollouts_per_mention: float | None
+    shards: int
+    shards_skipped: int
+    rows_linked_now: int
+    seconds: float
+    mentions_per_second: float
+    stage_seconds: dict[str, float]
+    peak_bytes: dict[str, int]
+    rollouts: int
+    prompt_tokens: int
+    cached_tokens: int
+    prefix_cache_hit_rate: float | None
+    feature_mapper: str
+    carried_over: CarriedOver | None
+
+    def summary(self) -> str:
+        """One line for a terminal."""
+        return (
+            f"rows={self.rows} errors={sum(self.errors.values())} certified={percent(self.certified_share)} "
+            f"mentions_per_s={self.mentions_per_second:.2f} cache_hits={percent(self.prefix_cache_hit_rate)} "
+            f"feature_mapper={self.feature_mapper}"
+        )
+
+
+def link_corpus(config: LinkConfig) -> LinkReport:
+    """Link a corpus: every input row becomes exactly one output row.
+
+    Raises:
+        GemelError: The configuration, the input or an artifact is unusable (nothing has been started then), or more
+            rows failed than `max_failed_fraction` allows (the output is complete then).
+    """
+    started = time.monotonic()
+    plan, artifacts, contents = checked_plan(config)
+    identity = _identity(config, plan, contents)
+    run = run_digest(identity)
+    claim_output(config.output, identity)
+    if (earlier := EarlierRun.of(config)) is not None:
+        earlier.note_changes(config.knowledge_base)
+    plan = ordered_plan(config, plan)
+    finished = output_check.check_finished(config.output, plan, run)
+    remaining = [shard for shard in plan if shard.name not in finished]
+    tally = Tally()
+    if remaining:
+        connect()
+        tally = _commit_as_completed(config.output, remaining, stream_receipts(config, remaining, contents), run)
+    rows = output_check.read_complete(config.output, plan, run, ("error", "certified", "num_rollouts"))
+    for working_files in ("_parts", "_marks"):  # of this run and of any other: all shards are complete
+        storage.remove_tree(f"{config.output}/{working_files}")
+    report = _report(config, artifacts, plan, remaining, tally, rows, time.monotonic() - started)
+    if remaining or not storage.exists(f"{config.output}/report.json"):  # else it tells of the run that did the work
+        storage.write_bytes(f"{config.output}/report.json", json.dumps(asdict(report), indent=2).encode())
+        logger.info("linked %s: %s", shown(config.output), report.summary())
+    else:
+        logger.info("nothing is left to link: %s has all %d rows", shown(config.output), report.rows)
+    if report.carried_over is not None:
+        logger.info("carried on %s: %s", shown(str(config.previous)), report.carried_over.summary())
+    _check_failures(config, report)
+    return report
+
+
+def describe_run(config: LinkConfig) -> str:
+    """What `link_corpus` would do, after all checks that it makes before any work.
+
+    Raises:
+        GemelError: The configuration, the input or an artifact is unusable.
+    """
+    plan, _, contents = checked_plan(config)
+    finished: set[str] = set()
+    if is_claimed(config.output):
+        identity = _identity(config, plan, contents)
+        check_claim(config.output, identity)
+        plan = load_plan(config.output, count_rows(plan)) or plan
+        finished = output_check.check_finished(config.output, plan, run_digest(identity))
+    remaining = [shard for shard in plan if shard.name not in finished]
+    num_rows, num_left = count_rows(plan), count_rows(remaining)
+    return (
+        f"{config.output}: {num_left} of {num_rows} rows are to be linked, in {len(remaining)} of {len(plan)} shards; "
+        "nothing has been done"
+    )
+
+
+def checked_plan(config: LinkConfig) -> tuple[list[Shard], Artifacts, Contents]:
+    """Return the corpus in shards, and the artifacts, all found to be usable and to belong together.
+
+    The last item holds what each model and artifact is, by its name: fingerprints and manifests.
+
+    Raises:
+        GemelError: They are not.
+    """
+    from gemel_engine.assembly import check_encoders, open_artifacts, open_calibration
+
+    config = validated(config)
+    storage.check_kept(config.output)
+    storage.check_apart(config.output, config.input)
+    if config.language_model.engine == "vllm":
+        require("vllm", "cpu", "gpu")
+    plan = plan_shards(config.input, config.rows_per_shard, config.vision.required_columns)
+    artifacts = open_artifacts(config, verify=config.verify_artifacts)
+    image_encoder = check_encoders(config, artifacts)
+    open_calibration(config)
+    contents = run_contents(
+        config,
+        None if artifacts.index is None else artifacts.index.metadata.mention_encoder_fingerprint,
+        None if image_encoder is None else image_encoder.fingerprint,
+    )
+    if (earlier := EarlierRun.of(config)) is not None:
+        earlier.check(_identity(config, plan, contents))
+    return plan, artifacts, contents
+
+
+def ordered_plan(config: LinkConfig, plan: list[Shard]) -> list[Shard]:
+    """Sort the corpus by surface form, so that equal beginnings of prompts meet in one shard, and cut it anew.
+
+    The sorted rows are written to the output; a continued run takes those of the first. A corpus that holds pictures or
+    image features, or is of one shard, stays as it is.
+    """
+    if (ordered := load_plan(config.output, count_rows(plan))) is not None:
+        return ordered
+    if len(plan) == 1 or (places := order_by_surface_form(plan)) is None:
+        return plan
+    connect()
+    # A sort moves a piece from each block to each other: few blocks, with several shards in each of a large corpus.
+    rows_per_block = config.rows_per_shard * -(-len(places) // (config.rows_per_shard * _MAX_SORTED_BLOCKS))
+    boundaries: list[int | float] = [*range(rows_per_block, len(places), rows_per_block)]
+    name = uuid.uuid4().hex
+    directory = f"{config.output}/_ordered/{name}"
+    dataset: Dataset = ray.data.from_arrow(_placed_ranges(plan, places))
+    dataset = dataset.map_batches(read_with_places, batch_size=1, batch_format="pyarrow", num_cpus=0.25)
+    dataset = dataset.sort("place", boundaries=boundaries or [len(places)])  # Ray would guess, if none
+    dataset = dataset.map_batches(
+        partial(write_ordered, directory=directory, rows_per_shard=config.rows_per_shard),
+        batch_size=None,
+        batch_format="pyarrow",
+        num_cpus=0.25,
+    )
+    dataset.set_name("sorting")
+    num_written = sum(row["num_rows"] for row in rows_of(dataset.iter_batches(batch_size=None, batch_format="pyarrow")))
+    assert num_written == len(places), f"{num_written} of {len(places)} rows were sorted"
+    ordered = save_plan(config.output, plan_shards(directory, config.rows_per_shard))
+    if name not in ordered[0].uri:
+        storage.remove_tree(directory)  # another run of the same command was first
+    return ordered
+
+
+def _placed_ranges(plan: Sequence[Shard], places: NDArray[np.int64]) -> list[pa.Table]:
+    """The input's files in ranges, each as a table of one row with the places of its rows."""
+    tables, first = [], 0
+    for shard in recut(plan, _ROWS_PER_RANGE):
+        num_rows = shard.stop - shard.start
+        of_rows = pa.LargeListArray.from_arrays([0, num_rows], places[first : first + num_rows])
+        tables.append(pa.Table.from_pylist([asdict(shard)]).append_column("places", of_rows))
+        first += num_rows
+    return tables
+
+
+def stream_parts(config: LinkConfig, remaining: Sequence[Shard], contents: Contents | None) -> Dataset:
+    """The pipeline, up to the receipts of the parts that it wrote; nothing runs until it is consumed."""
+    previous = EarlierRun.of(config)
+    annotate = None if previous is None else previous.attach
+    dataset = encode_and_retrieve(config, remaining, contents, annotate=annotate)
+    dataset = dataset.map_batches(
+        GenerateEntityNames, fn_constructor_args=(config, contents), **actor_pool(config.resources.generation)
+    )
+    dataset = dataset.map_batches(
+        partial(write_parts, output=config.output, plan={shard.index: shard for shard in remaining}),
+        batch_size=None,
+        batch_format="pyarrow",
+        num_cpus=0.25,
+    )
+    dataset.set_name("linking")
+    return dataset
+
+
+def stream_receipts(
+    config: LinkConfig, remaining: Sequence[Shard], contents: Contents | None
+) -> Generator[dict[str, Any], None, None]:
+    """Run the pipeline; yields each receipt, a row of `RECEIPT_SCHEMA`, as its part is written."""
+    yield from rows_of(stream_parts(config, remaining, contents).iter_batches(batch_size=None, batch_format="pyarrow"))
+
+
+def _commit_as_completed(
+    output: str, remaining: Sequence[Shard], receipts: Iterable[Mapping[str, Any]], run: str
+) -> Tally:
+    """Commit each shard as soon as receipts cover its rows; returns their sums."""
+    commit: Any = ray.remote(num_cpus=0)(commit_shard)
+    plan = {shard.index: shard for shard in remaining}
+    num_missing = {shard.index: shard.stop - shard.start for shard in remaining}
+    parts: dict[int, list[str]] = defaultdict(list)
+    progress = Progress(output, sum(num_missing.values()))
+    commits = []
+    for receipt in receipts:
+        index = receipt["shard"]
+        parts[index].append(receipt["part"])
+        num_missing[index] -= receipt["num_rows"]
+        progress.add(receipt)
+        if num_missing[index] == 0:
+            commits.append(commit.remote(output, plan[index], parts.pop(index), run))
+            done, commits = ray.wait(commits, num_returns=len(commits), timeout=0)
+            with own_errors():
+                ray.get(done)  # raises what went wrong with them
+    with own_errors():
+        ray.get(commits)
+    return progress.tally
+
+
+def _report(
+    config: LinkConfig,
+    artifacts: Artifacts,
+    plan: Sequence[Shard],
+    remaining: Sequence[Shard],
+    tally: Tally,
+    table: pa.Table,
+    seconds: float,
+) -> LinkReport:
+    linked = table.filter(pc.is_null(table["error"]))
+    rows_now = count_rows(remaining)
+    mapper = artifacts.feature_mapper
+    return LinkReport(
+        rows=table.num_rows,
+        errors=dict(Counter(error.partition(":")[0] for error in table["error"].drop_null().to_pylist())),
+        certified_share=pc.mean(linked["certified"]).as_py(),
+        rollouts_per_mention=pc.mean(linked["num_rollouts"]).as_py(),
+        shards=len(plan),
+        shards_skipped=len(plan) - len(remaining),
+        rows_linked_now=rows_now,
+        seconds=seconds,
+        mentions_per_second=rows_now / seconds,
+        stage_seconds=tally.stage_seconds,
+        peak_bytes=tally.peak_bytes,
+        rollouts=tally.rollouts,
+        prompt_tokens=round(tally.costs["prompt_tokens"]),
+        cached_tokens=round(tally.costs["cached_tokens"]),
+        prefix_cache_hit_rate=tally.cache_hit_rate,
+        feature_mapper="none" if mapper is None else mapper.metadata.origin,
+        carried_over=_carried_over(config, tally),
+    )
+
+
+def _carried_over(config: LinkConfig, tally: Tally) -> CarriedOver | None:
+    if (earlier := EarlierRun.of(config)) is None:
+        return None
+    before = earlier.report()
+    num_linked_before = before["rows"] - sum(before["errors"].values())
+    rows_kept, rows_extended = round(tally.costs["rows_kept"]), round(tally.costs["rows_extended"])
+    return CarriedOver(
+        **earlier.counts(),
+        rows_kept=rows_kept,
+        rows_extended=rows_extended,
+        rows_linked=tally.rows - rows_kept - rows_extended,
+        rollouts_before=round((before["rollouts_per_mention"] or 0) * num_linked_before),
+        prompt_tokens_before=before["prompt_tokens"],
+    )
+
+
+def _check_failures(config: LinkConfig, report: LinkReport) -> None:
+    num_failed = sum(report.errors.values())
+    if num_failed > config.max_failed_fraction * report.rows:
+        raise TooManyFailuresError(
+            f"{num_failed} of {report.rows} rows failed ({report.errors}), more than max_failed_fraction "
+            f"{config.max_failed_fraction} allows; the output {shown(config.output)} is complete: see its `error`"
+        )
+
+
+def _identity(config: LinkConfig, plan: Sequence[Shard], contents: Contents) -> dict[str, Any]:
+    """What makes up a run: settings, input files, models and artifacts."""
+    settings = {key: value for key, value in json.loads(config_json(config)).items() if key not in _NOT_IDENTITY}
+    earlier = EarlierRun.of(config)
+    return {
+        "settings": settings,
+        "plan": plan_identity(plan),
+        "artifacts": contents,
+        **({} if earlier is None else {"previous": earlier.identity()}),
+    }

@@ -1,0 +1,171 @@
+"""What a linking run says while it runs: counts of its receipts, as lines of the log and as Ray's metrics.
+
+    ray_gemel_planned_rows_total{output}    rows that this run has to link
+    ray_gemel_rows_total{output, outcome}   finished rows: `linked`, or the kind of their error
+    ray_gemel_rollouts_total{output}
+    ray_gemel_prompt_tokens_total{output, found}    in the prefix `cache`, or `computed`
+    ray_gemel_stage_seconds_total{output, stage}    that actors were busy
+
+Prometheus finds them, under these names, where Ray shows its own. They come from the driver, which has each finished
+row's receipt once, whatever actors were lost; so they move when a shard, or a part of one, is done.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+from ray.util import metrics
+
+from gemel_engine.display import percent
+from gemel_engine.errors import shown
+from gemel_engine.pipeline.stages import COSTS, PEAKS
+
+logger = logging.getLogger(__name__)
+
+_SECONDS_BETWEEN_LINES = 10
+
+
+@dataclass(slots=True)
+class Tally:
+    """The sums of receipts.
+
+    Attributes:
+        rows: Finished.
+        errors: Those of them that ended in an error, by kind.
+        costs: By the names of `COSTS`.
+        peaks: The largest of each of `PEAKS`, in bytes.
+    """
+
+    rows: int = 0
+    errors: Counter[str] = field(default_factory=Counter)
+    costs: Counter[str] = field(default_factory=Counter)
+    peaks: dict[str, int] = field(default_factory=dict)
+
+    def add(self, receipt: Mapping[str, Any]) -> None:
+        """Count a receipt, a row of `RECEIPT_SCHEMA`."""
+        self.rows += receipt["num_rows"]
+        self.errors.update(receipt["error_kinds"])
+        self.costs.update({name: receipt[name] for name in COSTS if receipt[name] is not None})
+        for name in PEAKS:
+            if receipt[name] is not None:
+                self.peaks[name] = max(self.peaks.get(name, 0), int(receipt[name]))
+
+    @property
+    def stage_seconds(self) -> dict[str, float]:
+        """Time that each stage's actors were busy."""
+        return {
+            name.removesuffix("_seconds"): self.costs[name]
+            for name in COSTS
+            if name.endswith("_seconds") and name in self.costs
+        }
+
+    @property
+    def peak_bytes(self) -> dict[str, int]:
+        """The most memory that a process of each stage has held."""
+        return {name.removesuffix("_peak_bytes"): peak for name, peak in self.peaks.items()}
+
+    @property
+    def rollouts(self) -> int:
+        """Asked of the engine."""
+        return round(self.costs["rollouts"])
+
+    @property
+    def computed_tokens(self) -> float:
+        """Prompt tokens that the engine did not have in its cache."""
+        return self.costs["prompt_tokens"] - self.costs["cached_tokens"]
+
+    @property
+    def cache_hit_rate(self) -> float | None:
+        """Share of the prompt tokens that the engine had in its cache; None without any."""
+        return self.costs["cached_tokens"] / self.costs["prompt_tokens"] if self.costs["prompt_tokens"] else None
+
+
+class Progress:
+    """Counts the receipts of a run as they come, and tells of them.
+
+    Args:
+        output: The run's, which tells its metrics from another's.
+        num_rows: To be linked.
+    """
+
+    def __init__(self, output: str, num_rows: int) -> None:
+        self.tally = Tally()
+        self._num_rows = num_rows
+        self._first: tuple[float, int] | None = None  # when the first rows were done, and how many
+        self._last_line = -float("inf")
+        self._tags = {"output": shown(output).strip("'")}
+        tags = ("output",)
+        self._rows = metrics.Counter("gemel_rows", "Finished rows by outcome", (*tags, "outcome"))
+        self._rollouts = metrics.Counter("gemel_rollouts", "Rollouts asked for finished rows", tags)
+        self._tokens = metrics.Counter("gemel_prompt_tokens", "Prompt tokens of finished rows", (*tags, "found"))
+        self._seconds = metrics.Counter("gemel_stage_seconds", "Time that actors were busy", (*tags, "stage"))
+        # Ray forgets a gauge between two receipts.
+        _increase(metrics.Counter("gemel_planned_rows", "Rows that the run has to link", tags), num_rows, self._tags)
+
+    def add(self, receipt: Mapping[str, Any]) -> None:
+        """Count a receipt, a row of `RECEIPT_SCHEMA`; tell of it, unless a line has just been written."""
+        self.tally.add(receipt)
+        self._export(receipt)
+        now = time.monotonic()
+        if self._first is None:
+            self._first = now, self.tally.rows
+        is_due = now - self._last_line >= _SECONDS_BETWEEN_LINES or self.tally.rows == self._num_rows
+        if is_due and not sys.stdout.isatty():  # where Ray Data draws bars instead
+            self._last_line = now
+            self._log(now)
+
+    def _export(self, receipt: Mapping[str, Any]) -> None:
+        of_receipt = Tally()
+        of_receipt.add(receipt)
+        outcomes = of_receipt.errors | Counter(linked=of_receipt.rows - of_receipt.errors.total())
+        tokens = {"cache": of_receipt.costs["cached_tokens"], "computed": of_receipt.computed_tokens}
+        counted: list[tuple[metrics.Counter, str, Mapping[str, float]]] = [
+            (self._rows, "outcome", outcomes),
+            (self._tokens, "found", tokens),
+            (self._seconds, "stage", of_receipt.stage_seconds),
+        ]
+        for counter, key, values in counted:
+            for label, value in values.items():
+                _increase(counter, value, self._tags | {key: label})
+        _increase(self._rollouts, of_receipt.rollouts, self._tags)
+
+    def _log(self, now: float) -> None:
+        tally, rate = self.tally, self._rows_per_second(now)
+        busy = sum(tally.stage_seconds.values()) or 1.0
+        left = None if rate is None else timedelta(seconds=round((self._num_rows - tally.rows) / rate))
+        logger.info(
+            "linked %d of %d rows (%.1f%%), %s rows/s, %s left; %d errors; cache hits %s; busy: %s",
+            tally.rows,
+            self._num_rows,
+            100 * tally.rows / self._num_rows,
+            "-" if rate is None else f"{rate:.2f}",
+            "-" if left is None else left,
+            tally.errors.total(),
+            percent(tally.cache_hit_rate),
+            ", ".join(f"{stage} {100 * spent / busy:.0f}%" for stage, spent in tally.stage_seconds.items()),
+            extra={
+                "rows": tally.rows,
+                "planned_rows": self._num_rows,
+                "rows_per_second": rate,
+                "seconds_left": None if left is None else left.total_seconds(),
+                "errors": dict(tally.errors),
+            },
+        )
+
+    def _rows_per_second(self, now: float) -> float | None:
+        """Since the first receipt: what went before is the start of the actors. None until a second has passed."""
+        assert self._first is not None, "called when there is a receipt"
+        started, rows = self._first
+        return (self.tally.rows - rows) / (now - started) if self.tally.rows > rows and now > started + 1 else None
+
+
+def _increase(counter: metrics.Counter, value: float, tags: dict[str, str]) -> None:
+    if value > 0:  # Ray refuses to count nothing
+        counter.inc(value, tags)

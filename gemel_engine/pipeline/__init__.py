@@ -1,0 +1,1 @@
+"""What linking and training share: corpus, output, stages."""

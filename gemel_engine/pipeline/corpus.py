@@ -1,0 +1,259 @@
+"""A run's unit of work and of output: the plan that cuts a corpus into shards, and how a shard is finished.
+
+    OUTPUT/_run.json                        what the run is; created exclusively, so that two different runs can't mix
+    OUTPUT/_parts/shard-00003/...           finished rows of an unfinished shard
+    OUTPUT/data/shard-00003.parquet         exists if and only if the shard is complete; created exclusively
+    OUTPUT/report.json
+
+    OUTPUT/_plan.json                       the shards, where they are not those of the input files; created exclusively
+    OUTPUT/_ordered/...                     the corpus in the order of its surface forms, without pictures
+
+A shard is a range of rows of one file: of the input, or of the ordered corpus where that was written. `data/` is a
+plain Parquet directory at every moment and holds no row twice: whoever finishes a shard first wins, and a rerun skips
+the finished ones. Each shard's footer names its run; `output_check` compares all of them with the plan.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from gemel_engine import storage
+from gemel_engine.errors import InputError, shown
+from gemel_engine.storage import parquet
+from gemel_engine.types import MENTION_COLUMNS, MENTION_REQUIRED_COLUMNS
+
+# Columns that linking reads: those that are sorted by surface form, and all.
+SMALL_SCHEMA = pa.schema(
+    [
+        (name, MENTION_COLUMNS[name].type)
+        for name in ("mention_id", "text", "mention", "mention_start", "candidate_ids", "group", "image_uri")
+    ]
+)
+_COLUMNS = (*SMALL_SCHEMA.names, "image_bytes", "image_features")
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Rows `start` to `stop` - 1 of an input file, as it was when the run was planned.
+
+    Attributes:
+        index: Position in the plan, from 0.
+        uri: Address of the file.
+        version: Of the file: see `_version`.
+        start: First row.
+        stop: Row behind the last.
+        ids: `ids_digest` of its mentions; empty where only the rows matter.
+    """
+
+    index: int
+    uri: str
+    version: str
+    start: int
+    stop: int
+    ids: str = ""
+
+    @property
+    def name(self) -> str:
+        """Name of its output, without extension."""
+        return f"shard-{self.index:05d}"
+
+
+def plan_shards(input_uri: str, rows_per_shard: int, also_required: Sequence[str] = ()) -> list[Shard]:
+    """Check a corpus by its small columns and cut it into shards.
+
+    Args:
+        input_uri: Parquet file or directory of mentions.
+        rows_per_shard: At most so many.
+        also_required: Columns that this run needs beside those that every run does.
+
+    Raises:
+        InputError: A column is missing, of the wrong type or there twice, a file is no Parquet, or a `mention_id` is
+            missing, not UTF-8, or stands twice.
+    """
+    shards: list[Shard] = []
+    ids = _UniqueIds(input_uri)
+    for table in parquet.open_tables(input_uri, MENTION_COLUMNS, (*MENTION_REQUIRED_COLUMNS, *also_required)):
+        chunks: list[pa.Array] = []
+        for piece in table.pieces(["mention_id"]):
+            ids.add(piece["mention_id"])
+            chunks += piece["mention_id"].chunks
+        of_file = pa.chunked_array(chunks, pa.large_string())
+        cut = _cut(table.file.uri, _version(table.file), table.num_rows, rows_per_shard, len(shards))
+        shards += [replace(shard, ids=ids_digest(of_file[shard.start : shard.stop])) for shard in cut]
+    ids.check()
+    return shards
+
+
+def order_by_surface_form(plan: Sequence[Shard]) -> NDArray[np.int64] | None:
+    """The place of each row, in the order of the plan, in the corpus sorted by surface form and `mention_id`.
+
+    Only these two columns are read. None if a file holds pictures or image features: rows of that size stay where they
+    are.
+    """
+    tables = []
+    for uri in dict.fromkeys(shard.uri for shard in plan):
+        with parquet.open_table(uri, MENTION_COLUMNS) as table:
+            if not {"image_bytes", "image_features"}.isdisjoint(table.names):
+                return None
+            tables.append(table.read(["mention", "mention_id"]))
+    order = pc.sort_indices(
+        pa.concat_tables(tables), sort_keys=[("mention", "ascending"), ("mention_id", "ascending")]
+    ).to_numpy()
+    places = np.empty(len(order), np.int64)
+    places[order] = np.arange(len(order))
+    return places
+
+
+def order_within_shards(plan: Sequence[Shard]) -> NDArray[np.int64]:
+    """The rows, numbered in the order of the plan, in the order in which they are linked where they stay in place."""
+    orders, first = [], 0
+    for uri, of_file in groupby(plan, key=lambda shard: shard.uri):
+        with parquet.open_table(uri, MENTION_COLUMNS) as table:
+            mentions = table.read(["mention"])["mention"]
+        for shard in of_file:
+            within = pc.sort_indices(mentions.slice(shard.start, shard.stop - shard.start)).to_numpy()
+            orders.append(first + within.astype(np.int64))
+            first += len(within)
+    return np.concatenate(orders)
+
+
+def take_rows(plan: Sequence[Shard], rows: NDArray[np.int64]) -> pa.Table:
+    """All columns that linking reads of some rows, by their numbers in the order of the plan, which must rise."""
+    tables, first = [], 0
+    for uri in dict.fromkeys(shard.uri for shard in plan):
+        with parquet.open_table(uri, MENTION_COLUMNS) as table:
+            wanted = rows[(rows >= first) & (rows < first + table.num_rows)] - first
+            tables.append(table.take(_COLUMNS, wanted))
+            first += table.num_rows
+    return pa.concat_tables(tables, promote_options="default")
+
+
+def recut(plan: Sequence[Shard], rows_per_shard: int) -> list[Shard]:
+    """The same rows in the same order, in shards of another size."""
+    recut: list[Shard] = []
+    for (uri, version), of_file in groupby(plan, key=lambda shard: (shard.uri, shard.version)):
+        recut += _cut(uri, version, list(of_file)[-1].stop, rows_per_shard, len(recut))
+    return recut
+
+
+def count_rows(plan: Sequence[Shard]) -> int:
+    """Return the number of rows of all shards."""
+    return sum(shard.stop - shard.start for shard in plan)
+
+
+def read_rows(shard: Shard, columns: Sequence[str]) -> pa.Table:
+    """Read a shard's rows, those of `columns` that the file has; only the row groups that hold them are touched.
+
+    Raises:
+        InputError: The file has changed since the run was planned.
+    """
+    _check_version(shard)
+    kinds = {name: MENTION_COLUMNS[name] for name in columns}
+    with parquet.open_table(shard.uri, kinds, MENTION_REQUIRED_COLUMNS[:1]) as table:
+        rows = table.read(columns, range(shard.start, shard.stop))
+    _check_version(shard)  # it may have been replaced while it was read
+    if shard.ids and "mention_id" in rows.column_names and ids_digest(rows["mention_id"]) != shard.ids:
+        raise _changed(shard)
+    return rows
+
+
+def plan_identity(shards: Sequence[Shard]) -> list[dict[str, Any]]:
+    """The plan as JSON: the same for the same input files, unchanged, cut in the same way."""
+    return [asdict(shard) for shard in shards]
+
+
+def ids_digest(ids: pa.ChunkedArray) -> str:
+    """Return a hash of mention ids in their order, the same for all types of strings."""
+    if not len(ids):
+        return hashlib.blake2b(digest_size=16).hexdigest()
+    array = pa.concat_arrays(ids.cast(pa.large_string()).chunks)
+    _, offsets, characters = array.buffers()
+    ends = np.frombuffer(offsets, np.int64)[array.offset : array.offset + len(array) + 1]
+    digest = hashlib.blake2b((ends - ends[0]).tobytes(), digest_size=16)
+    digest.update(memoryview(characters or b"")[ends[0] : ends[-1]])
+    return digest.hexdigest()
+
+
+def _version(file: storage.InputFile) -> str:
+    """Return what changes with a file's content, without reading it: with its version also the Parquet footer's hash.
+
+    The footer holds sizes, places and, as a rule, the least and greatest values of all columns; an object's ETag in S3
+    needs no such help.
+    """
+    path = storage.local_path(file.uri)
+    if path is None:
+        return file.version
+    with path.open("rb") as stream:
+        stream.seek(max(0, file.size - 8))
+        length = int.from_bytes(stream.read(4), "little")
+        stream.seek(max(0, file.size - 8 - length))
+        return f"{file.version}-{hashlib.blake2b(stream.read(), digest_size=16).hexdigest()}"
+
+
+def _check_version(shard: Shard) -> None:
+    try:
+        versions = [_version(file) for file in storage.list_parquet(shard.uri)]
+    except FileNotFoundError:
+        versions = []
+    if versions != [shard.version]:
+        raise _changed(shard)
+
+
+def _changed(shard: Shard) -> InputError:
+    return InputError(f"{shown(shard.uri)} has changed since the run was planned: link it again to a new output")
+
+
+def _cut(uri: str, version: str, num_rows: int, rows_per_shard: int, first_index: int) -> list[Shard]:
+    return [
+        Shard(index, uri, version, start, min(start + rows_per_shard, num_rows))
+        for index, start in enumerate(range(0, num_rows, rows_per_shard), first_index)
+    ]
+
+
+class _UniqueIds:
+    """The ids of a corpus, checked while they come: equal ones take no room in a file, and much in memory."""
+
+    def __init__(self, uri: str) -> None:
+        self._uri = uri
+        self._chunks: list[pa.Array] = []
+        self._num_ids = self._num_checked = 0
+
+    def add(self, ids: pa.ChunkedArray) -> None:
+        """Take the next ids; check all where they have doubled in number since."""
+        self._chunks += ids.chunks
+        self._num_ids += len(ids)
+        if self._num_ids >= 2 * self._num_checked:
+            self.check()
+
+    def check(self) -> None:
+        """See that each id so far is there, is UTF-8, and stands once.
+
+        Raises:
+            InputError: One does not, or there is none.
+        """
+        if self._num_checked == self._num_ids > 0:
+            return
+        ids = pa.chunked_array(self._chunks, pa.large_string())
+        try:
+            ids.validate(full=True)
+        except pa.ArrowInvalid as error:
+            raise InputError(f"{self._uri} has a mention_id that is not UTF-8 ({error}): write it again") from error
+        if num_missing := pc.sum(pc.equal(pc.fill_null(ids, ""), "")).as_py():
+            raise InputError(f"{self._uri} has {num_missing} rows without a mention_id: give each row its own")
+        if len(ids) == 0:
+            raise InputError(f"{self._uri} has no rows")
+        if pc.count_distinct(ids).as_py() < len(ids):
+            counts = pc.value_counts(ids)
+            repeated = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
+            examples = [mention_id[:50] for mention_id in repeated[:3].to_pylist()]
+            raise InputError(f"{self._uri} repeats {len(repeated)} mention_id, such as {examples}: make them unique")
+        self._num_checked = self._num_ids

@@ -1,0 +1,97 @@
+"""Whether the output of a linking run is what was planned, told from footers and one small column.
+
+A shard is right if its footer names this run, and its `mention_id` are those of the planned rows in their order. Each
+fault is an error that names the file and the remedy; nothing is removed here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow.fs import FileType
+
+from gemel_engine import storage
+from gemel_engine.errors import InputError, shown
+from gemel_engine.pipeline.corpus import Shard, ids_digest
+from gemel_engine.pipeline.output import RUN_KEY, data_files, load_claim, run_digest
+from gemel_engine.types import PREDICTION_SCHEMA
+
+_REMEDY = "remove it and run the same command again"
+_THREADS = 16  # most of the time they wait for S3
+
+
+def check_finished(output: str, plan: Sequence[Shard], run: str) -> set[str]:
+    """Return the names of the shards that are finished, after a look at each.
+
+    Args:
+        output: Directory of the run.
+        plan: Its shards.
+        run: `run_digest` of the run.
+
+    Raises:
+        InputError: A file in `data/` is none of the run's shards, or is damaged, or holds other rows.
+    """
+    planned = {f"{shard.name}.parquet": shard for shard in plan}
+    files = data_files(output)
+    if foreign := files - planned.keys():
+        raise InputError(f"{shown(f'{output}/data/{min(foreign)}')} is no shard of this run: {_REMEDY}")
+    finished = [planned[name] for name in sorted(files)]
+    _read(output, finished, run, ())
+    return {shard.name for shard in finished}
+
+
+def read_complete(output: str, plan: Sequence[Shard], run: str, columns: Sequence[str]) -> pa.Table:
+    """Return small columns of all rows of a run that has come to its end, after a look at each shard.
+
+    Args:
+        output: Directory of the run.
+        plan: Its shards.
+        run: `run_digest` of the run.
+        columns: What to read.
+
+    Raises:
+        InputError: As for `check_finished`; or a shard is missing, or the output is not this run's any more.
+    """
+    if run_digest(load_claim(output)) != run:
+        raise InputError(
+            f"{shown(f'{output}/_run.json')} became another run's while this one was at work: choose another output"
+        )
+    files = data_files(output)
+    if missing := [shard.name for shard in plan if f"{shard.name}.parquet" not in files]:
+        raise InputError(
+            f"{len(missing)} of {len(plan)} shards were removed while the run was at work, such as "
+            f"{shown(f'{output}/data/{missing[0]}.parquet')}: run the same command again"
+        )
+    if len(files) > len(plan):
+        check_finished(output, plan, run)  # says which is foreign
+    return _read(output, plan, run, columns)
+
+
+def _read(output: str, finished: Sequence[Shard], run: str, columns: Sequence[str]) -> pa.Table:
+    with ThreadPoolExecutor(_THREADS) as threads:
+        tables = list(threads.map(partial(_checked_columns, output=output, run=run, columns=columns), finished))
+    return pa.concat_tables(tables) if tables else PREDICTION_SCHEMA.empty_table().select(columns)
+
+
+def _checked_columns(shard: Shard, output: str, run: str, columns: Sequence[str]) -> pa.Table:
+    uri, num_rows = f"{output}/data/{shard.name}.parquet", shard.stop - shard.start
+    try:
+        file_system, path = storage.resolve(uri)
+        if file_system.get_file_info(path).type != FileType.File:  # a pipe would be waited for
+            raise InputError(f"{shown(uri)} is no file: {_REMEDY}")
+        with pq.ParquetFile(path, filesystem=file_system) as parquet:
+            schema = parquet.schema_arrow
+            if schema != PREDICTION_SCHEMA or (schema.metadata or {}).get(RUN_KEY) != run.encode():
+                raise InputError(f"{shown(uri)} is of another run, or was written anew by another program: {_REMEDY}")
+            if (found := parquet.metadata.num_rows) != num_rows:
+                raise InputError(f"{shown(uri)} has {found} of its {num_rows} rows: {_REMEDY}")
+            table = parquet.read(["mention_id", *columns])
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"{shown(uri)} is damaged ({error}): {_REMEDY}") from error
+    if ids_digest(table["mention_id"]) != shard.ids:
+        raise InputError(f"{shown(uri)} holds other rows than those of {shard.name}: {_REMEDY}")
+    return table.select(list(columns))

@@ -1,0 +1,171 @@
+"""How linking and training use Ray Data: the connection, actor pools, and the stages that both begin with."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
+from typing import Any, NoReturn
+from urllib.parse import urlsplit
+
+import pyarrow as pa
+import ray
+from ray.data import ActorPoolStrategy, DataContext, Dataset
+from ray.exceptions import RayError
+
+from gemel_engine import errors
+from gemel_engine.config.settings import JobConfig, PoolSettings
+from gemel_engine.display import make_visible
+from gemel_engine.errors import ConfigurationError, redacted, shown
+from gemel_engine.fingerprints import Contents
+from gemel_engine.pipeline.corpus import Shard
+from gemel_engine.pipeline.stages import IMAGE_COLUMNS, Annotate, EncodeImages, RetrieveDemonstrations, read_mentions
+
+logger = logging.getLogger(__name__)
+
+
+_OWN_ERROR = re.compile(r"^gemel_engine\.errors\.(\w+): (.*)$", re.MULTILINE)  # in a traceback
+
+_CONNECT_SECONDS = 10.0
+
+
+def encode_and_retrieve(
+    config: JobConfig,
+    plan: Sequence[Shard],
+    contents: Contents | None,
+    *,
+    with_gold: bool = False,
+    annotate: Annotate | None = None,
+) -> Dataset:
+    """Return mentions with their image features and the rows of their demonstrations.
+
+    Args:
+        config: The job.
+        plan: What to read.
+        contents: The models and artifacts that the run began with, with which each actor compares what it opens.
+        with_gold: Keep `entity_id`.
+        annotate: Adds columns to the rows of a shard.
+    """
+    with_pictures = config.vision.image_encoder is not None
+    columns = ("image_features", *(IMAGE_COLUMNS if with_pictures else ()), *(("entity_id",) if with_gold else ()))
+    dataset: Dataset = ray.data.from_items([asdict(shard) for shard in plan], override_num_blocks=len(plan))
+    read = partial(read_mentions, output=config.output, also=columns, annotate=annotate)
+    dataset = dataset.map_batches(read, batch_size=1, batch_format="pyarrow", num_cpus=0.25)
+    if with_pictures:
+        pool = actor_pool(config.resources.images)
+        dataset = dataset.map_batches(EncodeImages, fn_constructor_args=(config, contents), **pool)
+    if config.demonstrations is not None and config.retrieval.num_demonstrations:
+        pool = actor_pool(config.resources.retrieval)
+        dataset = dataset.map_batches(RetrieveDemonstrations, fn_constructor_args=(config, contents), **pool)
+    return dataset
+
+
+def connect() -> None:
+    """Join the cluster that the job was submitted to, or start Ray on this machine.
+
+    Raises:
+        ConfigurationError: No cluster answers at RAY_ADDRESS, or Ray cannot be started here.
+    """
+    if ray.is_initialized():
+        return
+    root = logging.getLogger()
+    ours = root.handlers[:]
+    if address := os.environ.get("RAY_ADDRESS"):
+        _join_cluster(address)
+    else:
+        _start_ray()
+    of_data = [item for item in logging.getLogger("ray.data").handlers if isinstance(item, logging.StreamHandler)]
+    if asked := [handler for handler in root.handlers if handler not in ours]:
+        # RAY_LOGGING_CONFIG_ENCODING, such as JSON: Ray writes the logs of all processes in it. One handler is enough.
+        root.handlers = asked
+        for stream in of_data:
+            stream.setFormatter(asked[0].formatter)
+    for handler in (*asked, *of_data):
+        handler.addFilter(make_visible)
+    DataContext.get_current().enable_rich_progress_bars = False
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _stop)  # after ray.init, which sets its own
+
+
+def _join_cluster(address: str) -> None:
+    """Join a cluster; where nothing listens, Ray itself would try for a quarter of an hour."""
+    try:
+        if address not in ("auto", "local"):
+            place = urlsplit(address if "://" in address else f"//{address}")
+            if place.scheme not in ("", "ray") or not place.hostname or not place.port:
+                raise ValueError("it is not of the form host:port")
+            socket.create_connection((place.hostname, place.port), _CONNECT_SECONDS).close()
+        ray.init(log_to_driver=True)
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(
+            f"RAY_ADDRESS is {shown(address)}, where no cluster can be joined ({redacted(str(error))}): start it, give "
+            "host:port of its head, or unset RAY_ADDRESS to work on this machine alone"
+        ) from error
+
+
+def _start_ray() -> None:
+    """Start Ray on this machine; it reports failures by exceptions of no kind of their own."""
+    os.environ.pop("RAY_ADDRESS", None)  # an empty one
+    try:
+        ray.init(address="local", num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False)
+    except Exception as error:
+        remedy = (
+            "set TMPDIR, or RAY_TMPDIR, to a directory with a shorter path"
+            if "AF_UNIX" in str(error)
+            else "see that the machine is not overloaded and that `ulimit -n` is at least 1024, then try again"
+        )
+        raise ConfigurationError(f"Ray cannot be started on this machine: {remedy} ({error})") from error
+
+
+def _stop(number: int, _: object) -> NoReturn:
+    """What `ray job stop` asks for, some seconds before it kills."""
+    logger.warning("stopped; the same command goes on from the shards that are finished")
+    sys.exit(128 + number)
+
+
+def rows_of(batches: Iterable[pa.Table]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of tables as dictionaries."""
+    with own_errors():
+        for batch in batches:
+            yield from batch.to_pylist()
+
+
+@contextmanager
+def own_errors() -> Iterator[None]:
+    """Raise what a task or an actor raised on purpose as itself, where Ray reports it as an error of its own.
+
+    Ray keeps the text of the remote traceback in every case, but not the exception.
+    """
+    try:
+        yield
+    except RayError as error:
+        kinds = {name: kind for name, kind in vars(errors).items() if isinstance(kind, type)}
+        for name, message in reversed(_OWN_ERROR.findall(str(error))):
+            if name in kinds:
+                raise kinds[name](message) from error
+        raise
+
+
+def actor_pool(settings: PoolSettings) -> dict[str, Any]:
+    """Arguments of `map_batches` for a stage of actors; a batch is a block.
+
+    Threads are set in the actor's environment, since Ray builds an actor in one thread and calls it in another.
+    """
+    threads = {} if settings.num_threads is None else {"OMP_NUM_THREADS": str(settings.num_threads)}
+    return {
+        "batch_size": None,
+        "batch_format": "pyarrow",
+        "compute": ActorPoolStrategy(min_size=settings.min_actors, max_size=settings.max_actors),
+        "num_cpus": settings.num_cpus,
+        "num_gpus": settings.num_gpus,
+        **({"memory": int(settings.memory_gib * 2**30)} if settings.memory_gib else {}),
+        **({"runtime_env": {"env_vars": threads}} if threads else {}),
+    }

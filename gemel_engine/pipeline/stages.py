@@ -1,0 +1,266 @@
+"""What the linking and training jobs do to a block of rows: tables in, tables out.
+
+Each function or class is one stage; it adapts columns, and what it does stands in other modules, which are imported
+where they run: a process that only reads rows does not load four libraries of models. A row that fails carries its
+`error` to the end, and later stages leave it alone. Nothing here knows Ray.
+
+C vision width.
+"""
+
+from __future__ import annotations
+
+import logging
+import resource
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from itertools import repeat
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from gemel_engine.config.settings import JobConfig
+from gemel_engine.errors import ImageFetchError, MentionError
+from gemel_engine.fingerprints import Contents, check_content, read_manifest_at
+from gemel_engine.pipeline.corpus import Shard, read_rows
+from gemel_engine.pipeline.isolation import isolate
+from gemel_engine.storage.files import download_directory
+from gemel_engine.types import Features, Mention, fault_of
+from gemel_engine.vision.decode import decoder_peak_bytes
+from gemel_engine.vision.fetch import fetch_image
+
+logger = logging.getLogger(__name__)
+
+Annotate = Callable[[pa.Table, Shard], pa.Table]  # adds columns to all rows of a shard
+
+_COLUMNS = ("mention_id", "text", "mention", "mention_start", "candidate_ids", "group")
+IMAGE_COLUMNS = ("image_bytes", "image_uri")
+_FETCH_THREADS = 16
+_FETCHED_AHEAD = 64  # image files that are held at once, at most
+# What a stage spent on a batch, spread evenly over its rows, so that it can be summed wherever the rows end up.
+COSTS = (
+    "image_seconds",
+    "retrieval_seconds",
+    "generation_seconds",
+    "prompt_tokens",
+    "cached_tokens",
+    "rollouts",
+    "rows_kept",
+    "rows_extended",
+)
+# The most memory that the process of a stage had held by the time when it was done with a row.
+PEAKS = ("image_peak_bytes", "retrieval_peak_bytes", "generation_peak_bytes")
+
+
+def read_mentions(batch: pa.Table, output: str, also: Sequence[str], annotate: Annotate | None = None) -> pa.Table:
+    """Read a shard, ordered by surface form, so that equal prompts' beginnings follow each other.
+
+    Reads the columns of `also` beside the small ones, where the corpus has them. Adds `shard`, `row` (in the
+    shard's file) and `error` (null so far, or why the row can't be linked), and what `annotate` adds. `output` is the
+    run's directory.
+    """
+    (fields,) = batch.to_pylist()
+    shard = Shard(**fields)
+    rows = np.arange(shard.start, shard.stop)
+    places = pa.table(
+        {
+            "shard": np.full(len(rows), shard.index, np.int32),
+            "row": rows,
+            "error": pa.nulls(len(rows), pa.string()),
+        }
+    )
+    table = isolate(partial(_read_rows, shard=shard, also=also), places, output, "reading")
+    if annotate is not None:
+        table = annotate(table, shard)
+    return table.sort_by([("mention", "ascending"), ("row", "ascending")])
+
+
+def _read_rows(places: pa.Table, shard: Shard, also: Sequence[str]) -> pa.Table:
+    """Read rows of a shard that follow each other; of a row with an error the id alone."""
+    first, are_unreadable = places["row"][0].as_py(), places["error"].null_count == 0
+    part = replace(shard, start=first, stop=first + places.num_rows)
+    if are_unreadable:
+        table, errors = read_rows(part, ("mention_id",)), places["error"].to_pylist()
+        for name in ("text", "mention"):
+            table = table.append_column(name, pa.nulls(table.num_rows, pa.string()))
+    else:
+        table, errors = _without_invalid_text(read_rows(part, (*_COLUMNS, *also)))
+    for row, fault in enumerate(map(fault_of, _all_mentions(table))):
+        if fault is not None and errors[row] is None:
+            errors[row] = str(fault)
+    for name in ("shard", "row"):
+        table = table.append_column(name, places[name])
+    return table.append_column("error", pa.array(errors, pa.string()))
+
+
+class EncodeImages:
+    """Adds `image_features` (C,), null without a picture; drops the picture. Features that a row has already stay."""
+
+    def __init__(self, config: JobConfig, contents: Contents | None = None) -> None:
+        from gemel_engine.assembly import load_picture_encoder
+
+        self._output = config.output
+        self._policy = config.image_source
+        self._encoder = load_picture_encoder(config.vision)
+        check_content(contents, "image_encoder", config.vision.image_encoder, self._encoder.fingerprint)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Encode a batch's pictures."""
+        return isolate(self._encode, batch, self._output, "images")
+
+    def _encode(self, batch: pa.Table) -> pa.Table:
+        started = time.monotonic()
+        errors = batch["error"].to_pylist()
+        features = _column(batch, "image_features")
+        needed = [
+            error is None and item is None and not is_settled
+            for error, item, is_settled in zip(errors, features, _are_settled(batch), strict=True)
+        ]
+        for row, item in enumerate(self._encoder.encode(self._files(batch, needed))):
+            if isinstance(item, MentionError):
+                errors[row] = str(item)
+            elif item is not None:
+                features[row] = item
+        columns = ("image_features", *IMAGE_COLUMNS)
+        batch = batch.drop_columns([column for column in columns if column in batch.column_names])
+        batch = batch.append_column("image_features", pa.array(features, pa.list_(pa.float32())))
+        return _with_use(_with_errors(batch, errors), "image", started, beside_bytes=decoder_peak_bytes())
+
+    def _files(self, batch: pa.Table, needed: list[bool]) -> Iterator[bytes | ImageFetchError | None]:
+        """The image file of each row that needs one; a row that has both a file and an address keeps the file."""
+        files = repeat(None) if "image_bytes" not in batch.column_names else (f.as_py() for f in batch["image_bytes"])
+        ahead: deque[bytes | Future[bytes | ImageFetchError] | None] = deque()
+        with ThreadPoolExecutor(_FETCH_THREADS) as threads:
+            for is_needed, file, uri in zip(needed, files, _column(batch, "image_uri"), strict=False):
+                if not is_needed:
+                    ahead.append(None)
+                else:
+                    ahead.append(threads.submit(self._fetch, uri) if file is None and uri else file)
+                if len(ahead) == _FETCHED_AHEAD:
+                    yield _result(ahead.popleft())
+            yield from map(_result, ahead)
+
+    def _fetch(self, uri: str) -> bytes | ImageFetchError:
+        try:
+            return fetch_image(uri, self._policy)
+        except ImageFetchError as error:
+            return error
+
+
+class RetrieveDemonstrations:
+    """Adds `demonstrations`: rows of the index, the most similar last."""
+
+    def __init__(self, config: JobConfig, contents: Contents | None = None) -> None:
+        from gemel_engine.retrieval.index import DemonstrationIndex
+        from gemel_engine.retrieval.retriever import DemonstrationRetriever
+
+        directory = config.demonstrations
+        assert directory is not None, "else there is no such stage"
+        self._output = config.output
+        check_content(contents, "demonstrations", directory, read_manifest_at(f"{directory}/index.json"))
+        self._retriever = DemonstrationRetriever(
+            config.retrieval,
+            DemonstrationIndex.open(download_directory(directory)),
+            device="cuda" if config.resources.retrieval.num_gpus else "cpu",
+        )
+        fingerprint = self._retriever.encoder.fingerprint
+        check_content(contents, "mention_encoder", config.retrieval.mention_encoder, fingerprint)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Retrieve a batch's demonstrations."""
+        return isolate(self._retrieve, batch, self._output, "retrieval")
+
+    def _retrieve(self, batch: pa.Table) -> pa.Table:
+        started = time.monotonic()
+        mentions, features = _mentions(batch), _features(batch)
+        are_settled = _are_settled(batch)
+        rows = [row for row, mention in enumerate(mentions) if mention is not None and not are_settled[row]]
+        found = self._retriever.retrieve(
+            [mention for row in rows if (mention := mentions[row]) is not None], [features[row] for row in rows]
+        )
+        retrieved: list[list[int]] = [[] for _ in mentions]
+        for row, demonstrations in zip(rows, found, strict=True):
+            retrieved[row] = demonstrations
+        batch = batch.append_column("demonstrations", pa.array(retrieved, pa.list_(pa.int32())))
+        return _with_use(batch, "retrieval", started)
+
+
+def _without_invalid_text(table: pa.Table) -> tuple[pa.Table, list[str | None]]:
+    """Null in place of text that is not UTF-8, which Parquet promises and nobody checks; and the error of such rows."""
+    errors: list[str | None] = [None] * table.num_rows
+    for position, field in enumerate(table.schema):
+        try:
+            table[position].validate(full=True)
+        except pa.ArrowInvalid:
+            values = []
+            for row, value in enumerate(table[position]):
+                try:
+                    values.append(value.as_py())
+                except UnicodeDecodeError:
+                    values.append(None)
+                    errors[row] = f"invalid_mention: {field.name} is not UTF-8: write it again"
+            table = table.set_column(position, field, pa.array(values, field.type))
+    return table, errors
+
+
+def _all_mentions(batch: pa.Table) -> Iterator[Mention]:
+    """The mention of each row, those with an error included."""
+    for row in batch.select([column for column in _COLUMNS if column in batch.column_names]).to_pylist():
+        candidate_ids = row.pop("candidate_ids", None)
+        yield Mention(**row, candidate_ids=None if candidate_ids is None else tuple(candidate_ids))
+
+
+def _mentions(batch: pa.Table) -> list[Mention | None]:
+    """The mention of each row, None where it has an error."""
+    errors = batch["error"].to_pylist()
+    return [mention if error is None else None for mention, error in zip(_all_mentions(batch), errors, strict=True)]
+
+
+def _features(batch: pa.Table) -> list[Features | None]:
+    """The image features (C,) of each row, None without a picture."""
+    if "image_features" not in batch.column_names:
+        return [None] * batch.num_rows
+    vectors = (row.values for row in batch["image_features"])  # arrays, not lists of Python's numbers
+    with np.errstate(over="ignore"):  # what is too large becomes infinite, which is an error of the row
+        return [None if row is None else row.to_numpy(zero_copy_only=False).astype(np.float32) for row in vectors]
+
+
+def _are_settled(batch: pa.Table) -> list[bool]:
+    """Whether nothing is to be asked of a model about each row, since an earlier run's prediction stands."""
+    return [bool(is_settled) for is_settled in _column(batch, "is_settled")]
+
+
+def _result(file: bytes | Future[bytes | ImageFetchError] | None) -> bytes | ImageFetchError | None:
+    return file.result() if isinstance(file, Future) else file
+
+
+def _column(batch: pa.Table, name: str) -> list[Any]:
+    """A column's values; None for each row where the batch does not have it."""
+    return batch[name].to_pylist() if name in batch.column_names else [None] * batch.num_rows
+
+
+def _with_errors(batch: pa.Table, errors: list[str | None]) -> pa.Table:
+    return batch.set_column(batch.column_names.index("error"), "error", pa.array(errors, pa.string()))
+
+
+def _with_use(batch: pa.Table, stage: str, started: float, beside_bytes: int = 0) -> pa.Table:
+    """Add the seconds since a stage started on a batch, and the most memory that this process has ever held.
+
+    Args:
+        batch: The rows that the stage is done with.
+        stage: Prefix of the two columns.
+        started: When it began, by `time.monotonic`.
+        beside_bytes: What a process that works for this one has held.
+    """
+    batch = _with_cost(batch, f"{stage}_seconds", time.monotonic() - started)
+    peak = 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + beside_bytes  # Linux counts in KiB
+    return batch.append_column(f"{stage}_peak_bytes", pa.array(np.full(batch.num_rows, peak)))
+
+
+def _with_cost(batch: pa.Table, name: str, cost: float) -> pa.Table:
+    num_rows = max(1, batch.num_rows)
+    return batch.append_column(name, pa.array(np.full(batch.num_rows, cost / num_rows)))

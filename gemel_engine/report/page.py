@@ -1,0 +1,275 @@
+"""The report of a run: figures, plots and mentions to look at, as one HTML file that needs no network.
+
+What comes from a corpus is untrusted: it is escaped, what is invisible in it is made visible, and a content security
+policy lets nothing run or load but what stands in the file itself. Equal arguments give equal bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from base64 import b64encode
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from gemel_engine.config.settings import ImagePolicy
+from gemel_engine.display import cut, excerpt, shares, visible
+from gemel_engine.evaluation.judge import Comparison, Evaluation, Figure, LeakAudit
+from gemel_engine.evaluation.quality import ConfidenceQuality
+from gemel_engine.evaluation.run import JudgedRun, LinkedRun
+from gemel_engine.extras import extra
+from gemel_engine.report import plots
+from gemel_engine.report.gallery import GalleryItem, ShownDemonstration, gallery_items
+from gemel_engine.retrieval.index import DemonstrationIndex
+from gemel_engine.storage.files import download_directory
+
+with extra("report"):
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+NOTHING = "–"
+_CONTEXT = 240  # characters on each side of a surface form
+_MAX_NAME, _MAX_ERROR = 120, 400
+_PROTOCOLS = {
+    "entity": "the entity’s id, of all entities",
+    "name": "the entity’s name, of all names",
+    "candidates": "the entity’s id, of the mention’s own candidates",
+}
+_FILTERS = {
+    "all": "All",
+    "right": "Right",
+    "wrong": "Wrong",
+    "certified": "Certified",
+    "uncertified": "Not certified",
+    "nil": "NIL",
+    "error": "Errors",
+}
+
+
+def render_report(
+    *,
+    title: str,
+    run: Mapping[str, Any],
+    predictions: pa.Table,
+    gallery: Sequence[GalleryItem],
+    evaluation: Evaluation | None = None,
+    confidence: Mapping[str, ConfidenceQuality] | None = None,
+    comparison: Comparison | None = None,
+    leaks: LeakAudit | None = None,
+) -> str:
+    """Render a report; what is None has no part in it.
+
+    Args:
+        title: Of the page.
+        run: The run's `report.json`.
+        predictions: The run's output, at least its columns `certified`, `is_nil` and `num_rollouts`.
+        gallery: Mentions to show; see `gallery_items`.
+        evaluation: How good the run is.
+        confidence: How good its scores are, by their names; the first is drawn most prominently.
+        comparison: The run beside another.
+        leaks: What its mentions have in common with the training split.
+    """
+    cards = [_Card.of(item) for item in gallery]
+    num_rollouts = predictions["num_rollouts"].drop_null().to_numpy()
+    flags = Counter(flag for card in cards for flag in card.flags) | {"all": len(cards)}
+    return _ENVIRONMENT.get_template("page.html.j2").render(
+        title=title,
+        run=run,
+        protocol=evaluation and _PROTOCOLS[evaluation.protocol],
+        evaluation=evaluation,
+        shares=_shares(predictions),
+        confidence=confidence,
+        comparison=comparison,
+        leaks=leaks,
+        stages=_stages(run),
+        rollouts_plot=plots.rollouts(num_rollouts) if len(num_rollouts) else None,
+        plots=plots,
+        cards=cards,
+        filters=[
+            (flag, label, flags.get(flag, 0))
+            for flag, label in _FILTERS.items()
+            if evaluation or flag not in ("right", "wrong") or flags.get(flag)
+        ],
+    )
+
+
+def report_of(
+    linked: LinkedRun,
+    judged: JudgedRun | None,
+    *,
+    training: str | None,
+    gallery_size: int,
+    image_source: ImagePolicy | None = None,
+) -> str:
+    """Render the report of a finished run.
+
+    Args:
+        linked: The run.
+        judged: What is said of it; None without gold labels.
+        training: Parquet file or directory of the demonstrations' mentions, for their pictures.
+        gallery_size: Mentions to show.
+        image_source: Which image addresses may be read, whatever the run was allowed to; None: none.
+    """
+    settings, index = linked.settings, None
+    if settings["demonstrations"] is not None:
+        index = DemonstrationIndex.open(download_directory(settings["demonstrations"]))
+    gallery = gallery_items(
+        linked.predictions,
+        settings["input"],
+        index,
+        size=gallery_size,
+        judged=None if judged is None else judged.verdicts,
+        training=training,
+        image_source=image_source,
+    )
+    page = partial(
+        render_report, title=linked.output, run=linked.report, predictions=linked.predictions, gallery=gallery
+    )
+    if judged is None:
+        return page()
+    return page(
+        evaluation=judged.evaluation,
+        confidence=judged.confidence,
+        comparison=judged.comparison,
+        leaks=judged.leaks,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Text:
+    """A text around its surface form."""
+
+    before: str
+    mention: str
+    after: str
+
+    @classmethod
+    def of(cls, text: str, surface_form: str, start: int | None = None) -> _Text:
+        return cls(*excerpt(text, surface_form, start, _CONTEXT))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Card:
+    """A gallery item as the template wants it.
+
+    Attributes:
+        flags: Which filters show it.
+        candidates: Each with its share of the probability of all names, a lower bound.
+    """
+
+    item: GalleryItem
+    text: _Text
+    flags: list[str]
+    candidates: list[tuple[Mapping[str, Any], float]]
+    demonstrations: list[tuple[_Text, ShownDemonstration]]
+
+    @classmethod
+    def of(cls, item: GalleryItem) -> _Card:
+        row, mention = item.prediction, item.mention
+        is_set = {
+            "right": item.right is True,
+            "wrong": item.right is False,
+            "certified": row["certified"] is True,
+            "uncertified": row["certified"] is False,
+            "nil": row["is_nil"] is True,
+            "error": row["error"] is not None,
+        }
+        candidates = row["candidates"] or []
+        return cls(
+            item=item,
+            text=_Text.of(mention.text, mention.mention, mention.mention_start),
+            flags=[flag for flag, holds in is_set.items() if holds],
+            candidates=list(
+                zip(candidates, shares(row["probability"], [c["log_prob"] for c in candidates]), strict=True)
+            ),
+            demonstrations=[
+                (_Text.of(shown.demonstration.text, shown.demonstration.mention), shown)
+                for shown in item.demonstrations
+            ],
+        )
+
+
+def _shares(predictions: pa.Table) -> dict[str, float | None]:
+    """Of the linked rows, the share that is certified and that is NIL; None where that is not known of any."""
+    return {name: pc.mean(predictions[name]).as_py() for name in ("certified", "is_nil")}
+
+
+def _stages(run: Mapping[str, Any]) -> list[tuple[str, float, float, float | None]]:
+    """Name, busy seconds, share of all busy seconds, and mentions a busy second of each stage."""
+    seconds: Mapping[str, float] = run.get("stage_seconds") or {}
+    total, rows = sum(seconds.values()), run.get("rows_linked_now") or 0
+    return [
+        (name, spent, spent / total if total else 0.0, rows / spent if spent else None)
+        for name, spent in seconds.items()
+    ]
+
+
+def _is_nothing(value: float | None) -> bool:
+    return value is None or not math.isfinite(value)
+
+
+def _number(value: float | None, digits: int = 0) -> str:
+    """With a minus sign and thin spaces between thousands."""
+    return NOTHING if _is_nothing(value) else f"{value:,.{digits}f}".replace(",", "\u202f").replace("-", "−")
+
+
+def _percent(value: float | None, digits: int = 1) -> str:
+    return NOTHING if value is None or _is_nothing(value) else f"{_number(100 * value, digits)}\u202f%"
+
+
+def _interval(figure: Figure, scale: float = 100, digits: int = 1) -> str:
+    if _is_nothing(figure.low) or _is_nothing(figure.high):
+        return NOTHING
+    return f"[{_number(scale * figure.low, digits)}, {_number(scale * figure.high, digits)}]"
+
+
+def _extent(share: float | None) -> str:
+    """A share as a length in SVG, nothing where it is no number."""
+    return "0%" if share is None or _is_nothing(share) else f"{100 * min(1.0, max(0.0, share)):.2f}%"
+
+
+def _data_uri(picture: bytes) -> str:
+    return f"data:image/webp;base64,{b64encode(picture).decode()}"
+
+
+def _csp_hash(content: str) -> str:
+    """How a content security policy names the one style sheet or script that it allows."""
+    return f"sha256-{b64encode(hashlib.sha256(content.encode()).digest()).decode()}"
+
+
+def _shown(value: object) -> object:
+    """What the template writes of a value, before it is escaped."""
+    if value is None:
+        return NOTHING
+    return visible(value, lines=True) if type(value) is str else value  # Markup, a subclass, is the template's own
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_shown,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "number": _number,
+        "percent": _percent,
+        "interval": _interval,
+        "extent": _extent,
+        "data_uri": _data_uri,
+        "csp_hash": _csp_hash,
+        "name": lambda name: cut(name or NOTHING, _MAX_NAME),
+        "error": lambda message: cut(message, _MAX_ERROR),
+    }
+    return environment
+
+
+_ENVIRONMENT = _environment()

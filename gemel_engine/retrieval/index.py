@@ -1,0 +1,431 @@
+"""Demonstrations: training mentions chosen by the similarity of their surface forms, and their directory on disk.
+
+    index.json                  counts, widths, checksum and fingerprints; written last
+    demonstrations.parquet      one row for each demonstration, sorted by surface form
+
+GEMEL (section 3.3) retrieves by the surface form alone, so mentions with equal surface forms can share their
+demonstrations and, in the engine, the key-value cache of that part of the prompt. That needs equal lists for equal
+surface forms, in every batch and every process. Three things see to it: the encoder embeds forms of one length in
+passes of one size; each query is searched on its own; similarities are rounded before ties are broken by surface form.
+What remains is a similarity so close to a rounding boundary that another device moves it across: it may cost
+a cache hit, never a wrong answer.
+
+All demonstrations of one surface form are equally similar, so there is a choice: one of each of its entities first,
+then a second one of each. The prompt shows what the surface form can mean; which of it is meant is for the text and the
+picture to say.
+
+Shapes: B batch, N demonstrations, M distinct surface forms, E width of the mention encoder, C vision width.
+"""
+
+from __future__ import annotations
+
+import random
+from bisect import bisect_right
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from hashlib import sha256
+from itertools import chain, islice, zip_longest
+from pathlib import Path
+from typing import Annotated, Self
+
+import faiss
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from pydantic import ConfigDict, Field, PositiveInt
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+
+from gemel_engine.errors import ArtifactError, InputError
+from gemel_engine.knowledge_base.names import are_demonstrable
+from gemel_engine.retrieval.encoder import MentionEncoder
+from gemel_engine.storage import parquet
+from gemel_engine.storage.manifest import claimed, file_sha256, parse_manifest, read_manifest, write_manifest
+from gemel_engine.types import are_features
+
+FORMAT_VERSION = 3
+_WITHOUT_CHECKSUM = 2
+_METADATA = "index.json"
+_TABLE = "demonstrations.parquet"
+_TEXT_COLUMNS = ("mention_id", "text", "mention", "entity_id", "entity_name", "group")
+_SIMILARITY_DECIMALS = 5
+
+FloatArray = NDArray[np.float32]
+Width = Annotated[int, Field(gt=0, le=1 << 20)]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Demonstration:
+    """A training mention with its answer.
+
+    Attributes:
+        mention_id: Unique among the demonstrations.
+        mention: The surface form.
+        name: The entity's name, the target.
+        group: Mentions of this group do not get it in training; its `mention_id` where it has no other.
+        features: Image features of shape (C,), read-only; None without a usable picture.
+    """
+
+    mention_id: str
+    text: str
+    mention: str
+    entity_id: str
+    name: str
+    group: str
+    features: FloatArray | None = None
+
+
+@pydantic_dataclass(frozen=True, slots=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
+class IndexMetadata:
+    """What an index's table holds; stored beside it as JSON.
+
+    Attributes:
+        num_demonstrations: N.
+        num_surface_forms: M.
+        num_images: Demonstrations with image features.
+        surface_width: E.
+        vision_width: C; None if the index was built without pictures.
+        mention_encoder_fingerprint: `MentionEncoder.fingerprint`; queries must come from the same encoder.
+        image_encoder_fingerprint: The image encoder's; None if the index was built without pictures.
+        table_sha256: Checksum of the Parquet file.
+    """
+
+    num_demonstrations: PositiveInt
+    num_surface_forms: PositiveInt
+    num_images: int
+    surface_width: Width
+    vision_width: Width | None
+    mention_encoder_fingerprint: str
+    image_encoder_fingerprint: str | None
+    table_sha256: str
+
+
+class DemonstrationIndex:
+    """Demonstrations and an exact search by inner product over their distinct surface forms.
+
+    A demonstration is known by its row number; those of a surface form stand together, in a fixed random order.
+
+    Attributes:
+        metadata: What the directory says of itself.
+    """
+
+    def __init__(self, metadata: IndexMetadata, table: pa.Table) -> None:
+        self.metadata = metadata
+        self._table = table
+        self._entity_ids: list[str] = table["entity_id"].to_pylist()
+        self._groups: list[str] = table["group"].to_pylist()
+        self._group_sizes = Counter(self._groups)
+        forms = np.array(table["mention"].to_pylist(), dtype=object)
+        starts = np.flatnonzero(np.concatenate([[True], forms[1:] != forms[:-1]]))
+        self._first_row = [*starts.tolist(), len(forms)]  # of each distinct surface form, and the end
+        self._search = faiss.IndexFlatIP(metadata.surface_width)
+        self._search.add(_matrix(table["surface_embedding"], metadata.surface_width)[starts])
+        self._last_pictures: tuple[int, list[int], FloatArray] | None = None
+        self._features: FloatArray | None = None
+        if metadata.vision_width is not None:
+            self._features = _matrix(table["image_features"], metadata.vision_width)
+
+    @classmethod
+    def build(
+        cls,
+        directory: Path,
+        demonstrations: Sequence[Demonstration],
+        mention_encoder: MentionEncoder,
+        *,
+        image_encoder_fingerprint: str | None = None,
+    ) -> Self:
+        """Write an index, over one that may be there, and open it.
+
+        Args:
+            directory: Made if it does not exist.
+            demonstrations: In any order.
+            mention_encoder: Embeds their surface forms.
+            image_encoder_fingerprint: Of the encoder that made the image features, where it is known.
+
+        Raises:
+            ConfigurationError: Another command is writing there.
+            InputError: There are no demonstrations, a `mention_id` is not unique, or image features differ in width.
+        """
+        ordered = sorted(demonstrations, key=_shuffled_by_form)
+        if not ordered:
+            raise InputError("there are no demonstrations; give training mentions whose entities have names")
+        _check_unique(ordered)
+        vision_width = _vision_width(ordered)
+        embeddings = mention_encoder.encode([demonstration.mention for demonstration in ordered])
+        table = _table(ordered, embeddings, vision_width)
+        path = directory / _TABLE
+        with claimed(directory, must_be_empty=False):
+            (directory / _METADATA).unlink(missing_ok=True)
+            pq.write_table(table, path, compression="zstd", use_dictionary=["mention", "entity_id", "entity_name"])
+            metadata = IndexMetadata(
+                num_demonstrations=len(ordered),
+                num_surface_forms=len({demonstration.mention for demonstration in ordered}),
+                num_images=sum(demonstration.features is not None for demonstration in ordered),
+                surface_width=mention_encoder.width,
+                vision_width=vision_width,
+                mention_encoder_fingerprint=mention_encoder.fingerprint,
+                image_encoder_fingerprint=image_encoder_fingerprint,
+                table_sha256=file_sha256(path),
+            )
+            write_manifest(directory / _METADATA, FORMAT_VERSION, asdict(metadata))
+        return cls(metadata, table)
+
+    @classmethod
+    def open(cls, directory: Path, *, verify: bool = False) -> Self:
+        """Read what `build` wrote.
+
+        Args:
+            directory: A local directory.
+            verify: Also compare the table with its checksum. Do this once for files from elsewhere.
+
+        Raises:
+            ArtifactError: A file is missing, damaged, of another format version, or does not fit the other.
+        """
+        path, manifest = directory / _TABLE, directory / _METADATA
+        contents = read_manifest(manifest, FORMAT_VERSION, without_checksum=_WITHOUT_CHECKSUM)
+        metadata = parse_manifest(contents, IndexMetadata, manifest)
+        try:
+            if verify and file_sha256(path) != metadata.table_sha256:
+                raise ArtifactError(f"{path} has another checksum than {_METADATA} gives; build the index again")
+            with parquet.open_table(str(path)) as file:
+                table = file.read().combine_chunks()
+            table.validate(full=True)
+        except (OSError, pa.ArrowException, InputError) as error:
+            raise ArtifactError(f"{directory} holds no readable index ({error}); build it again") from error
+        _check(table, metadata, path)
+        return cls(metadata, table)
+
+    def __len__(self) -> int:
+        return self.metadata.num_demonstrations
+
+    def __getitem__(self, row: int) -> Demonstration:
+        mention_id, text, mention, entity_id, name, group = (
+            self._table[column][row].as_py() for column in _TEXT_COLUMNS
+        )
+        has_features = self._features is not None and self._table["image_features"][row].is_valid
+        features = self._features[row] if self._features is not None and has_features else None
+        return Demonstration(mention_id, text, mention, entity_id, name, group, features)
+
+    def mention_ids(self, rows: Sequence[int]) -> tuple[str, ...]:
+        """The `mention_id`s of demonstrations."""
+        column = self._table["mention_id"]
+        return tuple(column[row].as_py() for row in rows)
+
+    def entity_ids(self, rows: Sequence[int]) -> tuple[str, ...]:
+        """The `entity_id`s of demonstrations."""
+        column = self._table["entity_id"]
+        return tuple(column[row].as_py() for row in rows)
+
+    def rows(self, mention_ids: Sequence[str]) -> list[int]:
+        """The row numbers of demonstrations, by their `mention_id`s.
+
+        Raises:
+            InputError: One is not in the index.
+        """
+        found = pc.index_in(pa.array(mention_ids, pa.string()), value_set=self._table["mention_id"])
+        if found.null_count:
+            missing = mention_ids[found.to_pylist().index(None)]
+            raise InputError(f"the index has no demonstration {missing!r}: use the index of the run that had it")
+        rows: list[int] = found.to_pylist()
+        return rows
+
+    def retrieve(
+        self, embeddings: FloatArray, k: int, exclude_groups: Sequence[str | None] | None = None
+    ) -> list[list[int]]:
+        """Find the `k` demonstrations with the most similar surface forms, exactly.
+
+        Surface forms are taken by falling similarity, rounded to 5 decimals, then by code points. Of one surface form
+        there is first a demonstration of each entity, then a second one of each, and so on; entities that have more
+        demonstrations come first.
+
+        Args:
+            embeddings: Of the queries' surface forms, shape (B, E).
+            k: Fewer are returned only if there are fewer.
+            exclude_groups: For each query a group whose demonstrations it must not get: its own, in training.
+
+        Returns:
+            Row numbers for each query, the most similar last.
+        """
+        excluded = [None] * len(embeddings) if exclude_groups is None else exclude_groups
+        distinct, query_of_row = np.unique(embeddings, axis=0, return_inverse=True)
+        asked = list(zip(query_of_row.tolist(), excluded, strict=True))
+        unrestricted = [self._retrieve_one(query, k, None) for query in distinct]
+        found = {}
+        for query, group in dict.fromkeys(asked):
+            rows = unrestricted[query]
+            if any(self._groups[row] == group for row in rows):  # one behind the last moves nothing before it
+                rows = self._retrieve_one(distinct[query], k, group)
+            found[query, group] = rows
+        return [found[key] for key in asked]
+
+    def similar_pictures(self, row: int, features: FloatArray, k: int, exclude_group: str | None = None) -> list[int]:
+        """Find the demonstrations of one surface form whose pictures are most like a given one.
+
+        Likeness is the cosine of features standardised over all demonstrations, rounded to 5 decimals.
+
+        Args:
+            row: A demonstration of the surface form.
+            features: Of the given picture, shape (C,).
+            k: Fewer are returned only if there are fewer.
+            exclude_group: A group whose demonstrations are left out.
+
+        Returns:
+            Row numbers, the most similar last.
+        """
+        if self._features is None or not k:
+            return []
+        rows, pictures = self._pictures_of_form(bisect_right(self._first_row, row) - 1)
+        likeness = np.round(pictures @ self._standardise(features), _SIMILARITY_DECIMALS)
+        by_likeness = (rows[place] for place in np.argsort(-likeness, kind="stable"))
+        return list(islice((row for row in by_likeness if self._groups[row] != exclude_group), k))[::-1]
+
+    def sample(self, surface_form: str, k: int, seed: int, exclude_group: str | None = None) -> list[int]:
+        """Draw `k` demonstrations, or all if they are fewer, in random order, the same for equal surface forms.
+
+        The baseline for `retrieve`.
+        """
+        generator = random.Random(f"{seed} {surface_form}")
+        num_drawn = min(k, self._num_allowed(exclude_group))
+        drawn: dict[int, None] = {}  # in the order in which they were drawn
+        while len(drawn) < num_drawn:
+            row = generator.randrange(len(self))
+            if self._groups[row] != exclude_group:
+                drawn[row] = None
+        return list(drawn)
+
+    def _pictures_of_form(self, form: int) -> tuple[list[int], FloatArray]:
+        """Rows of a surface form that have pictures, and their standardised features; mentions come by surface form."""
+        if self._last_pictures is None or self._last_pictures[0] != form:
+            assert self._features is not None
+            span = range(self._first_row[form], self._first_row[form + 1])
+            rows = [row for row in span if self._is_pictured[row]]
+            self._last_pictures = form, rows, self._standardise(self._features[rows])
+        return self._last_pictures[1:]
+
+    @cached_property
+    def _is_pictured(self) -> NDArray[np.bool_]:
+        is_pictured: NDArray[np.bool_] = self._table["image_features"].is_valid().to_numpy()
+        return is_pictured
+
+    @cached_property
+    def _moments(self) -> tuple[FloatArray, FloatArray]:
+        """Mean and standard deviation of the image features, each (C,)."""
+        assert self._features is not None
+        pictured = self._features[self._is_pictured]
+        return pictured.mean(axis=0), pictured.std(axis=0)
+
+    def _standardise(self, features: FloatArray) -> FloatArray:
+        """Image features (..., C), each centred and scaled, and rows brought to length 1."""
+        mean, deviation = self._moments
+        centred = (features - mean) / np.maximum(deviation, 1e-6)
+        standardised: FloatArray = centred / np.maximum(np.linalg.norm(centred, axis=-1, keepdims=True), 1e-6)
+        return standardised
+
+    def _retrieve_one(self, query: FloatArray, k: int, excluded: str | None) -> list[int]:
+        num_rows, num_forms = min(k, self._num_allowed(excluded)), max(k, 1)
+        while True:
+            forms = self._nearest_forms(query, num_forms)
+            rows = list(islice(chain.from_iterable(self._in_rounds(form, excluded) for form in forms), num_rows))
+            if len(rows) == num_rows:
+                return rows[::-1]
+            num_forms *= 2  # whole surface forms are excluded
+
+    def _num_allowed(self, excluded: str | None) -> int:
+        return len(self) - (0 if excluded is None else self._group_sizes[excluded])
+
+    def _in_rounds(self, form: int, excluded: str | None) -> list[int]:
+        """Rows of a surface form: one of each entity, then a second one of each; frequent entities first."""
+        rows_of_entity = defaultdict(list)
+        for row in range(self._first_row[form], self._first_row[form + 1]):
+            rows_of_entity[self._entity_ids[row]].append(row)
+        # By frequency before the exclusion: the entity of an excluded mention must not be known by its place.
+        by_frequency = sorted(rows_of_entity.values(), key=len, reverse=True)
+        kept = [[row for row in rows if self._groups[row] != excluded] for rows in by_frequency]
+        return [row for row in chain.from_iterable(zip_longest(*kept)) if row is not None]
+
+    def _nearest_forms(self, query: FloatArray, num_forms: int) -> list[int]:
+        """Numbers of the most similar surface forms, the most similar first."""
+        num_forms = min(num_forms, self._search.ntotal)
+        num_searched = min(num_forms + 1, self._search.ntotal)
+        while True:
+            similarities, forms = self._search.search(query[None], num_searched)
+            rounded = np.round(similarities[0], _SIMILARITY_DECIMALS)
+            # A tie across the end of the list would leave it to the last bits who is in the list.
+            if num_searched == self._search.ntotal or rounded[-1] < rounded[num_forms - 1]:
+                nearest: list[int] = forms[0][np.lexsort((forms[0], -rounded))][:num_forms].tolist()
+                return nearest
+            num_searched = min(2 * num_searched, self._search.ntotal)
+
+
+def _shuffled_by_form(demonstration: Demonstration) -> tuple[str, bytes]:
+    """Sort key; neighbours in a corpus often come from one document, so their order is not taken over."""
+    return demonstration.mention, sha256(demonstration.mention_id.encode()).digest()
+
+
+def _schema(surface_width: int, vision_width: int | None) -> pa.Schema:
+    fields = [pa.field(column, pa.string(), nullable=False) for column in _TEXT_COLUMNS]
+    fields.append(pa.field("surface_embedding", pa.list_(pa.float32(), surface_width), nullable=False))
+    if vision_width is not None:
+        fields.append(pa.field("image_features", pa.list_(pa.float32(), vision_width)))
+    return pa.schema(fields)
+
+
+def _table(demonstrations: Sequence[Demonstration], embeddings: FloatArray, vision_width: int | None) -> pa.Table:
+    columns = [
+        pa.array([d.mention_id for d in demonstrations]),
+        pa.array([d.text for d in demonstrations]),
+        pa.array([d.mention for d in demonstrations]),
+        pa.array([d.entity_id for d in demonstrations]),
+        pa.array([d.name for d in demonstrations]),
+        pa.array([d.group for d in demonstrations]),
+        pa.FixedSizeListArray.from_arrays(embeddings.ravel(), embeddings.shape[1]),
+    ]
+    if vision_width is not None:
+        absent = np.zeros(vision_width, np.float32)
+        features = [absent if d.features is None else d.features for d in demonstrations]
+        mask = pa.array([d.features is None for d in demonstrations])
+        columns.append(pa.FixedSizeListArray.from_arrays(np.concatenate(features), vision_width, mask=mask))
+    return pa.table(columns, schema=_schema(embeddings.shape[1], vision_width))
+
+
+def _matrix(column: pa.ChunkedArray, width: int) -> FloatArray:
+    """The rows of a column of fixed-size lists, anything in place of a missing one."""
+    values: FloatArray = column.combine_chunks().values.to_numpy(zero_copy_only=False)
+    return values.reshape(-1, width)
+
+
+def _vision_width(demonstrations: Sequence[Demonstration]) -> int | None:
+    """C; None if no demonstration has image features."""
+    widths = {len(demonstration.features) for demonstration in demonstrations if demonstration.features is not None}
+    if len(widths) > 1:
+        raise InputError(f"image features have the widths {sorted(widths)}; use those of one image encoder")
+    return next(iter(widths), None)
+
+
+def _check_unique(demonstrations: Sequence[Demonstration]) -> None:
+    counts = Counter(demonstration.mention_id for demonstration in demonstrations)
+    for mention_id, count in counts.most_common(1):
+        if count > 1:
+            raise InputError(f"mention_id {mention_id!r} occurs {count} times; give every mention its own")
+
+
+def _check(table: pa.Table, metadata: IndexMetadata, path: Path) -> None:
+    schema = _schema(metadata.surface_width, metadata.vision_width)
+    if not table.schema.equals(schema):
+        raise ArtifactError(f"{path} has the columns {table.schema}, not {schema}; build the index again")
+    if len(table) != metadata.num_demonstrations:
+        raise ArtifactError(f"{path} has {len(table)} rows, not {metadata.num_demonstrations}; build the index again")
+    if not are_demonstrable(table["text"], table["mention"], table["entity_name"]).all():
+        raise ArtifactError(f"{path} holds prompt markers, or names of several lines; build the index again")
+    forms = table["mention"].to_pylist()
+    if forms != sorted(forms):
+        raise ArtifactError(f"{path} is not sorted by mention; build the index again")
+    if pc.count_distinct(table["mention_id"]).as_py() < len(table):
+        raise ArtifactError(f"{path} repeats a mention_id; build the index again")
+    for column in table.schema.names[len(_TEXT_COLUMNS) :]:
+        values = table[column].drop_null().combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        if len(values) and not are_features(values, len(values)):
+            raise ArtifactError(f"{path}: {column} has values that are not finite or huge; build the index again")

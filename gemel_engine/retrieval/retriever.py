@@ -1,0 +1,66 @@
+"""Finds the demonstrations of mentions by their surface forms and pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from gemel_engine.config.settings import RetrievalSettings
+from gemel_engine.errors import InputError
+from gemel_engine.retrieval.encoder import MentionEncoder
+from gemel_engine.retrieval.index import DemonstrationIndex
+from gemel_engine.types import Features, Mention, are_features
+
+
+class DemonstrationRetriever:
+    """Surface forms to rows of the demonstration index."""
+
+    def __init__(self, settings: RetrievalSettings, index: DemonstrationIndex, device: str = "cpu") -> None:
+        self._settings = settings
+        self._index = index
+        assert settings.mention_encoder is not None, "checked by the configuration"
+        self.encoder = MentionEncoder(settings.mention_encoder, device)
+
+    def retrieve(self, mentions: Sequence[Mention], features: Sequence[Features | None]) -> list[list[int]]:
+        """Row numbers for each of B mentions, the most similar last; those of similar pictures behind all others.
+
+        Args:
+            mentions: What to find demonstrations for.
+            features: Image features (C,) of each mention, None without a picture.
+
+        Raises:
+            InputError: A mention would be its own demonstration though its group is left out.
+        """
+        settings, index = self._settings, self._index
+        excluded = [mention.group or mention.mention_id if settings.exclude_group else None for mention in mentions]
+        if settings.policy == "random":
+            found = [
+                index.sample(mention.mention, settings.num_demonstrations, settings.seed, group)
+                for mention, group in zip(mentions, excluded, strict=True)
+            ]
+        else:
+            embeddings = self.encoder.encode([mention.mention for mention in mentions])
+            found = index.retrieve(embeddings, settings.num_demonstrations, excluded)
+        found = [
+            [*rows, *self._similar_pictures(rows, item, group)]
+            for rows, item, group in zip(found, features, excluded, strict=True)
+        ]
+        if settings.exclude_group:
+            for mention, rows in zip(mentions, found, strict=True):
+                if mention.mention_id in index.mention_ids(rows):
+                    raise InputError(
+                        f"mention {mention.mention_id!r} of group {mention.group!r} has another group in the index of "
+                        "demonstrations: build the index again from the same table"
+                    )
+        return found
+
+    def similarities(self, surface_form: str, rows: Sequence[int]) -> list[float]:
+        """Cosine of a surface form's embedding and those of demonstrations' surface forms."""
+        embeddings = self.encoder.encode([surface_form, *(self._index[row].mention for row in rows)])  # (1 + K, E)
+        cosines: list[float] = (embeddings[1:] @ embeddings[0]).tolist()
+        return cosines
+
+    def _similar_pictures(self, rows: list[int], features: Features | None, excluded: str | None) -> list[int]:
+        width = self._index.metadata.vision_width
+        if not rows or features is None or width is None or not are_features(features, width):
+            return []  # features that don't fit are an error of the mention, which generation reports
+        return self._index.similar_pictures(rows[-1], features, self._settings.num_similar_pictures, excluded)

@@ -1,0 +1,485 @@
+"""The training job: Ray Data prepares the mentions once, Ray Train fits the feature mapper on them.
+
+    read mentions → EncodeImages → RetrieveDemonstrations (not of its own group) → CheckExamples → OUTPUT/examples
+    workers: frozen language model, feature mapper under DDP → OUTPUT/checkpoints → OUTPUT/feature_mapper
+
+A rerun of the same command goes on from the last checkpoint, whatever ended the run before it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import tempfile
+import time
+import uuid
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import ray
+from ray import train
+from ray.data import Dataset
+from ray.experimental import tqdm_ray
+from ray.train import Checkpoint, CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train.torch import TorchTrainer, get_device
+
+from gemel_engine import storage
+from gemel_engine.assembly import check_encoders, open_artifacts
+from gemel_engine.config.loading import config_json, validated
+from gemel_engine.config.settings import TrainConfig
+from gemel_engine.decoding.generator import Artifacts
+from gemel_engine.decoding.language_model import DTYPES, language_model_fingerprint
+from gemel_engine.errors import ConfigurationError, InputError, TooManyFailuresError, shown
+from gemel_engine.extras import extra
+from gemel_engine.fingerprints import Contents, artifact_manifests, check_contents, run_contents
+from gemel_engine.pipeline.corpus import Shard, plan_identity, plan_shards
+from gemel_engine.pipeline.output import claim_output, read_columns
+from gemel_engine.pipeline.ray_data import actor_pool, connect, encode_and_retrieve, own_errors
+from gemel_engine.training.attention import PackedLanguageModel, check_trainable
+from gemel_engine.training.checkpoints import keep_record, restore_record
+from gemel_engine.training.prompts import TrainingExample, TrainingPrompts, read_examples
+from gemel_engine.training.stages import CheckExamples, read_file, write_examples
+from gemel_engine.training.trainer import MapperTrainer, initial_mapper
+from gemel_engine.training.validation import Validation
+from gemel_engine.vision.encoder import ImageEncoder
+from gemel_engine.vision.mapper import FeatureMapper
+
+with extra("train"):
+    from tensorboardX import SummaryWriter
+
+logger = logging.getLogger(__name__)
+
+# Settings that may differ between a run and its continuation, with two that save memory: see `_identity`.
+_NOT_IDENTITY = ("resources", "workers", "output", "examples", "max_failed_fraction", "verify_artifacts")
+_ACCURACY = "dev_accuracy"
+# What Ray Train keeps a checkpoint by: its dev accuracy, or less than any where that is unknown.
+_SCORE = "checkpoint_score"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainReport:
+    """What came of a run.
+
+    Attributes:
+        steps: Gradient steps, those before an interruption included.
+        loss: Mean over the steps of the last report, in nats a label token; None if no step was made.
+        dev_accuracy: Of the mapper that was kept; None without validation.
+        kept_step: Steps that this mapper had seen.
+        examples: Training mentions.
+        left_out: Mentions that can't be used, by split and reason.
+        seconds: Of this call.
+    """
+
+    steps: int
+    loss: float | None
+    dev_accuracy: float | None
+    kept_step: int
+    examples: int
+    left_out: dict[str, dict[str, int]]
+    seconds: float
+
+    def summary(self) -> str:
+        """One line for a terminal."""
+        loss, accuracy = ("-" if value is None else f"{value:.3f}" for value in (self.loss, self.dev_accuracy))
+        return f"examples={self.examples} steps={self.steps} loss={loss} dev_accuracy={accuracy} at={self.kept_step}"
+
+
+def train_mapper(config: TrainConfig) -> TrainReport:
+    """Train a feature mapper; the one with the highest dev accuracy ends in `OUTPUT/feature_mapper`.
+
+    Raises:
+        GemelError: The configuration, the input or an artifact is unusable (nothing has been started then), or too
+            many mentions can't be used.
+    """
+    started = time.monotonic()
+    config = validated(config)
+    for address in filter(None, (config.output, config.examples)):
+        storage.check_kept(address)
+        for source in filter(None, (config.train, config.dev)):
+            storage.check_apart(address, source)
+    check_trainable(config.language_model.name, activation_checkpointing=config.language_model.activation_checkpointing)
+    config = replace(config, retrieval=replace(config.retrieval, exclude_group=True))
+    splits = {"train": config.train}
+    if config.dev is not None and config.validation.num_mentions:
+        splits["dev"] = config.dev
+    required = ("entity_id", *(("image_features",) if config.vision.image_encoder is None else ()))
+    plans = {split: plan_shards(uri, config.rows_per_shard, required) for split, uri in splits.items()}
+    _check_disjoint(splits)
+    artifacts = open_artifacts(config, verify=config.verify_artifacts)
+    image_encoder = check_encoders(config, artifacts)
+    fingerprint = None if image_encoder is None else image_encoder.fingerprint
+    mention_encoder = None if artifacts.index is None else artifacts.index.metadata.mention_encoder_fingerprint
+    contents = run_contents(config, mention_encoder, fingerprint)
+    claim_output(config.output, _identity(config, plans, contents))
+    connect()
+    _check_resources(config)
+    prepared = {
+        split: _prepare(config, split, plan, artifacts, image_encoder, contents) for split, plan in plans.items()
+    }
+    left_out = {split: _left_out(config, split, examples) for split, examples in prepared.items()}
+    if not prepared["train"].num_pictures:
+        raise InputError(f"no mention of {config.train} has a usable picture: there is nothing to train on")
+    datasets = {split: _read_examples(examples) for split, examples in prepared.items()}
+    settings = {
+        "config": config,
+        "contents": contents,
+        "image_encoder_fingerprint": fingerprint,
+        "shows_bar": sys.stderr.isatty(),
+    }
+    restore_record(config.output)
+    result = _trainer(config, settings, datasets).fit()
+    num_examples = sum(shard.stop - shard.start for shard in plans["train"]) - sum(left_out["train"].values())
+    report = _keep_best(config, result, num_examples, left_out, time.monotonic() - started)
+    storage.write_bytes(f"{config.output}/report.json", json.dumps(asdict(report), indent=2).encode())
+    logger.info("trained the feature_mapper in %s: %s", shown(config.output), report.summary())
+    return report
+
+
+def _check_disjoint(splits: Mapping[str, str]) -> None:
+    """See that no id is in two splits: a mention is kept from being its own demonstration by its id."""
+    ids = [set(read_columns(uri, ("mention_id",))["mention_id"].to_pylist()) for uri in splits.values()]
+    common = set.intersection(*ids) if len(ids) > 1 else set()
+    if common:
+        raise InputError(
+            f"{' and '.join(splits.values())} have {len(common)} mention_id in common, such as {min(common)[:50]!r}: "
+            "keep the splits apart, and give their mentions different ids"
+        )
+
+
+def _check_resources(config: TrainConfig) -> None:
+    """See that this machine has room for the workers; a cluster may grow."""
+    if os.environ.get("RAY_ADDRESS"):
+        return
+    workers = config.workers
+    has: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    for kind, of_worker in (("CPU", workers.num_cpus), ("GPU", float(workers.use_gpu))):
+        asked = (workers.min_workers or workers.num_workers) * of_worker
+        if asked > has.get(kind, 0.0):
+            raise ConfigurationError(
+                f"the workers ask for {asked:g} {kind}s, and this machine's Ray has {has.get(kind, 0.0):g}: lower "
+                f"workers.num_workers or {'workers.num_cpus' if kind == 'CPU' else 'unset workers.use_gpu'}"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Prepared:
+    """Prepared mentions of a split.
+
+    Attributes:
+        directory: Of the Parquet files.
+        num_rows: Mentions, unusable ones included.
+        num_pictures: Usable mentions with image features.
+    """
+
+    directory: str
+    num_rows: int
+    num_pictures: int
+
+
+def _prepare(
+    config: TrainConfig,
+    split: str,
+    plan: list[Shard],
+    artifacts: Artifacts,
+    image_encoder: ImageEncoder | None,
+    contents: Contents,
+) -> _Prepared:
+    """Encode the pictures of a split and retrieve its demonstrations, unless that was done before.
+
+    Several runs may prepare the same examples at once: each writes a directory of its own, and the first that is
+    complete is everybody's.
+    """
+    root = f"{config.examples or f'{config.output}/examples'}/{split}"
+    mapper, index = artifacts.feature_mapper, artifacts.index
+    prefix_length = _prefix_length(config, mapper)
+    fingerprint, vision_width = None, None
+    if image_encoder is not None:
+        fingerprint, vision_width = image_encoder.fingerprint, image_encoder.width
+    elif (sized := mapper or index) is not None:
+        vision_width = sized.metadata.vision_width
+    claim_output(root, _example_identity(config, plan, prefix_length, vision_width, fingerprint))
+    done = f"{root}/_prepared.json"
+    if not storage.exists(done):
+        directory = f"{root}/data-{uuid.uuid4().hex}"
+        dataset = encode_and_retrieve(config, plan, contents, with_gold=True)
+        pool = actor_pool(config.resources.retrieval)
+        dataset = dataset.map_batches(
+            CheckExamples, fn_constructor_args=(config, prefix_length, vision_width), **pool
+        ).map_batches(
+            partial(write_examples, directory=directory), batch_size=None, batch_format="pyarrow", num_cpus=0.25
+        )
+        with own_errors():
+            receipts = dataset.take_all()
+        counts = {name: sum(receipt[name] for receipt in receipts) for name in ("num_rows", "num_pictures")}
+        storage.remove_tree(f"{config.output}/_marks")
+        storage.create_exclusive(done, json.dumps({"directory": directory.rpartition("/")[2]} | counts).encode())
+    remedy = "remove it and run the same command again"
+    found = storage.read_json(done, remedy)
+    try:
+        return _Prepared(**found | {"directory": f"{root}/{found['directory']}"})
+    except (TypeError, KeyError) as error:
+        raise InputError(f"{shown(done)} describes no prepared mentions: {remedy}") from error
+
+
+def _read_examples(prepared: _Prepared) -> Dataset:
+    """Prepared mentions, a block for each file."""
+    files = storage.list_parquet(prepared.directory)
+    dataset = ray.data.from_items([{"uri": file.uri} for file in files], override_num_blocks=len(files))
+    dataset.context.enable_progress_bars = False  # over in a moment, and again for each worker
+    # Workers may hold all CPUs while they read.
+    return dataset.map_batches(read_file, batch_size=1, batch_format="pyarrow", num_cpus=0)
+
+
+def _left_out(config: TrainConfig, split: str, prepared: _Prepared) -> dict[str, int]:
+    """Mentions of a split that can't be used, by reason.
+
+    Raises:
+        InputError: None can be used, or not all prepared ones are to be seen from here.
+        TooManyFailuresError: More of them than `max_failed_fraction` allows; an entity that the knowledge base lacks
+            is no failure.
+    """
+    table = read_columns(prepared.directory, ("error",))
+    if len(table) != prepared.num_rows:
+        raise InputError(
+            f"{prepared.directory} shows {len(table)} of {prepared.num_rows} prepared mentions: set `output` or "
+            "`examples` to a place that all nodes share, such as s3://"
+        )
+    reasons = Counter(error.partition(":")[0] for error in table["error"].drop_null().to_pylist())
+    if reasons:
+        logger.warning("%d of %d %s mentions are left out: %s", reasons.total(), len(table), split, dict(reasons))
+    if reasons.total() == len(table):
+        raise InputError(f"none of the {len(table)} {split} mentions can be used: {dict(reasons)}")
+    num_failed = reasons.total() - reasons["unknown_entity"]
+    if num_failed > config.max_failed_fraction * len(table):
+        raise TooManyFailuresError(
+            f"{num_failed} of {len(table)} {split} mentions failed ({dict(reasons)}), more than max_failed_fraction "
+            f"{config.max_failed_fraction} allows: see the column `error` in {prepared.directory}"
+        )
+    return dict(reasons)
+
+
+def _trainer(config: TrainConfig, settings: dict[str, Any], datasets: dict[str, Dataset]) -> TorchTrainer:
+    workers = config.workers
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # addresses in a configuration may be relative
+    file_system, path = storage.resolve(config.output)
+    environment = {"THP_MEM_ALLOC_ENABLE": "1"}  # activations in large pages: a step on a CPU is a tenth faster
+    if workers.num_threads is not None:
+        environment["OMP_NUM_THREADS"] = str(workers.num_threads)
+    return TorchTrainer(
+        _train_worker,
+        train_loop_config=settings,
+        scaling_config=ScalingConfig(
+            num_workers=(workers.min_workers, workers.num_workers) if workers.min_workers else workers.num_workers,
+            use_gpu=workers.use_gpu,
+            resources_per_worker={"CPU": workers.num_cpus} | ({"GPU": 1} if workers.use_gpu else {}),
+        ),
+        run_config=RunConfig(
+            name="checkpoints",
+            storage_path=path,
+            storage_filesystem=file_system,
+            failure_config=FailureConfig(max_failures=workers.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=2, checkpoint_score_attribute=_SCORE),
+            callbacks=[
+                _Reports(str(storage.local_path(config.output) or config.output), as_lines=not settings["shows_bar"])
+            ],
+            worker_runtime_env={"env_vars": environment},
+        ),
+        datasets=datasets,
+        # Every worker takes its share of each batch itself, so that batches do not depend on the number of workers.
+        dataset_config=DataConfig(datasets_to_split=[]),
+    )
+
+
+def _train_worker(settings: dict[str, Any]) -> None:
+    """What each training worker does."""
+    config: TrainConfig = settings["config"]
+    context, device = train.get_context(), get_device()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    check_contents(settings["contents"], config)
+    artifacts = open_artifacts(config)
+    language_model = config.language_model
+    model = PackedLanguageModel(
+        language_model.name,
+        language_model.dtype,
+        str(device),
+        activation_checkpointing=language_model.activation_checkpointing,
+    )
+    mapper, fingerprint = artifacts.feature_mapper, settings["image_encoder_fingerprint"]
+    num_shared = config.retrieval.num_demonstrations
+    prompts = TrainingPrompts(_examples("train"), artifacts, config.prompt, _prefix_length(config, mapper), num_shared)
+    if mapper is None:
+        mapper = initial_mapper(config.mapper, config.optimisation.seed, prompts, model)
+    mapper.metadata = replace(
+        mapper.metadata,
+        language_model_fingerprint=language_model_fingerprint(language_model.name),
+        image_encoder_fingerprint=fingerprint or mapper.metadata.image_encoder_fingerprint,
+        details={},
+    )
+    trainer = MapperTrainer(mapper, model, prompts, config.optimisation, rank=rank, world_size=world_size)
+    checkpoint = train.get_checkpoint()
+    if checkpoint is not None:
+        with checkpoint.as_directory() as directory:
+            trainer.load(Path(directory))
+    validation = None
+    if config.dev is not None and config.validation.num_mentions:
+        validation = Validation(config, artifacts, model, _examples("dev"), rank, world_size)
+    shows_bar = rank == 0 and settings["shows_bar"]
+    _loop(config, trainer, validation, is_first=rank == 0, is_new=checkpoint is None, shows_bar=shows_bar)
+
+
+def _prefix_length(config: TrainConfig, starting_mapper: FeatureMapper | None) -> int:
+    return config.mapper.prefix_length if starting_mapper is None else starting_mapper.metadata.prefix_length
+
+
+def _examples(split: str) -> list[TrainingExample]:
+    return read_examples(train.get_dataset_shard(split).iter_batches(batch_size=None, batch_format="pyarrow"))
+
+
+def _loop(
+    config: TrainConfig,
+    trainer: MapperTrainer,
+    validation: Validation | None,
+    *,
+    is_first: bool,
+    is_new: bool,
+    shows_bar: bool,
+) -> None:
+    """Step, and report where the configuration says; the starting mapper is validated as step 0."""
+    progress = tqdm_ray.tqdm(total=trainer.num_steps, desc="train", unit="step") if shows_bar else None
+    if progress is not None:
+        progress.update(trainer.step)
+    validate_every = config.validation.every_steps or trainer.steps_per_epoch
+    if is_new:
+        _report(trainer, {"step": 0} | _accuracy(validation, trainer), with_checkpoint=is_first)
+    started, results = time.monotonic(), []
+    while trainer.step < trainer.num_steps:
+        results.append(trainer.train_step())
+        if progress is not None:
+            progress.update(1)
+        step, is_last = trainer.step, trainer.step == trainer.num_steps
+        is_validated = is_last or step % validate_every == 0
+        is_saved = is_validated or step % config.workers.checkpoint_every == 0
+        if not is_saved and step % config.workers.report_every:
+            continue
+        seconds = time.monotonic() - started
+        metrics = {
+            "step": step,
+            "epoch": step / trainer.steps_per_epoch,
+            "loss": mean(result.loss for result in results),
+            "learning_rate": results[-1].learning_rate,
+            "gradient_norm": mean(result.gradient_norm for result in results),
+            "mentions_per_s": sum(result.num_mentions for result in results) / seconds,
+            "tokens_per_s_of_worker": sum(result.num_tokens for result in results) / seconds,
+        }
+        if is_validated:
+            metrics |= _accuracy(validation, trainer)
+        _report(trainer, metrics, with_checkpoint=is_saved and is_first)
+        started, results = time.monotonic(), []
+    if progress is not None:
+        progress.close()
+
+
+def _report(trainer: MapperTrainer, metrics: dict[str, Any], *, with_checkpoint: bool) -> None:
+    """Report to Ray Train, which waits for all workers."""
+    metrics = metrics | {_SCORE: metrics.get(_ACCURACY, -1.0)}
+    if not with_checkpoint:
+        train.report(metrics)
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        trainer.save(Path(directory))
+        train.report(metrics, checkpoint=Checkpoint.from_directory(directory))
+
+
+def _accuracy(validation: Validation | None, trainer: MapperTrainer) -> dict[str, float]:
+    return {} if validation is None else {_ACCURACY: validation.accuracy(trainer.mapper)}
+
+
+class _Reports(UserCallback):  # type: ignore[misc]
+    """Writes what the first worker reports as TensorBoard events, which it copies to the run's output, and as lines.
+
+    Keeps the record of the checkpoints, too.
+    """
+
+    def __init__(self, output: str, *, as_lines: bool) -> None:
+        self._output = output
+        self._as_lines = as_lines
+        self._writer: SummaryWriter | None = None
+
+    def after_report(self, run_context: object, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None) -> None:
+        try:
+            keep_record(self._output)
+        except OSError as error:  # as below
+            logger.warning("the record of the checkpoints in %s is not kept for now: %s", self._output, error)
+        if self._writer is None:
+            self._writer = SummaryWriter(tempfile.mkdtemp(prefix="gemel-tensorboard-"))
+        first = metrics[0]
+        names = [name for name in first if name not in ("step", _SCORE)]
+        if self._as_lines and names:
+            sys.stderr.write(f"step {first['step']}: {', '.join(f'{name} {first[name]:.4g}' for name in names)}\n")
+        for name in names:
+            self._writer.add_scalar(name, first[name], first["step"])
+        self._writer.flush()
+        for path in Path(self._writer.logdir).iterdir():
+            try:
+                storage.write_bytes(f"{self._output}/tensorboard/{path.name}", path.read_bytes())
+            except OSError as error:  # it would end the training; the next report copies the file again
+                logger.warning("no TensorBoard events in %s for now: %s", self._output, error)
+
+
+def _keep_best(
+    config: TrainConfig, result: train.Result, num_examples: int, left_out: dict[str, dict[str, int]], seconds: float
+) -> TrainReport:
+    """Put the best checkpoint's mapper where linking looks for it."""
+    assert result.checkpoint is not None, "a run reports a checkpoint before its first step"
+    metrics = result.metrics or {}
+    scored = [item for item in result.best_checkpoints or () if _ACCURACY in item[1]]
+    last = result.checkpoint, metrics
+    checkpoint, kept = max(scored, key=lambda item: (item[1][_ACCURACY], item[1]["step"]), default=last)
+    accuracy, step = kept.get(_ACCURACY), int(kept["step"])
+    with checkpoint.as_directory() as directory:
+        mapper = FeatureMapper.load(directory)
+    details: dict[str, str | float | int] = {"steps": step, "config": config_json(config)}
+    if accuracy is not None:
+        details[_ACCURACY] = accuracy
+    mapper.metadata = replace(mapper.metadata, details=details)
+    with tempfile.TemporaryDirectory() as directory:
+        mapper.save(directory, DTYPES[config.mapper.saved_dtype])
+        for path in sorted(Path(directory).iterdir(), key=lambda path: path.suffix == ".json"):
+            storage.write_bytes(f"{config.output}/feature_mapper/{path.name}", path.read_bytes())
+    return TrainReport(
+        steps=metrics["step"],
+        loss=metrics.get("loss"),
+        dev_accuracy=accuracy,
+        kept_step=step,
+        examples=num_examples,
+        left_out=left_out,
+        seconds=seconds,
+    )
+
+
+def _identity(config: TrainConfig, plans: dict[str, list[Shard]], contents: Contents) -> dict[str, Any]:
+    """What makes up a run: settings, input files, models and artifacts."""
+    settings = {key: value for key, value in json.loads(config_json(config)).items() if key not in _NOT_IDENTITY}
+    del settings["optimisation"]["max_pack_tokens"], settings["language_model"]["activation_checkpointing"]
+    plan = {split: plan_identity(plan) for split, plan in plans.items()}
+    return {"settings": settings, "plan": plan, "artifacts": contents}
+
+
+def _example_identity(
+    config: TrainConfig, plan: list[Shard], prefix_length: int, vision_width: int | None, fingerprint: str | None
+) -> dict[str, Any]:
+    """What the prepared examples depend on; no setting of the optimiser or the mapper."""
+    settings = json.loads(config_json(config))
+    vision = {"image_encoder": fingerprint, "max_image_pixels": config.vision.max_image_pixels}
+    prompt = {key: settings["prompt"][key] for key in ("template", "query_reserve")}
+    settings = {key: settings[key] for key in ("retrieval", "image_source")} | {"vision": vision, "prompt": prompt}
+    settings |= {"prefix_length": prefix_length, "vision_width": vision_width}
+    manifests = artifact_manifests(replace(config, vision=replace(config.vision, feature_mapper=None)))
+    return {"settings": settings, "plan": plan_identity(plan), "artifacts": manifests}

@@ -1,0 +1,135 @@
+"""Prepared training mentions, and their prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from gemel_engine.config.settings import PromptSettings
+from gemel_engine.decoding.generator import Artifacts
+from gemel_engine.decoding.prompt import Block, PromptBuilder
+from gemel_engine.training.packing import LabelledPrompt, Segment
+from gemel_engine.types import Features, Mention
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TrainingExample:
+    """A mention with its entity, ready for prompts.
+
+    Attributes:
+        features: Image features (C,); None without a picture.
+        demonstrations: Rows of the demonstration index, the most similar last; none of the mention's own group.
+    """
+
+    mention: Mention
+    entity_id: str
+    features: Features | None
+    demonstrations: tuple[int, ...]
+
+
+def read_examples(tables: Iterable[pa.Table]) -> list[TrainingExample]:
+    """Prepared mentions, less those with an `error`, in the order of their ids; a row that comes twice counts once."""
+    examples = {}
+    for table in tables:
+        for row in table.to_pylist():
+            features = row.get("image_features")
+            if row["error"] is None:
+                examples[row["mention_id"]] = TrainingExample(
+                    Mention(row["mention_id"], row["text"], row["mention"]),
+                    row["entity_id"],
+                    None if features is None else np.array(features, np.float32),
+                    tuple(row.get("demonstrations") or ()),
+                )
+    return [examples[mention_id] for mention_id in sorted(examples)]
+
+
+class TrainingPrompts:
+    """Examples as labelled prompts, and the features of all pictures in them.
+
+    Pictures are numbered: those of the examples first, then those of the demonstration index.
+
+    Args:
+        examples: Each of an entity of the knowledge base.
+        artifacts: Names, demonstrations and tokenizer.
+        settings: How prompts are laid out.
+        prefix_length: P.
+        num_shared: So many demonstrations are the same for all mentions of a surface form; None: all of them.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[TrainingExample],
+        artifacts: Artifacts,
+        settings: PromptSettings,
+        prefix_length: int,
+        num_shared: int | None = None,
+    ) -> None:
+        self.examples = examples
+        self.prefix_length = prefix_length
+        self._num_shared = num_shared
+        self.builder = PromptBuilder(artifacts.tokenizer, settings)
+        self._index = artifacts.index
+        self._names = artifacts.knowledge_base.names_of_entities([example.entity_id for example in examples])
+        self._name_tokens = artifacts.knowledge_base.name_tokens
+        self._with_pictures = settings.demonstration_pictures
+        self._stand_in = torch.empty(prefix_length, 0)  # has the length of the visual prefix that a step will make
+        self._demonstrations: dict[int, Segment] = {}
+
+    def __getitem__(self, number: int) -> LabelledPrompt:
+        """The prompt of an example, shortened as in linking."""
+        example = self.examples[number]
+        picture = None if example.features is None else number
+        question = self.builder.question(example.mention.text, example.mention.mention, self._prefix(picture))
+        blocks = [self._block(self.demonstration(row)) for row in example.demonstrations]
+        places = self.builder.fitting(blocks, self._num_shared, question)
+        kept = tuple(example.demonstrations[place] for place in places)
+        return LabelledPrompt(kept, Segment(question.token_ids, picture), self.target(number))
+
+    def beginning(self, number: int) -> tuple[str, tuple[int, ...]]:
+        """Surface form and shared demonstrations of an example: prompts that have both in common begin alike."""
+        example = self.examples[number]
+        return example.mention.mention, example.demonstrations[: self._num_shared]
+
+    def target(self, number: int) -> tuple[int, ...]:
+        """Tokens of the name of an example's entity, and the terminator."""
+        return (*self.name_tokens(number), self.builder.terminator)
+
+    def name_tokens(self, number: int) -> list[int]:
+        """Tokens of the name of an example's entity, as the prefix trie has them."""
+        name = self._names[number]
+        assert name is not None, "examples of unknown entities are left out when they are read"
+        return self._name_tokens(name)
+
+    def demonstration(self, row: int) -> Segment:
+        """The segment of a row of the demonstration index."""
+        if row not in self._demonstrations:
+            assert self._index is not None, "demonstrations without an index"
+            item = self._index[row]
+            picture = len(self.examples) + row if self._with_pictures and item.features is not None else None
+            block = self.builder.demonstration(item.text, item.mention, item.name, self._prefix(picture))
+            self._demonstrations[row] = Segment(block.token_ids, picture)
+        return self._demonstrations[row]
+
+    def features(self, pictures: Sequence[int]) -> Tensor:
+        """Image features of numbered pictures: (M, C)."""
+        return torch.from_numpy(np.stack([self._features(picture) for picture in pictures]))
+
+    def _features(self, picture: int) -> Features:
+        if picture < len(self.examples):
+            features = self.examples[picture].features
+        else:
+            assert self._index is not None, "a demonstration's picture without an index"
+            features = self._index[picture - len(self.examples)].features
+        assert features is not None, "only what has features has a picture's number"
+        return features
+
+    def _prefix(self, picture: int | None) -> Tensor | None:
+        return None if picture is None else self._stand_in
+
+    def _block(self, segment: Segment) -> Block:
+        return Block(segment.token_ids, self._prefix(segment.picture))

@@ -1,0 +1,76 @@
+"""What the training job does to a block of rows: check prepared mentions, store them, read them back."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from gemel_engine import storage
+from gemel_engine.config.settings import TrainConfig
+from gemel_engine.errors import MentionError
+from gemel_engine.pipeline.isolation import isolate
+from gemel_engine.pipeline.stages import _column, _mentions, _with_errors
+from gemel_engine.storage import parquet
+from gemel_engine.storage.parquet import parquet_bytes
+from gemel_engine.types import Mention, check_features
+
+
+class CheckExamples:
+    """Sets the `error` of mentions that can't be trained on: an unknown entity, too long a text, bad features."""
+
+    def __init__(self, config: TrainConfig, prefix_length: int, vision_width: int | None) -> None:
+        import torch
+
+        from gemel_engine.decoding.prompt import PromptBuilder
+        from gemel_engine.knowledge_base.store import KnowledgeBase
+        from gemel_engine.knowledge_base.update import local_knowledge_base
+        from gemel_engine.tokenizer import load_tokenizer
+
+        self._output = config.output
+        self._knowledge_base = KnowledgeBase.open(local_knowledge_base(config.knowledge_base))
+        self._builder = PromptBuilder(load_tokenizer(config.language_model.name), config.prompt)
+        self._stand_in = torch.empty(prefix_length, 0)
+        self._width = vision_width
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Check a batch."""
+        return isolate(self._check_rows, batch, self._output, "examples")
+
+    def _check_rows(self, batch: pa.Table) -> pa.Table:
+        errors = batch["error"].to_pylist()
+        entity_ids = [entity_id or "" for entity_id in batch["entity_id"].to_pylist()]
+        names = self._knowledge_base.names_of_entities(entity_ids)
+        features = _column(batch, "image_features")
+        for row, mention in enumerate(_mentions(batch)):
+            if mention is None:
+                continue
+            if names[row] is None:
+                errors[row] = f"unknown_entity: {entity_ids[row]!r} is not in the knowledge base"
+                continue
+            try:
+                self._check(mention, features[row])
+            except MentionError as error:
+                errors[row] = str(error)
+        return _with_errors(batch, errors)
+
+    def _check(self, mention: Mention, features: list[float] | None) -> None:
+        self._builder.question(mention.text, mention.mention, None if features is None else self._stand_in)
+        if features is not None:
+            with np.errstate(over="ignore"):
+                check_features(np.array(features, np.float32), self._width or len(features))
+
+
+def write_examples(batch: pa.Table, directory: str) -> pa.Table:
+    """Store prepared mentions; returns a receipt."""
+    (first,) = batch.select(["shard", "row"]).slice(0, 1).to_pylist()
+    name = f"shard-{first['shard']:05d}-{first['row']:08d}.parquet"
+    storage.write_bytes(f"{directory}/{name}", parquet_bytes(batch))
+    usable = pc.and_(pc.is_null(batch["error"]), pc.is_valid(batch["image_features"]))
+    return pa.table({"num_rows": [batch.num_rows], "num_pictures": [pc.sum(usable).as_py() or 0]})
+
+
+def read_file(batch: pa.Table) -> pa.Table:
+    """Read the Parquet file that a row names."""
+    with parquet.open_table(batch["uri"][0].as_py()) as table:
+        return table.read()

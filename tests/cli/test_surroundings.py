@@ -1,0 +1,100 @@
+"""What surrounds a job: locales, terminals, where Ray is, uv."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import ray
+from support.paths import ROOT
+
+from gemel_engine.errors import ConfigurationError
+from gemel_engine.pipeline.ray_data import connect
+
+C_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+PRINT_FILE = (
+    "import sys; from gemel_engine import command_line; command_line.use_utf8(); print(open(sys.argv[1]).read())"
+)
+
+
+def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    known = {name: value for name, value in os.environ.items() if not name.startswith(("LC_", "LANG", "PYTHONIO"))}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=known | environment, capture_output=True, check=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("environment", "printed"),
+    [
+        ({"LC_ALL": "C.UTF-8"}, "ü中".encode()),
+        ({"LC_ALL": "C.UTF-8", "PYTHONIOENCODING": "latin-1"}, b"\xfc\\u4e2d"),
+        (C_LOCALE, rb"\xfc\u4e2d"),
+    ],
+    ids=["utf-8", "latin-1 terminal", "C locale"],
+)
+def test_text_is_utf8_and_what_a_terminal_lacks_is_escaped(
+    environment: dict[str, str], printed: bytes, tmp_path: Path
+) -> None:
+    file = tmp_path / "text"
+    file.write_text("ü中", encoding="utf-8")
+    done = python("-c", PRINT_FILE, str(file), **environment)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, printed, b"")
+
+
+def test_an_error_is_said_in_any_locale() -> None:
+    done = python("jobs/link_corpus.py", "nöwhere.toml", **C_LOCALE)
+    assert done.returncode == ConfigurationError.exit_code
+    assert b"error: the configuration n\\xf6where.toml can't be read" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("address", "reason"),
+    [
+        ("127.0.0.1:9", "Connection refused"),
+        ("ray://127.0.0.1:9", "Connection refused"),
+        ("http://127.0.0.1:8265", "not of the form host:port"),
+        ("somewhere", "not of the form host:port"),
+        ("127.0.0.1:many", "Port could not be cast"),
+    ],
+)
+def test_a_cluster_that_is_not_there_is_said_at_once(
+    address: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not ray.is_initialized()
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(ConfigurationError, match=rf"RAY_ADDRESS is .* can be joined \(.*{reason}.*unset RAY_ADDRESS"):
+        connect()
+
+
+def test_a_temporary_directory_with_a_long_path_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not ray.is_initialized()
+    monkeypatch.setenv("RAY_ADDRESS", "")  # which is none
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / ("long" * 20)))
+    with pytest.raises(ConfigurationError, match="set TMPDIR, or RAY_TMPDIR, to a directory with a shorter path"):
+        connect()
+    assert "RAY_ADDRESS" not in os.environ
+
+
+def test_workers_behind_uv_run_work_where_the_driver_does() -> None:
+    uv = Path(sys.executable).with_name("uv")
+    if not uv.exists():
+        pytest.skip("uv is not in this environment")
+    code = "import gemel_engine; from ray._private.worker import _maybe_modify_runtime_env as f; print(f({}, False))"
+    command = [
+        str(uv),
+        "run",
+        "--no-project",
+        "--no-config",
+        "--offline",
+        "--python",
+        sys.executable,
+        "python",
+        "-c",
+        code,
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "{}"

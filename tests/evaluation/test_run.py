@@ -1,0 +1,216 @@
+"""A finished output as it lies on disk, written by the parts of the job that write it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from support.names import ENTITY_NAMES
+
+from gemel_engine import storage
+from gemel_engine.cli.main import main
+from gemel_engine.cli.tables import as_table
+from gemel_engine.errors import ConfigurationError, InputError
+from gemel_engine.evaluation.calibrate import calibrate_run
+from gemel_engine.evaluation.gold import read_gold
+from gemel_engine.evaluation.run import LinkedRun, judge_run
+from gemel_engine.pipeline.output import claim_output
+from gemel_engine.report.page import report_of
+from gemel_engine.storage.parquet import parquet_bytes
+from gemel_engine.types import Candidate, Prediction, predictions_to_table
+
+NUM_MENTIONS = 200
+RNG = np.random.default_rng(0)
+SHARES = RNG.uniform(0.05, 0.95, NUM_MENTIONS)
+IS_RIGHT = RNG.uniform(size=NUM_MENTIONS) < SHARES
+
+
+@pytest.fixture
+def output(tmp_path: Path, artifacts: dict[str, Path]) -> str:
+    """A run that knows `m0` to `m199`; the gold entities of some are right, of others wrong, of others unknown."""
+    gold_ids = [f"Q{n % 20}" if right else f"Q{20 + n % 8}" for n, right in enumerate(IS_RIGHT)]
+    gold_ids[:30] = ["unheard of"] * 30
+    mentions = {
+        "mention_id": [f"m{n}" for n in range(NUM_MENTIONS)],
+        "text": [f"Look at the {ENTITY_NAMES[n % 20]}." for n in range(NUM_MENTIONS)],
+        "mention": [ENTITY_NAMES[n % 20] for n in range(NUM_MENTIONS)],
+        "entity_id": gold_ids,
+        "image_bytes": [b"picture" if n % 3 else None for n in range(NUM_MENTIONS)],
+    }
+    pq.write_table(pa.table(mentions), tmp_path / "mentions.parquet")
+    settings = {
+        "input": str(tmp_path / "mentions.parquet"),
+        "knowledge_base": str(artifacts["knowledge_base"]),
+        "demonstrations": None,
+        "image_source": {},
+        "language_model": {"name": "models/lm"},
+        "prompt": {},
+        "retrieval": {"num_demonstrations": 2, "mention_encoder": "models/encoder"},
+        "search": {"objective": "sum", "width": 4},
+    }
+    predictions = [
+        Prediction(
+            f"m{n}",
+            entity_id=f"Q{n % 20}",
+            entity_name=ENTITY_NAMES[n % 20],
+            log_prob=float(np.log(share)),
+            probability=float(share),
+            unexplored_mass=float(1 - share),
+            certified=True,
+            candidates=(Candidate(f"Q{n % 20}", ENTITY_NAMES[n % 20], float(np.log(share))),),
+        )
+        for n, share in enumerate(SHARES)
+    ]
+    predictions[NUM_MENTIONS - 1] = Prediction(f"m{NUM_MENTIONS - 1}", error="image: broken")
+    directory = str(tmp_path / "linked")
+    claim_output(directory, {"settings": settings})
+    for number, rows in enumerate((predictions[:150], predictions[150:])):
+        data = parquet_bytes(predictions_to_table(rows))
+        storage.write_bytes(f"{directory}/data/shard-{number:05d}.parquet", data)
+    storage.write_bytes(
+        f"{directory}/report.json", json.dumps({"rows": NUM_MENTIONS, "feature_mapper": "none"}).encode()
+    )
+    return directory
+
+
+def test_a_run_is_judged_by_the_labels_of_its_input(output: str) -> None:
+    judged = judge_run(LinkedRun.open(output))
+    evaluation = judged.evaluation
+    assert (evaluation.num_mentions, evaluation.num_nil, evaluation.num_errors) == (170, 30, 1)
+    assert evaluation.accuracy.value == pytest.approx(IS_RIGHT[30:-1].sum() / 170)
+    assert {"with", "without"} == set(evaluation.buckets["picture"])
+    assert set(judged.confidence) == {"raw"}
+    reliability = judged.confidence["raw"].reliability
+    assert sum(number for _, _, number in reliability) == NUM_MENTIONS - 1
+    num_right = sum(accuracy * number for _, accuracy, number in reliability)
+    assert num_right == pytest.approx(IS_RIGHT[30:-1].sum())  # answers to the 30 without a known entity are wrong
+    assert judged.knowledge_base_names == len(set(ENTITY_NAMES))
+    assert json.loads(judged.to_json())["evaluation"]["num_mentions"] == 170
+    assert as_table(judged).row_count > 5
+
+
+def test_a_report_shows_a_run_with_and_without_judgement(output: str) -> None:
+    linked = LinkedRun.open(output)
+    assert linked.has_gold()
+    judged = judge_run(linked)
+    assert judged.verdicts["right"].null_count == 30
+    page = report_of(linked, judged, training=None, gallery_size=10)
+    assert page.count('class="card"') == 10
+    assert "Accuracy by kind of mention" in page
+    assert "Accuracy" not in report_of(linked, None, training=None, gallery_size=3)
+
+
+def test_a_run_is_compared_with_another_and_its_split_with_training(output: str) -> None:
+    linked = LinkedRun.open(output)
+    judged = judge_run(linked, against=linked, train=linked.settings["input"])
+    assert judged.comparison is not None
+    assert judged.comparison.num_changed == 0
+    assert judged.leaks is not None
+    assert judged.leaks.mention_ids == NUM_MENTIONS
+    assert judged.leaks.pictures == sum(n % 3 > 0 for n in range(NUM_MENTIONS))
+
+
+def test_a_calibration_fits_the_run_that_it_was_fitted_on(output: str) -> None:
+    linked = LinkedRun.open(output)
+    fitted = calibrate_run(linked, nil_precision=0.1)
+    assert fitted.fitted_on["num_mentions"] == NUM_MENTIONS - 1
+    assert fitted.fitted_on["num_nil"] == 30
+    fitted.check_scoring(linked.settings)
+    with pytest.raises(ConfigurationError, match=r"search\.objective"):
+        fitted.check_scoring(linked.settings | {"search": {"objective": "mean"}})
+
+
+def test_calibrated_scores_are_judged_beside_the_raw_ones(output: str) -> None:
+    linked = LinkedRun.open(output)
+    fitted = calibrate_run(linked, nil_precision=0.1)
+    confidence = pa.array(SHARES**2)
+    column = linked.predictions.column_names.index("confidence")
+    calibrated = replace(linked, predictions=linked.predictions.set_column(column, "confidence", confidence))
+    assert list(judge_run(calibrated).confidence) == ["calibrated", "raw"]
+    assert fitted.nil is not None
+
+
+def test_labels_may_come_alone_and_in_any_order(output: str, tmp_path: Path) -> None:
+    labelled = pq.read_table(tmp_path / "mentions.parquet").sort_by("entity_id").slice(40)
+    pq.write_table(labelled, tmp_path / "all.parquet")
+    pq.write_table(labelled.select(["mention_id", "entity_id"]), tmp_path / "labels.parquet")
+    linked, train = LinkedRun.open(f"{output}/"), str(tmp_path / "mentions.parquet")
+    alone, described = (
+        judge_run(linked, gold=str(tmp_path / name), train=train) for name in ("labels.parquet", "all.parquet")
+    )
+    assert alone.to_json() == described.to_json()
+    assert linked.output == output
+
+
+def test_what_candidates_a_run_had_its_own_input_says(output: str, tmp_path: Path) -> None:
+    mentions = pq.read_table(tmp_path / "mentions.parquet")
+    pq.write_table(mentions, tmp_path / "gold.parquet")
+    candidates = pa.array([["Q1", f"Q{n % 20}"] for n in range(NUM_MENTIONS)])
+    pq.write_table(mentions.append_column("candidate_ids", candidates), tmp_path / "mentions.parquet")
+    linked, gold = LinkedRun.open(output), str(tmp_path / "gold.parquet")
+    assert judge_run(linked, gold=gold, protocol="candidates").evaluation.protocol == "candidates"
+    with pytest.raises(InputError, match="some mentions have candidate_ids"):
+        judge_run(linked, gold=gold)
+    over_all = replace(linked, settings=linked.settings | {"input": gold})
+    with pytest.raises(InputError, match="of the run to compare with: some mentions have candidate_ids"):
+        judge_run(over_all, gold=gold, against=linked)
+    with pytest.raises(InputError, match="fit the calibration on a run without candidates"):
+        calibrate_run(linked, gold=gold, nil_precision=0.1)
+
+
+def test_what_is_no_finished_run_is_refused(output: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"has no _run\.json"):
+        LinkedRun.open(str(tmp_path))
+    Path(output, "report.json").unlink()
+    with pytest.raises(InputError, match=r"has no report\.json"):
+        LinkedRun.open(output)
+    pq.write_table(pa.table({"mention_id": ["a"]}), tmp_path / "unlabelled.parquet")
+    with pytest.raises(InputError, match="no column entity_id"):
+        read_gold(str(tmp_path / "unlabelled.parquet"))
+
+
+@pytest.mark.parametrize("name", ["_run.json", "report.json"])
+@pytest.mark.parametrize("content", [b"", b'{"settings"', b"[]", b"\xff", b"[" * 100_000])
+def test_a_document_of_a_run_that_is_none_is_refused_by_its_name(output: str, name: str, content: bytes) -> None:
+    Path(output, name).write_bytes(content)
+    with pytest.raises(InputError, match=rf"{name} is (not|no) JSON"):
+        LinkedRun.open(output)
+
+
+OTHER = {"input": 1, "knowledge_base": "kb", "demonstrations": None}
+
+
+@pytest.mark.parametrize("run", [{}, {"settings": None}, {"settings": {"input": "a"}}, {"settings": OTHER}])
+def test_the_settings_of_another_kind_of_run_are_refused(output: str, run: object) -> None:
+    Path(output, "_run.json").write_text(json.dumps(run))
+    with pytest.raises(InputError, match=r"_run\.json is not of a linking run"):
+        LinkedRun.open(output)
+
+
+def test_the_judge_says_which_addresses_are_read_and_not_the_judged(
+    output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture = tmp_path / "pictures/red.png"
+    picture.parent.mkdir()
+    Image.new("RGB", (8, 8), "red").save(picture)
+    mentions = pq.read_table(tmp_path / "mentions.parquet").drop_columns(["image_bytes"])
+    addresses = pa.array([str(picture)] * NUM_MENTIONS)
+    pq.write_table(mentions.append_column("image_uri", addresses), tmp_path / "mentions.parquet")
+    run = json.loads(Path(output, "_run.json").read_text())
+    run["settings"]["image_source"] = {"allowed_prefixes": [str(tmp_path)], "a setting of tomorrow": 1}
+    Path(output, "_run.json").write_text(json.dumps(run))
+
+    def report(*options: str) -> str:
+        monkeypatch.setattr("sys.argv", ["gemel", "evaluate", output, "--gallery-size", "3", *options])
+        main()
+        return Path(output, "evaluation/report.html").read_text()
+
+    assert "data:image/webp" not in report()
+    assert "data:image/webp" in report("--allowed-image-prefixes", str(picture.parent))
+    assert "under none of allowed_prefixes" in report("--allowed-image-prefixes", "/elsewhere")

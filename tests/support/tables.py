@@ -1,0 +1,35 @@
+"""Tables of entities."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import trouble
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from gemel_engine.config.settings import KnowledgeBaseSettings
+
+SKIP = KnowledgeBaseSettings(on_bad_name="skip")
+
+
+def fast_tokenizer(tokenizer: Tokenizer, **special_tokens: str) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special_tokens)  # type: ignore[no-untyped-call]
+
+
+def make_tokenizer(vocabulary_size: int = 300) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_size,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<|im_end|>"],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["Bear Island Bears island", "Zoé Zoo"], trainer)
+    return fast_tokenizer(tokenizer, eos_token="<|im_end|>")
+
+
+def edit_manifest(built: Path, **values: object) -> None:
+    trouble.edit_manifest(built / "knowledge_base.json", values)

@@ -1,0 +1,218 @@
+"""The training job as a user runs it: tiny real models, real Ray Train, interruptions, and linking with the result."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from support.corpus import picture
+from support.names import ENTITY_NAMES
+from support.paths import ROOT
+from support.s3_server import S3Server
+
+from gemel_engine import storage
+from gemel_engine.config.loading import load_config
+from gemel_engine.config.settings import TrainConfig
+from gemel_engine.errors import ConfigurationError, InputError, TooManyFailuresError
+from gemel_engine.training.checkpoints import keep_record, restore_record
+from gemel_engine.training.job import TrainReport, train_mapper
+from gemel_engine.vision.mapper import FeatureMapper
+
+
+def write_split(path: Path, num_mentions: int = 10, **columns: list[object]) -> Path:
+    colours = ["red", "green", "blue", "white", "black"]
+    names = [ENTITY_NAMES[n % 7] for n in range(num_mentions)]
+    table = {
+        "mention_id": [f"{path.stem}{n}" for n in range(num_mentions)],
+        "text": [f"Look, a {name}." for name in names],
+        "mention": names,
+        "image_bytes": [picture(colours[n % 5]) if n % 4 else None for n in range(num_mentions)],
+        "entity_id": [f"Q{n % 7}" for n in range(num_mentions)],
+    }
+    pq.write_table(pa.table(table | columns), path)
+    return path
+
+
+@pytest.fixture
+def config_path(artifacts: dict[str, Path], tmp_path: Path) -> Path:
+    path = tmp_path / "train.toml"
+    path.write_text(
+        f"""
+train = "{write_split(tmp_path / "train.parquet")}"
+dev = "{write_split(tmp_path / "dev.parquet", 6)}"
+output = "{tmp_path / "output"}"
+knowledge_base = "{artifacts["knowledge_base"]}"
+demonstrations = "{artifacts["demonstrations"]}"
+[language_model]
+name = "{artifacts["language_model"]}"
+dtype = "float32"
+[vision]
+image_encoder = "{artifacts["image_encoder"]}"
+[retrieval]
+mention_encoder = "{artifacts["mention_encoder"]}"
+num_demonstrations = 2
+[prompt]
+max_prompt_tokens = 600
+query_reserve = 200
+[mapper]
+prefix_length = 2
+initialisation = "ridge"
+scaling = "z_score"
+[optimisation]
+epochs = 2
+learning_rate = 1e-2
+batch_size = 4
+[workers]
+num_cpus = 0.5
+checkpoint_every = 2
+report_every = 1
+"""
+    )
+    return path
+
+
+def run_job(path: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "jobs/train.py", str(path), *overrides],
+        cwd=ROOT,
+        env=os.environ,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=540,
+    )
+
+
+def report(output: str) -> TrainReport:
+    return TrainReport(**json.loads(storage.read_bytes(f"{output}/report.json")))
+
+
+@pytest.mark.gpu
+@pytest.mark.heavy
+def test_the_job_trains_a_mapper_on_two_workers(config_path: Path, device: str) -> None:
+    on_gpu = ("--workers.use-gpu", "--vision.device=cuda", "--resources.images.num-gpus=0.25")
+    num_workers = 2 if device == "cpu" else min(2, torch.cuda.device_count())
+    finished = run_job(config_path, f"--workers.num-workers={num_workers}", *(on_gpu if device == "cuda" else ()))
+    assert finished.returncode == 0, finished.stderr[-5000:]
+    assert "Failed to query" not in finished.stderr + finished.stdout, "a warning of Ray's that comes every second"
+    config = load_config(TrainConfig, config_path)
+    found = report(config.output)
+    assert (found.steps, found.examples, found.left_out) == (6, 10, {"train": {}, "dev": {}})
+    assert found.loss is not None
+    assert found.dev_accuracy is not None
+    mapper = FeatureMapper.load(f"{config.output}/feature_mapper")
+    assert mapper.metadata.initialisation == "ridge"
+    assert mapper.metadata.language_model_fingerprint is not None
+    assert mapper.metadata.image_encoder_fingerprint is not None
+    assert mapper.metadata.details["dev_accuracy"] == found.dev_accuracy
+    assert list(Path(config.output, "tensorboard").glob("events*"))
+
+
+def test_a_corpus_or_a_setting_that_is_wrong_stops_the_job_at_once(config_path: Path, tmp_path: Path) -> None:
+    config = load_config(TrainConfig, config_path)
+    no_gold = pq.read_table(config.train).drop_columns(["entity_id"])
+    pq.write_table(no_gold, tmp_path / "no_gold.parquet")
+    with pytest.raises(InputError, match="no column 'entity_id'"):
+        train_mapper(replace(config, train=str(tmp_path / "no_gold.parquet")))
+    with pytest.raises(InputError, match="no column 'image_features'"):
+        train_mapper(replace(config, vision=replace(config.vision, image_encoder=None)))
+    with pytest.raises(InputError, match=r"have \d+ mention_id in common, such as '.*': keep the splits apart"):
+        train_mapper(replace(config, dev=config.train))
+    assert not storage.exists(config.output)
+    with pytest.raises(ConfigurationError, match=r"optimisation\.batch_size: .*greater than 0 \(got 0\)"):
+        load_config(TrainConfig, config_path, ["--optimisation.batch-size", "0"])
+
+
+@pytest.mark.heavy
+def test_mentions_that_cannot_be_used_are_counted(local_ray: None, config_path: Path, tmp_path: Path) -> None:
+    config = load_config(TrainConfig, config_path)
+    strangers = write_split(tmp_path / "strangers.parquet", 4, entity_id=["X1"] * 4)
+    other = replace(config, train=str(strangers), output=str(tmp_path / "strangers"))
+    with pytest.raises(InputError, match=r"none of the 4 train mentions can be used: \{'unknown_entity': 4\}"):
+        train_mapper(other)
+    with pytest.raises(ConfigurationError, match=r"differs in .*settings\.mapper\.prefix_length"):
+        train_mapper(replace(other, mapper=replace(config.mapper, prefix_length=3)))
+    damaged = write_split(tmp_path / "damaged.parquet", 4, image_bytes=[picture("red"), b"?", None, None])
+    with pytest.raises(TooManyFailuresError, match=r"1 of 4 train mentions failed \(\{'image': 1\}\)"):
+        train_mapper(replace(config, train=str(damaged), output=str(tmp_path / "damaged")))
+
+
+@pytest.mark.heavy
+@pytest.mark.timeout(1800)
+def test_a_killed_worker_and_a_killed_job_change_nothing(config_path: Path, tmp_path: Path) -> None:
+    plain, disturbed = str(tmp_path / "plain"), str(tmp_path / "disturbed")
+    options = ("--optimisation.epochs", "20", "--validation.every-steps", "30")
+    assert run_job(config_path, "--output", plain, *options).returncode == 0
+    command = [sys.executable, "jobs/train.py", str(config_path), "--output", disturbed, *options]
+    job = subprocess.Popen(command, cwd=ROOT, env=os.environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for_checkpoint(disturbed, 2)
+    kill_workers(job.pid)
+    wait_for_checkpoint(disturbed, 4)
+    job.send_signal(signal.SIGKILL)
+    job.wait()
+    assert run_job(config_path, "--output", disturbed, *options).returncode == 0
+    a, b = (FeatureMapper.load(f"{output}/feature_mapper") for output in (plain, disturbed))
+    assert torch.equal(a.linear.weight, b.linear.weight)
+    found = [report(output) for output in (plain, disturbed)]
+    assert [item.steps for item in found] == [60, 60]
+    assert found[0].dev_accuracy == found[1].dev_accuracy
+    assert found[0].kept_step == found[1].kept_step
+    assert run_job(config_path, "--output", disturbed, *options).returncode == 0, "a finished run can be run again"
+
+
+def test_training_goes_on_from_a_record_of_checkpoints_that_was_cut_off(tmp_path: Path) -> None:
+    """As by a kill while Ray Train writes it, which it does in place."""
+    record = tmp_path / "checkpoints/checkpoint_manager_snapshot.json"
+    restore_record(str(tmp_path))
+    record.parent.mkdir()
+    record.write_text('{"checkpoint_results": [')
+    keep_record(str(tmp_path))
+    restore_record(str(tmp_path))
+    assert not record.exists(), "there is nothing to go on from"
+    record.write_text('{"checkpoint_results": []}')
+    keep_record(str(tmp_path))
+    for cut in ("", '{"checkpoint_results": [{'):
+        record.write_text(cut)
+        keep_record(str(tmp_path))
+        restore_record(str(tmp_path))
+        assert record.read_text() == '{"checkpoint_results": []}'
+
+
+def wait_for_checkpoint(output: str, count: int) -> None:
+    seen: set[str] = set()
+    deadline = time.monotonic() + 600
+    while len(seen) < count:
+        assert time.monotonic() < deadline, f"no {count} checkpoints in {output}"
+        seen |= {path.name for path in Path(output, "checkpoints").glob("checkpoint_*")}
+        time.sleep(0.05)
+
+
+def kill_workers(job: int) -> None:
+    """Kill the training workers of a job, and no others."""
+    killed = 0
+    for process in psutil.Process(job).children(recursive=True):
+        if "RayTrainWorker" in " ".join(process.cmdline()):
+            process.kill()
+            killed += 1
+    assert killed, "no training worker to kill"
+
+
+@pytest.mark.heavy
+def test_training_on_s3(config_path: Path, artifacts: dict[str, Path], s3_server: S3Server) -> None:
+    output = f"{s3_server.uri}/training"
+    finished = run_job(config_path, "--output", output)
+    assert finished.returncode == 0, finished.stderr[-5000:]
+    assert report(output).steps == 6
+    assert FeatureMapper.load(storage.download_directory(f"{output}/feature_mapper")).metadata.trained
+    assert os.environ["AWS_SECRET_ACCESS_KEY"] not in finished.stderr + finished.stdout
