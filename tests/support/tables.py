@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import trouble
+from support import trouble
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
