@@ -54,7 +54,8 @@ def redacted(text: str, *addresses: str) -> str:
     """
     for address in addresses:
         query = re.split("[?#]", address, maxsplit=1)[1:]
-        for secret in filter(None, [*query, *map(quote, query), *map(quote_plus, query)]):
+        query = [part for part in query if len(part) > 3]  # a shorter one is no secret
+        for secret in (*query, *map(quote, query), *map(quote_plus, query)):
             text = text.replace(secret, "...")
     text = _ADDRESS.sub(lambda found: _without_secrets(found[0], "[?#]|%3F"), text)
     return _SECRET_PARAMETER.sub(r"\1...", text)
