@@ -166,7 +166,7 @@ def commit_shard(output: str, shard: Shard, part_uris: Sequence[str], run: str =
 
 def read_columns(directory: str, columns: Sequence[str]) -> pa.Table:
     """Small columns of all Parquet files of a directory."""
-    return parquet.read_tables(directory, MENTION_COLUMNS | PREDICTION_COLUMNS, columns, columns)
+    return parquet.read_tables(directory, PREDICTION_COLUMNS | MENTION_COLUMNS, columns, columns)
 
 
 def _run_json(identity: dict[str, Any]) -> bytes:

@@ -82,7 +82,6 @@ class Table:
             groups = [self._metadata.row_group(group) for group in range(self._metadata.num_row_groups)]
         self._ends = np.cumsum([0, *(group.num_rows for group in groups)])
         self._check_columns(groups, columns, required)
-        self._allowed_bytes = max(_ALWAYS_ALLOWED, _EXPANSION * source.size())
         for number, group in enumerate(groups):
             self._check_sizes(number, group.num_rows)
 
@@ -214,12 +213,7 @@ class Table:
             self._check_bytes(size, f"column {leaf.path.partition('.')[0]!r} of {num_rows} rows")
 
     def _check_bytes(self, size: int, what: str) -> None:
-        if size > self._allowed_bytes:
-            raise InputError(
-                f"{self.file.uri}: {what} would take {size >> 20:,} MiB of memory, more than "
-                f"{_ALWAYS_ALLOWED >> 20} MiB and {_EXPANSION} times the file's size: write shorter values, or lower "
-                "rows_per_shard"
-            )
+        _check_memory(self.file.uri, size, self._source.size(), what)
 
     def _rows_per_piece(self, group: int, names: Sequence[str], max_rows: int) -> int:
         """The rows that take `_PIECE_BYTES` if each has its own share, and the largest value that is shared."""
@@ -340,9 +334,13 @@ def read_tables(
     Raises:
         InputError: See `open_tables` and `Table.pieces`.
     """
-    return pa.concat_tables(
-        [table.read(names) for table in open_tables(uri, columns, required)], promote_options="default"
-    )
+    tables, num_bytes, stored_bytes = [], 0, 0
+    for table in open_tables(uri, columns, required):
+        tables.append(table.read(names))
+        num_bytes += tables[-1].nbytes
+        stored_bytes += table.file.size
+        _check_memory(uri, num_bytes, stored_bytes, "all rows")
+    return pa.concat_tables(tables, promote_options="default")
 
 
 def from_bytes(data: bytes, uri: str) -> pa.Table:
@@ -379,6 +377,15 @@ def _opened(
     except BaseException:
         source.close()
         raise
+
+
+def _check_memory(uri: str, num_bytes: int, stored_bytes: int, what: str) -> None:
+    """See that what is stored in some bytes takes no unreasonable number of them in memory."""
+    if num_bytes > max(_ALWAYS_ALLOWED, _EXPANSION * stored_bytes):
+        raise InputError(
+            f"{uri}: {what} would take {num_bytes >> 20:,} MiB of memory, more than {_ALWAYS_ALLOWED >> 20} MiB and "
+            f"{_EXPANSION} times the file's size: write shorter values, or lower rows_per_shard"
+        )
 
 
 @contextmanager
