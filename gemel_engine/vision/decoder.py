@@ -101,7 +101,7 @@ def _split_jpeg(data: bytes) -> tuple[bytes, bytes | None]:
         if marker == 0xFF:  # fills up
             start += 1
             continue
-        if marker == 0xDA:
+        if 0xD0 <= marker <= 0xDA:  # the first scan, or what has no length
             break
         stop = start + 2 + int.from_bytes(data[start + 2 : start + 4])
         if marker not in _JPEG_METADATA:
