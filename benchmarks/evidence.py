@@ -30,7 +30,7 @@ from gemel_engine.evidence.forms import FormStatistics
 from gemel_engine.evidence.index import MANIFEST, EvidenceIndex, build_evidence
 from gemel_engine.evidence.normal_form import normal_form
 from gemel_engine.evidence.pool import CandidatePool
-from gemel_engine.mention_encoder import MentionEncoder
+from gemel_engine.retrieval.encoder import MentionEncoder
 from gemel_engine.types import Mention
 
 RESULTS = Path("benchmarks/results/evidence.json")

@@ -13,7 +13,7 @@ from gemel_engine.errors import ArtifactError, ConfigurationError, InputError
 from gemel_engine.evidence.forms import FormStatistics
 from gemel_engine.evidence.index import MANIFEST, EntityPictures, EvidenceIndex, build_evidence
 from gemel_engine.evidence.pool import CandidatePool, PoolSettings
-from gemel_engine.mention_encoder import MentionEncoder
+from gemel_engine.retrieval.encoder import MentionEncoder
 from gemel_engine.types import Mention
 
 ENTITIES = pa.table(
