@@ -82,7 +82,6 @@ class EvidenceManifest:
     mention_encoder_fingerprint: str | None
     image_encoder_fingerprint: str | None
     files: dict[str, str]
-    format_version: int = FORMAT_VERSION
 
 
 @dataclass(frozen=True, slots=True, eq=False)

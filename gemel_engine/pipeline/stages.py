@@ -83,6 +83,8 @@ def _read_rows(places: pa.Table, shard: Shard, also: Sequence[str]) -> pa.Table:
     """Read rows of a shard that follow each other; of a row with an error the id alone."""
     first, are_unreadable = places["row"][0].as_py(), places["error"].null_count == 0
     part = replace(shard, start=first, stop=first + places.num_rows)
+    if part != shard:
+        part = replace(part, ids="")  # the digest is of all ids of the shard
     if are_unreadable:
         table, errors = read_rows(part, ("mention_id",)), places["error"].to_pylist()
         for name in ("text", "mention"):

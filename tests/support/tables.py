@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from support import trouble
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from gemel_engine.config.settings import KnowledgeBaseSettings
+from support import trouble
 
 SKIP = KnowledgeBaseSettings(on_bad_name="skip")
 
