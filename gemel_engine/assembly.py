@@ -102,7 +102,7 @@ def _check_names(config: JobConfig, knowledge_base: KnowledgeBase, tokenizer: Pr
 
     Knowledge bases of earlier releases do not say which trie is theirs.
     """
-    for row in np.linspace(0, knowledge_base.num_entities - 1, _NAMES_CHECKED).astype(int):
+    for row in np.unique(np.linspace(0, knowledge_base.num_entities - 1, _NAMES_CHECKED, dtype=int)):
         name = knowledge_base.entity(row).name
         tokens = knowledge_base.name_tokens(knowledge_base.name_of_row(row))
         if (decoded := tokenizer.backend_tokenizer.decode(tokens, skip_special_tokens=False)) != name:

@@ -89,6 +89,23 @@ def weight_files(directory: Path) -> list[Path]:
     raise ArtifactError(f"{directory} holds no weights, neither {' nor '.join(_WHOLE)}: download the model again")
 
 
+def check_only_weights(directory: Path, files: Collection[Path]) -> None:
+    """Raise where vLLM would read other safetensors files than transformers: it takes all, or those of an index.
+
+    Raises:
+        ArtifactError: It would.
+    """
+    read = {*directory.glob("*.safetensors")}
+    index = directory / f"{_WHOLE[0]}.index.json"
+    if index.exists():
+        read &= {*_indexed_files(index)}
+    if read and read != {*files}:
+        others = ", ".join(sorted(path.name for path in read ^ {*files}))
+        raise ArtifactError(
+            f"{directory} holds more weights than one model has, and engines would read different ones: remove {others}"
+        )
+
+
 def tensor_names(files: Collection[Path]) -> set[str]:
     """Return the names of all tensors in the files of a checkpoint."""
     return {name for path in files for name in _shapes(path)}

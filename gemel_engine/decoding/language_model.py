@@ -9,8 +9,6 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +19,7 @@ from transformers.models.auto.auto_factory import _get_model_class
 from gemel_engine.checkpoint import (
     check_files,
     check_finite_files,
+    check_only_weights,
     check_tensors,
     check_whole,
     checkpoint_directory,
@@ -110,26 +109,13 @@ def check_language_model(name_or_path: str, *, verify: bool = False) -> None:
             "different ones: remove that line"
         )
     files = weight_files(directory)
-    _check_only_weights(directory, files)
+    check_only_weights(directory, files)
     architectures = AutoModelForCausalLM._model_mapping
     if type(config) in architectures and getattr(config, "quantization_config", None) is None:
         architecture: Any = _get_model_class(config, architectures)  # type: ignore[no-untyped-call]
         check_tensors("language model", directory, files, architecture, config)
     if verify:
         check_finite_files("language model", directory, files)
-
-
-def _check_only_weights(directory: Path, files: Sequence[Path]) -> None:
-    """Raise where vLLM would read other safetensors files than transformers."""
-    read = {*directory.glob("*.safetensors")}
-    index = directory / "model.safetensors.index.json"
-    if index.exists():
-        read &= {directory / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
-    if read and read != {*files}:
-        others = ", ".join(sorted(path.name for path in read ^ {*files}))
-        raise ArtifactError(
-            f"{directory} holds more weights than one model has, and engines would read different ones: remove {others}"
-        )
 
 
 def warn_if_slow(dtype: str, device: torch.device) -> None:
