@@ -142,14 +142,14 @@ $(MODELS): examples/demo_models.py | $(INSTALLED)
 	$(BIN)/python examples/demo_models.py build/models
 	touch $@
 
-$(KNOWLEDGE_BASE): jobs/build_knowledge_base.py examples/emoji/entities.parquet $(MODELS)
+$(KNOWLEDGE_BASE): examples/emoji/entities.parquet $(MODELS)
 	rm -rf $(basename $@)
-	$(BIN)/python jobs/build_knowledge_base.py examples/emoji/entities.parquet $(basename $@) \
+	$(BIN)/gemel build-kb examples/emoji/entities.parquet $(basename $@) \
 		--tokenizer build/models/smollm2-135m
 	touch $@
 
-$(DEMONSTRATIONS): jobs/build_demonstration_index.py examples/emoji/train.parquet examples/emoji/entities.parquet $(MODELS)
+$(DEMONSTRATIONS): examples/emoji/train.parquet examples/emoji/entities.parquet $(MODELS)
 	rm -rf $(basename $@)
-	$(BIN)/python jobs/build_demonstration_index.py examples/emoji/train.parquet examples/emoji/entities.parquet \
+	$(BIN)/gemel build-demonstrations examples/emoji/train.parquet examples/emoji/entities.parquet \
 		$(basename $@) --mention-encoder build/models/minilm --image-encoder build/models/efficientnet-lite2
 	touch $@

@@ -128,12 +128,12 @@ def without_entities(corpus: Corpus, directory: Path) -> list[str]:
     pq.write_table(train.filter(pc.is_in(train["entity_id"], kept)), directory / "train.parquet")
     settings, entities_path = corpus.settings, f"{directory}/entities.parquet"
     model = settings.language_model.name
-    run("jobs/build_knowledge_base.py", entities_path, f"{directory}/kb", "--tokenizer", model)
+    run("-m", "gemel_engine.cli.main", "build-kb", entities_path, f"{directory}/kb", "--tokenizer", model)
     encoders = ["--mention-encoder", str(settings.retrieval.mention_encoder)]
     if settings.vision.image_encoder is not None:
         encoders += ["--image-encoder", settings.vision.image_encoder]
     train_path, index = f"{directory}/train.parquet", f"{directory}/demonstrations"
-    run("jobs/build_demonstration_index.py", train_path, entities_path, index, *encoders)
+    run("-m", "gemel_engine.cli.main", "build-demonstrations", train_path, entities_path, index, *encoders)
     if corpus.training is not None:
         places = ["--train", train_path, "--output", f"{directory}/training", "--examples", f"{directory}/examples"]
         run("jobs/train.py", str(corpus.training), *places, *artifacts, "--validation.num-mentions", "0")

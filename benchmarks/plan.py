@@ -67,7 +67,7 @@ def main(wikidiverse: tyro.conf.Positional[Path], *, num_mentions: int = 1000, r
 def planned(settings: Sequence[str], sample_rows: int) -> dict[str, Any]:
     """What `gemel plan` says."""
     options = ["--sample-rows", str(sample_rows), "--write-to", f"{WORK}/plan.json"]
-    spent = run("jobs/plan.py", str(CONFIG), *options, *settings)
+    spent = run("-m", "gemel_engine.cli.main", "plan", str(CONFIG), *options, *settings)
     plan: dict[str, Any] = json.loads((WORK / "plan.json").read_text())
     return plan | {"sampling_seconds": spent}
 

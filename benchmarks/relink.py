@@ -100,12 +100,12 @@ def prepare(wikidiverse: Path, num_mentions: int) -> dict[str, pa.Table]:
     model = load_config(LinkConfig, CONFIG).language_model.name
     if not (WORK / "before/knowledge_base.json").exists():
         pq.write_table(before.filter(pc.invert(is_added)), WORK / "before.parquet")
-        run("jobs/build_knowledge_base.py", f"{WORK}/before.parquet", f"{WORK}/before", "--tokenizer", model)
+        run("-m", "gemel_engine.cli.main", "build-kb", f"{WORK}/before.parquet", f"{WORK}/before", "--tokenizer", model)
     for name, table in changes.items():
         if not (WORK / name / "knowledge_base.json").exists():
             pq.write_table(table, WORK / f"{name}.parquet")
             arguments = (f"{WORK}/before", f"{WORK}/{name}.parquet", f"{WORK}/{name}")
-            run("jobs/update_knowledge_base.py", *arguments, "--tokenizer", model)
+            run("-m", "gemel_engine.cli.main", "update-kb", *arguments, "--tokenizer", model)
     if not (WORK / "sample.parquet").exists():
         dev = pq.read_table(wikidiverse / "dev.parquet").drop_columns(["image_uri"])
         rows = sorted(random.Random(SEED).sample(range(dev.num_rows), min(num_mentions, dev.num_rows)))

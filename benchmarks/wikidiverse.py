@@ -90,11 +90,28 @@ def prepare(data: Path, language_model: str, mention_encoder: str, num_mentions:
     WORK.mkdir(parents=True, exist_ok=True)
     entities = str(data / "entities.parquet")
     if not (WORK / "knowledge_base").exists():
-        run("jobs/build_knowledge_base.py", entities, str(WORK / "knowledge_base"), "--tokenizer", language_model)
+        run(
+            "-m",
+            "gemel_engine.cli.main",
+            "build-kb",
+            entities,
+            str(WORK / "knowledge_base"),
+            "--tokenizer",
+            language_model,
+        )
     if not (WORK / "demonstrations/index.json").exists():
         train = str(data / "train.parquet")
         target = str(WORK / "demonstrations")
-        run("jobs/build_demonstration_index.py", train, entities, target, "--mention-encoder", mention_encoder)
+        run(
+            "-m",
+            "gemel_engine.cli.main",
+            "build-demonstrations",
+            train,
+            entities,
+            target,
+            "--mention-encoder",
+            mention_encoder,
+        )
     if not (WORK / "sample.parquet").exists():
         dev = pq.read_table(data / "dev.parquet").drop_columns(["image_uri"])
         rows = sorted(random.Random(SEED).sample(range(dev.num_rows), num_mentions))

@@ -54,3 +54,7 @@ def main(*command: str) -> None:
         cli = tyro.extras.subcommand_cli_from_dict
         known = UNPARSED | {name: options.checked(function) for name, function in PARSED.items()}
         options.run(partial(cli, known, prog="gemel", description=DESCRIPTION, args=arguments))
+
+
+if __name__ == "__main__":
+    main()

@@ -355,7 +355,7 @@ class LinkConfig(JobConfig):
     Attributes:
         input: Parquet file or directory of mentions, local or `s3://`.
         language_model: The frozen language model and its engine.
-        calibration: Directory made by `jobs/calibrate.py`, for `confidence` and `is_nil`; None: without them.
+        calibration: Directory made by `gemel calibrate`, for `confidence` and `is_nil`; None: without them.
         previous: Output of a finished run that this one repeats with a changed knowledge base: only what the change can
             touch is linked again; None: everything is linked.
         dry_run: Check everything, say how many rows are to be linked, and do nothing.

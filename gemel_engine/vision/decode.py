@@ -49,7 +49,7 @@ class _Decoder:
         self._pixels = os.memfd_create("pixels")  # a pipe would hand them over in pieces
         weakref.finalize(self, os.close, self._pixels)
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-W", "ignore", "-m", "gemel_engine.image_decoder", str(self._pixels)],
+            [sys.executable, "-P", "-W", "ignore", "-m", "gemel_engine.vision.decoder", str(self._pixels)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             pass_fds=[self._pixels],

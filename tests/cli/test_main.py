@@ -1,4 +1,4 @@
-"""The command `gemel`: what it lists, explains and refuses, and that the scripts in `jobs/` are the same commands."""
+"""The command `gemel`: what it lists, explains and refuses, and that both scripts in `jobs/` are commands, too."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def exit_code(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> object:
 
 def test_the_list_of_commands_waits_for_no_library() -> None:
     report = f"import atexit; atexit.register(lambda: print([name for name in {HEAVY} if name in sys.modules]))"
-    code = f"import sys; {report}; sys.argv[1:] = ['--help']; from gemel_engine.commands import main; main()"
+    code = f"import sys; {report}; sys.argv[1:] = ['--help']; from gemel_engine.cli.main import main; main()"
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     *listed, imported = finished.stdout.splitlines()
     assert imported == "[]"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import runpy
 import shutil
 import sys
 import threading
@@ -18,12 +17,12 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from support.paths import ROOT
 from support.tables import SKIP, edit_manifest, fast_tokenizer, make_tokenizer
 from support.trouble import damage, forget_checksum, make_endless
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from gemel_engine.cli.main import main
 from gemel_engine.config.settings import KnowledgeBaseSettings
 from gemel_engine.errors import ArtifactError, ConfigurationError, InputError
 from gemel_engine.knowledge_base.store import Entity, KnowledgeBase, build_knowledge_base
@@ -426,12 +425,9 @@ def test_damaged_bytes_give_an_error_or_records(
         all_records(KnowledgeBase.open(directory))
 
 
-JOB = ROOT / "jobs" / "build_knowledge_base.py"
-
-
 def run_job(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
-    monkeypatch.setattr(sys, "argv", [str(JOB), *map(str, arguments)])
-    runpy.run_path(str(JOB), run_name="__main__")
+    monkeypatch.setattr(sys, "argv", ["gemel", "build-kb", *map(str, arguments)])
+    main()
 
 
 def test_the_job_reads_a_directory_of_parquet_files(

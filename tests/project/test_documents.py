@@ -47,10 +47,12 @@ def test_commands_exist_and_know_their_options(path: Path) -> None:
                 assert (ROOT / script).is_file(), line
             for target in re.findall(r"\bmake ([a-z-]+)", command):
                 assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE), line
-            for subcommand in re.findall(r"\bgemel ([a-z][a-z-]+)", command):
+            for subcommand, converted in re.findall(r"\bgemel ([a-z][a-z-]+)(?: (mapper|mentions)\b)?", command):
                 assert subcommand in PARSED | UNPARSED, line
+                known = OPTION.findall(help_of("-m", "gemel_engine.cli.main", subcommand, *filter(None, [converted])))
+                assert set(OPTION.findall(command.partition(f"gemel {subcommand}")[2])) <= set(known), line
             if scripts := re.findall(r"\bpython (jobs/\w+\.py)", command):
-                known = OPTION.findall(help_of(scripts[0], *re.findall(r"import_gemel\.py (\w+)", command)))
+                known = OPTION.findall(help_of(scripts[0]))
                 assert set(OPTION.findall(command.partition(scripts[0])[2])) <= set(known), line
 
 

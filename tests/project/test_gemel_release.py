@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,9 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from support.corpus import toml
-from support.paths import ROOT
 from torch import nn
 
+from gemel_engine.cli.main import main
 from gemel_engine.config.loading import load_config
 from gemel_engine.config.settings import LinkConfig
 from gemel_engine.errors import ArtifactError, InputError
@@ -51,9 +50,8 @@ def corpus(tmp_path: Path) -> Path:
 
 
 def run_job(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
-    job = str(ROOT / "jobs" / "import_gemel.py")
-    monkeypatch.setattr(sys, "argv", [job, *map(str, arguments)])
-    runpy.run_path(job, run_name="__main__")
+    monkeypatch.setattr(sys, "argv", ["gemel", "import-gemel", *map(str, arguments)])
+    main()
 
 
 def test_a_released_mapper_keeps_its_arithmetic(

@@ -68,7 +68,7 @@ def test_the_pins_satisfy_the_requirements(project: dict[str, Any], engine: str,
 
 @pytest.mark.gpu
 def test_every_module_is_imported_and_vllm_knows_the_device(device: str) -> None:
-    for module in pkgutil.iter_modules(gemel_engine.__path__, "gemel_engine."):
+    for module in pkgutil.walk_packages(gemel_engine.__path__, "gemel_engine."):
         importlib.import_module(module.name)
     platform = importlib.import_module("vllm.platforms").current_platform
     assert platform.device_type == device

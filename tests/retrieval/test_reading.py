@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import runpy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from support.paths import ROOT
 
+from gemel_engine.cli.main import main
 from gemel_engine.config.settings import ImagePolicy
 from gemel_engine.errors import InputError
 from gemel_engine.retrieval.index import DemonstrationIndex
@@ -159,9 +158,8 @@ def test_equal_pictures_are_encoded_once_and_bad_ones_counted(tmp_path: Path, ca
 
 
 def run_job(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
-    job = str(ROOT / "jobs" / "build_demonstration_index.py")
-    monkeypatch.setattr(sys, "argv", [job, *arguments])
-    runpy.run_path(job, run_name="__main__")
+    monkeypatch.setattr(sys, "argv", ["gemel", "build-demonstrations", *arguments])
+    main()
 
 
 def test_job_builds_an_index_and_names_errors(
