@@ -16,7 +16,7 @@ from gemel_engine.pipeline.ray_data import connect
 
 C_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 PRINT_FILE = (
-    "import sys; from gemel_engine import command_line; command_line.use_utf8(); print(open(sys.argv[1]).read())"
+    "import sys; from gemel_engine.cli import options; options.use_utf8(); print(open(sys.argv[1]).read())"
 )
 
 
