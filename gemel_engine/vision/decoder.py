@@ -1,7 +1,7 @@
 """Untrusted image files to pictures: what is read, how large it may be, which way is up.
 
-Runs in a process of its own, `python -m gemel_engine.vision.decoder`, which answers requests on its standard input until
-that ends: a picture can take any time, and nothing but the end of its process stops a decoder written in C.
+Runs in a process of its own, `python -m gemel_engine.vision.decoder`, which answers requests on its standard input
+until that ends: a picture can take any time, and nothing but the end of its process stops a decoder written in C.
 """
 
 from __future__ import annotations

@@ -39,6 +39,17 @@ def test_the_list_of_commands_waits_for_no_library() -> None:
     assert "\n".join(listed).count("•") == len(UNPARSED | PARSED)
 
 
+def test_the_package_offers_its_public_names_and_waits_for_no_library() -> None:
+    code = f"""
+import sys, gemel_engine
+print([name for name in {HEAVY} if name in sys.modules])
+from gemel_engine import LinkConfig, Linker, load_config
+print(LinkConfig.__name__, Linker.__name__, load_config.__name__)
+"""
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert finished.stdout.splitlines() == ["[]", "LinkConfig Linker load_config"]
+
+
 @pytest.mark.parametrize("command", UNPARSED | PARSED)
 def test_every_command_explains_itself(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -15,9 +15,7 @@ from gemel_engine.errors import ConfigurationError
 from gemel_engine.pipeline.ray_data import connect
 
 C_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-PRINT_FILE = (
-    "import sys; from gemel_engine.cli import options; options.use_utf8(); print(open(sys.argv[1]).read())"
-)
+PRINT_FILE = "import sys; from gemel_engine.cli import options; options.use_utf8(); print(open(sys.argv[1]).read())"
 
 
 def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
