@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from decode_systems import WORK, Beams, Systems, timed
 
-from gemel_engine.config.settings import Objective
+from gemel_engine.config.components import Objective
 from gemel_engine.decoding.engines.base import Rollout, RolloutRequest
 from gemel_engine.decoding.scheduler import run_searches
 from gemel_engine.decoding.search import NameSearch

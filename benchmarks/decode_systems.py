@@ -18,8 +18,9 @@ from vllm import SamplingParams
 from vllm.inputs import TokensPrompt
 
 from gemel_engine.assembly import open_artifacts, start_generator
+from gemel_engine.config.components import LanguageModelSettings, Ranking
 from gemel_engine.config.loading import load_config
-from gemel_engine.config.settings import LanguageModelSettings, LinkConfig, Ranking
+from gemel_engine.config.settings import LinkConfig
 from gemel_engine.decoding.generator import Artifacts, EntityNameGenerator
 from gemel_engine.decoding.language_model import FrozenLanguageModel
 from gemel_engine.decoding.prompt import Prompt

@@ -16,11 +16,12 @@ import pyarrow.parquet as pq
 import torch
 from decode_systems import CONFIG, WORK, timed
 
+from gemel_engine.config.components import KnowledgeBaseSettings
 from gemel_engine.config.loading import load_config
-from gemel_engine.config.settings import KnowledgeBaseSettings, LinkConfig
+from gemel_engine.config.settings import LinkConfig
 from gemel_engine.decoding.engines.mask import TrieTensors, constrain
+from gemel_engine.knowledge_base.build import build_knowledge_base
 from gemel_engine.knowledge_base.names import TokenisedNames
-from gemel_engine.knowledge_base.store import build_knowledge_base
 from gemel_engine.knowledge_base.trie import PrefixTrie
 from gemel_engine.tokenizer import load_tokenizer
 

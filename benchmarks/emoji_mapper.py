@@ -27,8 +27,9 @@ from numpy.typing import NDArray
 from record import commit, from_digits, machine, to_digits
 
 from gemel_engine.assembly import load_picture_encoder, open_artifacts, start_generator
+from gemel_engine.config.components import VisionSettings
 from gemel_engine.config.loading import load_config
-from gemel_engine.config.settings import LinkConfig, VisionSettings
+from gemel_engine.config.settings import LinkConfig
 from gemel_engine.decoding.generator import Artifacts, EntityNameGenerator
 from gemel_engine.evaluation.judge import Figure
 from gemel_engine.retrieval.retriever import DemonstrationRetriever

@@ -31,8 +31,9 @@ import pyarrow.parquet as pq
 import tyro
 from record import record, run_script
 
+from gemel_engine.config.components import KnowledgeBaseSettings
 from gemel_engine.config.loading import load_config
-from gemel_engine.config.settings import KnowledgeBaseSettings, LinkConfig
+from gemel_engine.config.settings import LinkConfig
 from gemel_engine.knowledge_base.store import KnowledgeBase
 from gemel_engine.knowledge_base.update import local_knowledge_base, update_knowledge_base
 from gemel_engine.tokenizer import load_tokenizer

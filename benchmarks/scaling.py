@@ -32,9 +32,10 @@ from matplotlib.figure import Figure
 from record import record
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from gemel_engine.config.components import KnowledgeBaseSettings
 from gemel_engine.config.loading import load_config
-from gemel_engine.config.settings import KnowledgeBaseSettings, LinkConfig
-from gemel_engine.knowledge_base.store import build_knowledge_base
+from gemel_engine.config.settings import LinkConfig
+from gemel_engine.knowledge_base.build import build_knowledge_base
 from gemel_engine.tokenizer import load_tokenizer
 
 CONFIG = Path("build/wikidiverse/link.toml")

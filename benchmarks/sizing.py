@@ -26,7 +26,7 @@ import tyro
 from ray.data import ActorPoolStrategy, Dataset
 from record import record
 
-from gemel_engine.config.settings import PromptSettings
+from gemel_engine.config.components import PromptSettings
 from gemel_engine.decoding.prompt import PromptBuilder
 from gemel_engine.tokenizer import load_tokenizer
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from gemel_engine.config.components import VisionSettings
 from gemel_engine.config.loading import config_json
-from gemel_engine.config.settings import JobConfig, LinkConfig, VisionSettings
+from gemel_engine.config.settings import JobConfig, LinkConfig
 from gemel_engine.decoding.confidence import Calibration
 from gemel_engine.decoding.engines.base import RolloutEngine
 from gemel_engine.decoding.engines.reference import TransformersEngine
@@ -31,7 +32,7 @@ from gemel_engine.knowledge_base.trie import SavedTrie
 from gemel_engine.knowledge_base.update import local_knowledge_base
 from gemel_engine.retrieval.index import DemonstrationIndex
 from gemel_engine.retrieval.retriever import DemonstrationRetriever
-from gemel_engine.storage.files import download_directory
+from gemel_engine.storage.cache import download_directory
 from gemel_engine.tokenizer import check_embedded, load_tokenizer, tokenizer_fingerprint
 from gemel_engine.vision.encoder import ImageEncoder, PictureEncoder
 from gemel_engine.vision.mapper import FeatureMapper

@@ -25,7 +25,7 @@ from transformers.utils.generic import ContextManagers
 from transformers.utils.hub import cached_file
 
 from gemel_engine.errors import ArtifactError, not_loadable
-from gemel_engine.storage.files import open_regular
+from gemel_engine.storage.local import open_regular
 
 _READ = frozenset({".json", ".txt", ".model", ".jinja", ".safetensors", ".bin", ".pt"})
 _WEIGHTS = frozenset({".safetensors", ".bin", ".pt"})

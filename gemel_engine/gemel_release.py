@@ -23,7 +23,7 @@ import torch
 
 from gemel_engine.errors import ArtifactError, InputError
 from gemel_engine.extras import extra
-from gemel_engine.storage.files import open_regular
+from gemel_engine.storage.local import open_regular
 from gemel_engine.types import Features, are_features
 from gemel_engine.vision.mapper import FeatureMapper, MapperMetadata
 

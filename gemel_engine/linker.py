@@ -13,8 +13,8 @@ from gemel_engine.config.loading import validated
 from gemel_engine.config.settings import LinkConfig
 from gemel_engine.decoding.prompt import Prompt
 from gemel_engine.errors import ConfigurationError, MentionError
-from gemel_engine.retrieval.index import Demonstration
 from gemel_engine.retrieval.retriever import DemonstrationRetriever
+from gemel_engine.retrieval.table import Demonstration
 from gemel_engine.types import Features, Mention, Prediction, fault_of
 
 

@@ -17,8 +17,9 @@ from support.models import (
 )
 
 from gemel_engine import fingerprints as fingerprints
+from gemel_engine.config.components import VisionSettings
 from gemel_engine.config.loading import load_config
-from gemel_engine.config.settings import LinkConfig, VisionSettings
+from gemel_engine.config.settings import LinkConfig
 from gemel_engine.errors import ArtifactError, ConfigurationError
 from gemel_engine.fingerprints import Contents, checkpoint_fingerprint
 from gemel_engine.linking import job as linking

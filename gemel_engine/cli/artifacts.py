@@ -16,7 +16,7 @@ from gemel_engine.config.bounds import Count, NumBytes, NumPixels, Seed
 from gemel_engine.errors import InputError
 
 if TYPE_CHECKING:
-    from gemel_engine.config.settings import KnowledgeBaseSettings
+    from gemel_engine.config.components import KnowledgeBaseSettings
 
 
 Entities = Annotated[Positional[str], arg(metavar="ENTITIES")]
@@ -46,7 +46,7 @@ class NameOptions:
 
     def settings(self) -> KnowledgeBaseSettings:
         """What a knowledge base is built with."""
-        from gemel_engine.config.settings import KnowledgeBaseSettings
+        from gemel_engine.config.components import KnowledgeBaseSettings
 
         return KnowledgeBaseSettings(max_name_tokens=self.max_name_tokens, on_bad_name=self.on_bad_name)
 
@@ -65,7 +65,7 @@ def build_kb(
         output_dir: New or empty local directory.
         names: Which are usable.
     """
-    from gemel_engine.knowledge_base.store import build_knowledge_base, read_entities
+    from gemel_engine.knowledge_base.build import build_knowledge_base, read_entities
     from gemel_engine.tokenizer import load_tokenizer
 
     started = time.perf_counter()
@@ -99,7 +99,7 @@ def update_kb(
         output_dir: New or empty local directory.
         names: Which are usable.
     """
-    from gemel_engine.knowledge_base.store import read_entities
+    from gemel_engine.knowledge_base.build import read_entities
     from gemel_engine.knowledge_base.update import update_knowledge_base
     from gemel_engine.tokenizer import load_tokenizer
 
@@ -163,7 +163,7 @@ def build_demonstrations(
             https://host/path.
         max_image_bytes: A larger image file is unusable.
     """
-    from gemel_engine.config.settings import ImagePolicy
+    from gemel_engine.config.components import ImagePolicy
     from gemel_engine.retrieval.encoder import MentionEncoder
     from gemel_engine.retrieval.index import DemonstrationIndex
     from gemel_engine.retrieval.reading import PictureReader, read_demonstrations, read_names

@@ -167,7 +167,7 @@ def evaluate(
 
     from gemel_engine import storage
     from gemel_engine.cli.tables import as_table
-    from gemel_engine.config.settings import ImagePolicy
+    from gemel_engine.config.components import ImagePolicy
     from gemel_engine.evaluation.run import LinkedRun, judge_run
     from gemel_engine.report.page import report_of
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from gemel_engine.config.settings import PromptSettings, SearchSettings
+from gemel_engine.config.components import PromptSettings, SearchSettings
 from gemel_engine.decoding.confidence import Calibration
 from gemel_engine.decoding.engines.base import RolloutEngine
 from gemel_engine.decoding.prompt import Block, Prompt, PromptBuilder

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gemel_engine.config.settings import PromptSettings
+from gemel_engine.config.components import PromptSettings
 from gemel_engine.errors import ConfigurationError, PromptTooLongError
 from gemel_engine.tokenizer import _check_special_tokens, encode_text
 

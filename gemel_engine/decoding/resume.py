@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from gemel_engine.config.settings import Objective
+from gemel_engine.config.components import Objective
 from gemel_engine.decoding.search import FoundName, SearchResult
 from gemel_engine.knowledge_base.store import KnowledgeBase
 from gemel_engine.knowledge_base.trie import PrefixTrie

@@ -26,7 +26,7 @@ from bisect import insort
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from gemel_engine.config.settings import SearchSettings
+from gemel_engine.config.components import SearchSettings
 from gemel_engine.decoding.engines.base import Rollout, RolloutRequest
 from gemel_engine.knowledge_base.trie import PrefixTrie
 

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemel_engine.errors import ArtifactError
-from gemel_engine.storage.files import open_regular
+from gemel_engine.storage.local import open_regular
 from gemel_engine.storage.manifest import file_sha256, read_manifest, write_manifest
 
 FORMAT_VERSION = 2

@@ -27,19 +27,11 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 from transformers import PreTrainedTokenizerFast
 
 from gemel_engine import storage
-from gemel_engine.config.settings import KnowledgeBaseSettings
+from gemel_engine.config.components import KnowledgeBaseSettings
 from gemel_engine.errors import ArtifactError, ConfigurationError, InputError, shown
+from gemel_engine.knowledge_base.build import KnowledgeBaseReport, checked_entities, save_knowledge_base
 from gemel_engine.knowledge_base.names import TokenisedNames, count_skipped, reasons_to_skip
-from gemel_engine.knowledge_base.store import (
-    ENTITY_SCHEMA,
-    FORMAT_VERSION,
-    MANIFEST,
-    WITHOUT_CHECKSUM,
-    KnowledgeBase,
-    KnowledgeBaseReport,
-    checked_entities,
-    save_knowledge_base,
-)
+from gemel_engine.knowledge_base.store import ENTITY_SCHEMA, FORMAT_VERSION, MANIFEST, WITHOUT_CHECKSUM, KnowledgeBase
 from gemel_engine.storage import parquet
 from gemel_engine.storage.manifest import claimed, file_sha256, parse_manifest, read_manifest, write_manifest
 from gemel_engine.tokenizer import tokenizer_fingerprint

@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemel_engine import storage
-from gemel_engine.config.settings import LinkConfig, PoolSettings, ResourceSettings
+from gemel_engine.config.components import PoolSettings, ResourceSettings
+from gemel_engine.config.settings import LinkConfig
 from gemel_engine.errors import ConfigurationError
 from gemel_engine.fingerprints import Contents
 from gemel_engine.linking.capacity import ClusterPlan, Estimate, StageCost, Workload, draw_windows
@@ -122,11 +123,7 @@ def plan_run(
         GemelError: The configuration, the input or an artifact is unusable, or not fit for such a sample.
     """
     pools = {name: getattr(config.resources, pool).max_actors for name, pool in _POOLS.items()}
-    if min(actors, default=1) < 1 or (price_per_actor_hour or 0.0) < 0:
-        raise ConfigurationError(
-            f"actors is {list(actors)} and price_per_actor_hour {price_per_actor_hour}: a cluster needs at least one "
-            "actor, and a price is not negative"
-        )
+    _check_clusters(actors, price_per_actor_hour)
     started = time.monotonic()
     plan, _, contents = checked_plan(config)
     num_rows = sum(shard.stop - shard.start for shard in plan)
@@ -165,6 +162,14 @@ def plan_run(
             for number in actors or (pools["generation"],)
         ),
     )
+
+
+def _check_clusters(actors: Sequence[int], price_per_actor_hour: float | None) -> None:
+    if min(actors, default=1) < 1 or (price_per_actor_hour or 0.0) < 0:
+        raise ConfigurationError(
+            f"actors is {list(actors)} and price_per_actor_hour {price_per_actor_hour}: a cluster needs at least one "
+            "actor, and a price is not negative"
+        )
 
 
 def link_windows(

@@ -28,7 +28,7 @@ from gemel_engine.errors import ImageFetchError, MentionError
 from gemel_engine.fingerprints import Contents, check_content, read_manifest_at
 from gemel_engine.pipeline.corpus import Shard, read_rows
 from gemel_engine.pipeline.isolation import isolate
-from gemel_engine.storage.files import download_directory
+from gemel_engine.storage.cache import download_directory
 from gemel_engine.types import Features, Mention, fault_of
 from gemel_engine.vision.decode import decoder_peak_bytes
 from gemel_engine.vision.fetch import fetch_image

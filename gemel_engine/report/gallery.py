@@ -16,9 +16,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from gemel_engine.config.settings import ImagePolicy
+from gemel_engine.config.components import ImagePolicy
 from gemel_engine.errors import InputError, MentionError
-from gemel_engine.retrieval.index import Demonstration, DemonstrationIndex
+from gemel_engine.retrieval.index import DemonstrationIndex
+from gemel_engine.retrieval.table import Demonstration
 from gemel_engine.storage import parquet
 from gemel_engine.types import MENTION_COLUMNS, Mention
 from gemel_engine.vision.decode import decode_image

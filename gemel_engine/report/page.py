@@ -19,16 +19,17 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from gemel_engine.config.settings import ImagePolicy
+from gemel_engine.config.components import ImagePolicy
 from gemel_engine.display import cut, excerpt, shares, visible
-from gemel_engine.evaluation.judge import Comparison, Evaluation, Figure, LeakAudit
+from gemel_engine.evaluation.judge import Comparison, Evaluation, Figure
+from gemel_engine.evaluation.leaks import LeakAudit
 from gemel_engine.evaluation.quality import ConfidenceQuality
 from gemel_engine.evaluation.run import JudgedRun, LinkedRun
 from gemel_engine.extras import extra
 from gemel_engine.report import plots
 from gemel_engine.report.gallery import GalleryItem, ShownDemonstration, gallery_items
 from gemel_engine.retrieval.index import DemonstrationIndex
-from gemel_engine.storage.files import download_directory
+from gemel_engine.storage.cache import download_directory
 
 with extra("report"):
     from jinja2 import Environment, FileSystemLoader, StrictUndefined

@@ -23,12 +23,11 @@ import random
 from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property
-from hashlib import sha256
 from itertools import chain, islice, zip_longest
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Self
 
 import faiss
 import numpy as np
@@ -36,71 +35,29 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from pydantic import ConfigDict, Field, PositiveInt
-from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from gemel_engine.errors import ArtifactError, InputError
-from gemel_engine.knowledge_base.names import are_demonstrable
 from gemel_engine.retrieval.encoder import MentionEncoder
+from gemel_engine.retrieval.table import (
+    _METADATA,
+    _TABLE,
+    _TEXT_COLUMNS,
+    FORMAT_VERSION,
+    Demonstration,
+    FloatArray,
+    IndexMetadata,
+    _check,
+    _check_unique,
+    _matrix,
+    _shuffled_by_form,
+    _table,
+    _vision_width,
+)
 from gemel_engine.storage import parquet
 from gemel_engine.storage.manifest import claimed, file_sha256, parse_manifest, read_manifest, write_manifest
-from gemel_engine.types import are_features
 
-FORMAT_VERSION = 3
 _WITHOUT_CHECKSUM = 2
-_METADATA = "index.json"
-_TABLE = "demonstrations.parquet"
-_TEXT_COLUMNS = ("mention_id", "text", "mention", "entity_id", "entity_name", "group")
 _SIMILARITY_DECIMALS = 5
-
-FloatArray = NDArray[np.float32]
-Width = Annotated[int, Field(gt=0, le=1 << 20)]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Demonstration:
-    """A training mention with its answer.
-
-    Attributes:
-        mention_id: Unique among the demonstrations.
-        mention: The surface form.
-        name: The entity's name, the target.
-        group: Mentions of this group do not get it in training; its `mention_id` where it has no other.
-        features: Image features of shape (C,), read-only; None without a usable picture.
-    """
-
-    mention_id: str
-    text: str
-    mention: str
-    entity_id: str
-    name: str
-    group: str
-    features: FloatArray | None = None
-
-
-@pydantic_dataclass(frozen=True, slots=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
-class IndexMetadata:
-    """What an index's table holds; stored beside it as JSON.
-
-    Attributes:
-        num_demonstrations: N.
-        num_surface_forms: M.
-        num_images: Demonstrations with image features.
-        surface_width: E.
-        vision_width: C; None if the index was built without pictures.
-        mention_encoder_fingerprint: `MentionEncoder.fingerprint`; queries must come from the same encoder.
-        image_encoder_fingerprint: The image encoder's; None if the index was built without pictures.
-        table_sha256: Checksum of the Parquet file.
-    """
-
-    num_demonstrations: PositiveInt
-    num_surface_forms: PositiveInt
-    num_images: int
-    surface_width: Width
-    vision_width: Width | None
-    mention_encoder_fingerprint: str
-    image_encoder_fingerprint: str | None
-    table_sha256: str
 
 
 class DemonstrationIndex:
@@ -358,74 +315,3 @@ class DemonstrationIndex:
                 nearest: list[int] = forms[0][np.lexsort((forms[0], -rounded))][:num_forms].tolist()
                 return nearest
             num_searched = min(2 * num_searched, self._search.ntotal)
-
-
-def _shuffled_by_form(demonstration: Demonstration) -> tuple[str, bytes]:
-    """Sort key; neighbours in a corpus often come from one document, so their order is not taken over."""
-    return demonstration.mention, sha256(demonstration.mention_id.encode()).digest()
-
-
-def _schema(surface_width: int, vision_width: int | None) -> pa.Schema:
-    fields = [pa.field(column, pa.string(), nullable=False) for column in _TEXT_COLUMNS]
-    fields.append(pa.field("surface_embedding", pa.list_(pa.float32(), surface_width), nullable=False))
-    if vision_width is not None:
-        fields.append(pa.field("image_features", pa.list_(pa.float32(), vision_width)))
-    return pa.schema(fields)
-
-
-def _table(demonstrations: Sequence[Demonstration], embeddings: FloatArray, vision_width: int | None) -> pa.Table:
-    columns = [
-        pa.array([d.mention_id for d in demonstrations]),
-        pa.array([d.text for d in demonstrations]),
-        pa.array([d.mention for d in demonstrations]),
-        pa.array([d.entity_id for d in demonstrations]),
-        pa.array([d.name for d in demonstrations]),
-        pa.array([d.group for d in demonstrations]),
-        pa.FixedSizeListArray.from_arrays(embeddings.ravel(), embeddings.shape[1]),
-    ]
-    if vision_width is not None:
-        absent = np.zeros(vision_width, np.float32)
-        features = [absent if d.features is None else d.features for d in demonstrations]
-        mask = pa.array([d.features is None for d in demonstrations])
-        columns.append(pa.FixedSizeListArray.from_arrays(np.concatenate(features), vision_width, mask=mask))
-    return pa.table(columns, schema=_schema(embeddings.shape[1], vision_width))
-
-
-def _matrix(column: pa.ChunkedArray, width: int) -> FloatArray:
-    """The rows of a column of fixed-size lists, anything in place of a missing one."""
-    values: FloatArray = column.combine_chunks().values.to_numpy(zero_copy_only=False)
-    return values.reshape(-1, width)
-
-
-def _vision_width(demonstrations: Sequence[Demonstration]) -> int | None:
-    """C; None if no demonstration has image features."""
-    widths = {len(demonstration.features) for demonstration in demonstrations if demonstration.features is not None}
-    if len(widths) > 1:
-        raise InputError(f"image features have the widths {sorted(widths)}; use those of one image encoder")
-    return next(iter(widths), None)
-
-
-def _check_unique(demonstrations: Sequence[Demonstration]) -> None:
-    counts = Counter(demonstration.mention_id for demonstration in demonstrations)
-    for mention_id, count in counts.most_common(1):
-        if count > 1:
-            raise InputError(f"mention_id {mention_id!r} occurs {count} times; give every mention its own")
-
-
-def _check(table: pa.Table, metadata: IndexMetadata, path: Path) -> None:
-    schema = _schema(metadata.surface_width, metadata.vision_width)
-    if not table.schema.equals(schema):
-        raise ArtifactError(f"{path} has the columns {table.schema}, not {schema}; build the index again")
-    if len(table) != metadata.num_demonstrations:
-        raise ArtifactError(f"{path} has {len(table)} rows, not {metadata.num_demonstrations}; build the index again")
-    if not are_demonstrable(table["text"], table["mention"], table["entity_name"]).all():
-        raise ArtifactError(f"{path} holds prompt markers, or names of several lines; build the index again")
-    forms = table["mention"].to_pylist()
-    if forms != sorted(forms):
-        raise ArtifactError(f"{path} is not sorted by mention; build the index again")
-    if pc.count_distinct(table["mention_id"]).as_py() < len(table):
-        raise ArtifactError(f"{path} repeats a mention_id; build the index again")
-    for column in table.schema.names[len(_TEXT_COLUMNS) :]:
-        values = table[column].drop_null().combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        if len(values) and not are_features(values, len(values)):
-            raise ArtifactError(f"{path}: {column} has values that are not finite or huge; build the index again")

@@ -15,10 +15,10 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from gemel_engine.config.settings import ImagePolicy
+from gemel_engine.config.components import ImagePolicy
 from gemel_engine.errors import ImageFetchError, InputError, MentionError
 from gemel_engine.knowledge_base.names import are_demonstrable
-from gemel_engine.retrieval.index import Demonstration
+from gemel_engine.retrieval.table import Demonstration
 from gemel_engine.storage import parquet
 from gemel_engine.types import IDENTIFIER, MENTION_COLUMNS, Features, are_features
 from gemel_engine.vision.encoder import ImageEncoder, PictureEncoder

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gemel_engine.config.settings import RetrievalSettings
+from gemel_engine.config.components import RetrievalSettings
 from gemel_engine.errors import InputError
 from gemel_engine.retrieval.encoder import MentionEncoder
 from gemel_engine.retrieval.index import DemonstrationIndex

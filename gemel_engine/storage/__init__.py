@@ -1,18 +1,15 @@
 """Files on a local disk or in S3, tables in Parquet, and manifests of artifact directories."""
 
 from gemel_engine.config.addresses import local_path
+from gemel_engine.storage.cache import ARTIFACT_CACHE, download_directory, made_once
 from gemel_engine.storage.files import (
-    ARTIFACT_CACHE,
     InputFile,
     check_apart,
     check_kept,
     create_exclusive,
-    download_directory,
     exists,
     list_files,
     list_parquet,
-    made_once,
-    open_regular,
     partition_keys,
     read_bytes,
     read_json,
@@ -20,6 +17,7 @@ from gemel_engine.storage.files import (
     resolve,
     write_bytes,
 )
+from gemel_engine.storage.local import open_regular
 
 __all__ = [
     "ARTIFACT_CACHE",

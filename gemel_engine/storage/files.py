@@ -9,41 +9,28 @@ unknown kind or refused credentials, OSError for any other failure.
 
 from __future__ import annotations
 
-import ctypes
 import errno
-import hashlib
 import json
 import os
 import re
 import shutil
 import stat
-import tempfile
-import uuid
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
 from dataclasses import dataclass
-from io import BufferedReader
 from itertools import chain
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from filelock import FileLock
 from pyarrow.fs import FileSystem, LocalFileSystem
 
 from gemel_engine.config.addresses import local_path
-from gemel_engine.errors import ArtifactError, ConfigurationError, InputError, shown
+from gemel_engine.errors import ConfigurationError, InputError, shown
 from gemel_engine.storage import s3
+from gemel_engine.storage.local import _publish_exclusively, _write_local, open_regular
 
-ARTIFACT_CACHE = Path(tempfile.gettempdir()) / f"gemel-artifacts-{os.geteuid()}"
 _RAY_WORKING_DIRECTORIES = "working_dir_files"
-_MAX_VANISHED = 100
-# With these os.link fails on file systems without hard links: exFAT, SMB, many in user space.
-_NO_HARD_LINKS = (errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EMLINK)
-_AT_FDCWD, _RENAME_NOREPLACE = -100, 1  # of Linux
 _SUFFIXES = (".parquet", ".parq", ".pq")
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,19 +145,6 @@ def read_bytes(uri: str, limit: int | None = None) -> bytes:
         return stream.read(-1 if limit is None else limit)
 
 
-def open_regular(path: Path) -> BufferedReader:
-    """Open a local file for reading, if it is a regular one: a pipe could block, a device have no end.
-
-    Raises:
-        OSError: It is not a regular file, or cannot be opened.
-    """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
-    return os.fdopen(descriptor, "rb")
-
-
 def read_json(uri: str, remedy: str) -> Any:
     """Read a JSON file that a job keeps in its output.
 
@@ -212,107 +186,6 @@ def create_exclusive(uri: str, data: bytes) -> bool:
     except FileExistsError:
         return False
     return True
-
-
-def download_directory(uri: str, cache_dir: str | os.PathLike[str] = ARTIFACT_CACHE) -> Path:
-    """Make an artifact directory available as a local one.
-
-    A directory in S3 is copied once into `cache_dir`, under a name made from its address and its files' versions; of
-    several processes that ask for it at once one copies and the others wait. A copy that has been changed since, such
-    as by a cleaner of temporary files, is made again. A local directory is returned as it is.
-
-    Raises:
-        ArtifactError: There is no such directory, or it holds a name that could lead out of it.
-        ConfigurationError: Other users can write to `cache_dir`, or this one cannot.
-    """
-    root = _normalised(uri)
-    if not root.startswith("s3://"):
-        if not os.path.isdir(root):
-            raise ArtifactError(f"no artifact directory at {shown(uri)}: check the path, or build the artifact first")
-        return Path(root)
-    files = sorted(_walk(root), key=lambda file: file.uri)
-    if not files:
-        raise ArtifactError(f"no artifact directory at {shown(uri)}: check the address, or upload the artifact first")
-    digest = hashlib.sha256(repr([(file.uri, file.version) for file in files]).encode()).hexdigest()[:16]
-    target = Path(cache_dir) / f"{root.rpartition('/')[2]}-{digest}"
-
-    def download(directory: Path) -> None:
-        with ThreadPoolExecutor() as pool:
-            for copy in [pool.submit(_download_file, file, _relative(file, root), directory) for file in files]:
-                copy.result()
-
-    return made_once(target, download)
-
-
-def made_once(target: Path, make: Callable[[Path], object]) -> Path:
-    """Return the directory `target`, which `make` fills where it is missing or no longer as it was made.
-
-    Other processes that ask for it wait. The lock of a process that is killed goes with it, and the next begins anew.
-
-    Raises:
-        ConfigurationError: Other users can write to the directory around it, or this one cannot.
-    """
-    temporary, record = target.with_name(f".{target.name}"), target.with_name(f".{target.name}.json")
-    with _room_for(target):
-        _make_private(target.parent)
-        with FileLock(target.with_name(f".{target.name}.lock")):
-            if target.is_dir() and _recorded(record) == _content(target):
-                return target
-            record.unlink(missing_ok=True)
-            shutil.rmtree(target, ignore_errors=True)
-            shutil.rmtree(temporary, ignore_errors=True)
-            try:
-                temporary.mkdir()
-                make(temporary)
-                temporary.rename(target)
-                record.write_text(json.dumps(_content(target)), encoding="utf-8")
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
-    return target
-
-
-def _make_private(directory: Path) -> None:
-    """Make a directory that only this user can write to, or raise unless the existing one is such a directory."""
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(FileExistsError):
-            directory.mkdir(mode=0o700)
-        status = directory.lstat()  # of a link, not of what it leads to
-    except OSError as error:
-        if error.errno in _NO_ROOM:
-            raise
-        fault = str(error.strerror)
-    else:
-        if not stat.S_ISDIR(status.st_mode):
-            fault = "it is no directory"
-        elif status.st_uid != os.geteuid():
-            fault = "it belongs to another user"
-        elif status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            fault = "other users can write to it"
-        else:
-            return
-    raise ConfigurationError(
-        f"the artifact cache {shown(str(directory))} cannot be used: {fault}; remove it, or set TMPDIR to a directory "
-        "of your own"
-    )
-
-
-def _content(directory: Path) -> dict[str, list[int]]:
-    """Size in bytes and modification time in nanoseconds of each file below a directory; links are not followed."""
-    found = {}
-    for place, _, names in os.walk(directory):
-        for path in (Path(place, name) for name in names):
-            status = path.lstat()
-            found[str(path.relative_to(directory))] = [status.st_size, status.st_mtime_ns]
-    return found
-
-
-def _recorded(record: Path) -> object:
-    """Read what `_content` was when the directory was made; None if that is not known."""
-    try:
-        return json.loads(record.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return None
 
 
 def remove_tree(uri: str) -> None:
@@ -432,82 +305,3 @@ def _local_file(path: str) -> InputFile | None:
             f"{shown(path)} is a pipe, a socket or a device: remove it, or put a regular file in its place"
         )
     return InputFile(path, status.st_size, f"{status.st_size}-{status.st_mtime_ns}")
-
-
-def _write_local(path: Path, data: bytes, publish: Callable[[Path, Path], object]) -> None:
-    """Write a hidden file beside `path`, on disk before it is published, and gone afterwards."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    for attempt in range(_MAX_VANISHED):
-        try:
-            with _room_for(path):
-                _make_directory(path.parent)
-                with temporary.open("xb") as stream:
-                    stream.write(data)
-                    stream.flush()
-                    os.fsync(stream.fileno())
-                publish(temporary, path)
-                return
-        except FileNotFoundError:  # another process has removed the directory since
-            if attempt == _MAX_VANISHED - 1:
-                raise
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-def _publish_exclusively(temporary: Path, path: Path) -> None:
-    """Give a file its name unless that is taken.
-
-    A hard link does so on all file systems that have any. Others are asked for a rename that replaces nothing.
-
-    Raises:
-        ConfigurationError: The file system has neither.
-        FileExistsError: The name is taken.
-    """
-    try:
-        os.link(temporary, path)
-    except OSError as error:
-        if error.errno not in _NO_HARD_LINKS:
-            raise
-        _rename_exclusively(temporary, path)
-
-
-def _rename_exclusively(temporary: Path, path: Path) -> None:
-    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)  # Python has no name for it
-    arguments = (_AT_FDCWD, os.fsencode(temporary), _AT_FDCWD, os.fsencode(path), _RENAME_NOREPLACE)
-    if rename is not None and rename(*arguments) == 0:
-        return
-    number = errno.ENOSYS if rename is None else ctypes.get_errno()
-    if number not in _NO_HARD_LINKS:
-        raise OSError(number, os.strerror(number), str(path))
-    raise ConfigurationError(
-        f"the file system of {shown(str(path.parent))} has neither hard links nor renames that replace nothing, so "
-        "that two runs could mix there: choose an output on a local disk, on NFS or in S3"
-    )
-
-
-def _make_directory(path: Path) -> None:
-    """Make a directory and those above it, where they are missing."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except FileExistsError as error:  # it was there and has been removed; or it is a file
-        raise FileNotFoundError(errno.ENOENT, "is no directory", str(path)) from error
-
-
-@contextmanager
-def _room_for(path: Path) -> Iterator[None]:
-    """Say what to do about a full disk."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _NO_ROOM:
-            raise
-        message = "no room left on the disk: make room, then run the same command again"
-        raise OSError(error.errno, message, str(path)) from error
-
-
-def _download_file(file: InputFile, relative: str, directory: Path) -> None:
-    if any(part in ("", ".", "..") for part in relative.split("/")):
-        raise ArtifactError(f"the object {shown(file.uri)} has no safe local name: remove it from the artifact")
-    path = directory / relative
-    path.parent.mkdir(parents=True, exist_ok=True)
-    s3.copy_to_local(file.uri, file.version, path)

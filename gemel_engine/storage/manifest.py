@@ -18,7 +18,8 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from gemel_engine.errors import ArtifactError, ConfigurationError
-from gemel_engine.storage.files import open_regular, write_bytes
+from gemel_engine.storage.files import write_bytes
+from gemel_engine.storage.local import open_regular
 
 _VERSION = "format_version"
 _CHECKSUM = "manifest_sha256"

@@ -12,275 +12,20 @@ Columns are read by the rules of `types.Column`, so that files of several tools 
 from __future__ import annotations
 
 import io
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import cached_property
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Self
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from gemel_engine.config.addresses import local_path
 from gemel_engine.errors import InputError
 from gemel_engine.storage import files as storage
 from gemel_engine.storage.files import InputFile
-from gemel_engine.storage.parquet_footer import EXTENSION_KEY, read_chunks
-from gemel_engine.types import Column, is_any_list
-
-_ALWAYS_ALLOWED = 256 << 20
-_EXPANSION = 100
-_PIECE_BYTES = 64 << 20
-_ROWS_PER_PIECE = 1 << 16
-_ROWS_PER_TAKE = 256  # most of which are not kept, and may be pictures
-_BYTES_PER_REQUEST = 8 << 20
-_MAX_COLUMNS = 10_000
-_MAX_NAMES_SHOWN = 30
-_PICTURE, _ADDRESS = "image_bytes", "image_uri"
-
-
-class Table:
-    """An open Parquet file, whose footer has been checked. A context manager.
-
-    Attributes:
-        file: Its address, size and version.
-        names: Its columns; a picture that is stored as {bytes, path} also gives a column `image_uri`.
-        num_rows: Its rows.
-    """
-
-    def __init__(
-        self,
-        source: pa.NativeFile,
-        file: InputFile,
-        columns: Mapping[str, Column] | None = None,
-        required: Sequence[str] = (),
-    ) -> None:
-        """Check a file.
-
-        Args:
-            source: Its content, which is closed with this object.
-            file: What it is called.
-            columns: How columns are read, and the only ones that are; None for all, as they are stored.
-            required: Columns that it must have.
-
-        Raises:
-            InputError: It is no Parquet, has an extension type, lacks a column, has one twice or of another type, or
-                would take more memory than a file of its size may.
-        """
-        self.file = file
-        self._source = source
-        with _readable(file.uri):
-            self._chunks = read_chunks(source)
-            self._parquet = self._open()
-            self._schema: pa.Schema = self._parquet.schema_arrow
-            self._metadata: pq.FileMetaData = self._parquet.metadata
-            self.names: list[str] = list(self._schema.names)
-            self.num_rows: int = self._metadata.num_rows
-            groups = [self._metadata.row_group(group) for group in range(self._metadata.num_row_groups)]
-        self._ends = np.cumsum([0, *(group.num_rows for group in groups)])
-        self._check_columns(groups, columns, required)
-        for number, group in enumerate(groups):
-            self._check_sizes(number, group.num_rows)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._source.close()
-
-    def schema(self, columns: Sequence[str]) -> pa.Schema:
-        """Those of `columns` that the file has, in their order, with the types in which they are read."""
-        return pa.schema([self._fields[name] for name in dict.fromkeys(columns) if name in self._fields])
-
-    def pieces(
-        self, columns: Sequence[str], rows: range | None = None, max_rows: int = _ROWS_PER_PIECE
-    ) -> Iterator[pa.Table]:
-        """Yield consecutive rows, a few at a time.
-
-        Args:
-            columns: Those of them that the file has are read.
-            rows: Their numbers; None for all.
-            max_rows: Rows of a piece, at most.
-
-        Raises:
-            InputError: The file is damaged, or takes too much memory.
-        """
-        schema = self.schema(columns)
-        rows = range(self.num_rows) if rows is None else rows
-        stored = [name for name in schema.names if name in self._schema.names]
-        if _ADDRESS in schema.names and _PICTURE not in stored and self._has_picture_structs():
-            stored.append(_PICTURE)
-        for group, (first, end) in enumerate(zip(self._ends[:-1].tolist(), self._ends[1:].tolist(), strict=True)):
-            if first == end or end <= rows.start or first >= rows.stop:
-                continue
-            with _readable(self.file.uri):
-                num_rows = self._rows_per_piece(group, stored, max_rows)
-                for batch in self._reader.iter_batches(num_rows, row_groups=[group], columns=stored):
-                    start, stop = max(rows.start - first, 0), min(rows.stop - first, len(batch))
-                    if start < stop:
-                        yield self._converted(batch.slice(start, stop - start), schema)
-                    first += len(batch)
-                    if first >= rows.stop:
-                        break
-            if first < min(end, rows.stop):
-                raise InputError(f"{self.file.uri} lacks rows that its footer promises: write it again")
-
-    def read(self, columns: Sequence[str] | None = None, rows: range | None = None) -> pa.Table:
-        """Read consecutive rows at once; arguments and errors are those of `pieces`."""
-        columns = self.names if columns is None else columns
-        tables, num_bytes = [self.schema(columns).empty_table()], 0
-        for piece in self.pieces(columns, rows):
-            num_bytes += piece.nbytes
-            self._check_bytes(num_bytes, "rows that are read at once")
-            tables.append(piece)
-        return pa.concat_tables(tables)
-
-    def take(self, columns: Sequence[str], rows: NDArray[np.int64], max_rows: int = _ROWS_PER_TAKE) -> pa.Table:
-        """Read some rows, whose numbers must rise; only the row groups that hold one of them are read."""
-        tables = [self.schema(columns).empty_table()]
-        for first, end in zip(self._ends[:-1].tolist(), self._ends[1:].tolist(), strict=True):
-            if not np.any((rows >= first) & (rows < end)):
-                continue
-            for piece in self.pieces(columns, range(first, end), max_rows):
-                wanted = rows[(rows >= first) & (rows < first + len(piece))] - first
-                tables.append(piece.take(pa.array(wanted)))
-                first += len(piece)
-        return pa.concat_tables(tables)
-
-    def _open(self, dictionaries: Sequence[str] = ()) -> pq.ParquetFile:
-        """Open the file to read some of its physical columns as dictionaries."""
-        return pq.ParquetFile(
-            self._source,
-            metadata=self._metadata if dictionaries else None,
-            read_dictionary=list(dictionaries),
-            pre_buffer=False,  # would hold all pages of a row group
-            buffer_size=_BYTES_PER_REQUEST,
-            arrow_extensions_enabled=False,
-        )
-
-    @cached_property
-    def _reader(self) -> pq.ParquetFile:
-        """Reads texts in lists as dictionaries, whose size is known before it is taken."""
-        nested = [leaf.path for _, leaf in self._leaves(self._fields) if leaf.max_repetition_level and _is_bytes(leaf)]
-        return self._open(nested) if nested else self._parquet
-
-    def _leaves(self, names: Collection[str]) -> list[tuple[int, pq.ColumnSchema]]:
-        """The physical columns of some columns, with their places."""
-        leaves = ((place, self._metadata.schema.column(place)) for place in range(self._metadata.num_columns))
-        return [(place, leaf) for place, leaf in leaves if leaf.path in names or leaf.path.partition(".")[0] in names]
-
-    def _check_columns(
-        self, groups: Sequence[pq.RowGroupMetaData], columns: Mapping[str, Column] | None, required: Sequence[str]
-    ) -> None:
-        uri, num_columns = self.file.uri, self._metadata.num_columns
-        is_complete = [len(chunks) for chunks in self._chunks] == [num_columns] * len(groups)
-        if not is_complete or self._ends[-1] != self.num_rows or num_columns > _MAX_COLUMNS:
-            raise InputError(
-                f"{uri} has {num_columns} columns, in row groups that lack some or of {self._ends[-1]} of its "
-                f"{self.num_rows} rows: write it again, with {_MAX_COLUMNS} columns at most"
-            )
-        stored = {field.name: field.remove_metadata() for field in self._schema} if columns is None else {}
-        columns = {name: Column(field.type, str(field.type)) for name, field in stored.items()} | dict(columns or {})
-        if missing := [name for name in required if name not in self.names]:
-            known = ", ".join(self.names[:_MAX_NAMES_SHOWN])
-            raise InputError(
-                f"{uri} has no column {', '.join(map(repr, missing))}; its columns are {known}: rename or add them"
-            )
-        for name in columns:
-            if (count := self.names.count(name)) > 1:
-                raise InputError(f"{uri} has the column {name!r} {count} times: keep one")
-            if count and not columns[name].takes(found := self._schema.field(name).type):
-                raise InputError(
-                    f"{uri}: column {name!r} is of type {found}, it must be {columns[name].expected}: cast it"
-                )
-        if _PICTURE in columns and _ADDRESS in columns and self._has_picture_structs() and _ADDRESS not in self.names:
-            self.names.append(_ADDRESS)
-        self._fields = {
-            name: stored.get(name, pa.field(name, columns[name].type)) for name in self.names if name in columns
-        }
-
-    def _has_picture_structs(self) -> bool:
-        return _PICTURE in self._schema.names and pa.types.is_struct(self._schema.field(_PICTURE).type)
-
-    def _check_sizes(self, group: int, num_rows: int) -> None:
-        """See that no column of a row group is a bomb: pages of zeros, or lists of millions of nulls."""
-        for place, leaf in self._leaves(self._fields):
-            chunk = self._chunks[group][place]
-            size = max(chunk.size, 8 * (chunk.num_values - num_rows))
-            self._check_bytes(size, f"column {leaf.path.partition('.')[0]!r} of {num_rows} rows")
-
-    def _check_bytes(self, size: int, what: str) -> None:
-        _check_memory(self.file.uri, size, self._source.size(), what)
-
-    def _rows_per_piece(self, group: int, names: Sequence[str], max_rows: int) -> int:
-        """The rows that take `_PIECE_BYTES` if each has its own share, and the largest value that is shared."""
-        num_rows, largest, own = self._ends[group + 1] - self._ends[group], 0, 0
-        for place, leaf in self._leaves(names):
-            largest += self._largest_shared(group, place, leaf)
-            own += max(0, self._chunks[group][place].size) // num_rows
-        for found in (self._schema.field(name).type for name in names):
-            if pa.types.is_fixed_size_list(found):  # has room for its items where it is null
-                largest += 8 * found.list_size
-        self._check_bytes(largest, "a single row")
-        return int(max(1, min(max_rows, _PIECE_BYTES // max(1, largest + own))))
-
-    def _largest_shared(self, group: int, place: int, leaf: pq.ColumnSchema) -> int:
-        """Bytes, at most, of a value that is stored once for any number of rows; 0 if each row has its own."""
-        chunk = self._chunks[group][place]
-        if leaf.physical_type == "FIXED_LEN_BYTE_ARRAY":
-            return int(leaf.length)
-        if not _is_bytes(leaf):
-            return 0
-        if chunk.has_shared_beginnings:
-            return chunk.size
-        if leaf.max_repetition_level or not chunk.has_dictionary:
-            return 0
-        (values, *_) = next(self._open([leaf.path]).iter_batches(1, row_groups=[group], columns=[leaf.path])).columns
-        while pa.types.is_struct(values.type):
-            values = values.field(0)
-        return int(pc.max(pc.binary_length(values.dictionary)).as_py() or 0)
-
-    def _converted(self, batch: pa.RecordBatch, schema: pa.Schema) -> pa.Table:
-        columns = {name: batch.column(name) for name in batch.schema.names}
-        if self._has_picture_structs() and _PICTURE in columns:
-            pictures = columns[_PICTURE]
-            columns[_PICTURE] = file = pc.struct_field(pictures, "bytes")
-            if _ADDRESS in schema.names and pictures.type.get_field_index("path") >= 0:
-                path = self._convert(pc.struct_field(pictures, "path"), pa.large_string())
-                address = self._convert(columns.get(_ADDRESS, pa.nulls(len(batch))), pa.large_string())
-                columns[_ADDRESS] = pc.coalesce(address, pc.if_else(pc.is_null(file), path, None))
-        nulls = pa.nulls(len(batch))  # addresses of structs without any
-        return pa.table(
-            [
-                self._convert(columns.get(name, nulls), kind)
-                for name, kind in zip(schema.names, schema.types, strict=True)
-            ],
-            schema=schema,
-        )
-
-    def _convert(self, values: pa.Array, wanted: pa.DataType) -> pa.Array:
-        """Turn values of a type that `Column.takes` into those of the column's own."""
-        if values.type == wanted:
-            return values
-        if pa.types.is_dictionary(values.type):
-            if pa.types.is_binary(values.dictionary.type) or pa.types.is_string(values.dictionary.type):
-                lengths = pc.binary_length(values.dictionary).take(values.indices)
-                self._check_bytes(pc.sum(lengths.cast(pa.int64())).as_py() or 0, "rows that are read at once")
-            return self._convert(values.dictionary, wanted).take(values.indices)  # which checks them
-        if is_any_list(values.type) and is_any_list(wanted):
-            lengths = pc.if_else(pc.is_null(values), 0, pc.list_value_length(values)).to_numpy(zero_copy_only=False)
-            offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
-            items = self._convert(values.flatten(), wanted.value_type)
-            return pa.ListArray.from_arrays(
-                offsets, items, wanted, mask=pc.is_null(values) if values.null_count else None
-            )
-        if pa.types.is_struct(values.type) and pa.types.is_struct(wanted):
-            items = [self._convert(pc.struct_field(values, field.name), field.type) for field in wanted]
-            return pa.StructArray.from_arrays(items, fields=list(wanted), mask=pc.is_null(values))
-        return pc.cast(values, options=pc.CastOptions(target_type=wanted, allow_invalid_utf8=True))
+from gemel_engine.storage.local import open_regular
+from gemel_engine.storage.parquet_footer import EXTENSION_KEY
+from gemel_engine.storage.table import Table, _check_memory, _readable
+from gemel_engine.types import Column
 
 
 def open_table(
@@ -360,7 +105,7 @@ def open_arrow(path: Path) -> pa.ipc.RecordBatchFileReader:
         OSError: It is not there.
         pa.ArrowInvalid: It is no Arrow file, or has an extension type.
     """
-    storage.open_regular(path).close()
+    open_regular(path).close()
     source = pa.memory_map(str(path))
     size, tail = source.size(), 10  # the length of the footer, and the magic number
     length = int.from_bytes(source.read_at(min(size, 4), max(0, size - tail)), "little")
@@ -377,28 +122,6 @@ def _opened(
     except BaseException:
         source.close()
         raise
-
-
-def _check_memory(uri: str, num_bytes: int, stored_bytes: int, what: str) -> None:
-    """See that what is stored in some bytes takes no unreasonable number of them in memory."""
-    if num_bytes > max(_ALWAYS_ALLOWED, _EXPANSION * stored_bytes):
-        raise InputError(
-            f"{uri}: {what} would take {num_bytes >> 20:,} MiB of memory, more than {_ALWAYS_ALLOWED >> 20} MiB and "
-            f"{_EXPANSION} times the file's size: write shorter values, or lower rows_per_shard"
-        )
-
-
-@contextmanager
-def _readable(uri: str) -> Iterator[None]:
-    """Turn what Arrow says of a file that it can't read into the error of an input."""
-    try:
-        yield
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise InputError(f"{uri} is not a readable Parquet table ({error}): write it again") from error
-
-
-def _is_bytes(leaf: pq.ColumnSchema) -> bool:
-    return bool(leaf.physical_type == "BYTE_ARRAY")
 
 
 def parquet_bytes(table: pa.Table, row_group_size: int | None = None) -> bytes:

@@ -14,41 +14,32 @@ import os
 import sys
 import tempfile
 import time
-import uuid
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import ray
 from ray import train
 from ray.data import Dataset
-from ray.experimental import tqdm_ray
 from ray.train import Checkpoint, CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
-from ray.train.torch import TorchTrainer, get_device
+from ray.train.torch import TorchTrainer
 
 from gemel_engine import storage
 from gemel_engine.assembly import check_encoders, open_artifacts
 from gemel_engine.config.loading import config_json, validated
 from gemel_engine.config.settings import TrainConfig
-from gemel_engine.decoding.generator import Artifacts
-from gemel_engine.decoding.language_model import DTYPES, language_model_fingerprint
-from gemel_engine.errors import ConfigurationError, InputError, TooManyFailuresError, shown
+from gemel_engine.decoding.language_model import DTYPES
+from gemel_engine.errors import ConfigurationError, InputError, shown
 from gemel_engine.extras import extra
-from gemel_engine.fingerprints import Contents, artifact_manifests, check_contents, run_contents
+from gemel_engine.fingerprints import Contents, run_contents
 from gemel_engine.pipeline.corpus import Shard, plan_identity, plan_shards
 from gemel_engine.pipeline.output import claim_output, read_columns
-from gemel_engine.pipeline.ray_data import actor_pool, connect, encode_and_retrieve, own_errors
-from gemel_engine.training.attention import PackedLanguageModel, check_trainable
+from gemel_engine.pipeline.ray_data import connect
+from gemel_engine.training.attention import check_trainable
 from gemel_engine.training.checkpoints import keep_record, restore_record
-from gemel_engine.training.prompts import TrainingExample, TrainingPrompts, read_examples
-from gemel_engine.training.stages import CheckExamples, read_file, write_examples
-from gemel_engine.training.trainer import MapperTrainer, initial_mapper
-from gemel_engine.training.validation import Validation
-from gemel_engine.vision.encoder import ImageEncoder
+from gemel_engine.training.preparation import _left_out, _prepare, _read_examples
+from gemel_engine.training.worker import _ACCURACY, _SCORE, _train_worker
 from gemel_engine.vision.mapper import FeatureMapper
 
 with extra("train"):
@@ -58,9 +49,6 @@ logger = logging.getLogger(__name__)
 
 # Settings that may differ between a run and its continuation, with two that save memory: see `_identity`.
 _NOT_IDENTITY = ("resources", "workers", "output", "examples", "max_failed_fraction", "verify_artifacts")
-_ACCURACY = "dev_accuracy"
-# What Ray Train keeps a checkpoint by: its dev accuracy, or less than any where that is unknown.
-_SCORE = "checkpoint_score"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,103 +156,6 @@ def _check_resources(config: TrainConfig) -> None:
             )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Prepared:
-    """Prepared mentions of a split.
-
-    Attributes:
-        directory: Of the Parquet files.
-        num_rows: Mentions, unusable ones included.
-        num_pictures: Usable mentions with image features.
-    """
-
-    directory: str
-    num_rows: int
-    num_pictures: int
-
-
-def _prepare(
-    config: TrainConfig,
-    split: str,
-    plan: list[Shard],
-    artifacts: Artifacts,
-    image_encoder: ImageEncoder | None,
-    contents: Contents,
-) -> _Prepared:
-    """Encode the pictures of a split and retrieve its demonstrations, unless that was done before.
-
-    Several runs may prepare the same examples at once: each writes a directory of its own, and the first that is
-    complete is everybody's.
-    """
-    root = f"{config.examples or f'{config.output}/examples'}/{split}"
-    mapper, index = artifacts.feature_mapper, artifacts.index
-    prefix_length = _prefix_length(config, mapper)
-    fingerprint, vision_width = None, None
-    if image_encoder is not None:
-        fingerprint, vision_width = image_encoder.fingerprint, image_encoder.width
-    elif (sized := mapper or index) is not None:
-        vision_width = sized.metadata.vision_width
-    claim_output(root, _example_identity(config, plan, prefix_length, vision_width, fingerprint))
-    done = f"{root}/_prepared.json"
-    if not storage.exists(done):
-        directory = f"{root}/data-{uuid.uuid4().hex}"
-        dataset = encode_and_retrieve(config, plan, contents, with_gold=True)
-        pool = actor_pool(config.resources.retrieval)
-        dataset = dataset.map_batches(
-            CheckExamples, fn_constructor_args=(config, prefix_length, vision_width), **pool
-        ).map_batches(
-            partial(write_examples, directory=directory), batch_size=None, batch_format="pyarrow", num_cpus=0.25
-        )
-        with own_errors():
-            receipts = dataset.take_all()
-        counts = {name: sum(receipt[name] for receipt in receipts) for name in ("num_rows", "num_pictures")}
-        storage.remove_tree(f"{config.output}/_marks")
-        storage.create_exclusive(done, json.dumps({"directory": directory.rpartition("/")[2]} | counts).encode())
-    remedy = "remove it and run the same command again"
-    found = storage.read_json(done, remedy)
-    try:
-        return _Prepared(**found | {"directory": f"{root}/{found['directory']}"})
-    except (TypeError, KeyError) as error:
-        raise InputError(f"{shown(done)} describes no prepared mentions: {remedy}") from error
-
-
-def _read_examples(prepared: _Prepared) -> Dataset:
-    """Prepared mentions, a block for each file."""
-    files = storage.list_parquet(prepared.directory)
-    dataset = ray.data.from_items([{"uri": file.uri} for file in files], override_num_blocks=len(files))
-    dataset.context.enable_progress_bars = False  # over in a moment, and again for each worker
-    # Workers may hold all CPUs while they read.
-    return dataset.map_batches(read_file, batch_size=1, batch_format="pyarrow", num_cpus=0)
-
-
-def _left_out(config: TrainConfig, split: str, prepared: _Prepared) -> dict[str, int]:
-    """Mentions of a split that can't be used, by reason.
-
-    Raises:
-        InputError: None can be used, or not all prepared ones are to be seen from here.
-        TooManyFailuresError: More of them than `max_failed_fraction` allows; an entity that the knowledge base lacks
-            is no failure.
-    """
-    table = read_columns(prepared.directory, ("error",))
-    if len(table) != prepared.num_rows:
-        raise InputError(
-            f"{prepared.directory} shows {len(table)} of {prepared.num_rows} prepared mentions: set `output` or "
-            "`examples` to a place that all nodes share, such as s3://"
-        )
-    reasons = Counter(error.partition(":")[0] for error in table["error"].drop_null().to_pylist())
-    if reasons:
-        logger.warning("%d of %d %s mentions are left out: %s", reasons.total(), len(table), split, dict(reasons))
-    if reasons.total() == len(table):
-        raise InputError(f"none of the {len(table)} {split} mentions can be used: {dict(reasons)}")
-    num_failed = reasons.total() - reasons["unknown_entity"]
-    if num_failed > config.max_failed_fraction * len(table):
-        raise TooManyFailuresError(
-            f"{num_failed} of {len(table)} {split} mentions failed ({dict(reasons)}), more than max_failed_fraction "
-            f"{config.max_failed_fraction} allows: see the column `error` in {prepared.directory}"
-        )
-    return dict(reasons)
-
-
 def _trainer(config: TrainConfig, settings: dict[str, Any], datasets: dict[str, Dataset]) -> TorchTrainer:
     workers = config.workers
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # addresses in a configuration may be relative
@@ -295,110 +186,6 @@ def _trainer(config: TrainConfig, settings: dict[str, Any], datasets: dict[str, 
         # Every worker takes its share of each batch itself, so that batches do not depend on the number of workers.
         dataset_config=DataConfig(datasets_to_split=[]),
     )
-
-
-def _train_worker(settings: dict[str, Any]) -> None:
-    """What each training worker does."""
-    config: TrainConfig = settings["config"]
-    context, device = train.get_context(), get_device()
-    rank, world_size = context.get_world_rank(), context.get_world_size()
-    check_contents(settings["contents"], config)
-    artifacts = open_artifacts(config)
-    language_model = config.language_model
-    model = PackedLanguageModel(
-        language_model.name,
-        language_model.dtype,
-        str(device),
-        activation_checkpointing=language_model.activation_checkpointing,
-    )
-    mapper, fingerprint = artifacts.feature_mapper, settings["image_encoder_fingerprint"]
-    num_shared = config.retrieval.num_demonstrations
-    prompts = TrainingPrompts(_examples("train"), artifacts, config.prompt, _prefix_length(config, mapper), num_shared)
-    if mapper is None:
-        mapper = initial_mapper(config.mapper, config.optimisation.seed, prompts, model)
-    mapper.metadata = replace(
-        mapper.metadata,
-        language_model_fingerprint=language_model_fingerprint(language_model.name),
-        image_encoder_fingerprint=fingerprint or mapper.metadata.image_encoder_fingerprint,
-        details={},
-    )
-    trainer = MapperTrainer(mapper, model, prompts, config.optimisation, rank=rank, world_size=world_size)
-    checkpoint = train.get_checkpoint()
-    if checkpoint is not None:
-        with checkpoint.as_directory() as directory:
-            trainer.load(Path(directory))
-    validation = None
-    if config.dev is not None and config.validation.num_mentions:
-        validation = Validation(config, artifacts, model, _examples("dev"), rank, world_size)
-    shows_bar = rank == 0 and settings["shows_bar"]
-    _loop(config, trainer, validation, is_first=rank == 0, is_new=checkpoint is None, shows_bar=shows_bar)
-
-
-def _prefix_length(config: TrainConfig, starting_mapper: FeatureMapper | None) -> int:
-    return config.mapper.prefix_length if starting_mapper is None else starting_mapper.metadata.prefix_length
-
-
-def _examples(split: str) -> list[TrainingExample]:
-    return read_examples(train.get_dataset_shard(split).iter_batches(batch_size=None, batch_format="pyarrow"))
-
-
-def _loop(
-    config: TrainConfig,
-    trainer: MapperTrainer,
-    validation: Validation | None,
-    *,
-    is_first: bool,
-    is_new: bool,
-    shows_bar: bool,
-) -> None:
-    """Step, and report where the configuration says; the starting mapper is validated as step 0."""
-    progress = tqdm_ray.tqdm(total=trainer.num_steps, desc="train", unit="step") if shows_bar else None
-    if progress is not None:
-        progress.update(trainer.step)
-    validate_every = config.validation.every_steps or trainer.steps_per_epoch
-    if is_new:
-        _report(trainer, {"step": 0} | _accuracy(validation, trainer), with_checkpoint=is_first)
-    started, results = time.monotonic(), []
-    while trainer.step < trainer.num_steps:
-        results.append(trainer.train_step())
-        if progress is not None:
-            progress.update(1)
-        step, is_last = trainer.step, trainer.step == trainer.num_steps
-        is_validated = is_last or step % validate_every == 0
-        is_saved = is_validated or step % config.workers.checkpoint_every == 0
-        if not is_saved and step % config.workers.report_every:
-            continue
-        seconds = time.monotonic() - started
-        metrics = {
-            "step": step,
-            "epoch": step / trainer.steps_per_epoch,
-            "loss": mean(result.loss for result in results),
-            "learning_rate": results[-1].learning_rate,
-            "gradient_norm": mean(result.gradient_norm for result in results),
-            "mentions_per_s": sum(result.num_mentions for result in results) / seconds,
-            "tokens_per_s_of_worker": sum(result.num_tokens for result in results) / seconds,
-        }
-        if is_validated:
-            metrics |= _accuracy(validation, trainer)
-        _report(trainer, metrics, with_checkpoint=is_saved and is_first)
-        started, results = time.monotonic(), []
-    if progress is not None:
-        progress.close()
-
-
-def _report(trainer: MapperTrainer, metrics: dict[str, Any], *, with_checkpoint: bool) -> None:
-    """Report to Ray Train, which waits for all workers."""
-    metrics = metrics | {_SCORE: metrics.get(_ACCURACY, -1.0)}
-    if not with_checkpoint:
-        train.report(metrics)
-        return
-    with tempfile.TemporaryDirectory() as directory:
-        trainer.save(Path(directory))
-        train.report(metrics, checkpoint=Checkpoint.from_directory(directory))
-
-
-def _accuracy(validation: Validation | None, trainer: MapperTrainer) -> dict[str, float]:
-    return {} if validation is None else {_ACCURACY: validation.accuracy(trainer.mapper)}
 
 
 class _Reports(UserCallback):  # type: ignore[misc]
@@ -470,16 +257,3 @@ def _identity(config: TrainConfig, plans: dict[str, list[Shard]], contents: Cont
     del settings["optimisation"]["max_pack_tokens"], settings["language_model"]["activation_checkpointing"]
     plan = {split: plan_identity(plan) for split, plan in plans.items()}
     return {"settings": settings, "plan": plan, "artifacts": contents}
-
-
-def _example_identity(
-    config: TrainConfig, plan: list[Shard], prefix_length: int, vision_width: int | None, fingerprint: str | None
-) -> dict[str, Any]:
-    """What the prepared examples depend on; no setting of the optimiser or the mapper."""
-    settings = json.loads(config_json(config))
-    vision = {"image_encoder": fingerprint, "max_image_pixels": config.vision.max_image_pixels}
-    prompt = {key: settings["prompt"][key] for key in ("template", "query_reserve")}
-    settings = {key: settings[key] for key in ("retrieval", "image_source")} | {"vision": vision, "prompt": prompt}
-    settings |= {"prefix_length": prefix_length, "vision_width": vision_width}
-    manifests = artifact_manifests(replace(config, vision=replace(config.vision, feature_mapper=None)))
-    return {"settings": settings, "plan": plan_identity(plan), "artifacts": manifests}

@@ -10,7 +10,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from gemel_engine.config.settings import PromptSettings
+from gemel_engine.config.components import PromptSettings
 from gemel_engine.decoding.generator import Artifacts
 from gemel_engine.decoding.prompt import Block, PromptBuilder
 from gemel_engine.training.packing import LabelledPrompt, Segment

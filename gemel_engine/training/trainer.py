@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gemel_engine.config.settings import MapperSettings, OptimisationSettings
 from gemel_engine.errors import ArtifactError, ConfigurationError, InputError
-from gemel_engine.storage.files import open_regular
+from gemel_engine.storage.local import open_regular
 from gemel_engine.storage.manifest import file_sha256, read_manifest, write_manifest
 from gemel_engine.training.attention import PackedLanguageModel
 from gemel_engine.training.packing import pack_prompts, split_into_packs

@@ -26,7 +26,7 @@ from urllib3.util import Url, parse_url
 
 from gemel_engine import storage
 from gemel_engine.config.addresses import HTTP, canonical_address, port_of
-from gemel_engine.config.settings import ImagePolicy
+from gemel_engine.config.components import ImagePolicy
 from gemel_engine.errors import ConfigurationError, ImageFetchError, redacted, shown
 
 if TYPE_CHECKING:

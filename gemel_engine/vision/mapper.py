@@ -22,9 +22,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from gemel_engine.config.settings import FeatureScaling
+from gemel_engine.config.components import FeatureScaling
 from gemel_engine.errors import ArtifactError, InputError
-from gemel_engine.storage.files import open_regular
+from gemel_engine.storage.local import open_regular
 from gemel_engine.storage.manifest import claimed, parse_manifest, read_manifest, write_manifest
 
 FORMAT_VERSION = 3

@@ -15,7 +15,7 @@ from support.paths import ROOT
 
 from gemel_engine.cli.artifacts import build_demonstrations
 from gemel_engine.cli.main import PARSED, UNPARSED, main
-from gemel_engine.config.settings import ImagePolicy, VisionSettings
+from gemel_engine.config.components import ImagePolicy, VisionSettings
 from gemel_engine.decoding.language_model import language_model_fingerprint
 from gemel_engine.errors import InputError
 from gemel_engine.vision.mapper import FeatureMapper

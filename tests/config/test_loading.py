@@ -12,8 +12,9 @@ from typing import Any, get_args, get_type_hints
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
+from gemel_engine.config.components import EngineSettings, ImagePolicy, SearchSettings
 from gemel_engine.config.loading import load_config, validated
-from gemel_engine.config.settings import EngineSettings, ImagePolicy, LinkConfig, SearchSettings, TrainConfig
+from gemel_engine.config.settings import LinkConfig, TrainConfig
 from gemel_engine.errors import ConfigurationError
 from gemel_engine.linker import Linker
 from gemel_engine.linking.job import describe_run

@@ -13,7 +13,7 @@ from support.engines import EXHAUSTIVE, NUM_CHILDREN, PREFIX_LENGTH, WIDTH, link
 from support.names import ENTITY_NAMES
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from gemel_engine.config.settings import EngineSettings, PromptSettings, Terminator
+from gemel_engine.config.components import EngineSettings, PromptSettings, Terminator
 from gemel_engine.decoding.engines.base import RolloutEngine
 from gemel_engine.decoding.engines.reference import TransformersEngine
 from gemel_engine.decoding.engines.vllm import VllmEngine

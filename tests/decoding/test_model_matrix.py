@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import BloomConfig, PreTrainedTokenizerFast
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from gemel_engine.config.settings import EngineSettings, PromptSettings
+from gemel_engine.config.components import EngineSettings, PromptSettings
 from gemel_engine.decoding.engines.reference import TransformersEngine
 from gemel_engine.decoding.engines.vllm import VllmEngine
 from gemel_engine.decoding.language_model import FrozenLanguageModel

@@ -12,7 +12,7 @@ from support.models import (
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from gemel_engine.config.settings import PromptSettings
+from gemel_engine.config.components import PromptSettings
 from gemel_engine.decoding.prompt import Block, PromptBuilder
 from gemel_engine.errors import ArtifactError, ConfigurationError, PromptTooLongError
 from gemel_engine.tokenizer import check_embedded, encode_text

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from gemel_engine.config.settings import Objective, SearchSettings
+from gemel_engine.config.components import Objective, SearchSettings
 from gemel_engine.decoding.engines.base import Rollout, RolloutRequest, allowed_next_tokens
 from gemel_engine.decoding.prompt import Prompt
 from gemel_engine.decoding.resume import merge_results, numbered_in

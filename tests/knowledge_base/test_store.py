@@ -23,9 +23,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from gemel_engine.cli.main import main
-from gemel_engine.config.settings import KnowledgeBaseSettings
+from gemel_engine.config.components import KnowledgeBaseSettings
 from gemel_engine.errors import ArtifactError, ConfigurationError, InputError
-from gemel_engine.knowledge_base.store import Entity, KnowledgeBase, build_knowledge_base
+from gemel_engine.knowledge_base.build import build_knowledge_base
+from gemel_engine.knowledge_base.store import Entity, KnowledgeBase
 from gemel_engine.storage.manifest import file_sha256
 from gemel_engine.tokenizer import tokenizer_fingerprint
 

@@ -21,9 +21,10 @@ from transformers import PreTrainedTokenizerFast
 
 from gemel_engine import storage
 from gemel_engine.cli.main import main
-from gemel_engine.config.settings import KnowledgeBaseSettings
+from gemel_engine.config.components import KnowledgeBaseSettings
 from gemel_engine.errors import ArtifactError, ConfigurationError, InputError
-from gemel_engine.knowledge_base.store import ENTITY_SCHEMA, KnowledgeBase, build_knowledge_base
+from gemel_engine.knowledge_base.build import build_knowledge_base
+from gemel_engine.knowledge_base.store import ENTITY_SCHEMA, KnowledgeBase
 from gemel_engine.knowledge_base.update import (
     UpdateReport,
     compact_knowledge_base,

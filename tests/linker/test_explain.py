@@ -14,8 +14,9 @@ from support.names import ENTITY_NAMES
 
 from gemel_engine.cli.main import main
 from gemel_engine.cli.tables import print_explanation
+from gemel_engine.config.components import GEMEL_TEMPLATE
 from gemel_engine.config.loading import load_config
-from gemel_engine.config.settings import GEMEL_TEMPLATE, LinkConfig
+from gemel_engine.config.settings import LinkConfig
 from gemel_engine.errors import ConfigurationError, ImageError, InvalidMentionError
 from gemel_engine.linker import Explanation, Linker, VisualMark, explain
 from gemel_engine.types import Mention

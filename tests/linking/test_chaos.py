@@ -32,8 +32,8 @@ from support.s3_server import S3Server
 from support.trouble import small_file_system
 
 from gemel_engine import storage
-from gemel_engine.config.settings import KnowledgeBaseSettings
-from gemel_engine.knowledge_base.store import build_knowledge_base
+from gemel_engine.config.components import KnowledgeBaseSettings
+from gemel_engine.knowledge_base.build import build_knowledge_base
 from gemel_engine.knowledge_base.update import update_knowledge_base
 from gemel_engine.pipeline.output import finished_shards, is_claimed
 from gemel_engine.tokenizer import load_tokenizer

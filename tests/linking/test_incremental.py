@@ -19,11 +19,12 @@ from transformers import PreTrainedTokenizerFast
 
 from gemel_engine import storage
 from gemel_engine.assembly import start_generator
+from gemel_engine.config.components import KnowledgeBaseSettings, Objective
 from gemel_engine.config.loading import load_config
-from gemel_engine.config.settings import KnowledgeBaseSettings, LinkConfig, Objective
+from gemel_engine.config.settings import LinkConfig
 from gemel_engine.errors import ArtifactError, ConfigurationError, GemelError, InputError
+from gemel_engine.knowledge_base.build import build_knowledge_base
 from gemel_engine.knowledge_base.changes import KnowledgeBaseChanges
-from gemel_engine.knowledge_base.store import build_knowledge_base
 from gemel_engine.knowledge_base.trie import PrefixTrie
 from gemel_engine.knowledge_base.update import compact_knowledge_base, local_knowledge_base, update_knowledge_base
 from gemel_engine.linker import Linker

@@ -24,13 +24,16 @@ from support.s3_server import S3Server
 from support.trouble import forget_checksum
 
 from gemel_engine import storage
+from gemel_engine.config.components import KnowledgeBaseSettings, PoolSettings, VisionSettings
 from gemel_engine.config.loading import config_json, load_config
-from gemel_engine.config.settings import KnowledgeBaseSettings, LinkConfig, PoolSettings, VisionSettings
+from gemel_engine.config.settings import LinkConfig
 from gemel_engine.decoding.confidence import EVIDENCE, Calibration, LogisticModel, scoring_settings
 from gemel_engine.errors import ArtifactError, ConfigurationError, GemelError, InputError, TooManyFailuresError
-from gemel_engine.knowledge_base.store import KnowledgeBase, build_knowledge_base
+from gemel_engine.knowledge_base.build import build_knowledge_base
+from gemel_engine.knowledge_base.store import KnowledgeBase
 from gemel_engine.linker import Linker, explain
-from gemel_engine.linking.job import LinkReport, describe_run, link_corpus, ordered_plan
+from gemel_engine.linking.job import describe_run, link_corpus, ordered_plan
+from gemel_engine.linking.report import LinkReport
 from gemel_engine.pipeline.corpus import plan_shards
 from gemel_engine.pipeline.ray_data import actor_pool, own_errors
 from gemel_engine.pipeline.stages import RetrieveDemonstrations, read_mentions

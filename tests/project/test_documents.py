@@ -16,7 +16,7 @@ from gemel_engine import errors
 from gemel_engine.cli.main import PARSED, UNPARSED
 from gemel_engine.config.loading import load_config
 from gemel_engine.config.settings import LinkConfig
-from gemel_engine.knowledge_base.store import read_entities
+from gemel_engine.knowledge_base.build import read_entities
 from gemel_engine.pipeline.corpus import plan_shards
 from gemel_engine.types import Prediction
 

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from support.paths import ROOT
 
-from gemel_engine.knowledge_base.store import read_entities
+from gemel_engine.knowledge_base.build import read_entities
 
 
 def table(*arguments: str | Path) -> list[dict[str, object]]:

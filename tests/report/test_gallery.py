@@ -14,11 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from gemel_engine.config.settings import ImagePolicy
+from gemel_engine.config.components import ImagePolicy
 from gemel_engine.errors import ImageError, InputError
 from gemel_engine.report.gallery import gallery_items, shrink
 from gemel_engine.retrieval.encoder import MentionEncoder
-from gemel_engine.retrieval.index import Demonstration, DemonstrationIndex
+from gemel_engine.retrieval.index import DemonstrationIndex
+from gemel_engine.retrieval.table import Demonstration
 from gemel_engine.types import PREDICTION_SCHEMA
 
 SIZE = 40

@@ -14,11 +14,12 @@ import pytest
 from support.reports import COLUMNS, NOTHING, QUALITY, RUN, evaluation
 
 from gemel_engine.display import cut, excerpt, shares, visible
-from gemel_engine.evaluation.judge import Comparison, Figure, LeakAudit
+from gemel_engine.evaluation.judge import Comparison, Figure
+from gemel_engine.evaluation.leaks import LeakAudit
 from gemel_engine.evaluation.quality import ConfidenceQuality
 from gemel_engine.report.gallery import GalleryItem, ShownDemonstration, Thumbnail
 from gemel_engine.report.page import render_report
-from gemel_engine.retrieval.index import Demonstration
+from gemel_engine.retrieval.table import Demonstration
 from gemel_engine.types import PREDICTION_SCHEMA, Mention
 
 HOSTILE = [

@@ -16,11 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.trouble import damage, edit_manifest, forget_checksum, make_endless
 
-from gemel_engine.config.settings import RetrievalSettings
+from gemel_engine.config.components import RetrievalSettings
 from gemel_engine.errors import ArtifactError, ConfigurationError, InputError
 from gemel_engine.retrieval.encoder import MentionEncoder
-from gemel_engine.retrieval.index import Demonstration, DemonstrationIndex, FloatArray
+from gemel_engine.retrieval.index import DemonstrationIndex
 from gemel_engine.retrieval.retriever import DemonstrationRetriever
+from gemel_engine.retrieval.table import Demonstration, FloatArray
 from gemel_engine.storage.manifest import claimed
 from gemel_engine.types import Mention
 

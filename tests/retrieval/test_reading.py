@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from gemel_engine.cli.main import main
-from gemel_engine.config.settings import ImagePolicy
+from gemel_engine.config.components import ImagePolicy
 from gemel_engine.errors import InputError
 from gemel_engine.retrieval.index import DemonstrationIndex
 from gemel_engine.retrieval.reading import PictureReader, read_demonstrations, read_names

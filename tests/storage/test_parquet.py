@@ -18,7 +18,7 @@ import pytest
 
 from gemel_engine.errors import InputError
 from gemel_engine.evaluation.gold import read_gold
-from gemel_engine.knowledge_base.store import read_entities
+from gemel_engine.knowledge_base.build import read_entities
 from gemel_engine.pipeline import stages as stages
 from gemel_engine.pipeline.corpus import plan_shards, read_rows
 from gemel_engine.pipeline.output import read_columns

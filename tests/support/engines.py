@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from gemel_engine.config.settings import PromptSettings, SearchSettings, Terminator
+from gemel_engine.config.components import PromptSettings, SearchSettings, Terminator
 from gemel_engine.decoding.engines.base import RolloutEngine
 from gemel_engine.decoding.prompt import Prompt, PromptBuilder
 from gemel_engine.decoding.scheduler import run_searches

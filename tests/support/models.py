@@ -27,11 +27,12 @@ from transformers import (
     Qwen3Config,
 )
 
-from gemel_engine.config.settings import KnowledgeBaseSettings
+from gemel_engine.config.components import KnowledgeBaseSettings
 from gemel_engine.decoding.language_model import language_model_fingerprint
-from gemel_engine.knowledge_base.store import build_knowledge_base
+from gemel_engine.knowledge_base.build import build_knowledge_base
 from gemel_engine.retrieval.encoder import MentionEncoder
-from gemel_engine.retrieval.index import Demonstration, DemonstrationIndex
+from gemel_engine.retrieval.index import DemonstrationIndex
+from gemel_engine.retrieval.table import Demonstration
 from gemel_engine.tokenizer import load_tokenizer
 from gemel_engine.vision.encoder import ImageEncoder
 from gemel_engine.vision.mapper import FeatureMapper

@@ -7,7 +7,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from gemel_engine.config.settings import KnowledgeBaseSettings
+from gemel_engine.config.components import KnowledgeBaseSettings
 from support import trouble
 
 SKIP = KnowledgeBaseSettings(on_bad_name="skip")

@@ -18,8 +18,9 @@ from torch import Tensor, distributed
 from torch.multiprocessing.spawn import spawn
 from transformers import PreTrainedTokenizerFast
 
+from gemel_engine.config.components import PromptSettings
 from gemel_engine.config.loading import load_config
-from gemel_engine.config.settings import MapperSettings, OptimisationSettings, PromptSettings, TrainConfig
+from gemel_engine.config.settings import MapperSettings, OptimisationSettings, TrainConfig
 from gemel_engine.decoding.generator import Artifacts
 from gemel_engine.errors import ConfigurationError
 from gemel_engine.knowledge_base.store import KnowledgeBase

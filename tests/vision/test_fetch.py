@@ -17,7 +17,7 @@ from support.loopback import Answer, Loopback, serve
 from support.s3_server import S3Server, run_s3_server  # noqa: F401
 
 from gemel_engine import storage
-from gemel_engine.config.settings import ImagePolicy
+from gemel_engine.config.components import ImagePolicy
 from gemel_engine.errors import ConfigurationError, ImageFetchError
 from gemel_engine.vision import fetch as image_source
 from gemel_engine.vision.fetch import fetch_image

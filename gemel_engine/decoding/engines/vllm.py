@@ -23,7 +23,7 @@ from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from gemel_engine.config.settings import EngineSettings
+from gemel_engine.config.components import EngineSettings
 from gemel_engine.decoding.engines.base import Rollout, RolloutRequest
 from gemel_engine.decoding.engines.vllm_mask import TrieLogitsProcessor, TrieLogitsProcessorV2
 from gemel_engine.decoding.language_model import DTYPES, check_language_model, language_model_width, warn_if_slow

@@ -1,0 +1,167 @@
+"""Builds a knowledge base from a table of entities."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerFast
+
+from gemel_engine.config.components import KnowledgeBaseSettings
+from gemel_engine.errors import InputError
+from gemel_engine.knowledge_base.names import TokenisedNames, count_skipped, reasons_to_skip
+from gemel_engine.knowledge_base.store import (
+    _ENTITY_COLUMNS,
+    _STORED_SCHEMA,
+    _TRIE,
+    ENTITY_SCHEMA,
+    FORMAT_VERSION,
+    MANIFEST,
+)
+from gemel_engine.knowledge_base.trie import MANIFEST as TRIE_MANIFEST
+from gemel_engine.knowledge_base.trie import IntArray, PrefixTrie
+from gemel_engine.storage import parquet
+from gemel_engine.storage.manifest import claimed, file_sha256, write_manifest
+from gemel_engine.tokenizer import tokenizer_fingerprint
+
+
+@dataclass(frozen=True, slots=True)
+class KnowledgeBaseReport:
+    """What a built knowledge base holds.
+
+    Attributes:
+        num_entities: Entities kept.
+        num_names: Distinct names among them.
+        longest_name: Tokens of the longest of these names.
+        num_skipped: Entities left out, by reason.
+    """
+
+    num_entities: int
+    num_names: int
+    longest_name: int
+    num_skipped: dict[str, int]
+
+
+def read_entities(uri: str, also: Sequence[str] = ()) -> pa.Table:
+    """Read the entities' columns of all Parquet files at an address, and those of `also` that they have.
+
+    Raises:
+        InputError: There is no such file, or one is not readable, or has a column of another type.
+    """
+    kinds = {name: _ENTITY_COLUMNS[name] for name in (*ENTITY_SCHEMA.names, *also)}
+    return parquet.read_tables(uri, kinds, list(kinds))
+
+
+def build_knowledge_base(
+    entities: pa.Table, tokenizer: PreTrainedTokenizerFast, directory: Path, settings: KnowledgeBaseSettings
+) -> KnowledgeBaseReport:
+    """Write a knowledge base to a new directory.
+
+    Names are brought to Unicode's form NFC and stripped of white space at their ends. A name is unusable if it is
+    empty, holds control or line-separating characters, U+FFFD or a prompt marker, is too long, or if its tokens hold a
+    special token or do not decode to the name itself.
+
+    Args:
+        entities: Columns `entity_id` and `name`, and optionally others of `ENTITY_SCHEMA`; other columns are left out.
+        tokenizer: The language model's.
+        directory: Does not exist yet, or is empty.
+        settings: What to do with unusable names.
+
+    Raises:
+        ConfigurationError: The directory holds something, or another command is writing it.
+        InputError: A column is missing or of another type, an id is missing or not unique, text is not UTF-8, or names
+            are unusable (none is left, where they are skipped).
+    """
+    with claimed(directory):
+        fingerprint = tokenizer_fingerprint(tokenizer)
+        entities = checked_entities(entities)
+        names = TokenisedNames.tokenise(entities["name"], tokenizer)
+        reasons = reasons_to_skip(entities["name"], names, tokenizer, settings.max_name_tokens)
+        num_skipped = count_skipped(entities["entity_id"], reasons, settings.on_bad_name)
+        is_kept = reasons == ""
+        manifest = {"tokenizer_fingerprint": fingerprint, "vocabulary_size": len(tokenizer)}
+        return save_knowledge_base(
+            directory, entities.filter(pa.array(is_kept)), names.select(is_kept), manifest, num_skipped
+        )
+
+
+def save_knowledge_base(
+    directory: Path,
+    entities: pa.Table,
+    names: tuple[IntArray, IntArray],
+    manifest: Mapping[str, object],
+    num_skipped: dict[str, int],
+) -> KnowledgeBaseReport:
+    """Write a knowledge base whose names are tokenised.
+
+    Args:
+        directory: Where.
+        entities: Rows of `ENTITY_SCHEMA`, in any order.
+        names: Tokens of each row's name, as `PrefixTrie.build` takes them.
+        manifest: What the manifest says beside the counts and the checksum.
+        num_skipped: Entities left out, by reason.
+    """
+    trie, name_of_row = PrefixTrie.build(*names)
+    stored = _sort_entities(entities, name_of_row)
+    trie.save(directory / _TRIE)
+    path = directory / "entities.arrow"
+    with pa.ipc.new_file(str(path), _STORED_SCHEMA) as writer:
+        writer.write_table(stored.combine_chunks())
+    report = KnowledgeBaseReport(stored.num_rows, trie.num_names, trie.longest(0), num_skipped)
+    checksums = {"entities_sha256": file_sha256(path), "trie_sha256": file_sha256(directory / _TRIE / TRIE_MANIFEST)}
+    write_manifest(directory / MANIFEST, FORMAT_VERSION, {**manifest, **checksums, **asdict(report)})
+    return report
+
+
+def checked_entities(entities: pa.Table) -> pa.Table:
+    """Check ids and types, and normalise names; the result has the columns of `ENTITY_SCHEMA`.
+
+    Raises:
+        InputError: A column is missing or of another type, an id is missing or not unique, or text is not UTF-8.
+    """
+    for required in ("entity_id", "name"):
+        if required not in entities.column_names:
+            raise InputError(f"the entities have no column {required!r}, only {entities.column_names}; add it")
+    columns = []
+    for column in ENTITY_SCHEMA:
+        if column.name not in entities.column_names:
+            columns.append(pa.nulls(len(entities), column.type))
+            continue
+        try:
+            values = entities[column.name].cast(column.type)
+            values.validate(full=True)
+        except (KeyError, pa.ArrowException) as error:
+            raise InputError(f"column {column.name!r} is not valid {column.type} ({error}); correct it") from error
+        columns.append(values)
+    table = pa.table(columns, schema=ENTITY_SCHEMA)
+    _check_ids(table["entity_id"])
+    names = pc.utf8_trim_whitespace(pc.utf8_normalize(pc.fill_null(table["name"], ""), form="NFC"))
+    return table.set_column(table.column_names.index("name"), "name", names)
+
+
+def _check_ids(ids: pa.ChunkedArray) -> None:
+    if not len(ids):
+        raise InputError("there are no entities; give a table with at least one row")
+    is_missing = pc.equal(pc.fill_null(ids, ""), "")
+    if pc.any(is_missing).as_py():
+        raise InputError(f"row {pc.index(is_missing, True).as_py()} has no entity_id; give every entity a unique one")
+    if pc.count_distinct(ids).as_py() < len(ids):
+        counts = pc.value_counts(ids)
+        repeated = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
+        raise InputError(
+            f"{len(repeated)} entity ids occur more than once, such as {repeated[0].as_py()!r}; merge them"
+        )
+
+
+def _sort_entities(entities: pa.Table, name_of_row: NDArray[np.intp]) -> pa.Table:
+    """Rows of `_STORED_SCHEMA`: by name, then popularity descending with unknown ones last, then id."""
+    named = entities.append_column("name_index", pa.array(name_of_row.astype(np.uint32)))
+    keys = [("name_index", "ascending"), ("popularity", "descending"), ("entity_id", "ascending")]
+    ordered = named.take(pc.sort_indices(named, sort_keys=keys))
+    row_by_id = pc.sort_indices(ordered["entity_id"]).cast(pa.uint32())
+    return ordered.append_column("row_by_id", row_by_id).cast(_STORED_SCHEMA)

@@ -1,0 +1,132 @@
+"""The artifact cache of a user on this machine: copies of artifacts in S3, and merged updates."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+from filelock import FileLock
+
+from gemel_engine.errors import ArtifactError, ConfigurationError, shown
+from gemel_engine.storage import s3
+from gemel_engine.storage.files import InputFile, _normalised, _relative, _walk
+from gemel_engine.storage.local import _NO_ROOM, _room_for
+
+ARTIFACT_CACHE = Path(tempfile.gettempdir()) / f"gemel-artifacts-{os.geteuid()}"
+
+
+def download_directory(uri: str, cache_dir: str | os.PathLike[str] = ARTIFACT_CACHE) -> Path:
+    """Make an artifact directory available as a local one.
+
+    A directory in S3 is copied once into `cache_dir`, under a name made from its address and its files' versions; of
+    several processes that ask for it at once one copies and the others wait. A copy that has been changed since, such
+    as by a cleaner of temporary files, is made again. A local directory is returned as it is.
+
+    Raises:
+        ArtifactError: There is no such directory, or it holds a name that could lead out of it.
+        ConfigurationError: Other users can write to `cache_dir`, or this one cannot.
+    """
+    root = _normalised(uri)
+    if not root.startswith("s3://"):
+        if not os.path.isdir(root):
+            raise ArtifactError(f"no artifact directory at {shown(uri)}: check the path, or build the artifact first")
+        return Path(root)
+    files = sorted(_walk(root), key=lambda file: file.uri)
+    if not files:
+        raise ArtifactError(f"no artifact directory at {shown(uri)}: check the address, or upload the artifact first")
+    digest = hashlib.sha256(repr([(file.uri, file.version) for file in files]).encode()).hexdigest()[:16]
+    target = Path(cache_dir) / f"{root.rpartition('/')[2]}-{digest}"
+
+    def download(directory: Path) -> None:
+        with ThreadPoolExecutor() as pool:
+            for copy in [pool.submit(_download_file, file, _relative(file, root), directory) for file in files]:
+                copy.result()
+
+    return made_once(target, download)
+
+
+def made_once(target: Path, make: Callable[[Path], object]) -> Path:
+    """Return the directory `target`, which `make` fills where it is missing or no longer as it was made.
+
+    Other processes that ask for it wait. The lock of a process that is killed goes with it, and the next begins anew.
+
+    Raises:
+        ConfigurationError: Other users can write to the directory around it, or this one cannot.
+    """
+    temporary, record = target.with_name(f".{target.name}"), target.with_name(f".{target.name}.json")
+    with _room_for(target):
+        _make_private(target.parent)
+        with FileLock(target.with_name(f".{target.name}.lock")):
+            if target.is_dir() and _recorded(record) == _content(target):
+                return target
+            record.unlink(missing_ok=True)
+            shutil.rmtree(target, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
+            try:
+                temporary.mkdir()
+                make(temporary)
+                temporary.rename(target)
+                record.write_text(json.dumps(_content(target)), encoding="utf-8")
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+def _make_private(directory: Path) -> None:
+    """Make a directory that only this user can write to, or raise unless the existing one is such a directory."""
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):
+            directory.mkdir(mode=0o700)
+        status = directory.lstat()  # of a link, not of what it leads to
+    except OSError as error:
+        if error.errno in _NO_ROOM:
+            raise
+        fault = str(error.strerror)
+    else:
+        if not stat.S_ISDIR(status.st_mode):
+            fault = "it is no directory"
+        elif status.st_uid != os.geteuid():
+            fault = "it belongs to another user"
+        elif status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            fault = "other users can write to it"
+        else:
+            return
+    raise ConfigurationError(
+        f"the artifact cache {shown(str(directory))} cannot be used: {fault}; remove it, or set TMPDIR to a directory "
+        "of your own"
+    )
+
+
+def _content(directory: Path) -> dict[str, list[int]]:
+    """Size in bytes and modification time in nanoseconds of each file below a directory; links are not followed."""
+    found = {}
+    for place, _, names in os.walk(directory):
+        for path in (Path(place, name) for name in names):
+            status = path.lstat()
+            found[str(path.relative_to(directory))] = [status.st_size, status.st_mtime_ns]
+    return found
+
+
+def _recorded(record: Path) -> object:
+    """Read what `_content` was when the directory was made; None if that is not known."""
+    try:
+        return json.loads(record.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _download_file(file: InputFile, relative: str, directory: Path) -> None:
+    if any(part in ("", ".", "..") for part in relative.split("/")):
+        raise ArtifactError(f"the object {shown(file.uri)} has no safe local name: remove it from the artifact")
+    path = directory / relative
+    path.parent.mkdir(parents=True, exist_ok=True)
+    s3.copy_to_local(file.uri, file.version, path)

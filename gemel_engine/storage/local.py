@@ -1,0 +1,105 @@
+"""Local files: written whole, created exclusively, and read only where they are regular ones."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import stat
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from io import BufferedReader
+from pathlib import Path
+
+from gemel_engine.errors import ConfigurationError, shown
+
+_MAX_VANISHED = 100
+# With these os.link fails on file systems without hard links: exFAT, SMB, many in user space.
+_NO_HARD_LINKS = (errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EMLINK)
+_AT_FDCWD, _RENAME_NOREPLACE = -100, 1  # of Linux
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+
+
+def open_regular(path: Path) -> BufferedReader:
+    """Open a local file for reading, if it is a regular one: a pipe could block, a device have no end.
+
+    Raises:
+        OSError: It is not a regular file, or cannot be opened.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return os.fdopen(descriptor, "rb")
+
+
+def _write_local(path: Path, data: bytes, publish: Callable[[Path, Path], object]) -> None:
+    """Write a hidden file beside `path`, on disk before it is published, and gone afterwards."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    for attempt in range(_MAX_VANISHED):
+        try:
+            with _room_for(path):
+                _make_directory(path.parent)
+                with temporary.open("xb") as stream:
+                    stream.write(data)
+                    stream.flush()
+                    os.fsync(stream.fileno())
+                publish(temporary, path)
+                return
+        except FileNotFoundError:  # another process has removed the directory since
+            if attempt == _MAX_VANISHED - 1:
+                raise
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _publish_exclusively(temporary: Path, path: Path) -> None:
+    """Give a file its name unless that is taken.
+
+    A hard link does so on all file systems that have any. Others are asked for a rename that replaces nothing.
+
+    Raises:
+        ConfigurationError: The file system has neither.
+        FileExistsError: The name is taken.
+    """
+    try:
+        os.link(temporary, path)
+    except OSError as error:
+        if error.errno not in _NO_HARD_LINKS:
+            raise
+        _rename_exclusively(temporary, path)
+
+
+def _rename_exclusively(temporary: Path, path: Path) -> None:
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)  # Python has no name for it
+    arguments = (_AT_FDCWD, os.fsencode(temporary), _AT_FDCWD, os.fsencode(path), _RENAME_NOREPLACE)
+    if rename is not None and rename(*arguments) == 0:
+        return
+    number = errno.ENOSYS if rename is None else ctypes.get_errno()
+    if number not in _NO_HARD_LINKS:
+        raise OSError(number, os.strerror(number), str(path))
+    raise ConfigurationError(
+        f"the file system of {shown(str(path.parent))} has neither hard links nor renames that replace nothing, so "
+        "that two runs could mix there: choose an output on a local disk, on NFS or in S3"
+    )
+
+
+def _make_directory(path: Path) -> None:
+    """Make a directory and those above it, where they are missing."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:  # it was there and has been removed; or it is a file
+        raise FileNotFoundError(errno.ENOENT, "is no directory", str(path)) from error
+
+
+@contextmanager
+def _room_for(path: Path) -> Iterator[None]:
+    """Say what to do about a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        message = "no room left on the disk: make room, then run the same command again"
+        raise OSError(error.errno, message, str(path)) from error

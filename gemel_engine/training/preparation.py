@@ -1,0 +1,143 @@
+"""Training mentions, prepared once: pictures encoded, demonstrations retrieved, unusable ones counted."""
+
+from __future__ import annotations
+
+import json
+import logging
+import uuid
+from collections import Counter
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import ray
+from ray.data import Dataset
+
+from gemel_engine import storage
+from gemel_engine.config.loading import config_json
+from gemel_engine.config.settings import TrainConfig
+from gemel_engine.decoding.generator import Artifacts
+from gemel_engine.errors import InputError, TooManyFailuresError, shown
+from gemel_engine.fingerprints import Contents, artifact_manifests
+from gemel_engine.pipeline.corpus import Shard, plan_identity
+from gemel_engine.pipeline.output import claim_output, read_columns
+from gemel_engine.pipeline.ray_data import actor_pool, encode_and_retrieve, own_errors
+from gemel_engine.training.stages import CheckExamples, read_file, write_examples
+from gemel_engine.vision.encoder import ImageEncoder
+from gemel_engine.vision.mapper import FeatureMapper
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Prepared:
+    """Prepared mentions of a split.
+
+    Attributes:
+        directory: Of the Parquet files.
+        num_rows: Mentions, unusable ones included.
+        num_pictures: Usable mentions with image features.
+    """
+
+    directory: str
+    num_rows: int
+    num_pictures: int
+
+
+def _prepare(
+    config: TrainConfig,
+    split: str,
+    plan: list[Shard],
+    artifacts: Artifacts,
+    image_encoder: ImageEncoder | None,
+    contents: Contents,
+) -> _Prepared:
+    """Encode the pictures of a split and retrieve its demonstrations, unless that was done before.
+
+    Several runs may prepare the same examples at once: each writes a directory of its own, and the first that is
+    complete is everybody's.
+    """
+    root = f"{config.examples or f'{config.output}/examples'}/{split}"
+    mapper, index = artifacts.feature_mapper, artifacts.index
+    prefix_length = _prefix_length(config, mapper)
+    fingerprint, vision_width = None, None
+    if image_encoder is not None:
+        fingerprint, vision_width = image_encoder.fingerprint, image_encoder.width
+    elif (sized := mapper or index) is not None:
+        vision_width = sized.metadata.vision_width
+    claim_output(root, _example_identity(config, plan, prefix_length, vision_width, fingerprint))
+    done = f"{root}/_prepared.json"
+    if not storage.exists(done):
+        directory = f"{root}/data-{uuid.uuid4().hex}"
+        dataset = encode_and_retrieve(config, plan, contents, with_gold=True)
+        pool = actor_pool(config.resources.retrieval)
+        dataset = dataset.map_batches(
+            CheckExamples, fn_constructor_args=(config, prefix_length, vision_width), **pool
+        ).map_batches(
+            partial(write_examples, directory=directory), batch_size=None, batch_format="pyarrow", num_cpus=0.25
+        )
+        with own_errors():
+            receipts = dataset.take_all()
+        counts = {name: sum(receipt[name] for receipt in receipts) for name in ("num_rows", "num_pictures")}
+        storage.remove_tree(f"{config.output}/_marks")
+        storage.create_exclusive(done, json.dumps({"directory": directory.rpartition("/")[2]} | counts).encode())
+    remedy = "remove it and run the same command again"
+    found = storage.read_json(done, remedy)
+    try:
+        return _Prepared(**found | {"directory": f"{root}/{found['directory']}"})
+    except (TypeError, KeyError) as error:
+        raise InputError(f"{shown(done)} describes no prepared mentions: {remedy}") from error
+
+
+def _read_examples(prepared: _Prepared) -> Dataset:
+    """Prepared mentions, a block for each file."""
+    files = storage.list_parquet(prepared.directory)
+    dataset = ray.data.from_items([{"uri": file.uri} for file in files], override_num_blocks=len(files))
+    dataset.context.enable_progress_bars = False  # over in a moment, and again for each worker
+    # Workers may hold all CPUs while they read.
+    return dataset.map_batches(read_file, batch_size=1, batch_format="pyarrow", num_cpus=0)
+
+
+def _left_out(config: TrainConfig, split: str, prepared: _Prepared) -> dict[str, int]:
+    """Mentions of a split that can't be used, by reason.
+
+    Raises:
+        InputError: None can be used, or not all prepared ones are to be seen from here.
+        TooManyFailuresError: More of them than `max_failed_fraction` allows; an entity that the knowledge base lacks
+            is no failure.
+    """
+    table = read_columns(prepared.directory, ("error",))
+    if len(table) != prepared.num_rows:
+        raise InputError(
+            f"{prepared.directory} shows {len(table)} of {prepared.num_rows} prepared mentions: set `output` or "
+            "`examples` to a place that all nodes share, such as s3://"
+        )
+    reasons = Counter(error.partition(":")[0] for error in table["error"].drop_null().to_pylist())
+    if reasons:
+        logger.warning("%d of %d %s mentions are left out: %s", reasons.total(), len(table), split, dict(reasons))
+    if reasons.total() == len(table):
+        raise InputError(f"none of the {len(table)} {split} mentions can be used: {dict(reasons)}")
+    num_failed = reasons.total() - reasons["unknown_entity"]
+    if num_failed > config.max_failed_fraction * len(table):
+        raise TooManyFailuresError(
+            f"{num_failed} of {len(table)} {split} mentions failed ({dict(reasons)}), more than max_failed_fraction "
+            f"{config.max_failed_fraction} allows: see the column `error` in {prepared.directory}"
+        )
+    return dict(reasons)
+
+
+def _prefix_length(config: TrainConfig, starting_mapper: FeatureMapper | None) -> int:
+    return config.mapper.prefix_length if starting_mapper is None else starting_mapper.metadata.prefix_length
+
+
+def _example_identity(
+    config: TrainConfig, plan: list[Shard], prefix_length: int, vision_width: int | None, fingerprint: str | None
+) -> dict[str, Any]:
+    """What the prepared examples depend on; no setting of the optimiser or the mapper."""
+    settings = json.loads(config_json(config))
+    vision = {"image_encoder": fingerprint, "max_image_pixels": config.vision.max_image_pixels}
+    prompt = {key: settings["prompt"][key] for key in ("template", "query_reserve")}
+    settings = {key: settings[key] for key in ("retrieval", "image_source")} | {"vision": vision, "prompt": prompt}
+    settings |= {"prefix_length": prefix_length, "vision_width": vision_width}
+    manifests = artifact_manifests(replace(config, vision=replace(config.vision, feature_mapper=None)))
+    return {"settings": settings, "plan": plan_identity(plan), "artifacts": manifests}
