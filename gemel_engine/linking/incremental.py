@@ -28,7 +28,7 @@ from gemel_engine.config.settings import LinkConfig
 from gemel_engine.errors import ArtifactError, ConfigurationError, InputError, shown
 from gemel_engine.knowledge_base.changes import KnowledgeBaseChanges
 from gemel_engine.pipeline.corpus import Shard
-from gemel_engine.pipeline.output import differences, load_claim
+from gemel_engine.pipeline.output import RunDirectory, differences, load_claim
 from gemel_engine.storage import parquet
 from gemel_engine.types import PREDICTION_SCHEMA
 
@@ -57,7 +57,7 @@ class EarlierRun:
         if config.previous is None:
             return None
         num_to_certify = config.search.num_to_certify
-        return cls(output=config.previous, changes=f"{config.output}/_changes", num_to_certify=num_to_certify)
+        return cls(output=config.previous, changes=RunDirectory(config.output).changes, num_to_certify=num_to_certify)
 
     def identity(self) -> str:
         """Differs for another run at the same address.
@@ -65,14 +65,16 @@ class EarlierRun:
         Raises:
             InputError: This is not the output of a finished run.
         """
-        for name in ("_run.json", "report.json"):
-            if not storage.exists(f"{self.output}/{name}"):
+        directory = RunDirectory(self.output)
+        for uri in (directory.claim, directory.report):
+            if not storage.exists(uri):
+                name = uri.rpartition("/")[2]
                 raise InputError(f"{shown(self.output)} has no {name}: name the output of a run that has finished")
-        return hashlib.sha256(storage.read_bytes(f"{self.output}/_run.json")).hexdigest()
+        return hashlib.sha256(storage.read_bytes(directory.claim)).hexdigest()
 
     def report(self) -> dict[str, Any]:
         """Its `report.json`."""
-        return dict(storage.read_json(f"{self.output}/report.json", _REMEDY))
+        return dict(storage.read_json(RunDirectory(self.output).report, _REMEDY))
 
     def check(self, identity: Mapping[str, Any]) -> None:
         """See that a run can carry this one on.
@@ -134,7 +136,7 @@ class EarlierRun:
         Raises:
             InputError: This run's shard is damaged or missing, or is of other rows.
         """
-        uri = f"{self.output}/data/{shard.name}.parquet"
+        uri = RunDirectory(self.output).shard(shard.name)
         try:
             stored = parquet.from_bytes(storage.read_bytes(uri), uri)
         except (OSError, InputError) as error:
@@ -162,7 +164,7 @@ class EarlierRun:
     def _run(self) -> dict[str, Any]:
         run = load_claim(self.output)
         if missing := {"settings", "plan", "artifacts"} - run.keys():
-            raise InputError(f"{shown(f'{self.output}/_run.json')} lacks {', '.join(sorted(missing))}: {_REMEDY}")
+            raise InputError(f"{shown(RunDirectory(self.output).claim)} lacks {', '.join(sorted(missing))}: {_REMEDY}")
         return run
 
 

@@ -36,6 +36,7 @@ from gemel_engine.linking.stages import GenerateEntityNames, read_with_places, w
 from gemel_engine.pipeline import output_check
 from gemel_engine.pipeline.corpus import Shard, count_rows, order_by_surface_form, plan_identity, plan_shards, recut
 from gemel_engine.pipeline.output import (
+    RunDirectory,
     check_claim,
     claim_output,
     commit_shard,
@@ -82,11 +83,12 @@ def link_corpus(config: LinkConfig) -> LinkReport:
         connect()
         tally = _commit_as_completed(config.output, remaining, stream_receipts(config, remaining, contents), run)
     rows = output_check.read_complete(config.output, plan, run, ("error", "certified", "num_rollouts"))
-    for working_files in ("_parts", "_marks"):  # of this run and of any other: all shards are complete
-        storage.remove_tree(f"{config.output}/{working_files}")
+    directory = RunDirectory(config.output)
+    for working_files in (directory.parts, directory.marks):  # of this run and of any other: all shards are complete
+        storage.remove_tree(working_files)
     report = _report(config, artifacts, plan, remaining, tally, rows, time.monotonic() - started)
-    if remaining or not storage.exists(f"{config.output}/report.json"):  # else it tells of the run that did the work
-        storage.write_bytes(f"{config.output}/report.json", json.dumps(asdict(report), indent=2).encode())
+    if remaining or not storage.exists(directory.report):  # else it tells of the run that did the work
+        storage.write_bytes(directory.report, json.dumps(asdict(report), indent=2).encode())
         logger.info("linked %s: %s", shown(config.output), report.summary())
     else:
         logger.info("nothing is left to link: %s has all %d rows", shown(config.output), report.rows)
@@ -161,7 +163,7 @@ def ordered_plan(config: LinkConfig, plan: list[Shard]) -> list[Shard]:
     rows_per_block = config.rows_per_shard * -(-len(places) // (config.rows_per_shard * _MAX_SORTED_BLOCKS))
     boundaries: list[int | float] = [*range(rows_per_block, len(places), rows_per_block)]
     name = uuid.uuid4().hex
-    directory = f"{config.output}/_ordered/{name}"
+    directory = f"{RunDirectory(config.output).ordered}/{name}"
     dataset: Dataset = ray.data.from_arrow(_placed_ranges(plan, places))
     dataset = dataset.map_batches(read_with_places, batch_size=1, batch_format="pyarrow", num_cpus=0.25)
     dataset = dataset.sort("place", boundaries=boundaries or [len(places)])  # Ray would guess, if none

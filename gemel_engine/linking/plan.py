@@ -26,7 +26,7 @@ from gemel_engine.linking.capacity import ClusterPlan, Estimate, StageCost, Work
 from gemel_engine.linking.job import checked_plan, ordered_plan, stream_receipts
 from gemel_engine.linking.progress import Tally
 from gemel_engine.pipeline.corpus import Shard, order_by_surface_form, order_within_shards, plan_shards, take_rows
-from gemel_engine.pipeline.output import read_columns
+from gemel_engine.pipeline.output import RunDirectory, read_columns
 from gemel_engine.pipeline.ray_data import connect
 from gemel_engine.storage.parquet import parquet_bytes
 from gemel_engine.types import PREDICTION_SCHEMA
@@ -213,7 +213,7 @@ def link_windows(
             },
             first_seconds=first_seconds,
             tally=whole,
-            output_bytes=_bytes_in_one_file(f"{sampled.output}/_parts"),
+            output_bytes=_bytes_in_one_file(RunDirectory(sampled.output).parts),
         )
     finally:
         storage.remove_tree(scratch)

@@ -21,6 +21,7 @@ import pyarrow as pa
 
 from gemel_engine import storage
 from gemel_engine.errors import GemelError
+from gemel_engine.pipeline.output import RunDirectory
 
 POISON = "poison: {} processes ended while they worked on this row alone: look at its picture and text, or remove it"
 FAILED = "failed: {} in stage {}, of this row alone: {}"
@@ -36,7 +37,7 @@ logger = logging.getLogger(__name__)
 def marks_of(batch: pa.Table, output: str, stage: str) -> str:
     """Where the marks of a stage's batch lie in a run's output; `batch` has columns `shard` and `row`."""
     row, shard = _place(batch)
-    return f"{output}/_marks/{stage}/{shard}-{row}-{batch.num_rows}"
+    return f"{RunDirectory(output).marks}/{stage}/{shard}-{row}-{batch.num_rows}"
 
 
 def isolate(work: Work, batch: pa.Table, output: str, stage: str) -> pa.Table:

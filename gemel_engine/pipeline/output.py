@@ -6,6 +6,7 @@ import hashlib
 import json
 import uuid
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -20,9 +21,83 @@ from gemel_engine.types import MENTION_COLUMNS, PREDICTION_COLUMNS, PREDICTION_S
 RUN_KEY = b"gemel_run"  # in the metadata of a shard's footer
 
 
+@dataclass(frozen=True, slots=True)
+class RunDirectory:
+    """Addresses of the files in a run's output directory, which is described in `pipeline.corpus`.
+
+    Attributes:
+        output: Address of the directory, local or `s3://`.
+    """
+
+    output: str
+
+    @property
+    def claim(self) -> str:
+        """Return the address of the run's identity."""
+        return f"{self.output}/_run.json"
+
+    @property
+    def plan(self) -> str:
+        """Return the address of the shards of an ordered corpus."""
+        return f"{self.output}/_plan.json"
+
+    @property
+    def ordered(self) -> str:
+        """Return the directory of the corpus in the order of its surface forms."""
+        return f"{self.output}/_ordered"
+
+    @property
+    def parts(self) -> str:
+        """Return the directory of finished rows of unfinished shards."""
+        return f"{self.output}/_parts"
+
+    @property
+    def marks(self) -> str:
+        """Return the directory of the marks of batches that are being processed."""
+        return f"{self.output}/_marks"
+
+    @property
+    def changes(self) -> str:
+        """Return the directory of the knowledge base changes since the previous run."""
+        return f"{self.output}/_changes"
+
+    @property
+    def data(self) -> str:
+        """Return the directory of the finished shards."""
+        return f"{self.output}/data"
+
+    @property
+    def report(self) -> str:
+        """Return the address of the run's report."""
+        return f"{self.output}/report.json"
+
+    @property
+    def examples(self) -> str:
+        """Return the directory of prepared training examples."""
+        return f"{self.output}/examples"
+
+    @property
+    def feature_mapper(self) -> str:
+        """Return the directory of the trained feature mapper."""
+        return f"{self.output}/feature_mapper"
+
+    @property
+    def tensorboard(self) -> str:
+        """Return the directory of the training's TensorBoard events."""
+        return f"{self.output}/tensorboard"
+
+    def shard(self, name: str) -> str:
+        """Return the address of a finished shard."""
+        return f"{self.data}/{name}.parquet"
+
+    def new_part(self, name: str) -> str:
+        """Return a unique address for finished rows of the shard `name`."""
+        return f"{self.parts}/{name}/{uuid.uuid4().hex}.parquet"
+
+
 def save_plan(output: str, plan: Sequence[Shard]) -> list[Shard]:
     """Note the shards of a run, unless another run was first; returns those that are noted."""
-    storage.create_exclusive(f"{output}/_plan.json", json.dumps(plan_identity(plan)).encode())
+    storage.create_exclusive(RunDirectory(output).plan, json.dumps(plan_identity(plan)).encode())
     noted = load_plan(output, count_rows(plan))
     assert noted is not None, "created just now, or before"
     return noted
@@ -34,7 +109,7 @@ def load_plan(output: str, expected_rows: int) -> list[Shard] | None:
     Raises:
         InputError: What it noted is damaged, or is not of `expected_rows` rows.
     """
-    uri = f"{output}/_plan.json"
+    uri = RunDirectory(output).plan
     if not storage.exists(uri):
         return None
     remedy = "remove it and run the same command again"
@@ -65,13 +140,13 @@ def claim_output(output: str, identity: dict[str, Any]) -> None:
             f"{shown(output)} has files in data but no _run.json, so that nobody knows of which run they are: remove "
             "them, or choose another output"
         )
-    if not storage.create_exclusive(f"{output}/_run.json", _run_json(identity)):
+    if not storage.create_exclusive(RunDirectory(output).claim, _run_json(identity)):
         check_claim(output, identity)
 
 
 def is_claimed(output: str) -> bool:
     """Whether the output is a run's already."""
-    return storage.exists(f"{output}/_run.json")
+    return storage.exists(RunDirectory(output).claim)
 
 
 def check_claim(output: str, identity: dict[str, Any]) -> None:
@@ -95,7 +170,7 @@ def load_claim(output: str) -> dict[str, Any]:
     Raises:
         InputError: It is missing or damaged.
     """
-    uri, remedy = f"{output}/_run.json", "choose another output, or remove this one"
+    uri, remedy = RunDirectory(output).claim, "choose another output, or remove this one"
     found = storage.read_json(uri, remedy)
     if not isinstance(found, dict):
         raise InputError(f"{shown(uri)} describes no run: {remedy}")
@@ -114,7 +189,7 @@ def data_files(output: str) -> set[str]:
         InputError: One is a link that leads nowhere.
     """
     try:
-        return {name for name in storage.list_files(f"{output}/data") if not name.startswith(".")}
+        return {name for name in storage.list_files(RunDirectory(output).data) if not name.startswith(".")}
     except FileNotFoundError as error:
         raise InputError(
             f"{shown(str(error.filename))} leads nowhere: remove it and run the same command again"
@@ -128,7 +203,7 @@ def finished_shards(output: str) -> set[str]:
 
 def write_part(output: str, shard: Shard, table: pa.Table) -> str:
     """Store finished rows of a shard; returns their address. `table` has a column `row` beside the predictions."""
-    uri = f"{output}/_parts/{shard.name}/{uuid.uuid4().hex}.parquet"
+    uri = RunDirectory(output).new_part(shard.name)
     storage.write_bytes(uri, parquet_bytes(table))
     return uri
 
@@ -149,7 +224,7 @@ def commit_shard(output: str, shard: Shard, part_uris: Sequence[str], run: str =
         AssertionError: The parts are not exactly the shard's rows.
         InputError: Parts have been removed.
     """
-    finished = f"{output}/data/{shard.name}.parquet"
+    finished = RunDirectory(output).shard(shard.name)
     try:
         parts = [parquet.from_bytes(storage.read_bytes(uri), uri) for uri in part_uris]
     except FileNotFoundError as error:

@@ -17,7 +17,7 @@ from pyarrow.fs import FileType
 from gemel_engine import storage
 from gemel_engine.errors import InputError, shown
 from gemel_engine.pipeline.corpus import Shard, ids_digest
-from gemel_engine.pipeline.output import RUN_KEY, data_files, load_claim, run_digest
+from gemel_engine.pipeline.output import RUN_KEY, RunDirectory, data_files, load_claim, run_digest
 from gemel_engine.types import PREDICTION_SCHEMA
 
 _REMEDY = "remove it and run the same command again"
@@ -38,7 +38,7 @@ def check_finished(output: str, plan: Sequence[Shard], run: str) -> set[str]:
     planned = {f"{shard.name}.parquet": shard for shard in plan}
     files = data_files(output)
     if foreign := files - planned.keys():
-        raise InputError(f"{shown(f'{output}/data/{min(foreign)}')} is no shard of this run: {_REMEDY}")
+        raise InputError(f"{shown(f'{RunDirectory(output).data}/{min(foreign)}')} is no shard of this run: {_REMEDY}")
     finished = [planned[name] for name in sorted(files)]
     _read(output, finished, run, ())
     return {shard.name for shard in finished}
@@ -58,13 +58,13 @@ def read_complete(output: str, plan: Sequence[Shard], run: str, columns: Sequenc
     """
     if run_digest(load_claim(output)) != run:
         raise InputError(
-            f"{shown(f'{output}/_run.json')} became another run's while this one was at work: choose another output"
+            f"{shown(RunDirectory(output).claim)} became another run's while this one was at work: choose another output"
         )
     files = data_files(output)
     if missing := [shard.name for shard in plan if f"{shard.name}.parquet" not in files]:
         raise InputError(
             f"{len(missing)} of {len(plan)} shards were removed while the run was at work, such as "
-            f"{shown(f'{output}/data/{missing[0]}.parquet')}: run the same command again"
+            f"{shown(RunDirectory(output).shard(missing[0]))}: run the same command again"
         )
     if len(files) > len(plan):
         check_finished(output, plan, run)  # says which is foreign
@@ -78,7 +78,7 @@ def _read(output: str, finished: Sequence[Shard], run: str, columns: Sequence[st
 
 
 def _checked_columns(shard: Shard, output: str, run: str, columns: Sequence[str]) -> pa.Table:
-    uri, num_rows = f"{output}/data/{shard.name}.parquet", shard.stop - shard.start
+    uri, num_rows = RunDirectory(output).shard(shard.name), shard.stop - shard.start
     try:
         file_system, path = storage.resolve(uri)
         if file_system.get_file_info(path).type != FileType.File:  # a pipe would be waited for

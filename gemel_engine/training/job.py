@@ -34,7 +34,7 @@ from gemel_engine.errors import ConfigurationError, InputError, shown
 from gemel_engine.extras import extra
 from gemel_engine.fingerprints import Contents, run_contents
 from gemel_engine.pipeline.corpus import Shard, plan_identity, plan_shards
-from gemel_engine.pipeline.output import claim_output, read_columns
+from gemel_engine.pipeline.output import RunDirectory, claim_output, read_columns
 from gemel_engine.pipeline.ray_data import connect
 from gemel_engine.training.attention import check_trainable
 from gemel_engine.training.checkpoints import keep_record, restore_record
@@ -125,7 +125,7 @@ def train_mapper(config: TrainConfig) -> TrainReport:
     result = _trainer(config, settings, datasets).fit()
     num_examples = sum(shard.stop - shard.start for shard in plans["train"]) - sum(left_out["train"].values())
     report = _keep_best(config, result, num_examples, left_out, time.monotonic() - started)
-    storage.write_bytes(f"{config.output}/report.json", json.dumps(asdict(report), indent=2).encode())
+    storage.write_bytes(RunDirectory(config.output).report, json.dumps(asdict(report), indent=2).encode())
     logger.info("trained the feature_mapper in %s: %s", shown(config.output), report.summary())
     return report
 
@@ -215,7 +215,7 @@ class _Reports(UserCallback):  # type: ignore[misc]
         self._writer.flush()
         for path in Path(self._writer.logdir).iterdir():
             try:
-                storage.write_bytes(f"{self._output}/tensorboard/{path.name}", path.read_bytes())
+                storage.write_bytes(f"{RunDirectory(self._output).tensorboard}/{path.name}", path.read_bytes())
             except OSError as error:  # it would end the training; the next report copies the file again
                 logger.warning("no TensorBoard events in %s for now: %s", self._output, error)
 
@@ -239,7 +239,7 @@ def _keep_best(
     with tempfile.TemporaryDirectory() as directory:
         mapper.save(directory, DTYPES[config.mapper.saved_dtype])
         for path in sorted(Path(directory).iterdir(), key=lambda path: path.suffix == ".json"):
-            storage.write_bytes(f"{config.output}/feature_mapper/{path.name}", path.read_bytes())
+            storage.write_bytes(f"{RunDirectory(config.output).feature_mapper}/{path.name}", path.read_bytes())
     return TrainReport(
         steps=metrics["step"],
         loss=metrics.get("loss"),

@@ -20,7 +20,7 @@ from gemel_engine.decoding.generator import Artifacts
 from gemel_engine.errors import InputError, TooManyFailuresError, shown
 from gemel_engine.fingerprints import Contents, artifact_manifests
 from gemel_engine.pipeline.corpus import Shard, plan_identity
-from gemel_engine.pipeline.output import claim_output, read_columns
+from gemel_engine.pipeline.output import RunDirectory, claim_output, read_columns
 from gemel_engine.pipeline.ray_data import actor_pool, encode_and_retrieve, own_errors
 from gemel_engine.training.stages import CheckExamples, read_file, write_examples
 from gemel_engine.vision.encoder import ImageEncoder
@@ -57,7 +57,7 @@ def _prepare(
     Several runs may prepare the same examples at once: each writes a directory of its own, and the first that is
     complete is everybody's.
     """
-    root = f"{config.examples or f'{config.output}/examples'}/{split}"
+    root = f"{config.examples or RunDirectory(config.output).examples}/{split}"
     mapper, index = artifacts.feature_mapper, artifacts.index
     prefix_length = _prefix_length(config, mapper)
     fingerprint, vision_width = None, None
@@ -79,7 +79,7 @@ def _prepare(
         with own_errors():
             receipts = dataset.take_all()
         counts = {name: sum(receipt[name] for receipt in receipts) for name in ("num_rows", "num_pictures")}
-        storage.remove_tree(f"{config.output}/_marks")
+        storage.remove_tree(RunDirectory(config.output).marks)
         storage.create_exclusive(done, json.dumps({"directory": directory.rpartition("/")[2]} | counts).encode())
     remedy = "remove it and run the same command again"
     found = storage.read_json(done, remedy)
