@@ -12,7 +12,6 @@ whether one of the added names is better. Nothing here knows Ray or a model.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,13 +27,12 @@ from gemel_engine.config.settings import LinkConfig
 from gemel_engine.errors import ArtifactError, ConfigurationError, InputError, shown
 from gemel_engine.knowledge_base.changes import KnowledgeBaseChanges
 from gemel_engine.pipeline.corpus import Shard
-from gemel_engine.pipeline.output import RunDirectory, differences, load_claim
+from gemel_engine.pipeline.identity import incremental_differences
+from gemel_engine.pipeline.output import RunDirectory, load_claim
 from gemel_engine.storage import parquet
 from gemel_engine.types import PREDICTION_SCHEMA
 
 _REMEDY = "put it back, or link without previous"
-# In these settings and artifacts a run may differ from the one that it carries on.
-_MAY_DIFFER = ("knowledge_base", "previous", "calibration")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +85,7 @@ class EarlierRun:
             ConfigurationError: The run differs from this one in more than its knowledge base.
         """
         before = self._run()
-        if found := differences(_comparable(before), _comparable(json.loads(json.dumps(identity)))):
+        if found := incremental_differences(before, identity):
             raise ConfigurationError(
                 f"{shown(self.output)} is of a run that differs in {', '.join(found)}, and not in its knowledge base "
                 "alone: use the settings and the input of that run, or leave previous out"
@@ -175,11 +173,3 @@ def _has_any(lists: pa.ChunkedArray, values: pa.ChunkedArray, wanted: pa.Chunked
     found: NDArray[np.bool_] = np.zeros(len(lists), bool)
     found[rows[pc.is_in(values, wanted_values).to_numpy()]] = True
     return found
-
-
-def _comparable(run: Mapping[str, Any]) -> dict[str, Any]:
-    """What has to be the same in a run and in one that carries it on."""
-    parts = {
-        part: {key: run[part][key] for key in run[part] if key not in _MAY_DIFFER} for part in ("settings", "artifacts")
-    }
-    return {**parts, "input files": run["plan"]}

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from ray.data import Dataset
 
 from gemel_engine import storage
-from gemel_engine.config.loading import config_json, validated
+from gemel_engine.config.loading import validated
 from gemel_engine.config.settings import LinkConfig
 from gemel_engine.errors import shown
 from gemel_engine.extras import require
@@ -35,6 +35,7 @@ from gemel_engine.linking.report import LinkReport, _check_failures, _report
 from gemel_engine.linking.stages import GenerateEntityNames, read_with_places, write_ordered, write_parts
 from gemel_engine.pipeline import output_check
 from gemel_engine.pipeline.corpus import Shard, count_rows, order_by_surface_form, plan_identity, plan_shards, recut
+from gemel_engine.pipeline.identity import run_digest, run_identity
 from gemel_engine.pipeline.output import (
     RunDirectory,
     check_claim,
@@ -42,7 +43,6 @@ from gemel_engine.pipeline.output import (
     commit_shard,
     is_claimed,
     load_plan,
-    run_digest,
     save_plan,
 )
 from gemel_engine.pipeline.ray_data import actor_pool, connect, encode_and_retrieve, own_errors, rows_of
@@ -52,9 +52,6 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)
-
-# Settings that may differ between a run and its continuation: they change no row of the output.
-_NOT_IDENTITY = ("resources", "output", "max_failed_fraction", "verify_artifacts", "dry_run")
 
 _MAX_SORTED_BLOCKS = 256
 
@@ -245,11 +242,5 @@ def _commit_as_completed(
 
 def _identity(config: LinkConfig, plan: Sequence[Shard], contents: Contents) -> dict[str, Any]:
     """What makes up a run: settings, input files, models and artifacts."""
-    settings = {key: value for key, value in json.loads(config_json(config)).items() if key not in _NOT_IDENTITY}
-    earlier = EarlierRun.of(config)
-    return {
-        "settings": settings,
-        "plan": plan_identity(plan),
-        "artifacts": contents,
-        **({} if earlier is None else {"previous": earlier.identity()}),
-    }
+    previous = EarlierRun.of(config)
+    return run_identity(config, plan_identity(plan), contents, None if previous is None else previous.identity())

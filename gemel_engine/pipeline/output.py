@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import uuid
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ import pyarrow as pa
 from gemel_engine import storage
 from gemel_engine.errors import ConfigurationError, InputError, shown
 from gemel_engine.pipeline.corpus import Shard, count_rows, plan_identity
+from gemel_engine.pipeline.identity import differences, identity_json
 from gemel_engine.storage import parquet
 from gemel_engine.storage.parquet import parquet_bytes
 from gemel_engine.types import MENTION_COLUMNS, PREDICTION_COLUMNS, PREDICTION_SCHEMA
@@ -140,7 +140,7 @@ def claim_output(output: str, identity: dict[str, Any]) -> None:
             f"{shown(output)} has files in data but no _run.json, so that nobody knows of which run they are: remove "
             "them, or choose another output"
         )
-    if not storage.create_exclusive(RunDirectory(output).claim, _run_json(identity)):
+    if not storage.create_exclusive(RunDirectory(output).claim, identity_json(identity)):
         check_claim(output, identity)
 
 
@@ -157,7 +157,7 @@ def check_claim(output: str, identity: dict[str, Any]) -> None:
         InputError: What it says of its run is damaged.
     """
     existing = load_claim(output)
-    if existing != json.loads(_run_json(identity)):
+    if existing != json.loads(identity_json(identity)):
         raise ConfigurationError(
             f"{output} holds a run that differs in {', '.join(differences(existing, identity))}: "
             "choose another output, or remove it"
@@ -175,11 +175,6 @@ def load_claim(output: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise InputError(f"{shown(uri)} describes no run: {remedy}")
     return found
-
-
-def run_digest(identity: dict[str, Any]) -> str:
-    """Return what the footer of each of a run's shards names it by."""
-    return hashlib.sha256(_run_json(identity)).hexdigest()
 
 
 def data_files(output: str) -> set[str]:
@@ -242,19 +237,3 @@ def commit_shard(output: str, shard: Shard, part_uris: Sequence[str], run: str =
 def read_columns(directory: str, columns: Sequence[str]) -> pa.Table:
     """Small columns of all Parquet files of a directory."""
     return parquet.read_tables(directory, PREDICTION_COLUMNS | MENTION_COLUMNS, columns, columns)
-
-
-def _run_json(identity: dict[str, Any]) -> bytes:
-    return json.dumps(identity, indent=2, sort_keys=True).encode()
-
-
-def differences(left: dict[str, Any], right: dict[str, Any], prefix: str = "") -> list[str]:
-    """Full names of the keys in which two JSON objects differ."""
-    names = []
-    for key in sorted({*left, *right}):
-        a, b = left.get(key), right.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            names += differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            names.append(f"{prefix}{key}")
-    return names

@@ -17,7 +17,8 @@ from pyarrow.fs import FileType
 from gemel_engine import storage
 from gemel_engine.errors import InputError, shown
 from gemel_engine.pipeline.corpus import Shard, ids_digest
-from gemel_engine.pipeline.output import RUN_KEY, RunDirectory, data_files, load_claim, run_digest
+from gemel_engine.pipeline.identity import run_digest
+from gemel_engine.pipeline.output import RUN_KEY, RunDirectory, data_files, load_claim
 from gemel_engine.types import PREDICTION_SCHEMA
 
 _REMEDY = "remove it and run the same command again"
@@ -58,7 +59,8 @@ def read_complete(output: str, plan: Sequence[Shard], run: str, columns: Sequenc
     """
     if run_digest(load_claim(output)) != run:
         raise InputError(
-            f"{shown(RunDirectory(output).claim)} became another run's while this one was at work: choose another output"
+            f"{shown(RunDirectory(output).claim)} became another run's while this one was at work: "
+            "choose another output"
         )
     files = data_files(output)
     if missing := [shard.name for shard in plan if f"{shard.name}.parquet" not in files]:
