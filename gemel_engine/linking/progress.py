@@ -25,7 +25,7 @@ from ray.util import metrics
 
 from gemel_engine.display import percent
 from gemel_engine.errors import shown
-from gemel_engine.pipeline.stages import COSTS, PEAKS
+from gemel_engine.pipeline.stages import COSTS, PEAKS, STAGE_PEAK_BYTES, STAGE_SECONDS
 
 logger = logging.getLogger(__name__)
 
@@ -60,16 +60,12 @@ class Tally:
     @property
     def stage_seconds(self) -> dict[str, float]:
         """Time that each stage's actors were busy."""
-        return {
-            name.removesuffix("_seconds"): self.costs[name]
-            for name in COSTS
-            if name.endswith("_seconds") and name in self.costs
-        }
+        return {stage: self.costs[name] for stage, name in STAGE_SECONDS.items() if name in self.costs}
 
     @property
     def peak_bytes(self) -> dict[str, int]:
         """The most memory that a process of each stage has held."""
-        return {name.removesuffix("_peak_bytes"): peak for name, peak in self.peaks.items()}
+        return {stage: self.peaks[name] for stage, name in STAGE_PEAK_BYTES.items() if name in self.peaks}
 
     @property
     def rollouts(self) -> int:

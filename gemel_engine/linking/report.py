@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from gemel_engine.config.settings import LinkConfig
 from gemel_engine.display import percent
-from gemel_engine.errors import TooManyFailuresError, shown
+from gemel_engine.errors import TooManyFailuresError, error_kind, shown
 from gemel_engine.linking.incremental import EarlierRun
 from gemel_engine.linking.progress import Tally
 from gemel_engine.pipeline.corpus import Shard, count_rows
@@ -117,7 +117,7 @@ def _report(
     mapper = artifacts.feature_mapper
     return LinkReport(
         rows=table.num_rows,
-        errors=dict(Counter(error.partition(":")[0] for error in table["error"].drop_null().to_pylist())),
+        errors=dict(Counter(map(error_kind, table["error"].drop_null().to_pylist()))),
         certified_share=pc.mean(linked["certified"]).as_py(),
         rollouts_per_mention=pc.mean(linked["num_rollouts"]).as_py(),
         shards=len(plan),

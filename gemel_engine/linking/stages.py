@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from gemel_engine import storage
 from gemel_engine.config.settings import LinkConfig
-from gemel_engine.errors import EngineDiedError
+from gemel_engine.errors import EngineDiedError, error_kind
 from gemel_engine.fingerprints import Contents, check_contents
 from gemel_engine.linking.incremental import EarlierRun
 from gemel_engine.pipeline.corpus import SMALL_SCHEMA, Shard, read_rows
@@ -140,7 +140,7 @@ def write_parts(batch: pa.Table, output: str, plan: dict[int, Shard]) -> pa.Tabl
             "shard": index,
             "part": write_part(output, plan[index], part.drop_columns([*costs, *peaks])),
             "num_rows": part.num_rows,
-            "error_kinds": [error.partition(":")[0] for error in part["error"].drop_null().to_pylist()],
+            "error_kinds": [error_kind(error) for error in part["error"].drop_null().to_pylist()],
         }
         receipts.append(receipt | costs | peaks)
     return pa.Table.from_pylist(receipts, schema=RECEIPT_SCHEMA)

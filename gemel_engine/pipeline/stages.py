@@ -41,11 +41,16 @@ _COLUMNS = ("mention_id", "text", "mention", "mention_start", "candidate_ids", "
 IMAGE_COLUMNS = ("image_bytes", "image_uri")
 _FETCH_THREADS = 16
 _FETCHED_AHEAD = 64  # image files that are held at once, at most
+# Columns of costs, by stage.
+STAGE_SECONDS = {"image": "image_seconds", "retrieval": "retrieval_seconds", "generation": "generation_seconds"}
+STAGE_PEAK_BYTES = {
+    "image": "image_peak_bytes",
+    "retrieval": "retrieval_peak_bytes",
+    "generation": "generation_peak_bytes",
+}
 # What a stage spent on a batch, spread evenly over its rows, so that it can be summed wherever the rows end up.
 COSTS = (
-    "image_seconds",
-    "retrieval_seconds",
-    "generation_seconds",
+    *STAGE_SECONDS.values(),
     "prompt_tokens",
     "cached_tokens",
     "rollouts",
@@ -53,7 +58,7 @@ COSTS = (
     "rows_extended",
 )
 # The most memory that the process of a stage had held by the time when it was done with a row.
-PEAKS = ("image_peak_bytes", "retrieval_peak_bytes", "generation_peak_bytes")
+PEAKS = tuple(STAGE_PEAK_BYTES.values())
 
 
 def read_mentions(batch: pa.Table, output: str, also: Sequence[str], annotate: Annotate | None = None) -> pa.Table:
@@ -258,9 +263,9 @@ def _with_use(batch: pa.Table, stage: str, started: float, beside_bytes: int = 0
         started: When it began, by `time.monotonic`.
         beside_bytes: What a process that works for this one has held.
     """
-    batch = _with_cost(batch, f"{stage}_seconds", time.monotonic() - started)
+    batch = _with_cost(batch, STAGE_SECONDS[stage], time.monotonic() - started)
     peak = 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + beside_bytes  # Linux counts in KiB
-    return batch.append_column(f"{stage}_peak_bytes", pa.array(np.full(batch.num_rows, peak)))
+    return batch.append_column(STAGE_PEAK_BYTES[stage], pa.array(np.full(batch.num_rows, peak)))
 
 
 def _with_cost(batch: pa.Table, name: str, cost: float) -> pa.Table:

@@ -17,7 +17,7 @@ from gemel_engine import storage
 from gemel_engine.config.loading import config_json
 from gemel_engine.config.settings import TrainConfig
 from gemel_engine.decoding.generator import Artifacts
-from gemel_engine.errors import InputError, TooManyFailuresError, shown
+from gemel_engine.errors import InputError, TooManyFailuresError, error_kind, shown
 from gemel_engine.fingerprints import Contents, artifact_manifests
 from gemel_engine.pipeline.corpus import Shard, plan_identity
 from gemel_engine.pipeline.output import RunDirectory, claim_output, read_columns
@@ -112,7 +112,7 @@ def _left_out(config: TrainConfig, split: str, prepared: _Prepared) -> dict[str,
             f"{prepared.directory} shows {len(table)} of {prepared.num_rows} prepared mentions: set `output` or "
             "`examples` to a place that all nodes share, such as s3://"
         )
-    reasons = Counter(error.partition(":")[0] for error in table["error"].drop_null().to_pylist())
+    reasons = Counter(map(error_kind, table["error"].drop_null().to_pylist()))
     if reasons:
         logger.warning("%d of %d %s mentions are left out: %s", reasons.total(), len(table), split, dict(reasons))
     if reasons.total() == len(table):
