@@ -36,7 +36,7 @@ _REMEDY = "put it back, or link without previous"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EarlierRun:
+class PreviousRun:
     """A finished run that another one carries on: the same in everything but its knowledge base.
 
     Attributes:
@@ -129,7 +129,7 @@ class EarlierRun:
 
         Returns:
             The rows with `previous`, a row of `PREDICTION_SCHEMA` or null where it is to be linked in full, and
-            `is_settled`: no added name has to be looked for either.
+            `keeps_previous`: no added name has to be looked for either.
 
         Raises:
             InputError: This run's shard is damaged or missing, or is of other rows.
@@ -152,12 +152,12 @@ class EarlierRun:
             has_candidates = column.is_valid().to_numpy()
             is_touched |= _has_any(column, pc.list_flatten(column), changed)
         is_proved = pc.fill_null(pc.greater_equal(stored["num_certified"], self.num_to_certify), False).to_numpy()
-        carries_on = is_proved & ~is_touched
-        is_settled = carries_on & (has_candidates | (self.counts()["num_added_names"] == 0))
-        place = pa.array(np.arange(len(stored)), mask=~carries_on)
+        uses_previous = is_proved & ~is_touched
+        keeps_previous = uses_previous & (has_candidates | (self.counts()["num_added_names"] == 0))
+        place = pa.array(np.arange(len(stored)), mask=~uses_previous)
         nullable = pa.schema([field.with_nullable(True) for field in PREDICTION_SCHEMA])
         mentions = mentions.append_column("previous", stored.cast(nullable).to_struct_array().take(place))
-        return mentions.append_column("is_settled", pa.array(is_settled))
+        return mentions.append_column("keeps_previous", pa.array(keeps_previous))
 
     def _run(self) -> dict[str, Any]:
         run = load_claim(self.output)

@@ -29,7 +29,7 @@ from gemel_engine.config.settings import LinkConfig
 from gemel_engine.errors import shown
 from gemel_engine.extras import require
 from gemel_engine.fingerprints import Contents, run_contents
-from gemel_engine.linking.incremental import EarlierRun
+from gemel_engine.linking.incremental import PreviousRun
 from gemel_engine.linking.progress import Progress, Tally
 from gemel_engine.linking.report import LinkReport, _check_failures, _report
 from gemel_engine.linking.stages import GenerateEntityNames, read_with_places, write_ordered, write_parts
@@ -70,8 +70,8 @@ def link_corpus(config: LinkConfig) -> LinkReport:
     identity = _identity(config, plan, contents)
     run = run_digest(identity)
     claim_output(config.output, identity)
-    if (earlier := EarlierRun.of(config)) is not None:
-        earlier.note_changes(config.knowledge_base)
+    if (previous := PreviousRun.of(config)) is not None:
+        previous.note_changes(config.knowledge_base)
     plan = ordered_plan(config, plan)
     finished = output_check.check_finished(config.output, plan, run)
     remaining = [shard for shard in plan if shard.name not in finished]
@@ -140,8 +140,8 @@ def checked_plan(config: LinkConfig) -> tuple[list[Shard], Artifacts, Contents]:
         None if artifacts.index is None else artifacts.index.metadata.mention_encoder_fingerprint,
         None if image_encoder is None else image_encoder.fingerprint,
     )
-    if (earlier := EarlierRun.of(config)) is not None:
-        earlier.check(_identity(config, plan, contents))
+    if (previous := PreviousRun.of(config)) is not None:
+        previous.check(_identity(config, plan, contents))
     return plan, artifacts, contents
 
 
@@ -192,7 +192,7 @@ def _placed_ranges(plan: Sequence[Shard], places: NDArray[np.int64]) -> list[pa.
 
 def stream_parts(config: LinkConfig, remaining: Sequence[Shard], contents: Contents | None) -> Dataset:
     """The pipeline, up to the receipts of the parts that it wrote; nothing runs until it is consumed."""
-    previous = EarlierRun.of(config)
+    previous = PreviousRun.of(config)
     annotate = None if previous is None else previous.attach
     dataset = encode_and_retrieve(config, remaining, contents, annotate=annotate)
     dataset = dataset.map_batches(
@@ -242,5 +242,5 @@ def _commit_as_completed(
 
 def _identity(config: LinkConfig, plan: Sequence[Shard], contents: Contents) -> dict[str, Any]:
     """What makes up a run: settings, input files, models and artifacts."""
-    previous = EarlierRun.of(config)
+    previous = PreviousRun.of(config)
     return run_identity(config, plan_identity(plan), contents, None if previous is None else previous.identity())

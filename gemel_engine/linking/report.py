@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from gemel_engine.config.settings import LinkConfig
 from gemel_engine.display import percent
 from gemel_engine.errors import TooManyFailuresError, error_kind, shown
-from gemel_engine.linking.incremental import EarlierRun
+from gemel_engine.linking.incremental import PreviousRun
 from gemel_engine.linking.progress import Tally
 from gemel_engine.pipeline.corpus import Shard, count_rows
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CarriedOver:
+class IncrementalReport:
     """What a run took over from the one that it carries on; rows and costs are of the shards finished by this run.
 
     Attributes:
@@ -92,7 +92,7 @@ class LinkReport:
     cached_tokens: int
     prefix_cache_hit_rate: float | None
     feature_mapper: str
-    carried_over: CarriedOver | None
+    carried_over: IncrementalReport | None
 
     def summary(self) -> str:
         """One line for a terminal."""
@@ -132,18 +132,18 @@ def _report(
         cached_tokens=round(tally.costs["cached_tokens"]),
         prefix_cache_hit_rate=tally.cache_hit_rate,
         feature_mapper="none" if mapper is None else mapper.metadata.origin,
-        carried_over=_carried_over(config, tally),
+        carried_over=_incremental_report(config, tally),
     )
 
 
-def _carried_over(config: LinkConfig, tally: Tally) -> CarriedOver | None:
-    if (earlier := EarlierRun.of(config)) is None:
+def _incremental_report(config: LinkConfig, tally: Tally) -> IncrementalReport | None:
+    if (previous := PreviousRun.of(config)) is None:
         return None
-    before = earlier.report()
+    before = previous.report()
     num_linked_before = before["rows"] - sum(before["errors"].values())
     rows_kept, rows_extended = round(tally.costs["rows_kept"]), round(tally.costs["rows_extended"])
-    return CarriedOver(
-        **earlier.counts(),
+    return IncrementalReport(
+        **previous.counts(),
         rows_kept=rows_kept,
         rows_extended=rows_extended,
         rows_linked=tally.rows - rows_kept - rows_extended,

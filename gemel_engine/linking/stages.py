@@ -13,14 +13,14 @@ from gemel_engine import storage
 from gemel_engine.config.settings import LinkConfig
 from gemel_engine.errors import EngineDiedError, error_kind
 from gemel_engine.fingerprints import Contents, check_contents
-from gemel_engine.linking.incremental import EarlierRun
+from gemel_engine.linking.incremental import PreviousRun
 from gemel_engine.pipeline.corpus import SMALL_SCHEMA, Shard, read_rows
 from gemel_engine.pipeline.isolation import isolate
 from gemel_engine.pipeline.output import write_part
 from gemel_engine.pipeline.stages import (
     COSTS,
     PEAKS,
-    _are_settled,
+    _keep_previous,
     _column,
     _features,
     _mentions,
@@ -72,8 +72,8 @@ class GenerateEntityNames:
 
         check_contents(contents, config)
         self._output = config.output
-        earlier = EarlierRun.of(config)
-        added_names = None if earlier is None else earlier.added_names()
+        previous = PreviousRun.of(config)
+        added_names = None if previous is None else previous.added_names()
         self._generator = start_generator(config, added_names=added_names)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -86,13 +86,13 @@ class GenerateEntityNames:
         mentions, features = _mentions(batch), _features(batch)
         rows = [row for row, mention in enumerate(mentions) if mention is not None]
         demonstrations = [item or [] for item in _column(batch, "demonstrations")]
-        earlier = [None if row is None else row_to_prediction(row) for row in _column(batch, "previous")]
+        previous = [None if row is None else row_to_prediction(row) for row in _column(batch, "previous")]
         try:
             linked = self._generator.generate(
                 [mention for mention in mentions if mention is not None],
                 [features[row] for row in rows],
                 [demonstrations[row] for row in rows],
-                [earlier[row] for row in rows],
+                [previous[row] for row in rows],
             )
         except EngineDiedError:
             logger.exception("this process ends with its engine")
@@ -109,16 +109,16 @@ class GenerateEntityNames:
         now = self._cache_counts()
         num_rollouts = sum(
             (after.num_rollouts or 0) - (0 if before is None else before.num_rollouts or 0)
-            for before, after in zip(earlier, predictions, strict=True)
+            for before, after in zip(previous, predictions, strict=True)
             if after.error is None
         )
-        num_kept = sum(_are_settled(batch))
+        num_kept = sum(_keep_previous(batch))
         costs = {
             "prompt_tokens": now[0] - prompt_tokens,
             "cached_tokens": now[1] - cached_tokens,
             "rollouts": num_rollouts,
             "rows_kept": num_kept,
-            "rows_extended": len(earlier) - earlier.count(None) - num_kept,
+            "rows_extended": len(previous) - previous.count(None) - num_kept,
         }
         for name, cost in costs.items():
             table = _with_cost(table, name, cost)

@@ -124,8 +124,8 @@ class EncodeImages:
         errors = batch["error"].to_pylist()
         features = _column(batch, "image_features")
         needed = [
-            error is None and item is None and not is_settled
-            for error, item, is_settled in zip(errors, features, _are_settled(batch), strict=True)
+            error is None and item is None and not keeps_previous
+            for error, item, keeps_previous in zip(errors, features, _keep_previous(batch), strict=True)
         ]
         for row, item in enumerate(self._encoder.encode(self._files(batch, needed))):
             if isinstance(item, MentionError):
@@ -184,8 +184,8 @@ class RetrieveDemonstrations:
     def _retrieve(self, batch: pa.Table) -> pa.Table:
         started = time.monotonic()
         mentions, features = _mentions(batch), _features(batch)
-        are_settled = _are_settled(batch)
-        rows = [row for row, mention in enumerate(mentions) if mention is not None and not are_settled[row]]
+        keep_previous = _keep_previous(batch)
+        rows = [row for row, mention in enumerate(mentions) if mention is not None and not keep_previous[row]]
         found = self._retriever.retrieve(
             [mention for row in rows if (mention := mentions[row]) is not None], [features[row] for row in rows]
         )
@@ -236,9 +236,9 @@ def _features(batch: pa.Table) -> list[Features | None]:
         return [None if row is None else row.to_numpy(zero_copy_only=False).astype(np.float32) for row in vectors]
 
 
-def _are_settled(batch: pa.Table) -> list[bool]:
+def _keep_previous(batch: pa.Table) -> list[bool]:
     """Whether nothing is to be asked of a model about each row, since an earlier run's prediction stands."""
-    return [bool(is_settled) for is_settled in _column(batch, "is_settled")]
+    return [bool(keeps_previous) for keeps_previous in _column(batch, "keeps_previous")]
 
 
 def _result(file: bytes | Future[bytes | ImageFetchError] | None) -> bytes | ImageFetchError | None:
