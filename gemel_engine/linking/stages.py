@@ -20,9 +20,9 @@ from gemel_engine.pipeline.output import write_part
 from gemel_engine.pipeline.stages import (
     COSTS,
     PEAKS,
-    _keep_previous,
     _column,
     _features,
+    _keep_previous,
     _mentions,
     _with_cost,
     _with_use,
