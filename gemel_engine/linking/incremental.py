@@ -1,12 +1,12 @@
-"""What a finished run still says of its mentions after its knowledge base has changed.
+"""Incremental runs: which predictions of a previous run stay valid after a knowledge base update.
 
     OUTPUT/_changes/changes.json            counts; written last
     OUTPUT/_changes/entities.parquet        ids of the entities that were retired or renamed
-    OUTPUT/_changes/added_names/            prefix trie of the names that are new, where there are any
+    OUTPUT/_changes/added_names/            prefix trie of the added names, if there are any
 
-A row is linked in full where the changes touch it: one of its candidates was retired or renamed, or the search behind
-it proved too little. Every other row keeps what was proved of the names that there were; what remains to be seen is
-whether one of the added names is better. Nothing here knows Ray or a model.
+A row is linked in full if one of its candidates was retired or renamed, or if the previous search
+certified too few names. Every other row keeps what was proved about the old names; only the added
+names are searched for a better one. This module uses neither Ray nor a model.
 """
 
 from __future__ import annotations
@@ -37,12 +37,13 @@ _REMEDY = "put it back, or link without previous"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreviousRun:
-    """A finished run that another one carries on: the same in everything but its knowledge base.
+    """The finished run that an incremental run starts from; only the knowledge base may differ.
 
     Attributes:
-        output: Its output.
-        changes: Where the run that carries it on keeps what has changed.
-        num_to_certify: Best names of a row that have to be proved for it not to be linked in full.
+        output: Output directory of the previous run.
+        changes: Directory in the output of the incremental run for the knowledge base changes.
+        num_to_certify: Number of certified names that a row needs; a row with fewer is linked in
+            full.
     """
 
     output: str
@@ -51,17 +52,17 @@ class PreviousRun:
 
     @classmethod
     def of(cls, config: LinkConfig) -> Self | None:
-        """The run that a run carries on, if it does."""
+        """Return the previous run of an incremental run, None for any other run."""
         if config.previous is None:
             return None
         num_to_certify = config.search.num_to_certify
         return cls(output=config.previous, changes=RunDirectory(config.output).changes, num_to_certify=num_to_certify)
 
     def identity(self) -> str:
-        """Differs for another run at the same address.
+        """Return a hash that identifies the previous run, even if its output is replaced.
 
         Raises:
-            InputError: This is not the output of a finished run.
+            InputError: The directory is not the output of a finished run.
         """
         directory = RunDirectory(self.output)
         for uri in (directory.claim, directory.report):
@@ -71,18 +72,18 @@ class PreviousRun:
         return hashlib.sha256(storage.read_bytes(directory.claim)).hexdigest()
 
     def report(self) -> dict[str, Any]:
-        """Its `report.json`."""
+        """Return the `report.json` of the previous run."""
         return dict(storage.read_json(RunDirectory(self.output).report, _REMEDY))
 
     def check(self, identity: Mapping[str, Any]) -> None:
-        """See that a run can carry this one on.
+        """Raise if an incremental run cannot start from the previous run.
 
         Args:
-            identity: What makes up the run: settings, input files, artifacts.
+            identity: `run_identity` of the incremental run.
 
         Raises:
-            ArtifactError: The knowledge base of this run is not there any more.
-            ConfigurationError: The run differs from this one in more than its knowledge base.
+            ArtifactError: The knowledge base of the previous run is missing or was replaced.
+            ConfigurationError: The runs differ in more than their knowledge base.
         """
         before = self._run()
         if found := incremental_differences(before, identity):
@@ -102,7 +103,7 @@ class PreviousRun:
             )
 
     def note_changes(self, knowledge_base: str) -> None:
-        """Compare this run's knowledge base with that of the run which carries it on, unless that was done before."""
+        """Compare the previous knowledge base with `knowledge_base` and save the changes, once."""
         from gemel_engine.knowledge_base.update import local_knowledge_base
 
         if not storage.exists(f"{self.changes}/changes.json"):
@@ -110,29 +111,30 @@ class PreviousRun:
             KnowledgeBaseChanges.between(before, local_knowledge_base(knowledge_base)).save(self.changes)
 
     def counts(self) -> dict[str, int]:
-        """`num_changed_entities` and `num_added_names`."""
+        """Return `num_changed_entities` and `num_added_names`."""
         return dict(storage.read_json(f"{self.changes}/changes.json", "remove it and run the same command again"))
 
     def added_names(self) -> Path | None:
-        """A local directory of the prefix trie of the added names; None if there are none."""
+        """Return a local directory with the prefix trie of the added names, None without any."""
         if not self.counts()["num_added_names"]:
             return None
         return storage.download_directory(f"{self.changes}/added_names")
 
     def attach(self, mentions: pa.Table, shard: Shard) -> pa.Table:
-        """Add to a shard's rows what this run says of them.
+        """Add the previous predictions to the rows of a shard.
 
         Args:
-            mentions: All rows of the shard in their order, with `mention_id` and, where the corpus has them,
-                `candidate_ids`.
-            shard: A shard of the run that carries this one on; this one's shards are the same.
+            mentions: All rows of the shard in their order, with `mention_id` and, if the corpus has
+                them, `candidate_ids`.
+            shard: The shard; both runs have the same shards.
 
         Returns:
-            The rows with `previous`, a row of `PREDICTION_SCHEMA` or null where it is to be linked in full, and
-            `keeps_previous`: no added name has to be looked for either.
+            The rows with two more columns: `previous`, a row of `PREDICTION_SCHEMA`, null if the
+            mention must be linked in full; and `keeps_previous`, whether that prediction stays
+            valid without a search of the added names.
 
         Raises:
-            InputError: This run's shard is damaged or missing, or is of other rows.
+            InputError: The previous shard is damaged or missing, or contains other rows.
         """
         uri = RunDirectory(self.output).shard(shard.name)
         try:
@@ -167,7 +169,7 @@ class PreviousRun:
 
 
 def _has_any(lists: pa.ChunkedArray, values: pa.ChunkedArray, wanted: pa.ChunkedArray) -> NDArray[np.bool_]:
-    """Whether each of the lists holds a wanted value; `values` are those of all lists, one after another."""
+    """Return whether each list contains a wanted value; `values` are the lists' concatenated values."""
     wanted_values = wanted.combine_chunks().cast(values.type)
     rows = np.repeat(np.arange(len(lists)), pc.fill_null(pc.list_value_length(lists), 0).to_numpy())
     found: NDArray[np.bool_] = np.zeros(len(lists), bool)
