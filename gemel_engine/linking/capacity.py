@@ -22,7 +22,7 @@ _PAIRS = 8  # number of windows of each size
 _LONG = 3  # length of a long window, in short ones
 _SHARE = _PAIRS * (1 + _LONG) + 1  # length of a sample in short windows, warm-up included
 _CONFIDENCE = 0.95
-_SHARD_SECONDS = 600  # maximum work that is lost when an actor dies within a shard
+_SHARD_SECONDS = 600  # maximum seconds of work that are lost when an actor dies
 _SHARDS_PER_ACTOR = 4  # minimum, so that all actors end at about the same time
 _SHARD_ROWS = (64, 8192)  # bounds of the proposed size
 _SPARE = 1.2  # factor on the size of all pools but generation
@@ -139,7 +139,7 @@ class ClusterPlan:
         seconds: Duration of the job if all actors start at once.
         cost: Price of the actors over that time; None without a price.
         limited_by: Stage that takes longest.
-        pools: Proposed number of actors of each other stage: enough to keep up with generation, with
+        pools: Proposed number of actors of each other stage: enough to keep up with generation, and
             a reserve.
         rows_per_shard: Proposed setting: each actor gets several shards, and a lost shard costs
             minutes.

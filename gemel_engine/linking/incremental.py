@@ -59,7 +59,7 @@ class PreviousRun:
         return cls(output=config.previous, changes=RunDirectory(config.output).changes, num_to_certify=num_to_certify)
 
     def identity(self) -> str:
-        """Return a hash that identifies the previous run, even if its output is replaced.
+        """Return a hash of the previous run's claim; it changes if another run replaces the output.
 
         Raises:
             InputError: The directory is not the output of a finished run.
@@ -169,7 +169,7 @@ class PreviousRun:
 
 
 def _has_any(lists: pa.ChunkedArray, values: pa.ChunkedArray, wanted: pa.ChunkedArray) -> NDArray[np.bool_]:
-    """Return whether each list contains a wanted value; `values` are the lists' concatenated values."""
+    """Return whether each list contains a wanted value; `values` are the concatenated lists."""
     wanted_values = wanted.combine_chunks().cast(values.type)
     rows = np.repeat(np.arange(len(lists)), pc.fill_null(pc.list_value_length(lists), 0).to_numpy())
     found: NDArray[np.bool_] = np.zeros(len(lists), bool)

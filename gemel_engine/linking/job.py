@@ -1,6 +1,7 @@
-"""The linking job: Ray Data streams shards of mentions through actors that encode, retrieve and generate.
+"""The linking job: Ray Data streams shards of mentions through actors.
 
-    sort → read mentions → EncodeImages → RetrieveDemonstrations → GenerateEntityNames → write parts → commit shards
+    sort → read mentions → EncodeImages → RetrieveDemonstrations → GenerateEntityNames → write parts
+    → commit shards
 
 One block is one shard, or a part of it. The stages are in `pipeline.stages` and `linking.stages`.
 """
@@ -81,10 +82,10 @@ def link_corpus(config: LinkConfig) -> LinkReport:
         tally = _commit_as_completed(config.output, remaining, stream_receipts(config, remaining, contents), run)
     rows = output_check.read_complete(config.output, plan, run, ("error", "certified", "num_rollouts"))
     directory = RunDirectory(config.output)
-    for working_files in (directory.parts, directory.marks):  # no run needs them: all shards are complete
+    for working_files in (directory.parts, directory.marks):  # all shards are complete
         storage.remove_tree(working_files)
     report = _report(config, artifacts, plan, remaining, tally, rows, time.monotonic() - started)
-    if remaining or not storage.exists(directory.report):  # else keep that of the run that did the work
+    if remaining or not storage.exists(directory.report):  # else keep that of the finishing run
         storage.write_bytes(directory.report, json.dumps(asdict(report), indent=2).encode())
         logger.info("linked %s: %s", shown(config.output), report.summary())
     else:
@@ -165,7 +166,7 @@ def ordered_plan(config: LinkConfig, plan: list[Shard]) -> list[Shard]:
     directory = f"{RunDirectory(config.output).ordered}/{name}"
     dataset: Dataset = ray.data.from_arrow(_placed_ranges(plan, places))
     dataset = dataset.map_batches(read_with_places, batch_size=1, batch_format="pyarrow", num_cpus=0.25)
-    dataset = dataset.sort("place", boundaries=boundaries or [len(places)])  # without boundaries Ray would sample
+    dataset = dataset.sort("place", boundaries=boundaries or [len(places)])  # none: Ray samples
     dataset = dataset.map_batches(
         partial(write_ordered, directory=directory, rows_per_shard=config.rows_per_shard),
         batch_size=None,
@@ -182,7 +183,7 @@ def ordered_plan(config: LinkConfig, plan: list[Shard]) -> list[Shard]:
 
 
 def _placed_ranges(plan: Sequence[Shard], places: NDArray[np.int64]) -> list[pa.Table]:
-    """Cut the input files into ranges; return a table of one row for each, with its rows' places."""
+    """Cut the input files into ranges; return a table of one row for each, with `places`."""
     tables, first = [], 0
     for shard in recut(plan, _ROWS_PER_RANGE):
         num_rows = shard.stop - shard.start

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 
@@ -32,7 +32,8 @@ from gemel_engine.pipeline.ray_data import connect
 from gemel_engine.storage.parquet import parquet_bytes
 from gemel_engine.types import PREDICTION_SCHEMA
 
-_POOLS = {"image": "images", "retrieval": "retrieval", "generation": "generation"}  # the setting of each stage's pool
+# The setting in `resources` of each stage's pool.
+_POOLS = {"image": "images", "retrieval": "retrieval", "generation": "generation"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,8 +41,8 @@ class Sample:
     """The measured cost of windows of a corpus, linked by one actor of each stage.
 
     Attributes:
-        rows: Number of rows of each window, in the order in which the windows were linked. The first
-            window is the warm-up: an engine's first batch takes longer.
+        rows: Number of rows of each window, in the order in which they were linked. The first window
+            is the warm-up: an engine's first batch takes longer.
         stage_seconds: Seconds that the actor of each stage spent on each window.
         first_seconds: Seconds until the first window was done: start of Ray, sort, start of the
             actors, and the window itself.
@@ -70,7 +71,7 @@ class RunPlan:
         sample_rows: Number of rows of all windows.
         num_windows: Number of windows that were linked.
         rows_per_shard: Setting of the configuration, on which the predictions depend.
-        start_seconds: Seconds before the first row: checks, Ray, the sort of a small corpus, models.
+        start_seconds: Seconds before the first row: checks, Ray, sort of a small corpus, models.
         stage_costs: Fitted cost of each stage.
         seconds_per_row: Predicted seconds per row for one actor of each stage, in shards of
             `rows_per_shard`.
@@ -162,11 +163,17 @@ def plan_run(
         computed_tokens_per_row=sample.tally.computed_tokens / sample.tally.rows,
         rollouts_per_row=sample.tally.rollouts / sample.tally.rows,
         errors=dict(sample.tally.errors),
-        clusters=tuple(
-            workload.on({name: pools[name] for name in costs} | {"generation": number}, price_per_actor_hour)
-            for number in actors or (pools["generation"],)
-        ),
+        clusters=_predict_clusters(workload, pools, actors, price_per_actor_hour),
     )
+
+
+def _predict_clusters(
+    workload: Workload, pools: Mapping[str, int], actors: Sequence[int], price_per_actor_hour: float | None
+) -> tuple[ClusterPlan, ...]:
+    """Return the prediction for each number of generation actors; see `plan_run`."""
+    others = {name: pools[name] for name in workload.stages}
+    numbers = actors or (pools["generation"],)
+    return tuple(workload.on(others | {"generation": number}, price_per_actor_hour) for number in numbers)
 
 
 def _check_clusters(actors: Sequence[int], price_per_actor_hour: float | None) -> None:

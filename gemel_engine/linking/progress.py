@@ -81,7 +81,7 @@ class Tally:
 
     @property
     def cache_hit_rate(self) -> float | None:
-        """Return the share of the prompt tokens that were in the prefix cache, None without tokens."""
+        """Return the share of prompt tokens found in the prefix cache, None without tokens."""
         return self.costs["cached_tokens"] / self.costs["prompt_tokens"] if self.costs["prompt_tokens"] else None
 
 
@@ -108,7 +108,7 @@ class Progress:
         _increase(metrics.Counter("gemel_planned_rows", "Rows that the run has to link", tags), num_rows, self._tags)
 
     def add(self, receipt: Mapping[str, Any]) -> None:
-        """Add a receipt, a row of `RECEIPT_SCHEMA`; write a log line if the last one is old enough."""
+        """Add a row of `RECEIPT_SCHEMA`; write a log line if the last one is old enough."""
         self.tally.add(receipt)
         self._export(receipt)
         now = time.monotonic()
@@ -158,7 +158,7 @@ class Progress:
         )
 
     def _rows_per_second(self, now: float) -> float | None:
-        """Return the rate since the first receipt, actor start excluded; None in the first second."""
+        """Return the rate since the first receipt, without actor start; None in its first second."""
         assert self._first is not None, "called when there is a receipt"
         started, rows = self._first
         return (self.tally.rows - rows) / (now - started) if self.tally.rows > rows and now > started + 1 else None

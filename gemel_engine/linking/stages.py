@@ -39,14 +39,14 @@ RECEIPT_SCHEMA = pa.schema(
         pa.field("shard", pa.int32(), nullable=False),
         pa.field("part", pa.string(), nullable=False),
         pa.field("num_rows", pa.int64(), nullable=False),
-        pa.field("error_kinds", pa.list_(pa.string()), nullable=False),  # one for each row with an error
+        pa.field("error_kinds", pa.list_(pa.string()), nullable=False),  # one per row with an error
         *(pa.field(name, pa.float64()) for name in (*COSTS, *PEAKS)),
     ]
 )
 
 
 def read_with_places(batch: pa.Table) -> pa.Table:
-    """Read a range of rows; add `place`, the position of each row in the ordered corpus, from `places`."""
+    """Read a range of rows; add `place`, the position of each row in the ordered corpus."""
     (fields,) = batch.drop_columns(["places"]).to_pylist()
     table = read_rows(Shard(**fields), SMALL_SCHEMA.names)
     columns = [
@@ -96,7 +96,7 @@ class GenerateEntityNames:
             )
         except EngineDiedError:
             logger.exception("this process ends with its engine")
-            os._exit(1)  # the mark of these rows stays; Ray restarts the actor and with it the engine
+            os._exit(1)  # the mark of these rows stays; Ray restarts the actor and its engine
         ids, errors = batch["mention_id"].to_pylist(), batch["error"].to_pylist()
         predictions = [Prediction(mention_id, error=error) for mention_id, error in zip(ids, errors, strict=True)]
         for row, prediction in zip(rows, linked, strict=True):

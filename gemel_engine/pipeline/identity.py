@@ -1,4 +1,4 @@
-"""What makes two runs the same: the identity that `_run.json` and the footer of each shard record."""
+"""The identity of a run: saved in `_run.json`, and as a hash in the footer of each shard."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def run_identity(config: JobConfig, plan: object, contents: Contents, previous: 
         contents: Fingerprints and manifests of its models and artifacts.
         previous: Identity of the previous run; None if the run is not incremental.
     """
-    from gemel_engine.config.loading import config_json  # loads tyro, which processes that store rows do not need
+    from gemel_engine.config.loading import config_json  # imports tyro; only the driver needs it
 
     settings = json.loads(config_json(config))
     for name in _NOT_IDENTITY:
@@ -60,7 +60,7 @@ def run_digest(identity: Mapping[str, Any]) -> str:
 
 
 def incremental_differences(previous: Mapping[str, Any], identity: Mapping[str, Any]) -> list[str]:
-    """Return where an incremental run differs from the previous run, changes of the knowledge base aside."""
+    """Return the differences that an incremental run must not have from the previous run."""
     return differences(_unchanging(previous), _unchanging(json.loads(identity_json(identity))))
 
 
@@ -77,7 +77,7 @@ def differences(left: Mapping[str, Any], right: Mapping[str, Any], prefix: str =
 
 
 def _unchanging(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the part of an identity that an incremental run shares with the previous run."""
+    """Return the part of an identity that an incremental run must share with the previous run."""
     parts = {
         part: {key: value for key, value in identity[part].items() if key not in _MAY_CHANGE}
         for part in ("settings", "artifacts")
