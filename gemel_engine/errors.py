@@ -123,6 +123,11 @@ class MentionError(GemelError):
         return f"{self.kind}: {super().__str__()}"
 
 
+def error_kind(error: str) -> str:
+    """Return the kind of a row's `error`, which is written as ``kind: message``."""
+    return error.partition(":")[0]
+
+
 class InvalidMentionError(MentionError):
     """The row's own text, surface form, offset or candidates are unusable."""
 

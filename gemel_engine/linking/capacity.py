@@ -1,8 +1,9 @@
-"""How long a corpus takes, from what a few windows of it cost: which to link, what they tell, what follows.
+"""Predicts the duration and cost of linking a corpus from the measured cost of a few windows.
 
-An actor spends `per_shard + per_row * n` seconds on a shard of n rows. The first part is what every shard pays however
-long it is: prompts that find nothing of theirs in the prefix cache yet, and the end of the batch, when the engine runs
-half empty. Windows of two sizes tell the two apart. Knows neither Ray nor files.
+An actor spends `per_shard + per_row * n` seconds on a shard of n rows. `per_shard` does not depend
+on the length: it contains the first prompts, which find nothing in the prefix cache, and the end of
+the batch, when the engine is half empty. Windows of two sizes separate the two coefficients. This
+module uses neither Ray nor files.
 """
 
 from __future__ import annotations
@@ -17,27 +18,27 @@ from scipy import stats
 
 from gemel_engine.errors import ConfigurationError
 
-_PAIRS = 8  # windows of each size
-_LONG = 3  # times a short one
-_SHARE = _PAIRS * (1 + _LONG) + 1  # short windows that a sample amounts to, with the one that warms up
+_PAIRS = 8  # number of windows of each size
+_LONG = 3  # length of a long window, in short ones
+_SHARE = _PAIRS * (1 + _LONG) + 1  # length of a sample in short windows, warm-up included
 _CONFIDENCE = 0.95
-_SHARD_SECONDS = 600  # that an actor may lose with its shard
-_SHARDS_PER_ACTOR = 4  # at least, so that all end at about the same time
-_SHARD_ROWS = (64, 8192)
-_SPARE = 1.2  # of the pools before generation
+_SHARD_SECONDS = 600  # maximum seconds of work that are lost when an actor dies
+_SHARDS_PER_ACTOR = 4  # minimum, so that all actors end at about the same time
+_SHARD_ROWS = (64, 8192)  # bounds of the proposed size
+_SPARE = 1.2  # factor on the size of all pools but generation
 
 
 def draw_windows(num_rows: int, sample_rows: int, seed: int = 0) -> list[tuple[int, int]]:
     """Draw windows that don't overlap, in random places and order.
 
     Args:
-        num_rows: Of the corpus.
-        sample_rows: At most so many lie in windows.
-        seed: Equal seeds draw equal windows.
+        num_rows: Number of rows of the corpus.
+        sample_rows: Maximum number of rows in all windows.
+        seed: Seed of the places and the order.
 
     Returns:
-        Start and stop of each. The first, which is short, is to warm up; then come as many short ones as long ones,
-        mixed.
+        Start and stop of each window. The first is short and serves as warm-up; then follow equal
+        numbers of short and long windows in random order.
 
     Raises:
         ConfigurationError: The sample is larger than the corpus, or too small to have windows.
@@ -52,7 +53,7 @@ def draw_windows(num_rows: int, sample_rows: int, seed: int = 0) -> list[tuple[i
     generator = np.random.default_rng(seed)
     mixed = generator.permutation([short] * _PAIRS + [_LONG * short] * _PAIRS)
     lengths = np.array([short, *mixed])
-    # Rows outside windows fall between them at random; then who stands where is drawn, too.
+    # Distribute the rows outside the windows at random; then draw the order of the windows.
     gaps = np.sort(generator.integers(0, num_rows - lengths.sum() + 1, len(lengths)))
     place = generator.permutation(len(lengths))
     before = np.concatenate([[0], np.cumsum(lengths[place])[:-1]])
@@ -70,20 +71,20 @@ class Estimate:
     high: float
 
     def times(self, factor: float, plus: float = 0.0) -> Estimate:
-        """The estimate of a number that is this one, scaled and shifted."""
+        """Return the estimate of `factor` times this number `plus` a constant."""
         return Estimate(*(factor * number + plus for number in (self.value, self.low, self.high)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageCost:
-    """What a stage costs one of its actors, fitted to windows.
+    """The cost of a stage for one of its actors, fitted to windows.
 
     Attributes:
-        per_shard: Seconds that each shard costs beside its rows.
-        per_row: Seconds.
-        covariance: Of these two, as variance, covariance, variance.
-        row_variance: Of the seconds of one row, about the line.
-        num_free: Windows less fitted numbers.
+        per_shard: Seconds per shard in addition to its rows.
+        per_row: Seconds per row.
+        covariance: Variance of `per_shard`, covariance of both, variance of `per_row`.
+        row_variance: Residual variance of the seconds of one row.
+        num_free: Degrees of freedom: number of windows minus number of fitted coefficients.
     """
 
     per_shard: float
@@ -94,11 +95,13 @@ class StageCost:
 
     @classmethod
     def fit(cls, rows: ArrayLike, seconds: ArrayLike) -> StageCost:
-        """Fit a line by least squares, through the origin where it would begin below; the variance grows with the rows.
+        """Fit a line by weighted least squares; the variance is proportional to the rows.
+
+        The line goes through the origin if a coefficient would be negative.
 
         Args:
-            rows: Of each window (W,); at least three windows, not all of one size.
-            seconds: That its actor took (W,).
+            rows: Number of rows of each window (W,); at least three windows, not all of one size.
+            seconds: Seconds that the actor spent on each window (W,).
         """
         counts, costs = np.asarray(rows, np.float64), np.asarray(seconds, np.float64)
         weights = 1 / np.sqrt(counts)
@@ -118,7 +121,7 @@ class StageCost:
         )
 
     def seconds(self, num_shards: float, num_rows: float) -> Estimate:
-        """Of an actor that works on so many shards with so many rows in all."""
+        """Return the predicted seconds for one actor to process these shards and rows."""
         value = num_shards * self.per_shard + num_rows * self.per_row
         of_shards, of_both, of_rows = self.covariance
         variance = num_shards**2 * of_shards + 2 * num_shards * num_rows * of_both + num_rows**2 * of_rows
@@ -129,15 +132,17 @@ class StageCost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterPlan:
-    """What a cluster makes of the corpus.
+    """The prediction for one cluster.
 
     Attributes:
-        actors: Of generation.
-        seconds: From the start of the job to its end, where all actors start at once.
-        cost: Of the actors over that time; None without a price.
-        limited_by: The stage that takes longest.
-        pools: Actors of each other stage with which it keeps up with generation, and some to spare.
-        rows_per_shard: With which every actor has several shards, and loses minutes with one.
+        actors: Number of generation actors.
+        seconds: Duration of the job if all actors start at once.
+        cost: Price of the actors over that time; None without a price.
+        limited_by: Stage that takes longest.
+        pools: Proposed number of actors of each other stage: enough to keep up with generation, and
+            a reserve.
+        rows_per_shard: Proposed setting: each actor gets several shards, and a lost shard costs
+            minutes.
     """
 
     actors: int
@@ -150,14 +155,14 @@ class ClusterPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """A corpus and what it costs.
+    """A corpus and the cost of linking it.
 
     Attributes:
-        num_rows: Of all.
-        num_shards: That it is cut into.
-        rows_per_shard: Of all of these but a file's last.
-        start_seconds: Before the first row and whatever the number of rows.
-        stages: Cost of each stage, `generation` among them.
+        num_rows: Number of rows.
+        num_shards: Number of shards.
+        rows_per_shard: Number of rows of each shard but the last of a file.
+        start_seconds: Seconds before the first row, which do not depend on the number of rows.
+        stages: Cost of each stage, including `generation`.
     """
 
     num_rows: int
@@ -170,8 +175,8 @@ class Workload:
         """Predict a cluster.
 
         Args:
-            pools: Actors of each stage.
-            price_per_actor_hour: Of a generation actor and what stands beside it.
+            pools: Number of actors of each stage.
+            price_per_actor_hour: Price per generation-actor hour, including its helper actors.
         """
         seconds = {name: self._stage_seconds(cost, pools[name]) for name, cost in self.stages.items()}
         limited_by = max(seconds, key=lambda name: seconds[name].value)
@@ -192,12 +197,12 @@ class Workload:
         )
 
     def _stage_seconds(self, cost: StageCost, actors: int) -> Estimate:
-        """Of the stage's busiest actor."""
+        """Return the predicted seconds of the stage's busiest actor."""
         num_shards = -(-self.num_shards // actors)
         return cost.seconds(num_shards, min(self.num_rows, num_shards * self.rows_per_shard))
 
     def _proposed_rows_per_shard(self, actors: int) -> int:
-        """A power of two."""
+        """Return the proposed `rows_per_shard`, a power of two."""
         least, most = _SHARD_ROWS
         in_time = _SHARD_SECONDS / max(self.stages["generation"].per_row, _SHARD_SECONDS / most)
         rows = min(in_time, self.num_rows / (_SHARDS_PER_ACTOR * actors), most)

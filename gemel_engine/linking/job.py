@@ -1,8 +1,9 @@
-"""The linking job: Ray Data streams shards of mentions through actors that encode, retrieve and generate.
+"""The linking job: Ray Data streams shards of mentions through actors.
 
-    sort → read mentions → EncodeImages → RetrieveDemonstrations → GenerateEntityNames → write parts → commit shards
+    sort → read mentions → EncodeImages → RetrieveDemonstrations → GenerateEntityNames → write parts
+    → commit shards
 
-One block is one shard, or a part of it. The stages stand in `stages.py` and know nothing of this file.
+One block is one shard, or a part of it. The stages are in `pipeline.stages` and `linking.stages`.
 """
 
 from __future__ import annotations
@@ -24,24 +25,25 @@ from numpy.typing import NDArray
 from ray.data import Dataset
 
 from gemel_engine import storage
-from gemel_engine.config.loading import config_json, validated
+from gemel_engine.config.loading import validated
 from gemel_engine.config.settings import LinkConfig
 from gemel_engine.errors import shown
 from gemel_engine.extras import require
 from gemel_engine.fingerprints import Contents, run_contents
-from gemel_engine.linking.incremental import EarlierRun
+from gemel_engine.linking.incremental import PreviousRun
 from gemel_engine.linking.progress import Progress, Tally
 from gemel_engine.linking.report import LinkReport, _check_failures, _report
 from gemel_engine.linking.stages import GenerateEntityNames, read_with_places, write_ordered, write_parts
 from gemel_engine.pipeline import output_check
 from gemel_engine.pipeline.corpus import Shard, count_rows, order_by_surface_form, plan_identity, plan_shards, recut
+from gemel_engine.pipeline.identity import run_digest, run_identity
 from gemel_engine.pipeline.output import (
+    RunDirectory,
     check_claim,
     claim_output,
     commit_shard,
     is_claimed,
     load_plan,
-    run_digest,
     save_plan,
 )
 from gemel_engine.pipeline.ray_data import actor_pool, connect, encode_and_retrieve, own_errors, rows_of
@@ -52,28 +54,25 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Settings that may differ between a run and its continuation: they change no row of the output.
-_NOT_IDENTITY = ("resources", "output", "max_failed_fraction", "verify_artifacts", "dry_run")
-
 _MAX_SORTED_BLOCKS = 256
 
-_ROWS_PER_RANGE = 1 << 18  # read at once to be sorted: row groups may be as large, and are read whole
+_ROWS_PER_RANGE = 1 << 18  # rows that are read at once for the sort; row groups are read whole
 
 
 def link_corpus(config: LinkConfig) -> LinkReport:
     """Link a corpus: every input row becomes exactly one output row.
 
     Raises:
-        GemelError: The configuration, the input or an artifact is unusable (nothing has been started then), or more
-            rows failed than `max_failed_fraction` allows (the output is complete then).
+        GemelError: The configuration, the input or an artifact is unusable (raised before any
+            work), or more rows failed than `max_failed_fraction` allows (the output is complete).
     """
     started = time.monotonic()
     plan, artifacts, contents = checked_plan(config)
     identity = _identity(config, plan, contents)
     run = run_digest(identity)
     claim_output(config.output, identity)
-    if (earlier := EarlierRun.of(config)) is not None:
-        earlier.note_changes(config.knowledge_base)
+    if (previous := PreviousRun.of(config)) is not None:
+        previous.note_changes(config.knowledge_base)
     plan = ordered_plan(config, plan)
     finished = output_check.check_finished(config.output, plan, run)
     remaining = [shard for shard in plan if shard.name not in finished]
@@ -82,11 +81,12 @@ def link_corpus(config: LinkConfig) -> LinkReport:
         connect()
         tally = _commit_as_completed(config.output, remaining, stream_receipts(config, remaining, contents), run)
     rows = output_check.read_complete(config.output, plan, run, ("error", "certified", "num_rollouts"))
-    for working_files in ("_parts", "_marks"):  # of this run and of any other: all shards are complete
-        storage.remove_tree(f"{config.output}/{working_files}")
+    directory = RunDirectory(config.output)
+    for working_files in (directory.parts, directory.marks):  # all shards are complete
+        storage.remove_tree(working_files)
     report = _report(config, artifacts, plan, remaining, tally, rows, time.monotonic() - started)
-    if remaining or not storage.exists(f"{config.output}/report.json"):  # else it tells of the run that did the work
-        storage.write_bytes(f"{config.output}/report.json", json.dumps(asdict(report), indent=2).encode())
+    if remaining or not storage.exists(directory.report):  # else keep that of the finishing run
+        storage.write_bytes(directory.report, json.dumps(asdict(report), indent=2).encode())
         logger.info("linked %s: %s", shown(config.output), report.summary())
     else:
         logger.info("nothing is left to link: %s has all %d rows", shown(config.output), report.rows)
@@ -97,7 +97,7 @@ def link_corpus(config: LinkConfig) -> LinkReport:
 
 
 def describe_run(config: LinkConfig) -> str:
-    """What `link_corpus` would do, after all checks that it makes before any work.
+    """Make the checks of `link_corpus` and describe what it would do.
 
     Raises:
         GemelError: The configuration, the input or an artifact is unusable.
@@ -118,12 +118,14 @@ def describe_run(config: LinkConfig) -> str:
 
 
 def checked_plan(config: LinkConfig) -> tuple[list[Shard], Artifacts, Contents]:
-    """Return the corpus in shards, and the artifacts, all found to be usable and to belong together.
+    """Check the configuration, the corpus and the artifacts; return what a run needs of them.
 
-    The last item holds what each model and artifact is, by its name: fingerprints and manifests.
+    Returns:
+        The corpus in shards; the opened artifacts; the fingerprint or manifest of each model and
+        artifact, by name.
 
     Raises:
-        GemelError: They are not.
+        GemelError: Something is unusable, or the artifacts do not fit together.
     """
     from gemel_engine.assembly import check_encoders, open_artifacts, open_calibration
 
@@ -141,30 +143,30 @@ def checked_plan(config: LinkConfig) -> tuple[list[Shard], Artifacts, Contents]:
         None if artifacts.index is None else artifacts.index.metadata.mention_encoder_fingerprint,
         None if image_encoder is None else image_encoder.fingerprint,
     )
-    if (earlier := EarlierRun.of(config)) is not None:
-        earlier.check(_identity(config, plan, contents))
+    if (previous := PreviousRun.of(config)) is not None:
+        previous.check(_identity(config, plan, contents))
     return plan, artifacts, contents
 
 
 def ordered_plan(config: LinkConfig, plan: list[Shard]) -> list[Shard]:
-    """Sort the corpus by surface form, so that equal beginnings of prompts meet in one shard, and cut it anew.
+    """Sort the corpus by surface form and cut it into shards again.
 
-    The sorted rows are written to the output; a continued run takes those of the first. A corpus that holds pictures or
-    image features, or is of one shard, stays as it is.
+    Prompts that begin alike are then in the same shard. The sorted rows are written to the output;
+    a rerun reuses them. A corpus with pictures or image features, or of one shard, is not sorted.
     """
     if (ordered := load_plan(config.output, count_rows(plan))) is not None:
         return ordered
     if len(plan) == 1 or (places := order_by_surface_form(plan)) is None:
         return plan
     connect()
-    # A sort moves a piece from each block to each other: few blocks, with several shards in each of a large corpus.
+    # A sort exchanges data between all pairs of blocks: use few blocks, of several shards each.
     rows_per_block = config.rows_per_shard * -(-len(places) // (config.rows_per_shard * _MAX_SORTED_BLOCKS))
     boundaries: list[int | float] = [*range(rows_per_block, len(places), rows_per_block)]
     name = uuid.uuid4().hex
-    directory = f"{config.output}/_ordered/{name}"
+    directory = f"{RunDirectory(config.output).ordered}/{name}"
     dataset: Dataset = ray.data.from_arrow(_placed_ranges(plan, places))
     dataset = dataset.map_batches(read_with_places, batch_size=1, batch_format="pyarrow", num_cpus=0.25)
-    dataset = dataset.sort("place", boundaries=boundaries or [len(places)])  # Ray would guess, if none
+    dataset = dataset.sort("place", boundaries=boundaries or [len(places)])  # none: Ray samples
     dataset = dataset.map_batches(
         partial(write_ordered, directory=directory, rows_per_shard=config.rows_per_shard),
         batch_size=None,
@@ -181,7 +183,7 @@ def ordered_plan(config: LinkConfig, plan: list[Shard]) -> list[Shard]:
 
 
 def _placed_ranges(plan: Sequence[Shard], places: NDArray[np.int64]) -> list[pa.Table]:
-    """The input's files in ranges, each as a table of one row with the places of its rows."""
+    """Cut the input files into ranges; return a table of one row for each, with `places`."""
     tables, first = [], 0
     for shard in recut(plan, _ROWS_PER_RANGE):
         num_rows = shard.stop - shard.start
@@ -192,8 +194,8 @@ def _placed_ranges(plan: Sequence[Shard], places: NDArray[np.int64]) -> list[pa.
 
 
 def stream_parts(config: LinkConfig, remaining: Sequence[Shard], contents: Contents | None) -> Dataset:
-    """The pipeline, up to the receipts of the parts that it wrote; nothing runs until it is consumed."""
-    previous = EarlierRun.of(config)
+    """Return the pipeline up to the receipts of written parts; it runs when it is consumed."""
+    previous = PreviousRun.of(config)
     annotate = None if previous is None else previous.attach
     dataset = encode_and_retrieve(config, remaining, contents, annotate=annotate)
     dataset = dataset.map_batches(
@@ -212,14 +214,14 @@ def stream_parts(config: LinkConfig, remaining: Sequence[Shard], contents: Conte
 def stream_receipts(
     config: LinkConfig, remaining: Sequence[Shard], contents: Contents | None
 ) -> Generator[dict[str, Any], None, None]:
-    """Run the pipeline; yields each receipt, a row of `RECEIPT_SCHEMA`, as its part is written."""
+    """Run the pipeline; yield a row of `RECEIPT_SCHEMA` whenever a part has been written."""
     yield from rows_of(stream_parts(config, remaining, contents).iter_batches(batch_size=None, batch_format="pyarrow"))
 
 
 def _commit_as_completed(
     output: str, remaining: Sequence[Shard], receipts: Iterable[Mapping[str, Any]], run: str
 ) -> Tally:
-    """Commit each shard as soon as receipts cover its rows; returns their sums."""
+    """Commit each shard as soon as receipts cover its rows; return the sums of the receipts."""
     commit: Any = ray.remote(num_cpus=0)(commit_shard)
     plan = {shard.index: shard for shard in remaining}
     num_missing = {shard.index: shard.stop - shard.start for shard in remaining}
@@ -235,19 +237,13 @@ def _commit_as_completed(
             commits.append(commit.remote(output, plan[index], parts.pop(index), run))
             done, commits = ray.wait(commits, num_returns=len(commits), timeout=0)
             with own_errors():
-                ray.get(done)  # raises what went wrong with them
+                ray.get(done)  # raises the errors of these commits
     with own_errors():
         ray.get(commits)
     return progress.tally
 
 
 def _identity(config: LinkConfig, plan: Sequence[Shard], contents: Contents) -> dict[str, Any]:
-    """What makes up a run: settings, input files, models and artifacts."""
-    settings = {key: value for key, value in json.loads(config_json(config)).items() if key not in _NOT_IDENTITY}
-    earlier = EarlierRun.of(config)
-    return {
-        "settings": settings,
-        "plan": plan_identity(plan),
-        "artifacts": contents,
-        **({} if earlier is None else {"previous": earlier.identity()}),
-    }
+    """Return what makes up a run: settings, input files, models, artifacts and the previous run."""
+    previous = PreviousRun.of(config)
+    return run_identity(config, plan_identity(plan), contents, None if previous is None else previous.identity())

@@ -1,8 +1,9 @@
-"""Predicts a linking run: links windows of its corpus by its own pipeline, in a directory beside its output.
+"""Predicts a linking run from windows of its corpus, linked by its own pipeline.
 
-A run works on the corpus in the order of surface forms, where prompts begin alike. A sample of single rows would miss
-what these share and cost too much; so what is drawn is windows of that order. `capacity.py` says which, and what
-follows from what they cost.
+A run links the corpus in the order of surface forms, so that prompts of neighbouring rows begin
+alike. Single rows would not share these prompts and would cost too much, so the sample consists of
+windows of that order. `capacity.py` draws the windows and computes the prediction. The sample is
+linked in a temporary directory beside the output.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 
@@ -26,25 +27,28 @@ from gemel_engine.linking.capacity import ClusterPlan, Estimate, StageCost, Work
 from gemel_engine.linking.job import checked_plan, ordered_plan, stream_receipts
 from gemel_engine.linking.progress import Tally
 from gemel_engine.pipeline.corpus import Shard, order_by_surface_form, order_within_shards, plan_shards, take_rows
-from gemel_engine.pipeline.output import read_columns
+from gemel_engine.pipeline.output import RunDirectory, read_columns
 from gemel_engine.pipeline.ray_data import connect
 from gemel_engine.storage.parquet import parquet_bytes
 from gemel_engine.types import PREDICTION_SCHEMA
 
-_POOLS = {"image": "images", "retrieval": "retrieval", "generation": "generation"}  # a stage's name in the settings
+# The setting in `resources` of each stage's pool.
+_POOLS = {"image": "images", "retrieval": "retrieval", "generation": "generation"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """What windows of a corpus cost, one actor of each stage at work.
+    """The measured cost of windows of a corpus, linked by one actor of each stage.
 
     Attributes:
-        rows: Of each window, in the order in which they were linked. The first warmed up: an engine's first batch
-            takes longer.
-        stage_seconds: Of each stage, the seconds that its actor spent on each window.
-        first_seconds: Until the first window was done: Ray, the sort, the start of the actors, and the window.
-        tally: The receipts of all windows.
-        output_bytes: Of all windows in one file; one each would be mostly frame.
+        rows: Number of rows of each window, in the order in which they were linked. The first window
+            is the warm-up: an engine's first batch takes longer.
+        stage_seconds: Seconds that the actor of each stage spent on each window.
+        first_seconds: Seconds until the first window was done: start of Ray, sort, start of the
+            actors, and the window itself.
+        tally: Sum of the receipts of all windows.
+        output_bytes: Size of the output of all windows as one Parquet file; separate files would be
+            mostly metadata.
     """
 
     rows: list[int]
@@ -54,7 +58,7 @@ class Sample:
     output_bytes: int
 
     def costs(self) -> dict[str, StageCost]:
-        """Of each stage, by the windows that did not warm up."""
+        """Fit the cost of each stage to all windows but the warm-up."""
         return {name: StageCost.fit(self.rows[1:], seconds[1:]) for name, seconds in self.stage_seconds.items()}
 
 
@@ -63,21 +67,22 @@ class RunPlan:
     """A predicted run.
 
     Attributes:
-        num_rows: Of the corpus.
-        sample_rows: Of the windows.
-        num_windows: That were linked.
-        rows_per_shard: Of the configuration; predictions are for it.
-        start_seconds: Before the first row: checks, Ray, the sort of a small corpus, models.
-        stage_costs: Of each stage.
-        seconds_per_row: Of an actor of each stage, in shards of that size.
-        peak_bytes: The most memory that a process of each stage held, files that processes share included.
-        input_bytes: Of the corpus.
-        output_bytes: Of the run's output.
-        cache_hit_rate: Share of prompt tokens that were in the prefix cache.
-        computed_tokens_per_row: Those that were not.
-        rollouts_per_row: Mean.
-        errors: Rows of the sample that ended in an error, by kind.
-        clusters: What each cluster makes of it.
+        num_rows: Number of rows of the corpus.
+        sample_rows: Number of rows of all windows.
+        num_windows: Number of windows that were linked.
+        rows_per_shard: Setting of the configuration, on which the predictions depend.
+        start_seconds: Seconds before the first row: checks, Ray, sort of a small corpus, models.
+        stage_costs: Fitted cost of each stage.
+        seconds_per_row: Predicted seconds per row for one actor of each stage, in shards of
+            `rows_per_shard`.
+        peak_bytes: Largest memory of a process of each stage, shared files included.
+        input_bytes: Size of the corpus.
+        output_bytes: Predicted size of the output.
+        cache_hit_rate: Share of prompt tokens that were in the prefix cache; None without tokens.
+        computed_tokens_per_row: Mean number of prompt tokens that were not in the prefix cache.
+        rollouts_per_row: Mean number of rollouts.
+        errors: Number of sample rows with an error, by kind.
+        clusters: Prediction for each cluster.
     """
 
     num_rows: int
@@ -97,7 +102,7 @@ class RunPlan:
     clusters: tuple[ClusterPlan, ...]
 
     def to_json(self) -> bytes:
-        """All of it."""
+        """Return all fields as JSON."""
         return json.dumps(asdict(self), indent=2, allow_nan=False).encode()
 
 
@@ -113,14 +118,15 @@ def plan_run(
 
     Args:
         config: The run. Its output is not touched.
-        sample_rows: To be linked, at most.
-        actors: Of generation, for each cluster to be predicted; none: `resources.generation.max_actors`. The other
-            pools are those of the configuration, at their largest.
-        price_per_actor_hour: Of a generation actor and what stands beside it.
-        seed: Of the sample.
+        sample_rows: Maximum number of rows to link.
+        actors: Number of generation actors of each cluster to predict; empty:
+            `resources.generation.max_actors`. The other pools have their `max_actors`.
+        price_per_actor_hour: Price per generation-actor hour, including its helper actors.
+        seed: Seed of the sample.
 
     Raises:
-        GemelError: The configuration, the input or an artifact is unusable, or not fit for such a sample.
+        GemelError: The configuration, the input or an artifact is unusable, or the corpus or
+            `sample_rows` does not allow such a sample.
     """
     pools = {name: getattr(config.resources, pool).max_actors for name, pool in _POOLS.items()}
     _check_clusters(actors, price_per_actor_hour)
@@ -157,11 +163,17 @@ def plan_run(
         computed_tokens_per_row=sample.tally.computed_tokens / sample.tally.rows,
         rollouts_per_row=sample.tally.rollouts / sample.tally.rows,
         errors=dict(sample.tally.errors),
-        clusters=tuple(
-            workload.on({name: pools[name] for name in costs} | {"generation": number}, price_per_actor_hour)
-            for number in actors or (pools["generation"],)
-        ),
+        clusters=_predict_clusters(workload, pools, actors, price_per_actor_hour),
     )
+
+
+def _predict_clusters(
+    workload: Workload, pools: Mapping[str, int], actors: Sequence[int], price_per_actor_hour: float | None
+) -> tuple[ClusterPlan, ...]:
+    """Return the prediction for each number of generation actors; see `plan_run`."""
+    others = {name: pools[name] for name in workload.stages}
+    numbers = actors or (pools["generation"],)
+    return tuple(workload.on(others | {"generation": number}, price_per_actor_hour) for number in numbers)
 
 
 def _check_clusters(actors: Sequence[int], price_per_actor_hour: float | None) -> None:
@@ -180,8 +192,8 @@ def link_windows(
     Args:
         config: The run.
         plan: Its corpus.
-        windows: Rows, numbered in the order of the plan.
-        contents: What each model and artifact is.
+        windows: Row numbers of each window, counted in the order of the plan.
+        contents: Fingerprint or manifest of each model and artifact.
     """
     scratch = f"{config.output.rstrip('/')}-plan-{uuid.uuid4().hex[:8]}"
     try:
@@ -198,10 +210,12 @@ def link_windows(
         connect()
         drawn = plan_shards(sampled.input, longest)
         if len(plan) > 1:
-            ordered_plan(sampled, drawn)  # for the time that it takes: windows stay as they are
+            ordered_plan(sampled, drawn)  # only to measure its time: the result is not used
         tallies: dict[int, Tally] = {}
         whole, first_seconds = Tally(), 0.0
-        with closing(stream_receipts(sampled, drawn, contents)) as receipts:  # its actors end before the directory goes
+        with closing(
+            stream_receipts(sampled, drawn, contents)
+        ) as receipts:  # stops the actors before the directory is removed
             for receipt in receipts:
                 tallies.setdefault(receipt["shard"], Tally()).add(receipt)
                 whole.add(receipt)
@@ -213,14 +227,14 @@ def link_windows(
             },
             first_seconds=first_seconds,
             tally=whole,
-            output_bytes=_bytes_in_one_file(f"{sampled.output}/_parts"),
+            output_bytes=_bytes_in_one_file(RunDirectory(sampled.output).parts),
         )
     finally:
         storage.remove_tree(scratch)
 
 
 def _write_windows(plan: Sequence[Shard], windows: Sequence[NDArray[np.int64]], directory: str) -> None:
-    """A file for each window, its rows in their order."""
+    """Write a file for each window, its rows in their order."""
     wanted = np.sort(np.concatenate(windows))
     rows = take_rows(plan, wanted)
     for number, window in enumerate(windows):
@@ -244,7 +258,7 @@ def _one_of_each(resources: ResourceSettings) -> ResourceSettings:
 
 
 def _size(num_bytes: float) -> str:
-    """In the largest unit of which there is one."""
+    """Return a size in the largest unit of which it is at least one."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if num_bytes < 1024:
             return f"{num_bytes:,.1f} {unit}"

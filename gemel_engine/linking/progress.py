@@ -1,13 +1,15 @@
-"""What a linking run says while it runs: counts of its receipts, as lines of the log and as Ray's metrics.
+"""Progress of a linking run as log lines and as Ray metrics.
 
-    ray_gemel_planned_rows_total{output}    rows that this run has to link
-    ray_gemel_rows_total{output, outcome}   finished rows: `linked`, or the kind of their error
-    ray_gemel_rollouts_total{output}
-    ray_gemel_prompt_tokens_total{output, found}    in the prefix `cache`, or `computed`
-    ray_gemel_stage_seconds_total{output, stage}    that actors were busy
+    ray_gemel_planned_rows_total{output}            number of rows that this run has to link
+    ray_gemel_rows_total{output, outcome}           number of finished rows by outcome: `linked`, or
+                                                    the kind of the error
+    ray_gemel_rollouts_total{output}                number of rollouts
+    ray_gemel_prompt_tokens_total{output, found}    number of prompt tokens, `cache` or `computed`
+    ray_gemel_stage_seconds_total{output, stage}    busy time of the actors
 
-Prometheus finds them, under these names, where Ray shows its own. They come from the driver, which has each finished
-row's receipt once, whatever actors were lost; so they move when a shard, or a part of one, is done.
+Prometheus scrapes them from the same endpoint as Ray's own metrics. The driver exports them; it
+receives one receipt for each finished row, even if actors die. So they change when a part of a
+shard is finished.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from ray.util import metrics
 
 from gemel_engine.display import percent
 from gemel_engine.errors import shown
-from gemel_engine.pipeline.stages import COSTS, PEAKS
+from gemel_engine.pipeline.stages import COSTS, PEAKS, STAGE_PEAK_BYTES, STAGE_SECONDS
 
 logger = logging.getLogger(__name__)
 
@@ -37,10 +39,10 @@ class Tally:
     """The sums of receipts.
 
     Attributes:
-        rows: Finished.
-        errors: Those of them that ended in an error, by kind.
-        costs: By the names of `COSTS`.
-        peaks: The largest of each of `PEAKS`, in bytes.
+        rows: Number of finished rows.
+        errors: Number of these rows with an error, by kind.
+        costs: Sum of each column of `COSTS`.
+        peaks: Maximum of each column of `PEAKS`, in bytes.
     """
 
     rows: int = 0
@@ -49,7 +51,7 @@ class Tally:
     peaks: dict[str, int] = field(default_factory=dict)
 
     def add(self, receipt: Mapping[str, Any]) -> None:
-        """Count a receipt, a row of `RECEIPT_SCHEMA`."""
+        """Add a receipt, a row of `RECEIPT_SCHEMA`."""
         self.rows += receipt["num_rows"]
         self.errors.update(receipt["error_kinds"])
         self.costs.update({name: receipt[name] for name in COSTS if receipt[name] is not None})
@@ -59,46 +61,42 @@ class Tally:
 
     @property
     def stage_seconds(self) -> dict[str, float]:
-        """Time that each stage's actors were busy."""
-        return {
-            name.removesuffix("_seconds"): self.costs[name]
-            for name in COSTS
-            if name.endswith("_seconds") and name in self.costs
-        }
+        """Return the busy time of the actors of each stage."""
+        return {stage: self.costs[name] for stage, name in STAGE_SECONDS.items() if name in self.costs}
 
     @property
     def peak_bytes(self) -> dict[str, int]:
-        """The most memory that a process of each stage has held."""
-        return {name.removesuffix("_peak_bytes"): peak for name, peak in self.peaks.items()}
+        """Return the largest memory of a process of each stage."""
+        return {stage: self.peaks[name] for stage, name in STAGE_PEAK_BYTES.items() if name in self.peaks}
 
     @property
     def rollouts(self) -> int:
-        """Asked of the engine."""
+        """Return the number of rollouts that the engine made."""
         return round(self.costs["rollouts"])
 
     @property
     def computed_tokens(self) -> float:
-        """Prompt tokens that the engine did not have in its cache."""
+        """Return the number of prompt tokens that were not in the prefix cache."""
         return self.costs["prompt_tokens"] - self.costs["cached_tokens"]
 
     @property
     def cache_hit_rate(self) -> float | None:
-        """Share of the prompt tokens that the engine had in its cache; None without any."""
+        """Return the share of prompt tokens found in the prefix cache, None without tokens."""
         return self.costs["cached_tokens"] / self.costs["prompt_tokens"] if self.costs["prompt_tokens"] else None
 
 
 class Progress:
-    """Counts the receipts of a run as they come, and tells of them.
+    """Accumulates receipts; reports progress as log lines and metrics.
 
     Args:
-        output: The run's, which tells its metrics from another's.
-        num_rows: To be linked.
+        output: Output directory of the run, a tag of its metrics.
+        num_rows: Number of rows to link.
     """
 
     def __init__(self, output: str, num_rows: int) -> None:
         self.tally = Tally()
         self._num_rows = num_rows
-        self._first: tuple[float, int] | None = None  # when the first rows were done, and how many
+        self._first: tuple[float, int] | None = None  # time of the first receipt, and its rows
         self._last_line = -float("inf")
         self._tags = {"output": shown(output).strip("'")}
         tags = ("output",)
@@ -106,18 +104,18 @@ class Progress:
         self._rollouts = metrics.Counter("gemel_rollouts", "Rollouts asked for finished rows", tags)
         self._tokens = metrics.Counter("gemel_prompt_tokens", "Prompt tokens of finished rows", (*tags, "found"))
         self._seconds = metrics.Counter("gemel_stage_seconds", "Time that actors were busy", (*tags, "stage"))
-        # Ray forgets a gauge between two receipts.
+        # A counter, not a gauge: Ray drops a gauge that is not set between two receipts.
         _increase(metrics.Counter("gemel_planned_rows", "Rows that the run has to link", tags), num_rows, self._tags)
 
     def add(self, receipt: Mapping[str, Any]) -> None:
-        """Count a receipt, a row of `RECEIPT_SCHEMA`; tell of it, unless a line has just been written."""
+        """Add a row of `RECEIPT_SCHEMA`; write a log line if the last one is old enough."""
         self.tally.add(receipt)
         self._export(receipt)
         now = time.monotonic()
         if self._first is None:
             self._first = now, self.tally.rows
         is_due = now - self._last_line >= _SECONDS_BETWEEN_LINES or self.tally.rows == self._num_rows
-        if is_due and not sys.stdout.isatty():  # where Ray Data draws bars instead
+        if is_due and not sys.stdout.isatty():  # on a terminal Ray Data draws bars instead
             self._last_line = now
             self._log(now)
 
@@ -160,12 +158,12 @@ class Progress:
         )
 
     def _rows_per_second(self, now: float) -> float | None:
-        """Since the first receipt: what went before is the start of the actors. None until a second has passed."""
+        """Return the rate since the first receipt, without actor start; None in its first second."""
         assert self._first is not None, "called when there is a receipt"
         started, rows = self._first
         return (self.tally.rows - rows) / (now - started) if self.tally.rows > rows and now > started + 1 else None
 
 
 def _increase(counter: metrics.Counter, value: float, tags: dict[str, str]) -> None:
-    if value > 0:  # Ray refuses to count nothing
+    if value > 0:  # Ray rejects an increase of 0
         counter.inc(value, tags)

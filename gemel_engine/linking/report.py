@@ -1,4 +1,4 @@
-"""What came of a linking run."""
+"""The report of a linking run, which is saved as `report.json`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pyarrow.compute as pc
 
 from gemel_engine.config.settings import LinkConfig
 from gemel_engine.display import percent
-from gemel_engine.errors import TooManyFailuresError, shown
-from gemel_engine.linking.incremental import EarlierRun
+from gemel_engine.errors import TooManyFailuresError, error_kind, shown
+from gemel_engine.linking.incremental import PreviousRun
 from gemel_engine.linking.progress import Tally
 from gemel_engine.pipeline.corpus import Shard, count_rows
 
@@ -22,17 +22,17 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CarriedOver:
-    """What a run took over from the one that it carries on; rows and costs are of the shards finished by this run.
+class IncrementalReport:
+    """What an incremental run reused; numbers of rows cover the shards finished by this call.
 
     Attributes:
-        num_changed_entities: Entities that were retired or renamed.
-        num_added_names: Names that are new.
-        rows_kept: Rows that kept their prediction without a question to the language model.
-        rows_extended: Rows that were searched over the added names alone.
-        rows_linked: Rows that were linked in full.
-        rollouts_before: All those behind the rows of the earlier run.
-        prompt_tokens_before: Of the earlier run, as its report says.
+        num_changed_entities: Number of entities that were retired or renamed.
+        num_added_names: Number of added names.
+        rows_kept: Number of rows that kept the previous prediction without a search.
+        rows_extended: Number of rows for which only the added names were searched.
+        rows_linked: Number of rows that were linked in full.
+        rollouts_before: Number of rollouts of all rows of the previous run.
+        prompt_tokens_before: Number of prompt tokens in the report of the previous run.
     """
 
     num_changed_entities: int
@@ -44,7 +44,7 @@ class CarriedOver:
     prompt_tokens_before: int
 
     def summary(self) -> str:
-        """One line for a terminal."""
+        """Return one line for a terminal."""
         return (
             f"kept={self.rows_kept} extended={self.rows_extended} linked={self.rows_linked} "
             f"rollouts_before={self.rollouts_before}"
@@ -53,27 +53,28 @@ class CarriedOver:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinkReport:
-    """What came of a run.
+    """The counts and costs of a run.
 
     Attributes:
-        rows: Rows of the output, all shards.
-        errors: Rows that ended in an error, by kind.
-        certified_share: Share of the linked rows whose name is proved to be the best.
-        rollouts_per_mention: Mean over the linked rows.
-        shards: Shards of the output.
-        shards_skipped: Those that an earlier run had finished.
-        rows_linked_now: Rows of the shards that this run finished; what follows is of these.
-        seconds: From the start of the job to its last shard.
-        mentions_per_second: Rows over seconds, start-up included.
-        stage_seconds: Time that each stage's actors were busy.
-        peak_bytes: The most memory that a process of each stage has held.
-        rollouts: Asked of the engine.
-        prompt_tokens: Of all prompts sent to the engine, one for each rollout.
-        cached_tokens: Those of them that it had in its cache.
-        prefix_cache_hit_rate: Their share.
-        feature_mapper: `trained`, or what its weights were set to: `ridge` (in closed form), `random`, `imported`; or
-            `none`.
-        carried_over: Of the run that this one carries on; None if it does not.
+        rows: Number of rows of the output.
+        errors: Number of rows with an error, by kind.
+        certified_share: Share of the rows without an error whose best name is certified.
+        rollouts_per_mention: Mean number of rollouts of the rows without an error.
+        shards: Number of shards of the output.
+        shards_skipped: Number of shards that were finished before this call.
+        rows_linked_now: Number of rows in the shards finished by this call, to which all fields
+            below refer.
+        seconds: Duration of the job up to its last shard.
+        mentions_per_second: `rows_linked_now` divided by `seconds`.
+        stage_seconds: Busy time of the actors of each stage.
+        peak_bytes: Largest memory of a process of each stage.
+        rollouts: Number of rollouts that the engine made.
+        prompt_tokens: Number of tokens of all prompts sent to the engine, one prompt per rollout.
+        cached_tokens: Number of these tokens found in the prefix cache.
+        prefix_cache_hit_rate: `cached_tokens` divided by `prompt_tokens`; None without tokens.
+        feature_mapper: How its weights were made: `trained`, `ridge` (closed form), `random` or
+            `imported`; `none` without a mapper.
+        carried_over: What an incremental run reused; None for any other run.
     """
 
     rows: int
@@ -92,10 +93,10 @@ class LinkReport:
     cached_tokens: int
     prefix_cache_hit_rate: float | None
     feature_mapper: str
-    carried_over: CarriedOver | None
+    carried_over: IncrementalReport | None
 
     def summary(self) -> str:
-        """One line for a terminal."""
+        """Return one line for a terminal."""
         return (
             f"rows={self.rows} errors={sum(self.errors.values())} certified={percent(self.certified_share)} "
             f"mentions_per_s={self.mentions_per_second:.2f} cache_hits={percent(self.prefix_cache_hit_rate)} "
@@ -117,7 +118,7 @@ def _report(
     mapper = artifacts.feature_mapper
     return LinkReport(
         rows=table.num_rows,
-        errors=dict(Counter(error.partition(":")[0] for error in table["error"].drop_null().to_pylist())),
+        errors=dict(Counter(map(error_kind, table["error"].drop_null().to_pylist()))),
         certified_share=pc.mean(linked["certified"]).as_py(),
         rollouts_per_mention=pc.mean(linked["num_rollouts"]).as_py(),
         shards=len(plan),
@@ -132,18 +133,18 @@ def _report(
         cached_tokens=round(tally.costs["cached_tokens"]),
         prefix_cache_hit_rate=tally.cache_hit_rate,
         feature_mapper="none" if mapper is None else mapper.metadata.origin,
-        carried_over=_carried_over(config, tally),
+        carried_over=_incremental_report(config, tally),
     )
 
 
-def _carried_over(config: LinkConfig, tally: Tally) -> CarriedOver | None:
-    if (earlier := EarlierRun.of(config)) is None:
+def _incremental_report(config: LinkConfig, tally: Tally) -> IncrementalReport | None:
+    if (previous := PreviousRun.of(config)) is None:
         return None
-    before = earlier.report()
+    before = previous.report()
     num_linked_before = before["rows"] - sum(before["errors"].values())
     rows_kept, rows_extended = round(tally.costs["rows_kept"]), round(tally.costs["rows_extended"])
-    return CarriedOver(
-        **earlier.counts(),
+    return IncrementalReport(
+        **previous.counts(),
         rows_kept=rows_kept,
         rows_extended=rows_extended,
         rows_linked=tally.rows - rows_kept - rows_extended,

@@ -1,4 +1,4 @@
-"""What the linking job does to a block of rows: sort, generate, write parts."""
+"""Stages that only the linking job has: sort the corpus, generate names, write parts."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import pyarrow.compute as pc
 
 from gemel_engine import storage
 from gemel_engine.config.settings import LinkConfig
-from gemel_engine.errors import EngineDiedError
+from gemel_engine.errors import EngineDiedError, error_kind
 from gemel_engine.fingerprints import Contents, check_contents
-from gemel_engine.linking.incremental import EarlierRun
+from gemel_engine.linking.incremental import PreviousRun
 from gemel_engine.pipeline.corpus import SMALL_SCHEMA, Shard, read_rows
 from gemel_engine.pipeline.isolation import isolate
 from gemel_engine.pipeline.output import write_part
 from gemel_engine.pipeline.stages import (
     COSTS,
     PEAKS,
-    _are_settled,
     _column,
     _features,
+    _keep_previous,
     _mentions,
     _with_cost,
     _with_use,
@@ -33,20 +33,20 @@ from gemel_engine.types import Prediction, predictions_to_table, row_to_predicti
 logger = logging.getLogger(__name__)
 
 
-# What is said of finished rows of a shard; costs and peaks are null where the stage is none of the run's.
+# A receipt for finished rows of a shard; costs and peaks of a stage that the run lacks are null.
 RECEIPT_SCHEMA = pa.schema(
     [
         pa.field("shard", pa.int32(), nullable=False),
         pa.field("part", pa.string(), nullable=False),
         pa.field("num_rows", pa.int64(), nullable=False),
-        pa.field("error_kinds", pa.list_(pa.string()), nullable=False),  # of each row with an error
+        pa.field("error_kinds", pa.list_(pa.string()), nullable=False),  # one per row with an error
         *(pa.field(name, pa.float64()) for name in (*COSTS, *PEAKS)),
     ]
 )
 
 
 def read_with_places(batch: pa.Table) -> pa.Table:
-    """Read a range of rows; adds `place`, that of each row in the ordered corpus, which the batch brings."""
+    """Read a range of rows; add `place`, the position of each row in the ordered corpus."""
     (fields,) = batch.drop_columns(["places"]).to_pylist()
     table = read_rows(Shard(**fields), SMALL_SCHEMA.names)
     columns = [
@@ -57,7 +57,7 @@ def read_with_places(batch: pa.Table) -> pa.Table:
 
 
 def write_ordered(batch: pa.Table, directory: str, rows_per_shard: int) -> pa.Table:
-    """Store a block of the ordered corpus, each shard a row group; returns a receipt."""
+    """Store a block of the ordered corpus, one row group per shard; return a receipt."""
     first = batch["place"][0].as_py()
     data = parquet_bytes(batch.drop_columns(["place"]), rows_per_shard)
     storage.write_bytes(f"{directory}/{first:012d}.parquet", data)
@@ -65,19 +65,19 @@ def write_ordered(batch: pa.Table, directory: str, rows_per_shard: int) -> pa.Ta
 
 
 class GenerateEntityNames:
-    """Turns mentions into predictions; where an earlier run is carried on, its predictions into those of this run."""
+    """Turns mentions into predictions; an incremental run starts from the previous predictions."""
 
     def __init__(self, config: LinkConfig, contents: Contents | None = None) -> None:
         from gemel_engine.assembly import start_generator
 
         check_contents(contents, config)
         self._output = config.output
-        earlier = EarlierRun.of(config)
-        added_names = None if earlier is None else earlier.added_names()
+        previous = PreviousRun.of(config)
+        added_names = None if previous is None else previous.added_names()
         self._generator = start_generator(config, added_names=added_names)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """Link a batch; keeps `shard`, `row` and the costs."""
+        """Return the predictions of a batch, with `shard`, `row` and the columns of costs."""
         return isolate(self._generate, batch, self._output, "generation")
 
     def _generate(self, batch: pa.Table) -> pa.Table:
@@ -86,17 +86,17 @@ class GenerateEntityNames:
         mentions, features = _mentions(batch), _features(batch)
         rows = [row for row, mention in enumerate(mentions) if mention is not None]
         demonstrations = [item or [] for item in _column(batch, "demonstrations")]
-        earlier = [None if row is None else row_to_prediction(row) for row in _column(batch, "previous")]
+        previous = [None if row is None else row_to_prediction(row) for row in _column(batch, "previous")]
         try:
             linked = self._generator.generate(
                 [mention for mention in mentions if mention is not None],
                 [features[row] for row in rows],
                 [demonstrations[row] for row in rows],
-                [earlier[row] for row in rows],
+                [previous[row] for row in rows],
             )
         except EngineDiedError:
             logger.exception("this process ends with its engine")
-            os._exit(1)  # the mark of these rows stays; whoever runs the stage starts both again
+            os._exit(1)  # the mark of these rows stays; Ray restarts the actor and its engine
         ids, errors = batch["mention_id"].to_pylist(), batch["error"].to_pylist()
         predictions = [Prediction(mention_id, error=error) for mention_id, error in zip(ids, errors, strict=True)]
         for row, prediction in zip(rows, linked, strict=True):
@@ -109,16 +109,16 @@ class GenerateEntityNames:
         now = self._cache_counts()
         num_rollouts = sum(
             (after.num_rollouts or 0) - (0 if before is None else before.num_rollouts or 0)
-            for before, after in zip(earlier, predictions, strict=True)
+            for before, after in zip(previous, predictions, strict=True)
             if after.error is None
         )
-        num_kept = sum(_are_settled(batch))
+        num_kept = sum(_keep_previous(batch))
         costs = {
             "prompt_tokens": now[0] - prompt_tokens,
             "cached_tokens": now[1] - cached_tokens,
             "rollouts": num_rollouts,
             "rows_kept": num_kept,
-            "rows_extended": len(earlier) - earlier.count(None) - num_kept,
+            "rows_extended": len(previous) - previous.count(None) - num_kept,
         }
         for name, cost in costs.items():
             table = _with_cost(table, name, cost)
@@ -130,7 +130,7 @@ class GenerateEntityNames:
 
 
 def write_parts(batch: pa.Table, output: str, plan: dict[int, Shard]) -> pa.Table:
-    """Store a batch's predictions, shard by shard; returns a receipt for each, of `RECEIPT_SCHEMA`."""
+    """Store the predictions of a batch by shard; return one row of `RECEIPT_SCHEMA` per shard."""
     receipts = []
     for index in pc.unique(batch["shard"]).to_pylist():
         part = batch.filter(pc.equal(batch["shard"], index))
@@ -140,7 +140,7 @@ def write_parts(batch: pa.Table, output: str, plan: dict[int, Shard]) -> pa.Tabl
             "shard": index,
             "part": write_part(output, plan[index], part.drop_columns([*costs, *peaks])),
             "num_rows": part.num_rows,
-            "error_kinds": [error.partition(":")[0] for error in part["error"].drop_null().to_pylist()],
+            "error_kinds": [error_kind(error) for error in part["error"].drop_null().to_pylist()],
         }
         receipts.append(receipt | costs | peaks)
     return pa.Table.from_pylist(receipts, schema=RECEIPT_SCHEMA)

@@ -1,1 +1,1 @@
-"""What linking and training share: corpus, output, stages."""
+"""Code that linking and training share: corpus, output directory, stages, Ray Data."""

@@ -1,16 +1,7 @@
-"""A run's unit of work and of output: the plan that cuts a corpus into shards, and how a shard is finished.
+"""The corpus of a run, cut into shards, the units of work and of output.
 
-    OUTPUT/_run.json                        what the run is; created exclusively, so that two different runs can't mix
-    OUTPUT/_parts/shard-00003/...           finished rows of an unfinished shard
-    OUTPUT/data/shard-00003.parquet         exists if and only if the shard is complete; created exclusively
-    OUTPUT/report.json
-
-    OUTPUT/_plan.json                       the shards, where they are not those of the input files; created exclusively
-    OUTPUT/_ordered/...                     the corpus in the order of its surface forms, without pictures
-
-A shard is a range of rows of one file: of the input, or of the ordered corpus where that was written. `data/` is a
-plain Parquet directory at every moment and holds no row twice: whoever finishes a shard first wins, and a rerun skips
-the finished ones. Each shard's footer names its run; `output_check` compares all of them with the plan.
+A shard is a range of rows of one file, either of the input or of the ordered corpus (see
+`pipeline.output`). The plan of a run is the list of its shards.
 """
 
 from __future__ import annotations
@@ -31,7 +22,7 @@ from gemel_engine.errors import InputError, shown
 from gemel_engine.storage import parquet
 from gemel_engine.types import MENTION_COLUMNS, MENTION_REQUIRED_COLUMNS
 
-# Columns that linking reads: those that are sorted by surface form, and all.
+# The columns of the ordered corpus, and all columns that linking reads.
 SMALL_SCHEMA = pa.schema(
     [
         (name, MENTION_COLUMNS[name].type)
@@ -48,10 +39,10 @@ class Shard:
     Attributes:
         index: Position in the plan, from 0.
         uri: Address of the file.
-        version: Of the file: see `_version`.
+        version: Version of the file, see `_version`.
         start: First row.
-        stop: Row behind the last.
-        ids: `ids_digest` of its mentions; empty where only the rows matter.
+        stop: Row after the last.
+        ids: `ids_digest` of its mentions; empty if the digest is not checked.
     """
 
     index: int
@@ -63,21 +54,21 @@ class Shard:
 
     @property
     def name(self) -> str:
-        """Name of its output, without extension."""
+        """Return the name of its output file, without extension."""
         return f"shard-{self.index:05d}"
 
 
 def plan_shards(input_uri: str, rows_per_shard: int, also_required: Sequence[str] = ()) -> list[Shard]:
-    """Check a corpus by its small columns and cut it into shards.
+    """Validate the columns and ids of a corpus and cut it into shards.
 
     Args:
         input_uri: Parquet file or directory of mentions.
-        rows_per_shard: At most so many.
-        also_required: Columns that this run needs beside those that every run does.
+        rows_per_shard: Maximum number of rows of a shard.
+        also_required: Columns that this run requires beside those that every run requires.
 
     Raises:
-        InputError: A column is missing, of the wrong type or there twice, a file is no Parquet, or a `mention_id` is
-            missing, not UTF-8, or stands twice.
+        InputError: A column is missing, repeated or of the wrong type, a file is not Parquet, or a
+            `mention_id` is missing, repeated or not UTF-8.
     """
     shards: list[Shard] = []
     ids = _UniqueIds(input_uri)
@@ -94,10 +85,10 @@ def plan_shards(input_uri: str, rows_per_shard: int, also_required: Sequence[str
 
 
 def order_by_surface_form(plan: Sequence[Shard]) -> NDArray[np.int64] | None:
-    """The place of each row, in the order of the plan, in the corpus sorted by surface form and `mention_id`.
+    """Return the position of each row in the corpus sorted by surface form and `mention_id` (N,).
 
-    Only these two columns are read. None if a file holds pictures or image features: rows of that size stay where they
-    are.
+    Rows are counted in the order of the plan. Only these two columns are read. Return None if a
+    file contains pictures or image features: rows of that size are not sorted.
     """
     tables = []
     for uri in dict.fromkeys(shard.uri for shard in plan):
@@ -114,7 +105,7 @@ def order_by_surface_form(plan: Sequence[Shard]) -> NDArray[np.int64] | None:
 
 
 def order_within_shards(plan: Sequence[Shard]) -> NDArray[np.int64]:
-    """The rows, numbered in the order of the plan, in the order in which they are linked where they stay in place."""
+    """Return row numbers in the order of linking if the corpus is not sorted (N,)."""
     orders, first = [], 0
     for uri, of_file in groupby(plan, key=lambda shard: shard.uri):
         with parquet.open_table(uri, MENTION_COLUMNS) as table:
@@ -127,7 +118,7 @@ def order_within_shards(plan: Sequence[Shard]) -> NDArray[np.int64]:
 
 
 def take_rows(plan: Sequence[Shard], rows: NDArray[np.int64]) -> pa.Table:
-    """All columns that linking reads of some rows, by their numbers in the order of the plan, which must rise."""
+    """Return the columns that linking reads, for ascending row numbers in the plan."""
     tables, first = [], 0
     for uri in dict.fromkeys(shard.uri for shard in plan):
         with parquet.open_table(uri, MENTION_COLUMNS) as table:
@@ -138,7 +129,7 @@ def take_rows(plan: Sequence[Shard], rows: NDArray[np.int64]) -> pa.Table:
 
 
 def recut(plan: Sequence[Shard], rows_per_shard: int) -> list[Shard]:
-    """The same rows in the same order, in shards of another size."""
+    """Return the same rows in the same order, in shards of another size."""
     recut: list[Shard] = []
     for (uri, version), of_file in groupby(plan, key=lambda shard: (shard.uri, shard.version)):
         recut += _cut(uri, version, list(of_file)[-1].stop, rows_per_shard, len(recut))
@@ -151,7 +142,7 @@ def count_rows(plan: Sequence[Shard]) -> int:
 
 
 def read_rows(shard: Shard, columns: Sequence[str]) -> pa.Table:
-    """Read a shard's rows, those of `columns` that the file has; only the row groups that hold them are touched.
+    """Read those of `columns` that the file has, from the row groups that contain the shard only.
 
     Raises:
         InputError: The file has changed since the run was planned.
@@ -160,19 +151,19 @@ def read_rows(shard: Shard, columns: Sequence[str]) -> pa.Table:
     kinds = {name: MENTION_COLUMNS[name] for name in columns}
     with parquet.open_table(shard.uri, kinds, MENTION_REQUIRED_COLUMNS[:1]) as table:
         rows = table.read(columns, range(shard.start, shard.stop))
-    _check_version(shard)  # it may have been replaced while it was read
+    _check_version(shard)  # the file may have been replaced during the read
     if shard.ids and "mention_id" in rows.column_names and ids_digest(rows["mention_id"]) != shard.ids:
         raise _changed(shard)
     return rows
 
 
 def plan_identity(shards: Sequence[Shard]) -> list[dict[str, Any]]:
-    """The plan as JSON: the same for the same input files, unchanged, cut in the same way."""
+    """Return the plan as JSON; it is equal for unchanged files that are cut in the same way."""
     return [asdict(shard) for shard in shards]
 
 
 def ids_digest(ids: pa.ChunkedArray) -> str:
-    """Return a hash of mention ids in their order, the same for all types of strings."""
+    """Return a hash of mention ids in their order; it does not depend on the Arrow string type."""
     if not len(ids):
         return hashlib.blake2b(digest_size=16).hexdigest()
     array = pa.concat_arrays(ids.cast(pa.large_string()).chunks)
@@ -184,10 +175,10 @@ def ids_digest(ids: pa.ChunkedArray) -> str:
 
 
 def _version(file: storage.InputFile) -> str:
-    """Return what changes with a file's content, without reading it: with its version also the Parquet footer's hash.
+    """Return a string that changes with a file's content, without reading the whole file.
 
-    The footer holds sizes, places and, as a rule, the least and greatest values of all columns; an object's ETag in S3
-    needs no such help.
+    For a local file this is its version with a hash of its Parquet footer, which contains sizes,
+    offsets and usually the minimum and maximum of each column. For an object in S3 it is its ETag.
     """
     path = storage.local_path(file.uri)
     if path is None:
@@ -220,7 +211,7 @@ def _cut(uri: str, version: str, num_rows: int, rows_per_shard: int, first_index
 
 
 class _UniqueIds:
-    """The ids of a corpus, checked while they come: equal ones take no room in a file, and much in memory."""
+    """Collects and validates the ids of a corpus early: repeated ids can exhaust the memory."""
 
     def __init__(self, uri: str) -> None:
         self._uri = uri
@@ -228,17 +219,17 @@ class _UniqueIds:
         self._num_ids = self._num_checked = 0
 
     def add(self, ids: pa.ChunkedArray) -> None:
-        """Take the next ids; check all where they have doubled in number since."""
+        """Add ids; check all ids whenever their number has doubled since the last check."""
         self._chunks += ids.chunks
         self._num_ids += len(ids)
         if self._num_ids >= 2 * self._num_checked:
             self.check()
 
     def check(self) -> None:
-        """See that each id so far is there, is UTF-8, and stands once.
+        """Raise if an id is missing, repeated or not UTF-8.
 
         Raises:
-            InputError: One does not, or there is none.
+            InputError: Such an id exists, or there are no ids.
         """
         if self._num_checked == self._num_ids > 0:
             return

@@ -1,12 +1,13 @@
-"""Finds rows that can't be processed, by an exception or the end of the process, and lets all others through.
+"""Isolates rows that raise an exception or end their process, so that all other rows succeed.
 
-Who works on rows leaves a mark first and removes it afterwards, so a mark that is still there when the rows come again
-tells of a process that ended over them. Such rows are then worked on in two halves, and so on, until a row stands
-alone. A row over which three processes ended while it stood alone is poison and becomes a row with an `error`.
+A process writes a mark before it works on rows and removes it afterwards. If the rows come again
+and the mark is still there, a process has ended while it worked on them. Such rows are divided into
+halves until a row is alone. A row on which three processes ended while it was alone is poison and
+becomes a row with an `error`.
 
-A process that was killed from outside leaves a mark too. That costs a division, but an innocent row would have to be
-hit three times in the moments in which it is worked on alone. The mark of another run of the same command, which works
-on the same rows at this moment, looks like one that was left; it counts as one of the three.
+A process that was killed from outside leaves a mark, too. This costs a division, but a good row
+becomes poison only if it is hit three times while it is alone. If another driver of the same run
+works on the same rows at the same time, its mark counts as one of the three.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ import pyarrow as pa
 
 from gemel_engine import storage
 from gemel_engine.errors import GemelError
+from gemel_engine.pipeline.output import RunDirectory
 
 POISON = "poison: {} processes ended while they worked on this row alone: look at its picture and text, or remove it"
 FAILED = "failed: {} in stage {}, of this row alone: {}"
 _ENDED_ALONE = 3
-_FAILED_ALONE = 16  # so many rows one by one, and none before them that got through, are not the rows' fault
+_FAILED_ALONE = 16  # if this many single rows fail and none has succeeded, the stage is at fault
 _SHOWN_CHARACTERS = 300
 
 Work = Callable[[pa.Table], pa.Table]
@@ -34,19 +36,25 @@ logger = logging.getLogger(__name__)
 
 
 def marks_of(batch: pa.Table, output: str, stage: str) -> str:
-    """Where the marks of a stage's batch lie in a run's output; `batch` has columns `shard` and `row`."""
+    """Return the directory of the marks of a batch, which has columns `shard` and `row`."""
     row, shard = _place(batch)
-    return f"{output}/_marks/{stage}/{shard}-{row}-{batch.num_rows}"
+    return f"{RunDirectory(output).marks}/{stage}/{shard}-{row}-{batch.num_rows}"
 
 
 def isolate(work: Work, batch: pa.Table, output: str, stage: str) -> pa.Table:
-    """Work on a batch, in parts where processes have ended over it; the log tells who did, and at which attempt.
+    """Apply `work` to a batch, in parts if processes have ended on it; log stage and attempt.
 
     Args:
-        work: What is done to rows; leaves those with an `error` alone. The rows of its result are its input's.
-        batch: Has columns `shard`, `row` and `error`; comes again unchanged when a process has ended.
-        output: Directory of the run, local or `s3://`, which holds the batch's marks until the work is done.
-        stage: Whose batch it is.
+        work: Function of rows that returns the same rows and leaves rows with an `error` alone.
+        batch: Table with columns `shard`, `row` and `error`; Ray passes it again, unchanged, when a
+            process has ended.
+        output: Output directory of the run, local or `s3://`; contains the marks of the batch until
+            the work is done.
+        stage: Name of the stage.
+
+    Raises:
+        GemelError, OSError, MemoryError: From `work`, at once.
+        Exception: Any other error of `work`, if no row succeeded.
     """
     started, marks = time.monotonic(), marks_of(batch, output, stage)
     left = Counter(file.partition(".")[0] for file in storage.list_files(marks))
@@ -87,11 +95,11 @@ def isolate(work: Work, batch: pa.Table, output: str, stage: str) -> pa.Table:
 
 
 def _marked(work: Work, part: pa.Table, mark: str) -> pa.Table:
-    """Work on rows while a mark lies in the output, which stays there if the process ends."""
+    """Apply `work` while a mark is in the output; the mark stays if the process ends."""
     storage.write_bytes(f"{mark}/mark", b"")
     try:
         result = work(part)
-    except Exception:  # which the process survives
+    except Exception:  # the process survives
         storage.remove_tree(mark)
         raise
     storage.remove_tree(mark)
@@ -108,12 +116,12 @@ def _with_error(part: pa.Table, message: str) -> pa.Table:
 
 
 def _place(batch: pa.Table) -> tuple[int, int]:
-    """Row and shard of a batch's first row."""
+    """Return row and shard of the first row of a batch."""
     return batch["row"][0].as_py(), batch["shard"][0].as_py()
 
 
 def _log_done(batch: pa.Table, stage: str, attempt: int, seconds: float) -> None:
-    """Say it to people and, field by field, to programs; louder if processes have ended over the batch."""
+    """Log a finished batch as text and as fields, as a warning if processes have ended on it."""
     row, shard = _place(batch)
     logger.log(
         logging.INFO if attempt == 1 else logging.WARNING,

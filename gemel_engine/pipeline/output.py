@@ -1,11 +1,26 @@
-"""The directory of a run: claim, plan, finished parts, exclusive commit of shards."""
+"""The output directory of a run: claim, plan, finished parts, exclusive commit of shards.
+
+    OUTPUT/_run.json                    identity of the run; created exclusively
+    OUTPUT/_plan.json                   shards of the ordered corpus, if there is one; created
+                                        exclusively
+    OUTPUT/_ordered/...                 corpus in the order of its surface forms, without pictures
+    OUTPUT/_parts/shard-00003/...       finished rows of an unfinished shard
+    OUTPUT/_marks/...                   marks of batches that are being processed, see `isolation`
+    OUTPUT/data/shard-00003.parquet     exists if and only if the shard is complete; created
+                                        exclusively
+    OUTPUT/report.json                  counts and costs of the run
+
+`data/` is a plain Parquet directory at any time and contains no row twice: the first driver that
+finishes a shard creates it, and a rerun skips it. The footer of each shard contains the digest of
+its run; `output_check` compares all shards with the plan.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import uuid
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -13,6 +28,7 @@ import pyarrow as pa
 from gemel_engine import storage
 from gemel_engine.errors import ConfigurationError, InputError, shown
 from gemel_engine.pipeline.corpus import Shard, count_rows, plan_identity
+from gemel_engine.pipeline.identity import differences, identity_json
 from gemel_engine.storage import parquet
 from gemel_engine.storage.parquet import parquet_bytes
 from gemel_engine.types import MENTION_COLUMNS, PREDICTION_COLUMNS, PREDICTION_SCHEMA
@@ -20,21 +36,95 @@ from gemel_engine.types import MENTION_COLUMNS, PREDICTION_COLUMNS, PREDICTION_S
 RUN_KEY = b"gemel_run"  # in the metadata of a shard's footer
 
 
+@dataclass(frozen=True, slots=True)
+class RunDirectory:
+    """Addresses of the files in a run's output directory.
+
+    Attributes:
+        output: Address of the directory, local or `s3://`.
+    """
+
+    output: str
+
+    @property
+    def claim(self) -> str:
+        """Return the address of the run's identity."""
+        return f"{self.output}/_run.json"
+
+    @property
+    def plan(self) -> str:
+        """Return the address of the shards of an ordered corpus."""
+        return f"{self.output}/_plan.json"
+
+    @property
+    def ordered(self) -> str:
+        """Return the directory of the corpus in the order of its surface forms."""
+        return f"{self.output}/_ordered"
+
+    @property
+    def parts(self) -> str:
+        """Return the directory of finished rows of unfinished shards."""
+        return f"{self.output}/_parts"
+
+    @property
+    def marks(self) -> str:
+        """Return the directory of the marks of batches that are being processed."""
+        return f"{self.output}/_marks"
+
+    @property
+    def changes(self) -> str:
+        """Return the directory of the knowledge base changes since the previous run."""
+        return f"{self.output}/_changes"
+
+    @property
+    def data(self) -> str:
+        """Return the directory of the finished shards."""
+        return f"{self.output}/data"
+
+    @property
+    def report(self) -> str:
+        """Return the address of the run's report."""
+        return f"{self.output}/report.json"
+
+    @property
+    def examples(self) -> str:
+        """Return the directory of prepared training examples."""
+        return f"{self.output}/examples"
+
+    @property
+    def feature_mapper(self) -> str:
+        """Return the directory of the trained feature mapper."""
+        return f"{self.output}/feature_mapper"
+
+    @property
+    def tensorboard(self) -> str:
+        """Return the directory of the training's TensorBoard events."""
+        return f"{self.output}/tensorboard"
+
+    def shard(self, name: str) -> str:
+        """Return the address of a finished shard."""
+        return f"{self.data}/{name}.parquet"
+
+    def new_part(self, name: str) -> str:
+        """Return a unique address for finished rows of the shard `name`."""
+        return f"{self.parts}/{name}/{uuid.uuid4().hex}.parquet"
+
+
 def save_plan(output: str, plan: Sequence[Shard]) -> list[Shard]:
-    """Note the shards of a run, unless another run was first; returns those that are noted."""
-    storage.create_exclusive(f"{output}/_plan.json", json.dumps(plan_identity(plan)).encode())
+    """Save the shards of a run unless another driver has saved some; return the saved shards."""
+    storage.create_exclusive(RunDirectory(output).plan, json.dumps(plan_identity(plan)).encode())
     noted = load_plan(output, count_rows(plan))
     assert noted is not None, "created just now, or before"
     return noted
 
 
 def load_plan(output: str, expected_rows: int) -> list[Shard] | None:
-    """Return the shards that `save_plan` noted, if it did.
+    """Return the shards that `save_plan` saved, None without any.
 
     Raises:
-        InputError: What it noted is damaged, or is not of `expected_rows` rows.
+        InputError: The saved plan is damaged, or does not have `expected_rows` rows.
     """
-    uri = f"{output}/_plan.json"
+    uri = RunDirectory(output).plan
     if not storage.exists(uri):
         return None
     remedy = "remove it and run the same command again"
@@ -42,7 +132,7 @@ def load_plan(output: str, expected_rows: int) -> list[Shard] | None:
     try:
         plan = [Shard(**fields) for fields in found]
         is_whole = count_rows(plan) == expected_rows and [shard.index for shard in plan] == list(range(len(plan)))
-    except TypeError:  # other JSON than `plan_identity` makes
+    except TypeError:  # JSON of another structure than that of `plan_identity`
         plan, is_whole = [], False
     if not is_whole:
         raise InputError(f"{shown(uri)} is not the plan of this run's {expected_rows} rows: {remedy}")
@@ -50,39 +140,39 @@ def load_plan(output: str, expected_rows: int) -> list[Shard] | None:
 
 
 def claim_output(output: str, identity: dict[str, Any]) -> None:
-    """Make the output this run's, or see that it already is.
+    """Claim the output for this run; raise if it belongs to a different run.
 
     Args:
-        output: Directory of the run.
-        identity: What makes up the run, as JSON: settings, input files, artifacts.
+        output: Output directory.
+        identity: `run_identity` of the run.
 
     Raises:
-        ConfigurationError: The output belongs to a run that differs; the message names where.
-        InputError: It has shards, but nothing says of which run.
+        ConfigurationError: The output belongs to a different run; the message names the settings.
+        InputError: The output contains shards but no claim.
     """
-    if data_files(output) and not is_claimed(output):  # in this order: a run claims before it writes shards
+    if data_files(output) and not is_claimed(output):  # in this order: runs claim first
         raise InputError(
             f"{shown(output)} has files in data but no _run.json, so that nobody knows of which run they are: remove "
             "them, or choose another output"
         )
-    if not storage.create_exclusive(f"{output}/_run.json", _run_json(identity)):
+    if not storage.create_exclusive(RunDirectory(output).claim, identity_json(identity)):
         check_claim(output, identity)
 
 
 def is_claimed(output: str) -> bool:
-    """Whether the output is a run's already."""
-    return storage.exists(f"{output}/_run.json")
+    """Return whether the output belongs to a run."""
+    return storage.exists(RunDirectory(output).claim)
 
 
 def check_claim(output: str, identity: dict[str, Any]) -> None:
-    """Raise if the output, which is a run's, is not this run's.
+    """Raise if the output belongs to a different run.
 
     Raises:
-        ConfigurationError: It belongs to a run that differs; the message names where.
-        InputError: What it says of its run is damaged.
+        ConfigurationError: It belongs to a different run; the message names the settings.
+        InputError: The claim is missing or damaged.
     """
     existing = load_claim(output)
-    if existing != json.loads(_run_json(identity)):
+    if existing != json.loads(identity_json(identity)):
         raise ConfigurationError(
             f"{output} holds a run that differs in {', '.join(differences(existing, identity))}: "
             "choose another output, or remove it"
@@ -93,28 +183,23 @@ def load_claim(output: str) -> dict[str, Any]:
     """Return the identity of the run that the output belongs to.
 
     Raises:
-        InputError: It is missing or damaged.
+        InputError: The claim is missing or damaged.
     """
-    uri, remedy = f"{output}/_run.json", "choose another output, or remove this one"
+    uri, remedy = RunDirectory(output).claim, "choose another output, or remove this one"
     found = storage.read_json(uri, remedy)
     if not isinstance(found, dict):
         raise InputError(f"{shown(uri)} describes no run: {remedy}")
     return found
 
 
-def run_digest(identity: dict[str, Any]) -> str:
-    """Return what the footer of each of a run's shards names it by."""
-    return hashlib.sha256(_run_json(identity)).hexdigest()
-
-
 def data_files(output: str) -> set[str]:
-    """Return the names of all files in `data/`, without those that somebody has begun to write.
+    """Return the names of all files in `data/` except unfinished writes, which begin with a dot.
 
     Raises:
-        InputError: One is a link that leads nowhere.
+        InputError: `data` is a broken link.
     """
     try:
-        return {name for name in storage.list_files(f"{output}/data") if not name.startswith(".")}
+        return {name for name in storage.list_files(RunDirectory(output).data) if not name.startswith(".")}
     except FileNotFoundError as error:
         raise InputError(
             f"{shown(str(error.filename))} leads nowhere: remove it and run the same command again"
@@ -122,34 +207,34 @@ def data_files(output: str) -> set[str]:
 
 
 def finished_shards(output: str) -> set[str]:
-    """Names of the shards that are complete."""
+    """Return the names of the complete shards."""
     return {name.removesuffix(".parquet") for name in data_files(output) if name.endswith(".parquet")}
 
 
 def write_part(output: str, shard: Shard, table: pa.Table) -> str:
-    """Store finished rows of a shard; returns their address. `table` has a column `row` beside the predictions."""
-    uri = f"{output}/_parts/{shard.name}/{uuid.uuid4().hex}.parquet"
+    """Store finished rows of a shard, predictions with a column `row`; return their address."""
+    uri = RunDirectory(output).new_part(shard.name)
     storage.write_bytes(uri, parquet_bytes(table))
     return uri
 
 
 def commit_shard(output: str, shard: Shard, part_uris: Sequence[str], run: str = "") -> bool:
-    """Put a shard's parts together in the order of its input rows, unless another driver was first.
+    """Join the parts of a shard in the order of its input rows, unless another driver was first.
 
     Args:
-        output: Directory of the run.
-        shard: What the parts are of.
-        part_uris: As `write_part` returned them.
+        output: Output directory.
+        shard: The shard.
+        part_uris: Addresses of its parts, as returned by `write_part`.
         run: `run_digest` of the run.
 
     Returns:
         Whether this call created the shard.
 
     Raises:
-        AssertionError: The parts are not exactly the shard's rows.
+        AssertionError: The parts do not contain each row of the shard exactly once.
         InputError: Parts have been removed.
     """
-    finished = f"{output}/data/{shard.name}.parquet"
+    finished = RunDirectory(output).shard(shard.name)
     try:
         parts = [parquet.from_bytes(storage.read_bytes(uri), uri) for uri in part_uris]
     except FileNotFoundError as error:
@@ -157,7 +242,7 @@ def commit_shard(output: str, shard: Shard, part_uris: Sequence[str], run: str =
             raise InputError(
                 f"parts of {shown(finished)} were removed while the run was at work: run the same command again"
             ) from error
-        return False  # another run finished all shards, and removed the parts
+        return False  # another driver finished all shards and removed the parts
     table = pa.concat_tables(parts).sort_by("row")
     assert table["row"].to_pylist() == list(range(shard.start, shard.stop)), f"{shard.name}: rows lost or repeated"
     table = table.select(PREDICTION_SCHEMA.names).replace_schema_metadata({RUN_KEY: run})
@@ -165,21 +250,5 @@ def commit_shard(output: str, shard: Shard, part_uris: Sequence[str], run: str =
 
 
 def read_columns(directory: str, columns: Sequence[str]) -> pa.Table:
-    """Small columns of all Parquet files of a directory."""
+    """Read small columns of all Parquet files of a directory."""
     return parquet.read_tables(directory, PREDICTION_COLUMNS | MENTION_COLUMNS, columns, columns)
-
-
-def _run_json(identity: dict[str, Any]) -> bytes:
-    return json.dumps(identity, indent=2, sort_keys=True).encode()
-
-
-def differences(left: dict[str, Any], right: dict[str, Any], prefix: str = "") -> list[str]:
-    """Full names of the keys in which two JSON objects differ."""
-    names = []
-    for key in sorted({*left, *right}):
-        a, b = left.get(key), right.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            names += differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            names.append(f"{prefix}{key}")
-    return names

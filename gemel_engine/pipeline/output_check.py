@@ -1,7 +1,8 @@
-"""Whether the output of a linking run is what was planned, told from footers and one small column.
+"""Compares the output of a linking run with its plan, by footers and one small column.
 
-A shard is right if its footer names this run, and its `mention_id` are those of the planned rows in their order. Each
-fault is an error that names the file and the remedy; nothing is removed here.
+A shard is valid if its footer contains the digest of this run and its `mention_id` are those of the
+planned rows in their order. Each fault raises an error that names the file and the remedy; nothing
+is removed here.
 """
 
 from __future__ import annotations
@@ -17,57 +18,60 @@ from pyarrow.fs import FileType
 from gemel_engine import storage
 from gemel_engine.errors import InputError, shown
 from gemel_engine.pipeline.corpus import Shard, ids_digest
-from gemel_engine.pipeline.output import RUN_KEY, data_files, load_claim, run_digest
+from gemel_engine.pipeline.identity import run_digest
+from gemel_engine.pipeline.output import RUN_KEY, RunDirectory, data_files, load_claim
 from gemel_engine.types import PREDICTION_SCHEMA
 
 _REMEDY = "remove it and run the same command again"
-_THREADS = 16  # most of the time they wait for S3
+_THREADS = 16  # they mostly wait for S3
 
 
 def check_finished(output: str, plan: Sequence[Shard], run: str) -> set[str]:
-    """Return the names of the shards that are finished, after a look at each.
+    """Validate the finished shards and return their names.
 
     Args:
-        output: Directory of the run.
-        plan: Its shards.
+        output: Output directory.
+        plan: Shards of the run.
         run: `run_digest` of the run.
 
     Raises:
-        InputError: A file in `data/` is none of the run's shards, or is damaged, or holds other rows.
+        InputError: A file in `data/` is damaged, no shard of this run, or contains other rows.
     """
     planned = {f"{shard.name}.parquet": shard for shard in plan}
     files = data_files(output)
     if foreign := files - planned.keys():
-        raise InputError(f"{shown(f'{output}/data/{min(foreign)}')} is no shard of this run: {_REMEDY}")
+        raise InputError(f"{shown(f'{RunDirectory(output).data}/{min(foreign)}')} is no shard of this run: {_REMEDY}")
     finished = [planned[name] for name in sorted(files)]
     _read(output, finished, run, ())
     return {shard.name for shard in finished}
 
 
 def read_complete(output: str, plan: Sequence[Shard], run: str, columns: Sequence[str]) -> pa.Table:
-    """Return small columns of all rows of a run that has come to its end, after a look at each shard.
+    """Validate all shards of a finished run and return small columns of all rows.
 
     Args:
-        output: Directory of the run.
-        plan: Its shards.
+        output: Output directory.
+        plan: Shards of the run.
         run: `run_digest` of the run.
-        columns: What to read.
+        columns: Names of the columns.
 
     Raises:
-        InputError: As for `check_finished`; or a shard is missing, or the output is not this run's any more.
+        InputError: As for `check_finished`; or a shard is missing, or the output belongs to another
+            run by now.
     """
     if run_digest(load_claim(output)) != run:
         raise InputError(
-            f"{shown(f'{output}/_run.json')} became another run's while this one was at work: choose another output"
+            f"{shown(RunDirectory(output).claim)} became another run's while this one was at work: "
+            "choose another output"
         )
     files = data_files(output)
     if missing := [shard.name for shard in plan if f"{shard.name}.parquet" not in files]:
         raise InputError(
             f"{len(missing)} of {len(plan)} shards were removed while the run was at work, such as "
-            f"{shown(f'{output}/data/{missing[0]}.parquet')}: run the same command again"
+            f"{shown(RunDirectory(output).shard(missing[0]))}: run the same command again"
         )
     if len(files) > len(plan):
-        check_finished(output, plan, run)  # says which is foreign
+        check_finished(output, plan, run)  # raises, with the name of the foreign file
     return _read(output, plan, run, columns)
 
 
@@ -78,10 +82,10 @@ def _read(output: str, finished: Sequence[Shard], run: str, columns: Sequence[st
 
 
 def _checked_columns(shard: Shard, output: str, run: str, columns: Sequence[str]) -> pa.Table:
-    uri, num_rows = f"{output}/data/{shard.name}.parquet", shard.stop - shard.start
+    uri, num_rows = RunDirectory(output).shard(shard.name), shard.stop - shard.start
     try:
         file_system, path = storage.resolve(uri)
-        if file_system.get_file_info(path).type != FileType.File:  # a pipe would be waited for
+        if file_system.get_file_info(path).type != FileType.File:  # reading a pipe would block
             raise InputError(f"{shown(uri)} is no file: {_REMEDY}")
         with pq.ParquetFile(path, filesystem=file_system) as parquet:
             schema = parquet.schema_arrow

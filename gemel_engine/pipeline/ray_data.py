@@ -1,4 +1,4 @@
-"""How linking and training use Ray Data: the connection, actor pools, and the stages that both begin with."""
+"""Ray Data for linking and training: the connection, actor pools, the stages that both share."""
 
 from __future__ import annotations
 
@@ -46,14 +46,15 @@ def encode_and_retrieve(
     with_gold: bool = False,
     annotate: Annotate | None = None,
 ) -> Dataset:
-    """Return mentions with their image features and the rows of their demonstrations.
+    """Return a dataset of mentions with image features and the rows of their demonstrations.
 
     Args:
         config: The job.
-        plan: What to read.
-        contents: The models and artifacts that the run began with, with which each actor compares what it opens.
-        with_gold: Keep `entity_id`.
-        annotate: Adds columns to the rows of a shard.
+        plan: Shards to read.
+        contents: Fingerprint or manifest of each model and artifact at the start of the run, which
+            each actor compares with what it opens.
+        with_gold: Whether to keep `entity_id`.
+        annotate: Function that adds columns to all rows of a shard.
     """
     with_pictures = config.vision.image_encoder is not None
     columns = ("image_features", *(IMAGE_COLUMNS if with_pictures else ()), *(("entity_id",) if with_gold else ()))
@@ -85,7 +86,7 @@ def connect() -> None:
         _start_ray()
     of_data = [item for item in logging.getLogger("ray.data").handlers if isinstance(item, logging.StreamHandler)]
     if asked := [handler for handler in root.handlers if handler not in ours]:
-        # RAY_LOGGING_CONFIG_ENCODING, such as JSON: Ray writes the logs of all processes in it. One handler is enough.
+        # With RAY_LOGGING_CONFIG_ENCODING, such as JSON, Ray formats the logs of all processes.
         root.handlers = asked
         for stream in of_data:
             stream.setFormatter(asked[0].formatter)
@@ -97,7 +98,7 @@ def connect() -> None:
 
 
 def _join_cluster(address: str) -> None:
-    """Join a cluster; where nothing listens, Ray itself would try for a quarter of an hour."""
+    """Join a cluster; test the address first, since Ray would retry for 15 minutes."""
     try:
         if address not in ("auto", "local"):
             place = urlsplit(address if "://" in address else f"//{address}")
@@ -113,8 +114,8 @@ def _join_cluster(address: str) -> None:
 
 
 def _start_ray() -> None:
-    """Start Ray on this machine; it reports failures by exceptions of no kind of their own."""
-    os.environ.pop("RAY_ADDRESS", None)  # an empty one
+    """Start Ray on this machine; Ray has no exception class of its own for failures."""
+    os.environ.pop("RAY_ADDRESS", None)  # it may be set and empty
     try:
         ray.init(address="local", num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False)
     except Exception as error:
@@ -127,7 +128,7 @@ def _start_ray() -> None:
 
 
 def _stop(number: int, _: object) -> NoReturn:
-    """What `ray job stop` asks for, some seconds before it kills."""
+    """Exit on SIGTERM, which `ray job stop` sends some seconds before it kills."""
     logger.warning("stopped; the same command goes on from the shards that are finished")
     sys.exit(128 + number)
 
@@ -141,9 +142,9 @@ def rows_of(batches: Iterable[pa.Table]) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def own_errors() -> Iterator[None]:
-    """Raise what a task or an actor raised on purpose as itself, where Ray reports it as an error of its own.
+    """Raise an error of `gemel_engine.errors` that Ray has wrapped in one of its own.
 
-    Ray keeps the text of the remote traceback in every case, but not the exception.
+    Ray always keeps the text of the remote traceback, but not always the exception.
     """
     try:
         yield
@@ -156,9 +157,10 @@ def own_errors() -> Iterator[None]:
 
 
 def actor_pool(settings: PoolSettings) -> dict[str, Any]:
-    """Arguments of `map_batches` for a stage of actors; a batch is a block.
+    """Return the arguments of `map_batches` for a stage of actors; a batch is a block.
 
-    Threads are set in the actor's environment, since Ray builds an actor in one thread and calls it in another.
+    The number of threads is set in the actor's environment: Ray creates an actor in one thread and
+    calls it in another.
     """
     threads = {} if settings.num_threads is None else {"OMP_NUM_THREADS": str(settings.num_threads)}
     return {

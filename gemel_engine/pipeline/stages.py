@@ -1,10 +1,10 @@
-"""What the linking and training jobs do to a block of rows: tables in, tables out.
+"""Stages that the linking and training jobs share: functions from tables to tables.
 
-Each function or class is one stage; it adapts columns, and what it does stands in other modules, which are imported
-where they run: a process that only reads rows does not load four libraries of models. A row that fails carries its
-`error` to the end, and later stages leave it alone. Nothing here knows Ray.
+Each function or class is one stage, which adapts the columns to functions of other modules. These
+are imported where they run, so that a process that only reads rows does not load the libraries of
+models. A row that fails keeps its `error`, and later stages skip it. This module does not use Ray.
 
-C vision width.
+Shapes: C is the vision width.
 """
 
 from __future__ import annotations
@@ -40,28 +40,39 @@ Annotate = Callable[[pa.Table, Shard], pa.Table]  # adds columns to all rows of 
 _COLUMNS = ("mention_id", "text", "mention", "mention_start", "candidate_ids", "group")
 IMAGE_COLUMNS = ("image_bytes", "image_uri")
 _FETCH_THREADS = 16
-_FETCHED_AHEAD = 64  # image files that are held at once, at most
-# What a stage spent on a batch, spread evenly over its rows, so that it can be summed wherever the rows end up.
+_FETCHED_AHEAD = 64  # maximum number of image files in memory
+# Columns with the seconds that each stage spent.
+STAGE_SECONDS = {"image": "image_seconds", "retrieval": "retrieval_seconds", "generation": "generation_seconds"}
+# Columns with the largest memory of the stage's process up to the time when it finished a row.
+STAGE_PEAK_BYTES = {
+    "image": "image_peak_bytes",
+    "retrieval": "retrieval_peak_bytes",
+    "generation": "generation_peak_bytes",
+}
+# All columns of costs. The cost of a batch is spread evenly over its rows: any rows can be summed.
 COSTS = (
-    "image_seconds",
-    "retrieval_seconds",
-    "generation_seconds",
+    *STAGE_SECONDS.values(),
     "prompt_tokens",
     "cached_tokens",
     "rollouts",
     "rows_kept",
     "rows_extended",
 )
-# The most memory that the process of a stage had held by the time when it was done with a row.
-PEAKS = ("image_peak_bytes", "retrieval_peak_bytes", "generation_peak_bytes")
+PEAKS = tuple(STAGE_PEAK_BYTES.values())
 
 
 def read_mentions(batch: pa.Table, output: str, also: Sequence[str], annotate: Annotate | None = None) -> pa.Table:
-    """Read a shard, ordered by surface form, so that equal prompts' beginnings follow each other.
+    """Read a shard and order it by surface form, so that prompts that begin alike are adjacent.
 
-    Reads the columns of `also` beside the small ones, where the corpus has them. Adds `shard`, `row` (in the
-    shard's file) and `error` (null so far, or why the row can't be linked), and what `annotate` adds. `output` is the
-    run's directory.
+    Args:
+        batch: One row, the fields of the `Shard`.
+        output: Output directory of the run.
+        also: Columns to read beside the small ones, if the corpus has them.
+        annotate: Function that adds columns.
+
+    Returns:
+        The rows with three more columns: `shard`, `row` (in the shard's file) and `error` (null, or
+        why the row can't be linked); and the columns of `annotate`.
     """
     (fields,) = batch.to_pylist()
     shard = Shard(**fields)
@@ -80,11 +91,11 @@ def read_mentions(batch: pa.Table, output: str, also: Sequence[str], annotate: A
 
 
 def _read_rows(places: pa.Table, shard: Shard, also: Sequence[str]) -> pa.Table:
-    """Read rows of a shard that follow each other; of a row with an error the id alone."""
+    """Read adjacent rows of a shard; if all have an `error`, read only their ids."""
     first, are_unreadable = places["row"][0].as_py(), places["error"].null_count == 0
     part = replace(shard, start=first, stop=first + places.num_rows)
     if part != shard:
-        part = replace(part, ids="")  # the digest is of all ids of the shard
+        part = replace(part, ids="")  # the digest covers all ids of the shard
     if are_unreadable:
         table, errors = read_rows(part, ("mention_id",)), places["error"].to_pylist()
         for name in ("text", "mention"):
@@ -100,7 +111,7 @@ def _read_rows(places: pa.Table, shard: Shard, also: Sequence[str]) -> pa.Table:
 
 
 class EncodeImages:
-    """Adds `image_features` (C,), null without a picture; drops the picture. Features that a row has already stay."""
+    """Adds missing `image_features` (C,), null without a picture; drops the pictures."""
 
     def __init__(self, config: JobConfig, contents: Contents | None = None) -> None:
         from gemel_engine.assembly import load_picture_encoder
@@ -119,8 +130,8 @@ class EncodeImages:
         errors = batch["error"].to_pylist()
         features = _column(batch, "image_features")
         needed = [
-            error is None and item is None and not is_settled
-            for error, item, is_settled in zip(errors, features, _are_settled(batch), strict=True)
+            error is None and item is None and not keeps_previous
+            for error, item, keeps_previous in zip(errors, features, _keep_previous(batch), strict=True)
         ]
         for row, item in enumerate(self._encoder.encode(self._files(batch, needed))):
             if isinstance(item, MentionError):
@@ -133,7 +144,7 @@ class EncodeImages:
         return _with_use(_with_errors(batch, errors), "image", started, beside_bytes=decoder_peak_bytes())
 
     def _files(self, batch: pa.Table, needed: list[bool]) -> Iterator[bytes | ImageFetchError | None]:
-        """The image file of each row that needs one; a row that has both a file and an address keeps the file."""
+        """Yield the image file of each row, None if none is needed; fetch those given by address."""
         files = repeat(None) if "image_bytes" not in batch.column_names else (f.as_py() for f in batch["image_bytes"])
         ahead: deque[bytes | Future[bytes | ImageFetchError] | None] = deque()
         with ThreadPoolExecutor(_FETCH_THREADS) as threads:
@@ -154,7 +165,7 @@ class EncodeImages:
 
 
 class RetrieveDemonstrations:
-    """Adds `demonstrations`: rows of the index, the most similar last."""
+    """Adds `demonstrations`: row numbers of the index, the most similar last."""
 
     def __init__(self, config: JobConfig, contents: Contents | None = None) -> None:
         from gemel_engine.retrieval.index import DemonstrationIndex
@@ -179,8 +190,8 @@ class RetrieveDemonstrations:
     def _retrieve(self, batch: pa.Table) -> pa.Table:
         started = time.monotonic()
         mentions, features = _mentions(batch), _features(batch)
-        are_settled = _are_settled(batch)
-        rows = [row for row, mention in enumerate(mentions) if mention is not None and not are_settled[row]]
+        keep_previous = _keep_previous(batch)
+        rows = [row for row, mention in enumerate(mentions) if mention is not None and not keep_previous[row]]
         found = self._retriever.retrieve(
             [mention for row in rows if (mention := mentions[row]) is not None], [features[row] for row in rows]
         )
@@ -192,7 +203,7 @@ class RetrieveDemonstrations:
 
 
 def _without_invalid_text(table: pa.Table) -> tuple[pa.Table, list[str | None]]:
-    """Null in place of text that is not UTF-8, which Parquet promises and nobody checks; and the error of such rows."""
+    """Replace text that is not UTF-8 by null; return the table and the error of each row."""
     errors: list[str | None] = [None] * table.num_rows
     for position, field in enumerate(table.schema):
         try:
@@ -210,30 +221,30 @@ def _without_invalid_text(table: pa.Table) -> tuple[pa.Table, list[str | None]]:
 
 
 def _all_mentions(batch: pa.Table) -> Iterator[Mention]:
-    """The mention of each row, those with an error included."""
+    """Yield the mention of each row, including rows with an error."""
     for row in batch.select([column for column in _COLUMNS if column in batch.column_names]).to_pylist():
         candidate_ids = row.pop("candidate_ids", None)
         yield Mention(**row, candidate_ids=None if candidate_ids is None else tuple(candidate_ids))
 
 
 def _mentions(batch: pa.Table) -> list[Mention | None]:
-    """The mention of each row, None where it has an error."""
+    """Return the mention of each row, None for a row with an error."""
     errors = batch["error"].to_pylist()
     return [mention if error is None else None for mention, error in zip(_all_mentions(batch), errors, strict=True)]
 
 
 def _features(batch: pa.Table) -> list[Features | None]:
-    """The image features (C,) of each row, None without a picture."""
+    """Return the image features (C,) of each row, None without a picture."""
     if "image_features" not in batch.column_names:
         return [None] * batch.num_rows
-    vectors = (row.values for row in batch["image_features"])  # arrays, not lists of Python's numbers
-    with np.errstate(over="ignore"):  # what is too large becomes infinite, which is an error of the row
+    vectors = (row.values for row in batch["image_features"])  # Arrow arrays, not Python lists
+    with np.errstate(over="ignore"):  # values too large become infinite, and the row gets an error
         return [None if row is None else row.to_numpy(zero_copy_only=False).astype(np.float32) for row in vectors]
 
 
-def _are_settled(batch: pa.Table) -> list[bool]:
-    """Whether nothing is to be asked of a model about each row, since an earlier run's prediction stands."""
-    return [bool(is_settled) for is_settled in _column(batch, "is_settled")]
+def _keep_previous(batch: pa.Table) -> list[bool]:
+    """Return whether each row keeps its previous prediction, so that no model is needed for it."""
+    return [bool(keeps_previous) for keeps_previous in _column(batch, "keeps_previous")]
 
 
 def _result(file: bytes | Future[bytes | ImageFetchError] | None) -> bytes | ImageFetchError | None:
@@ -241,7 +252,7 @@ def _result(file: bytes | Future[bytes | ImageFetchError] | None) -> bytes | Ima
 
 
 def _column(batch: pa.Table, name: str) -> list[Any]:
-    """A column's values; None for each row where the batch does not have it."""
+    """Return the values of a column, None for each row if the batch lacks the column."""
     return batch[name].to_pylist() if name in batch.column_names else [None] * batch.num_rows
 
 
@@ -250,17 +261,17 @@ def _with_errors(batch: pa.Table, errors: list[str | None]) -> pa.Table:
 
 
 def _with_use(batch: pa.Table, stage: str, started: float, beside_bytes: int = 0) -> pa.Table:
-    """Add the seconds since a stage started on a batch, and the most memory that this process has ever held.
+    """Add the seconds that a stage spent on a batch, and the largest memory of this process.
 
     Args:
-        batch: The rows that the stage is done with.
-        stage: Prefix of the two columns.
-        started: When it began, by `time.monotonic`.
-        beside_bytes: What a process that works for this one has held.
+        batch: Finished rows of the stage.
+        stage: Stage, a key of `STAGE_SECONDS`.
+        started: Start of the work on the batch, by `time.monotonic`.
+        beside_bytes: Largest memory of a helper process, added to that of this process.
     """
-    batch = _with_cost(batch, f"{stage}_seconds", time.monotonic() - started)
+    batch = _with_cost(batch, STAGE_SECONDS[stage], time.monotonic() - started)
     peak = 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + beside_bytes  # Linux counts in KiB
-    return batch.append_column(f"{stage}_peak_bytes", pa.array(np.full(batch.num_rows, peak)))
+    return batch.append_column(STAGE_PEAK_BYTES[stage], pa.array(np.full(batch.num_rows, peak)))
 
 
 def _with_cost(batch: pa.Table, name: str, cost: float) -> pa.Table:

@@ -32,9 +32,10 @@ from gemel_engine.config.settings import TrainConfig
 from gemel_engine.decoding.language_model import DTYPES
 from gemel_engine.errors import ConfigurationError, InputError, shown
 from gemel_engine.extras import extra
-from gemel_engine.fingerprints import Contents, run_contents
-from gemel_engine.pipeline.corpus import Shard, plan_identity, plan_shards
-from gemel_engine.pipeline.output import claim_output, read_columns
+from gemel_engine.fingerprints import run_contents
+from gemel_engine.pipeline.corpus import plan_identity, plan_shards
+from gemel_engine.pipeline.identity import run_identity
+from gemel_engine.pipeline.output import RunDirectory, claim_output, read_columns
 from gemel_engine.pipeline.ray_data import connect
 from gemel_engine.training.attention import check_trainable
 from gemel_engine.training.checkpoints import keep_record, restore_record
@@ -46,9 +47,6 @@ with extra("train"):
     from tensorboardX import SummaryWriter
 
 logger = logging.getLogger(__name__)
-
-# Settings that may differ between a run and its continuation, with two that save memory: see `_identity`.
-_NOT_IDENTITY = ("resources", "workers", "output", "examples", "max_failed_fraction", "verify_artifacts")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +103,8 @@ def train_mapper(config: TrainConfig) -> TrainReport:
     fingerprint = None if image_encoder is None else image_encoder.fingerprint
     mention_encoder = None if artifacts.index is None else artifacts.index.metadata.mention_encoder_fingerprint
     contents = run_contents(config, mention_encoder, fingerprint)
-    claim_output(config.output, _identity(config, plans, contents))
+    identity = {split: plan_identity(plan) for split, plan in plans.items()}
+    claim_output(config.output, run_identity(config, identity, contents))
     connect()
     _check_resources(config)
     prepared = {
@@ -125,7 +124,7 @@ def train_mapper(config: TrainConfig) -> TrainReport:
     result = _trainer(config, settings, datasets).fit()
     num_examples = sum(shard.stop - shard.start for shard in plans["train"]) - sum(left_out["train"].values())
     report = _keep_best(config, result, num_examples, left_out, time.monotonic() - started)
-    storage.write_bytes(f"{config.output}/report.json", json.dumps(asdict(report), indent=2).encode())
+    storage.write_bytes(RunDirectory(config.output).report, json.dumps(asdict(report), indent=2).encode())
     logger.info("trained the feature_mapper in %s: %s", shown(config.output), report.summary())
     return report
 
@@ -215,7 +214,7 @@ class _Reports(UserCallback):  # type: ignore[misc]
         self._writer.flush()
         for path in Path(self._writer.logdir).iterdir():
             try:
-                storage.write_bytes(f"{self._output}/tensorboard/{path.name}", path.read_bytes())
+                storage.write_bytes(f"{RunDirectory(self._output).tensorboard}/{path.name}", path.read_bytes())
             except OSError as error:  # it would end the training; the next report copies the file again
                 logger.warning("no TensorBoard events in %s for now: %s", self._output, error)
 
@@ -239,7 +238,7 @@ def _keep_best(
     with tempfile.TemporaryDirectory() as directory:
         mapper.save(directory, DTYPES[config.mapper.saved_dtype])
         for path in sorted(Path(directory).iterdir(), key=lambda path: path.suffix == ".json"):
-            storage.write_bytes(f"{config.output}/feature_mapper/{path.name}", path.read_bytes())
+            storage.write_bytes(f"{RunDirectory(config.output).feature_mapper}/{path.name}", path.read_bytes())
     return TrainReport(
         steps=metrics["step"],
         loss=metrics.get("loss"),
@@ -249,11 +248,3 @@ def _keep_best(
         left_out=left_out,
         seconds=seconds,
     )
-
-
-def _identity(config: TrainConfig, plans: dict[str, list[Shard]], contents: Contents) -> dict[str, Any]:
-    """What makes up a run: settings, input files, models and artifacts."""
-    settings = {key: value for key, value in json.loads(config_json(config)).items() if key not in _NOT_IDENTITY}
-    del settings["optimisation"]["max_pack_tokens"], settings["language_model"]["activation_checkpointing"]
-    plan = {split: plan_identity(plan) for split, plan in plans.items()}
-    return {"settings": settings, "plan": plan, "artifacts": contents}

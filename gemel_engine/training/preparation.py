@@ -17,10 +17,10 @@ from gemel_engine import storage
 from gemel_engine.config.loading import config_json
 from gemel_engine.config.settings import TrainConfig
 from gemel_engine.decoding.generator import Artifacts
-from gemel_engine.errors import InputError, TooManyFailuresError, shown
+from gemel_engine.errors import InputError, TooManyFailuresError, error_kind, shown
 from gemel_engine.fingerprints import Contents, artifact_manifests
 from gemel_engine.pipeline.corpus import Shard, plan_identity
-from gemel_engine.pipeline.output import claim_output, read_columns
+from gemel_engine.pipeline.output import RunDirectory, claim_output, read_columns
 from gemel_engine.pipeline.ray_data import actor_pool, encode_and_retrieve, own_errors
 from gemel_engine.training.stages import CheckExamples, read_file, write_examples
 from gemel_engine.vision.encoder import ImageEncoder
@@ -57,7 +57,7 @@ def _prepare(
     Several runs may prepare the same examples at once: each writes a directory of its own, and the first that is
     complete is everybody's.
     """
-    root = f"{config.examples or f'{config.output}/examples'}/{split}"
+    root = f"{config.examples or RunDirectory(config.output).examples}/{split}"
     mapper, index = artifacts.feature_mapper, artifacts.index
     prefix_length = _prefix_length(config, mapper)
     fingerprint, vision_width = None, None
@@ -79,7 +79,7 @@ def _prepare(
         with own_errors():
             receipts = dataset.take_all()
         counts = {name: sum(receipt[name] for receipt in receipts) for name in ("num_rows", "num_pictures")}
-        storage.remove_tree(f"{config.output}/_marks")
+        storage.remove_tree(RunDirectory(config.output).marks)
         storage.create_exclusive(done, json.dumps({"directory": directory.rpartition("/")[2]} | counts).encode())
     remedy = "remove it and run the same command again"
     found = storage.read_json(done, remedy)
@@ -112,7 +112,7 @@ def _left_out(config: TrainConfig, split: str, prepared: _Prepared) -> dict[str,
             f"{prepared.directory} shows {len(table)} of {prepared.num_rows} prepared mentions: set `output` or "
             "`examples` to a place that all nodes share, such as s3://"
         )
-    reasons = Counter(error.partition(":")[0] for error in table["error"].drop_null().to_pylist())
+    reasons = Counter(map(error_kind, table["error"].drop_null().to_pylist()))
     if reasons:
         logger.warning("%d of %d %s mentions are left out: %s", reasons.total(), len(table), split, dict(reasons))
     if reasons.total() == len(table):

@@ -28,7 +28,7 @@ from gemel_engine.knowledge_base.changes import KnowledgeBaseChanges
 from gemel_engine.knowledge_base.trie import PrefixTrie
 from gemel_engine.knowledge_base.update import compact_knowledge_base, local_knowledge_base, update_knowledge_base
 from gemel_engine.linker import Linker
-from gemel_engine.linking.incremental import EarlierRun
+from gemel_engine.linking.incremental import PreviousRun
 from gemel_engine.linking.job import describe_run, link_corpus
 from gemel_engine.types import Mention, predictions_to_table, row_to_prediction
 
@@ -183,14 +183,14 @@ def test_bounds_stay_bounds(
     changes = KnowledgeBaseChanges.between(Path(run.knowledge_base), local_knowledge_base(updated))
     changes.save(str(tmp_path / "changes"))
     changed = set(changes.entity_ids.to_pylist())
-    earlier = [None if changed & {item.entity_id for item in row.candidates} else row for row in before]
-    assert earlier.count(None) < len(mentions)
+    previous = [None if changed & {item.entity_id for item in row.candidates} else row for row in before]
+    assert previous.count(None) < len(mentions)
     new_config = replace(run, knowledge_base=updated)
     _, rows = Linker(new_config).prepare(mentions, pictures)
     for engine in engines:
         config = replace(new_config, language_model=replace(run.language_model, engine=engine))
         generator = start_generator(config, added_names=tmp_path / "changes/added_names")
-        found = generator.generate(mentions, pictures, rows, earlier)
+        found = generator.generate(mentions, pictures, rows, previous)
         for prediction, best in zip(found, truth, strict=True):
             mass = sum(
                 math.exp(item.log_prob) for item in {item.entity_name: item for item in best.candidates}.values()
@@ -231,9 +231,9 @@ def test_changes_between_two_knowledge_bases(
     assert np.array_equal(PrefixTrie.open(tmp_path / "changes/added_names").tokens, changes.added_names.tokens)
     address = f"{s3_server.uri}/changes"
     changes.save(address)
-    earlier = EarlierRun(output="unused", changes=address, num_to_certify=1)
-    assert earlier.counts() == {"num_changed_entities": 4, "num_added_names": 2}
-    downloaded = earlier.added_names()
+    previous = PreviousRun(output="unused", changes=address, num_to_certify=1)
+    assert previous.counts() == {"num_changed_entities": 4, "num_added_names": 2}
+    downloaded = previous.added_names()
     assert downloaded is not None
     assert PrefixTrie.open(downloaded, verify=True).num_names == 2
     storage.remove_tree(address)

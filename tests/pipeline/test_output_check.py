@@ -16,7 +16,8 @@ from gemel_engine import storage
 from gemel_engine.errors import ConfigurationError, InputError
 from gemel_engine.pipeline import output_check as output_check
 from gemel_engine.pipeline.corpus import Shard, plan_shards
-from gemel_engine.pipeline.output import claim_output, commit_shard, load_plan, run_digest, save_plan, write_part
+from gemel_engine.pipeline.identity import run_digest
+from gemel_engine.pipeline.output import claim_output, commit_shard, load_plan, save_plan, write_part
 from gemel_engine.types import Prediction, predictions_to_table
 
 NUM_ROWS, ROWS_PER_SHARD = 10, 4
