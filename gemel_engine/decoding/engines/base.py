@@ -33,8 +33,22 @@ class Rollout:
     log_probs: list[list[float]]
 
 
+@dataclass(slots=True)
+class CacheStatistics:
+    """Number of prompt tokens sent to an engine, and of those that its prefix cache contained."""
+
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+
+
 class RolloutEngine(Protocol):
-    """A language model that answers rollouts, many at a time."""
+    """A language model that answers rollouts, many at a time.
+
+    Attributes:
+        cache_statistics: Counts since the engine was started; zeros if it does not count.
+    """
+
+    cache_statistics: CacheStatistics
 
     def submit(self, request_id: str, prompt: Prompt, request: RolloutRequest, candidates: PrefixTrie | None) -> None:
         """Queue a rollout under the engine's trie, or under `candidates` where that is given."""

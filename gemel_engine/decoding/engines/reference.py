@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
-from gemel_engine.decoding.engines.base import Rollout, RolloutRequest, allowed_next_tokens
+from gemel_engine.decoding.engines.base import CacheStatistics, Rollout, RolloutRequest, allowed_next_tokens
 from gemel_engine.decoding.language_model import FrozenLanguageModel
 from gemel_engine.decoding.prompt import Prompt
 from gemel_engine.knowledge_base.trie import PrefixTrie
@@ -35,6 +35,7 @@ class TransformersEngine:
         self._trie = trie
         self._terminator = terminator
         self._num_children = num_children
+        self.cache_statistics = CacheStatistics()  # not counted
         self._queue: deque[tuple[str, Prompt, RolloutRequest, PrefixTrie]] = deque()
         self._prefilled: tuple[Prompt, DynamicCache, Tensor] | None = None
 

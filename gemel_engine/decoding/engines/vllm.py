@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +23,12 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from gemel_engine.config.components import EngineSettings
-from gemel_engine.decoding.engines.base import Rollout, RolloutRequest
+from gemel_engine.decoding.engines.base import CacheStatistics, Rollout, RolloutRequest
 from gemel_engine.decoding.engines.vllm_mask import TrieLogitsProcessor, TrieLogitsProcessorV2
 from gemel_engine.decoding.language_model import DTYPES, check_language_model, language_model_width, warn_if_slow
 from gemel_engine.decoding.prompt import Prompt
 from gemel_engine.errors import EngineDiedError
 from gemel_engine.knowledge_base.trie import PrefixTrie, SavedTrie
-
-
-@dataclass(slots=True)
-class CacheStatistics:
-    """Prompt tokens sent to the engine, and those of them found in the prefix cache."""
-
-    num_prompt_tokens: int = 0
-    num_cached_tokens: int = 0
 
 
 class VllmEngine:
