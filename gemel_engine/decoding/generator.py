@@ -1,6 +1,7 @@
-"""From mentions, image features and retrieved demonstrations to predictions: prompts, engine, search, entities.
+"""Turns mentions, image features and retrieved demonstrations into predictions.
 
-Knows neither Ray nor the encoders that stand before it.
+It builds prompts, runs the searches over the engine and looks up entities. It does not depend on
+Ray or on the encoders.
 
 B mentions, C vision width, P prefix length, D language-model width.
 """
@@ -35,17 +36,19 @@ from gemel_engine.vision.mapper import FeatureMapper
 
 _CACHED_BLOCKS = 1 << 16
 _DEMONSTRATION_FIELDS = ("demonstration_ids", "demonstration_entity_ids", "num_demonstrations_dropped")
-_LARGEST_EMBEDDING = 1e4  # token embeddings are around 1; the log-probs behind a much larger one are no numbers
+_LARGEST_EMBEDDING = 1e4  # token embeddings are around 1; much larger ones make log-probs NaN
 
 
 @dataclass(frozen=True, slots=True)
 class Artifacts:
-    """What a run reads beside its mentions.
+    """What a run reads in addition to its mentions.
 
     Attributes:
-        trie_directory: The knowledge base's prefix trie, for engines that open it in a process of their own.
-        index: None without demonstrations.
-        feature_mapper: None without pictures.
+        tokenizer: The language model's tokenizer.
+        knowledge_base: Entities, their names and the prefix trie.
+        trie_directory: Directory of the prefix trie, for engines that open it in another process.
+        index: Demonstration index; None without demonstrations.
+        feature_mapper: Mapper of image features to visual prefixes; None without pictures.
     """
 
     tokenizer: PreTrainedTokenizerFast
@@ -56,17 +59,19 @@ class Artifacts:
 
 
 class EntityNameGenerator:
-    """Links mentions whose features and demonstrations are at hand.
+    """Links mentions whose features and demonstrations are already computed.
 
     Args:
         artifacts: Knowledge base, demonstrations and feature mapper.
-        engine: Answers the rollouts.
-        prompt: How prompts are laid out.
-        search: How far decoding searches.
-        max_in_flight: Mentions that are searched at once.
-        num_shared: So many demonstrations are the same for all mentions of a surface form; None: all of them.
-        calibration: Gives predictions their confidence.
-        added_names: Names of the knowledge base that earlier predictions know nothing of; None: there are none.
+        engine: Engine that answers the rollouts.
+        prompt: Layout of prompts.
+        search: Limits of the search.
+        max_in_flight: Maximum number of mentions searched at once.
+        num_shared: Number of leading demonstrations that all mentions of a surface form have in
+            common; None: all of them.
+        calibration: Calibration that sets the confidence of predictions; None sets none.
+        added_names: Names added to the knowledge base since the earlier predictions; None if there
+            are none.
     """
 
     def __init__(
@@ -98,19 +103,21 @@ class EntityNameGenerator:
         demonstrations: Sequence[Sequence[int]],
         earlier: Sequence[Prediction | None] | None = None,
     ) -> list[Prediction]:
-        """Link B mentions; one that cannot be linked becomes a prediction with an `error`.
+        """Link B mentions; a mention that cannot be linked becomes a prediction with an `error`.
 
         Args:
-            mentions: What to link.
+            mentions: Mentions to link.
             features: Image features (C,) of each mention, None without a picture.
-            demonstrations: Row numbers in the demonstration index for each mention, the most similar last.
-            earlier: For each mention None, or what the same prompt gave before names were added: its candidates are
-                still in the knowledge base under their names, and at least `num_to_certify` of them were proved. Then
-                only the added names are searched, for those that score higher. A mention with candidates of its own
-                must have them all from before; it keeps its prediction.
+            demonstrations: Row numbers in the demonstration index for each mention, the most
+                similar last.
+            earlier: For each mention None, or the prediction that the same prompt gave before names
+                were added. Its candidates must still be in the knowledge base under the same names,
+                and at least `num_to_certify` of them must be certified. Then only the added names
+                are searched, for names that score higher. A mention with its own candidates keeps
+                its prediction; all of them must have been in the knowledge base before.
 
         Returns:
-            A prediction for each mention, in order.
+            One prediction for each mention, in order.
         """
         earlier = earlier or [None] * len(mentions)
         inputs = zip(mentions, features, demonstrations, earlier, strict=True)
@@ -127,10 +134,11 @@ class EntityNameGenerator:
     def prompt(
         self, mention: Mention, features: Features | None, demonstrations: Sequence[int]
     ) -> tuple[Prompt, list[int]]:
-        """What the language model reads for a mention, and the rows of the demonstrations that found room in it.
+        """Return the prompt for a mention, and the rows of the demonstrations that fit into it.
 
         Raises:
             PromptTooLongError: The mention's own text is too long.
+            InvalidMentionError: The image features can't be used with the feature mapper.
         """
         question = self._builder.question(mention.text, mention.mention, self._visual_prefix(features))
         blocks = [self._demonstration_block(row) for row in demonstrations]
@@ -139,10 +147,10 @@ class EntityNameGenerator:
         return prompt, [demonstrations[place] for place in places]
 
     def search(self, mention: Mention) -> tuple[NameSearch, PrefixTrie | None]:
-        """The search for a mention, and the trie of its own candidates, if it has any.
+        """Return the search for a mention, and the trie of its own candidates (None: it has none).
 
         Raises:
-            InvalidMentionError: A candidate is not in the knowledge base.
+            InvalidMentionError: A candidate is not in the knowledge base, or the list is empty.
         """
         trie = None if mention.candidate_ids is None else self._candidate_trie(mention.candidate_ids)
         return self.search_of(trie or self.artifacts.knowledge_base.trie), trie
@@ -159,14 +167,17 @@ class EntityNameGenerator:
 
     @torch.inference_mode()
     def _visual_prefix(self, features: Features | None) -> Tensor | None:
-        """The visual prefix (P, D) of one picture; always computed alone, so that it has the same bits everywhere."""
+        """Return the visual prefix (P, D) of one picture.
+
+        It is always computed alone, so that its bits are the same in every batch.
+        """
         mapper = self.artifacts.feature_mapper
         if features is None or mapper is None:
             return None
         check_features(features, mapper.metadata.vision_width)
         prefix: Tensor = mapper(torch.from_numpy(np.array(features))[None])[0]
         largest = prefix.abs().max().item()
-        if not largest <= _LARGEST_EMBEDDING:  # nor if it is no number
+        if not largest <= _LARGEST_EMBEDDING:  # also true for NaN
             raise InvalidMentionError(
                 f"image_features become embeddings of up to {largest:g}, which a language model can't compute with: "
                 "give those of the image encoder that the feature mapper was trained for"
@@ -221,7 +232,7 @@ class _MentionTask:
         self._trie: PrefixTrie | None = None
 
     def prepare(self) -> tuple[Prompt, NameSearch, PrefixTrie | None] | None:
-        """Return the prompt, the search and its trie (None: the engine's); None if nothing is to be searched."""
+        """Return prompt, search and its trie (None: the engine's); None if no search is needed."""
         search: NameSearch | None = None
         if self._earlier is not None:
             knowledge_base, objective = (
@@ -252,7 +263,7 @@ class _MentionTask:
         self.prediction = self._predict(result)
 
     def _search_added(self, found: SearchResult) -> NameSearch | None:
-        """Return the search for an added name that scores higher than those found before; None if it is over."""
+        """Return the search for added names that score higher than `found`; None if none can."""
         added = self._generator.added_names
         if added is None or self._mention.candidate_ids is not None:
             return None
@@ -293,7 +304,7 @@ class _MentionTask:
         )
 
     def _used_demonstrations(self) -> dict[str, Any]:
-        """Return the prediction's fields about the prompt's demonstrations; `earlier` had the same prompt."""
+        """Return the fields about the prompt's demonstrations; `earlier` had the same prompt."""
         if self._earlier is not None:
             return {name: getattr(self._earlier, name) for name in _DEMONSTRATION_FIELDS}
         index, used = self._generator.artifacts.index, self._used_rows
@@ -302,6 +313,6 @@ class _MentionTask:
 
 
 def _probability(best: FoundName, result: SearchResult) -> float:
-    """The best name's share of all names' mass; what was not explored is taken at its upper bound."""
+    """Return the best name's share of all mass, with the unexplored mass at its upper bound."""
     log_mass = float(np.logaddexp(result.log_explored_mass, math.log(max(result.unexplored_mass, 1e-300))))
     return math.exp(best.log_prob - log_mass)
