@@ -211,7 +211,7 @@ def answers(corpus: Corpus, row: Row) -> Answers:
         prompts = [linker.generator.prompt(*item)[0] for item in inputs]
         return Answers(equal(Beams(config.language_model, linker.generator).entity_ids(prompts), gold))
     predictions = linker.generator.generate(mentions, features, demonstrations)
-    statistics = linker.generator.engine.cache_statistics  # type: ignore[attr-defined]  # vLLM's alone has them
+    statistics = linker.generator.engine.cache_statistics
     return Answers(
         equal([prediction.entity_id for prediction in predictions], gold),
         float(np.mean([prediction.certified for prediction in predictions])),

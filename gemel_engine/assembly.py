@@ -1,4 +1,4 @@
-"""The artifacts of a run, opened and found to belong together."""
+"""Opens the artifacts of a run, validates that they belong together, and starts the generator."""
 
 from __future__ import annotations
 
@@ -41,19 +41,22 @@ _NAMES_CHECKED = 1000
 
 
 def open_artifacts(config: JobConfig, *, verify: bool = False) -> Artifacts:
-    """Open what a configuration names; a directory in S3 is copied to this node once, an update merged once.
+    """Open the artifacts that a configuration names.
+
+    Each node copies a directory from S3 once, and merges a knowledge base update once.
 
     Args:
-        config: The run.
-        verify: Also compare all checksums, and see that the language model's weights are finite.
+        config: Configuration of the run.
+        verify: Also validate all checksums, and that the language model's weights are finite.
 
     Raises:
-        ArtifactError: One is missing or damaged, or they were made for different models.
-        ConfigurationError: The language model's tokenizer can't write the prompts, or it can't read as long ones.
+        ArtifactError: An artifact is missing or damaged, or two were made for different models.
+        ConfigurationError: The tokenizer can't encode the prompts, or the language model can't read
+            prompts of this length.
     """
     check_language_model(config.language_model.name, verify=verify)
     tokenizer = load_tokenizer(config.language_model.name)
-    builder = PromptBuilder(tokenizer, config.prompt)  # says what is wrong with the template or the terminator
+    builder = PromptBuilder(tokenizer, config.prompt)  # raises for a bad template or terminator
     num_embeddings = vocabulary_size(config.language_model.name)
     check_embedded(
         tokenizer, num_embeddings, config.language_model.name, added=(*builder.beginning, builder.terminator)
@@ -85,7 +88,7 @@ def open_artifacts(config: JobConfig, *, verify: bool = False) -> Artifacts:
 
 
 def open_calibration(config: LinkConfig) -> Calibration | None:
-    """Open the calibration of a run, if it has one.
+    """Open the calibration of a run; None if the configuration names none.
 
     Raises:
         ArtifactError: It is missing or damaged.
@@ -99,9 +102,9 @@ def open_calibration(config: LinkConfig) -> Calibration | None:
 
 
 def _check_names(config: JobConfig, knowledge_base: KnowledgeBase, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Raise where a name's tokens do not decode to it, as those of every name did when it was built; asks a sample.
+    """Raise if a name's tokens don't decode to the name; checks a sample of the entities.
 
-    Knowledge bases of earlier releases do not say which trie is theirs.
+    This detects a trie of another knowledge base, which earlier releases did not record.
     """
     for row in np.unique(np.linspace(0, knowledge_base.num_entities - 1, _NAMES_CHECKED, dtype=int)):
         name = knowledge_base.entity(row).name
@@ -148,12 +151,12 @@ def _check_mapper(config: JobConfig, mapper: FeatureMapper, index: Demonstration
 def start_generator(
     config: LinkConfig, artifacts: Artifacts | None = None, added_names: Path | None = None
 ) -> EntityNameGenerator:
-    """Start the engine of a run and what stands around it.
+    """Start the engine of a run, and return the generator that uses it.
 
     Args:
-        config: The run.
-        artifacts: Of the run; None opens them.
-        added_names: Directory of the prefix trie of names that earlier predictions know nothing of.
+        config: Configuration of the run.
+        artifacts: Artifacts of the run; None opens them.
+        added_names: Directory of the prefix trie of names added since the earlier predictions.
     """
     artifacts = artifacts or open_artifacts(config)
     added = None if added_names is None else SavedTrie.open(added_names)
@@ -176,8 +179,8 @@ def _start_engine(config: LinkConfig, artifacts: Artifacts, added_names: SavedTr
         model = FrozenLanguageModel(settings.name, settings.dtype)
         return TransformersEngine(model, artifacts.knowledge_base.trie, terminator, num_children)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # read when vLLM is imported
-    with extra("cpu", "gpu"):
-        from gemel_engine.decoding.engines.vllm import VllmEngine  # takes seconds to import, and only engines need it
+    with extra("cpu", "gpu"):  # vLLM takes seconds to import
+        from gemel_engine.decoding.engines.vllm import VllmEngine
 
     max_prompt_tokens = config.prompt.max_prompt_tokens
     return VllmEngine(settings, artifacts.trie_directory, terminator, num_children, max_prompt_tokens, added_names)
@@ -187,8 +190,8 @@ def load_picture_encoder(settings: VisionSettings) -> PictureEncoder:
     """Load the image encoder of a run, for picture files.
 
     Raises:
-        ArtifactError: It can't be loaded.
-        ConfigurationError: None is configured, or it is of an unknown kind.
+        ArtifactError: The encoder can't be loaded.
+        ConfigurationError: No encoder is configured, or its kind is unknown.
     """
     if settings.image_encoder is None:
         raise ConfigurationError("vision.image_encoder is not set: name an open_clip model or directory")
@@ -197,13 +200,13 @@ def load_picture_encoder(settings: VisionSettings) -> PictureEncoder:
 
 
 def check_encoders(config: JobConfig, artifacts: Artifacts) -> ImageEncoder | None:
-    """Load the encoders once, to see that they are the ones that the artifacts were made with.
+    """Load the encoders once, to validate that the artifacts were made with them.
 
     Returns:
-        The image encoder, if one is configured.
+        The image encoder; None if none is configured.
 
     Raises:
-        ArtifactError: An encoder can't be loaded, or is another one.
+        ArtifactError: An encoder can't be loaded, or an artifact was made with a different one.
     """
     index, mapper, image_encoder = artifacts.index, artifacts.feature_mapper, None
     if config.vision.image_encoder is not None:
@@ -229,5 +232,5 @@ def check_encoders(config: JobConfig, artifacts: Artifacts) -> ImageEncoder | No
 
 
 def _fits(encoder: tuple[int, str], width: int | None, fingerprint: str | None) -> bool:
-    """Whether an artifact with these two, each of which it may lack, goes with an encoder."""
+    """Whether an artifact's width and fingerprint, where recorded, equal those of an encoder."""
     return width in (None, encoder[0]) and fingerprint in (None, encoder[1])

@@ -1,4 +1,4 @@
-"""Why a mention is linked as it is: demonstrations, the prompt, and the same without the picture."""
+"""Links mentions in this process, and explains one by its demonstrations and its prompt."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from gemel_engine.types import Features, Mention, Prediction, fault_of
 
 @dataclass(frozen=True, slots=True)
 class VisualMark:
-    """Stands where a prompt has a picture's embeddings, so many of them."""
+    """Marks the place of a picture's embeddings in a prompt, with their number."""
 
     num_embeddings: int
 
 
 @dataclass(frozen=True, slots=True)
 class UsedDemonstration:
-    """A demonstration, and the cosine of its surface form to the mention's."""
+    """A demonstration, and the cosine similarity of its surface form to the mention's."""
 
     demonstration: Demonstration
     similarity: float
@@ -35,14 +35,14 @@ class UsedDemonstration:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Explanation:
-    """One mention, what was said of it, and what from.
+    """One mention, its prediction, and the inputs that led to it.
 
     Attributes:
-        mention: What was linked.
-        prediction: What was said of it.
-        demonstrations: In the order of the prompt: the last stands right before the question.
-        prompt: What the language model read: its text, as the tokenizer writes it, and marks of pictures.
-        without_picture: The same mention without its picture; None if it has none.
+        mention: The linked mention.
+        prediction: Its prediction.
+        demonstrations: Demonstrations in the prompt's order, the last right before the question.
+        prompt: Input of the language model: text as the tokenizer decodes it, marks of pictures.
+        without_picture: Explanation of the same mention without its picture; None if it has none.
     """
 
     mention: Mention
@@ -53,16 +53,16 @@ class Explanation:
 
 
 def explain(linker: Linker, mention: Mention, picture: bytes | None = None) -> Explanation:
-    """Link one mention and say what led there.
+    """Link one mention and return the inputs that led to its prediction.
 
     Args:
         linker: All parts of a run.
-        mention: What to link.
-        picture: Content of an image file; with one, the mention is linked once more without it.
+        mention: Mention to link.
+        picture: Content of an image file; if given, the mention is also linked without it.
 
     Raises:
-        ConfigurationError: There is a picture, but no image encoder.
-        MentionError: It can't be linked.
+        ConfigurationError: There is a picture, but no image encoder is configured.
+        MentionError: The mention can't be linked.
     """
     with linker.lock:
         return _explain(linker, mention, picture)
@@ -76,7 +76,7 @@ def _explain(linker: Linker, mention: Mention, picture: bytes | None) -> Explana
         raise ConfigurationError("a picture needs vision.image_encoder: set it, or leave the picture out")
     generator = linker.generator
     prompt, used = generator.prompt(mention, features, rows)
-    generator.search(mention)  # raises what would be the prediction's error
+    generator.search(mention)  # raises the error that `generate` would put into the prediction
     (prediction,) = generator.generate([mention], [features], [rows])
     return Explanation(
         mention=mention,
@@ -111,16 +111,17 @@ def _text(token_ids: tuple[int, ...], tokenizer: PreTrainedTokenizerFast) -> str
 class Linker:
     """All parts of a linking run in this process.
 
-    Its methods may be called from several threads: calls are served one after the other, since tokenizers,
-    demonstrations and engine hold state. A service that collects mentions into one call of `link` is faster.
+    Its methods may be called from several threads. Calls run one after the other, since tokenizers,
+    demonstrations and engine have state: one call of `link` with many mentions is faster than many.
 
     Args:
-        config: The run; its input, output and resources are not used.
+        config: Configuration of the run; its input, output and resources are not used.
 
     Attributes:
-        retriever: None without demonstrations.
-        generator: The engine and what stands around it.
-        lock: Held by each method; hold it to use `retriever` or `generator` beside other threads.
+        retriever: Retriever of demonstrations; None without demonstrations.
+        generator: The generator with its running engine.
+        lock: Lock that each method holds; hold it to use `retriever` or `generator`
+            while other threads call methods.
 
     Raises:
         ArtifactError: An artifact is missing or damaged, or they don't belong together.
@@ -137,7 +138,15 @@ class Linker:
         self.generator = start_generator(config, artifacts)
 
     def link(self, mentions: Sequence[Mention], pictures: Sequence[bytes | None]) -> list[Prediction]:
-        """Link B mentions with their picture files; a bad one becomes a prediction with an `error`."""
+        """Link B mentions; one that can't be linked becomes a prediction with an `error`.
+
+        Args:
+            mentions: Mentions to link.
+            pictures: Content of each mention's image file, None without a picture.
+
+        Returns:
+            One prediction for each mention, in order.
+        """
         with self.lock:
             encoded, rows = self.prepare(mentions, pictures)
             good = {place: item for place, item in enumerate(encoded) if not isinstance(item, MentionError)}
@@ -151,11 +160,11 @@ class Linker:
     def prepare(
         self, mentions: Sequence[Mention], pictures: Sequence[bytes | None]
     ) -> tuple[list[Features | MentionError | None], list[list[int]]]:
-        """What generation takes beside B mentions.
+        """Return the other inputs of generation for B mentions.
 
         Returns:
-            Image features (C,) of each, None without a picture, an error where the mention or its picture is bad; and
-            the rows of its demonstrations, the most similar last.
+            For each mention its image features (C,), None without a picture, or an error if the
+            mention or its picture is bad; and the rows of its demonstrations, most similar last.
         """
         faults = map(fault_of, mentions)
         files = [fault or picture for fault, picture in zip(faults, pictures, strict=True)]

@@ -1,13 +1,14 @@
-"""Turns what a search says of its answer into the probability that the answer is right, and into NIL.
+"""Probability that an answer is right, and the decision for NIL, from what the search reports.
 
-    calibration.json    two logistic regressions, the threshold of NIL, the settings of the run that they were fitted on
+    calibration.json    two logistic regressions, the NIL threshold, and the settings of the run
+                        on which they were fitted
 
-Fitted on linked mentions with gold labels. The evidence of an answer is its row of the output and the mention's surface
-form, so fitting needs no model and applying costs nothing. What the search calls `probability` is the share of a name
-among names; how often the best name is the right one is another question, and has to be learnt from mentions of which
-one knows.
+A calibration is fitted on linked mentions with gold labels. The evidence for an answer comes from
+its output row and the mention's surface form, so neither fitting nor applying needs a model. The
+search's `probability` is one name's share of the probability of all names. How often the best name
+is the right one is a different question, and must be learnt from mentions with gold labels.
 
-N mentions, F pieces of evidence.
+N mentions, F numbers of evidence.
 """
 
 from __future__ import annotations
@@ -37,27 +38,28 @@ EVIDENCE = (
     "margin",
     "has_margin",
     "log_name_length",
-    # Of the demonstrations in the prompt: those that show the answer's entity, and how many entities they show.
+    # Demonstrations in the prompt: the share with the answer's entity, whether any and whether the
+    # last one has it, and the number of different entities per demonstration.
     "supporting_share",
     "is_supported",
     "is_supported_by_last",
     "entities_per_demonstration",
-    "name_similarity",  # of the surface form and the answer's name
+    "name_similarity",  # between the surface form and the answer's name
 )
 
 _MANIFEST = "calibration.json"
-_SECTIONS = ("language_model", "prompt", "retrieval", "search")  # of a run's settings
+_SECTIONS = ("language_model", "prompt", "retrieval", "search")  # sections of a run's settings
 
-LEAST_SCALE = 1e-6  # a smaller deviation is one of rounding, and would make a weight of it
+LEAST_SCALE = 1e-6  # a smaller deviation is a rounding error, and dividing by it would amplify it
 
-_HIGHEST_MARGIN = 10.0  # nats; what lies above says no more
-_COMPARED = 100  # characters of a surface form and a name
+_HIGHEST_MARGIN = 10.0  # nats; higher margins are cut to this
+_COMPARED = 100  # number of characters compared of a surface form and a name
 
 Numbers = npt.NDArray[np.float64]
 Outcomes = npt.NDArray[np.bool_]
 
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
-# Evidence is at most thousands in size: with these limits no product of numbers gets near the end of float64.
+# Evidence is at most in the thousands: within these limits no product can overflow float64.
 Coefficient = Annotated[float, Field(ge=-1e9, le=1e9)]
 Scale = Annotated[float, Field(ge=LEAST_SCALE, le=1e9)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -65,13 +67,13 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 @pydantic_dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
 class LogisticModel:
-    """A logistic regression on standardised evidence, one number for each of `EVIDENCE`.
+    """A logistic regression on standardised evidence, with one number for each of `EVIDENCE`.
 
     Attributes:
-        mean: Of the evidence where it was fitted.
-        scale: Its deviations; evidence that hardly varied has 1.
-        weights: Of the standardised evidence.
-        bias: Log-odds where all evidence is at its mean.
+        mean: Mean of the evidence on the mentions used for fitting.
+        scale: Standard deviation of that evidence; 1 where it hardly varied.
+        weights: Weights of the standardised evidence.
+        bias: Log-odds when all evidence is at its mean.
     """
 
     mean: tuple[Coefficient, ...]
@@ -84,21 +86,22 @@ class LogisticModel:
             raise ValueError(f"mean, scale and weights must be {len(EVIDENCE)} numbers each")
 
     def __call__(self, evidence: Numbers) -> Numbers:
-        """Probabilities (N,) for evidence (N, F)."""
+        """Return probabilities (N,) for evidence (N, F)."""
         log_odds = (evidence - self.mean) / self.scale @ np.array(self.weights) + self.bias
         return np.asarray(1 / (1 + np.exp(-np.clip(log_odds, -700, 700))), np.float64)
 
 
 @pydantic_dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
 class Calibration:
-    """What was fitted.
+    """Fitted models of confidence and of NIL.
 
     Attributes:
-        right: Probability that the entity is the right one.
-        nil: Probability that the knowledge base lacks the mention's entity; None if no mention taught it.
-        nil_threshold: `is_nil` is true from this probability on.
-        scoring: Settings that shape the evidence; see `scoring_settings`.
-        fitted_on: Counts, and how well it did on mentions left out of fitting in turn.
+        right: Model of the probability that the entity is the right one.
+        nil: Model of the probability that the knowledge base lacks the mention's entity; None if it
+            was fitted without such mentions.
+        nil_threshold: Lowest probability at which `is_nil` is true.
+        scoring: Settings on which the evidence depends; see `scoring_settings`.
+        fitted_on: Counts of mentions, and quality measured by cross-validation.
     """
 
     right: LogisticModel
@@ -114,7 +117,7 @@ class Calibration:
             raise ValueError(f"scoring must have settings of {', '.join(_SECTIONS)}")
 
     def apply(self, predictions: Sequence[Prediction], surface_forms: Sequence[str]) -> list[Prediction]:
-        """Set `confidence`, `nil_probability` and `is_nil` of all predictions without an error."""
+        """Return predictions with `confidence` and the NIL fields, unless they have an error."""
         has_answer = [prediction.error is None for prediction in predictions]
         usable = list(compress(predictions, has_answer))
         evidence = evidence_of(predictions_to_table(usable), list(compress(surface_forms, has_answer)))
@@ -141,16 +144,17 @@ class Calibration:
         """Read what `save` wrote.
 
         Raises:
-            ArtifactError: It is missing, changed, of another format version, or has values that no fit gives.
+            ArtifactError: It is missing, changed, of another format version, or has values that no
+                fit produces.
         """
         path = directory / _MANIFEST
         return parse_manifest(read_manifest(path, FORMAT_VERSION), cls, path)
 
     def check_scoring(self, settings: Mapping[str, Any]) -> None:
-        """See that a run gives the evidence that this was fitted on.
+        """Validate that a run produces the same kind of evidence as the run used for fitting.
 
         Raises:
-            ConfigurationError: The run has other settings.
+            ConfigurationError: The settings that shape the evidence differ.
         """
         differences = [
             f"{section}.{key}"
@@ -166,7 +170,7 @@ class Calibration:
 
 
 def scoring_settings(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Those of a run's settings, as in its `_run.json`, on which its evidence depends; no addresses."""
+    """Return those settings of a run's `_run.json` that shape its evidence, without addresses."""
     retrieval = {key: value for key, value in settings["retrieval"].items() if key != "mention_encoder"}
     model = {"name": Path(settings["language_model"]["name"]).name}
     search = {key: value for key, value in settings["search"].items() if key != "width"}
@@ -174,11 +178,11 @@ def scoring_settings(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def evidence_of(predictions: pa.Table, surface_forms: Sequence[str]) -> Numbers:
-    """What speaks for and against the answers to N mentions, (N, F) in the order of `EVIDENCE`."""
+    """Return the evidence for and against N answers: (N, F), in the order of `EVIDENCE`."""
     columns = {name: np.array(predictions[name].to_numpy(), np.float64) for name in ("probability", "log_prob")}
     probability = np.clip(columns["probability"], 1e-9, 1 - 1e-9)
     unexplored = np.clip(np.array(predictions["unexplored_mass"].to_numpy(), np.float64), 1e-9, 1.0)
-    margin = np.array(predictions["margin"].to_numpy(), np.float64)  # NaN where one name was found
+    margin = np.array(predictions["margin"].to_numpy(), np.float64)  # NaN for a single name
     has_margin = ~np.isnan(margin)
     shown = [ids or [] for ids in predictions["demonstration_entity_ids"].to_pylist()]
     answers = predictions["entity_id"].to_pylist()
@@ -202,5 +206,5 @@ def evidence_of(predictions: pa.Table, surface_forms: Sequence[str]) -> Numbers:
 
 
 def _similarity(form: str, name: str) -> float:
-    """Share of the characters of both that stand in common blocks, in any case."""
+    """Return the share of characters in common blocks, from 0 to 1, ignoring case."""
     return SequenceMatcher(None, form[:_COMPARED].casefold(), name[:_COMPARED].casefold(), autojunk=False).ratio()

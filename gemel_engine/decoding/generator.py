@@ -1,6 +1,7 @@
-"""From mentions, image features and retrieved demonstrations to predictions: prompts, engine, search, entities.
+"""Turns mentions, image features and retrieved demonstrations into predictions.
 
-Knows neither Ray nor the encoders that stand before it.
+It builds prompts, runs the searches over the engine and looks up entities. It does not depend on
+Ray or on the encoders.
 
 B mentions, C vision width, P prefix length, D language-model width.
 """
@@ -8,7 +9,7 @@ B mentions, C vision width, P prefix length, D language-model width.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -34,18 +35,20 @@ from gemel_engine.types import Candidate, Features, Mention, Prediction, check_f
 from gemel_engine.vision.mapper import FeatureMapper
 
 _CACHED_BLOCKS = 1 << 16
-_OF_DEMONSTRATIONS = ("demonstration_ids", "demonstration_entity_ids", "num_demonstrations_dropped")
-_LARGEST_EMBEDDING = 1e4  # token embeddings are around 1; the log-probs behind a much larger one are no numbers
+_DEMONSTRATION_FIELDS = ("demonstration_ids", "demonstration_entity_ids", "num_demonstrations_dropped")
+_LARGEST_EMBEDDING = 1e4  # token embeddings are around 1; much larger ones make log-probs NaN
 
 
 @dataclass(frozen=True, slots=True)
 class Artifacts:
-    """What a run reads beside its mentions.
+    """What a run reads in addition to its mentions.
 
     Attributes:
-        trie_directory: The knowledge base's prefix trie, for engines that open it in a process of their own.
-        index: None without demonstrations.
-        feature_mapper: None without pictures.
+        tokenizer: The language model's tokenizer.
+        knowledge_base: Entities, their names and the prefix trie.
+        trie_directory: Directory of the prefix trie, for engines that open it in another process.
+        index: Demonstration index; None without demonstrations.
+        feature_mapper: Mapper of image features to visual prefixes; None without pictures.
     """
 
     tokenizer: PreTrainedTokenizerFast
@@ -56,17 +59,19 @@ class Artifacts:
 
 
 class EntityNameGenerator:
-    """Links mentions whose features and demonstrations are at hand.
+    """Links mentions whose features and demonstrations are already computed.
 
     Args:
         artifacts: Knowledge base, demonstrations and feature mapper.
-        engine: Answers the rollouts.
-        prompt: How prompts are laid out.
-        search: How far decoding searches.
-        max_in_flight: Mentions that are searched at once.
-        num_shared: So many demonstrations are the same for all mentions of a surface form; None: all of them.
-        calibration: Gives predictions their confidence.
-        added_names: Names of the knowledge base that earlier predictions know nothing of; None: there are none.
+        engine: Engine that answers the rollouts.
+        prompt: Layout of prompts.
+        search: Limits of the search.
+        max_in_flight: Maximum number of mentions searched at once.
+        num_shared: Number of leading demonstrations that all mentions of a surface form have in
+            common; None: all of them.
+        calibration: Calibration that sets the confidence of predictions; None sets none.
+        added_names: Names added to the knowledge base since the earlier predictions; None if there
+            are none.
     """
 
     def __init__(
@@ -83,8 +88,8 @@ class EntityNameGenerator:
         self.artifacts = artifacts
         self.engine = engine
         self._builder = PromptBuilder(artifacts.tokenizer, prompt)
+        self.search_settings = search
         self._with_pictures = prompt.demonstration_pictures
-        self._search = search
         self._max_in_flight = max_in_flight
         self._num_shared = num_shared
         self._calibration = calibration
@@ -98,24 +103,30 @@ class EntityNameGenerator:
         demonstrations: Sequence[Sequence[int]],
         earlier: Sequence[Prediction | None] | None = None,
     ) -> list[Prediction]:
-        """Link B mentions; one that cannot be linked becomes a prediction with an `error`.
+        """Link B mentions; a mention that cannot be linked becomes a prediction with an `error`.
 
         Args:
-            mentions: What to link.
+            mentions: Mentions to link.
             features: Image features (C,) of each mention, None without a picture.
-            demonstrations: Row numbers in the demonstration index for each mention, the most similar last.
-            earlier: For each mention None, or what the same prompt gave before names were added: its candidates are
-                still in the knowledge base under their names, and at least `num_to_certify` of them were proved. Then
-                only the added names are searched, for those that score higher. A mention with candidates of its own
-                must have them all from before; it keeps its prediction.
+            demonstrations: Row numbers in the demonstration index for each mention, the most
+                similar last.
+            earlier: For each mention None, or the prediction that the same prompt gave before names
+                were added. Its candidates must still be in the knowledge base under the same names,
+                and at least `num_to_certify` of them must be certified. Then only the added names
+                are searched, for names that score higher. A mention with its own candidates keeps
+                its prediction; all of them must have been in the knowledge base before.
 
         Returns:
-            A prediction for each mention, in order.
+            One prediction for each mention, in order.
         """
-        tasks = _Tasks(self, mentions, features, demonstrations, earlier or [None] * len(mentions))
-        for position, result in run_searches(self.engine, tasks.searches(), self._max_in_flight):
-            tasks.finish(position, result)
-        predictions = tasks.predictions()
+        earlier = earlier or [None] * len(mentions)
+        inputs = zip(mentions, features, demonstrations, earlier, strict=True)
+        tasks = [_MentionTask(self, *of_mention) for of_mention in inputs]
+        # Prompts and searches are made when the engine has room for them.
+        searches = ((task, *prepared) for task in tasks if (prepared := task.prepare()) is not None)
+        for task, result in run_searches(self.engine, searches, self._max_in_flight):
+            task.finish(result)
+        predictions = [task.prediction for task in tasks]
         if self._calibration is None:
             return predictions
         return self._calibration.apply(predictions, [mention.mention for mention in mentions])
@@ -123,10 +134,11 @@ class EntityNameGenerator:
     def prompt(
         self, mention: Mention, features: Features | None, demonstrations: Sequence[int]
     ) -> tuple[Prompt, list[int]]:
-        """What the language model reads for a mention, and the rows of the demonstrations that found room in it.
+        """Return the prompt for a mention, and the rows of the demonstrations that fit into it.
 
         Raises:
             PromptTooLongError: The mention's own text is too long.
+            InvalidMentionError: The image features can't be used with the feature mapper.
         """
         question = self._builder.question(mention.text, mention.mention, self._visual_prefix(features))
         blocks = [self._demonstration_block(row) for row in demonstrations]
@@ -135,58 +147,17 @@ class EntityNameGenerator:
         return prompt, [demonstrations[place] for place in places]
 
     def search(self, mention: Mention) -> tuple[NameSearch, PrefixTrie | None]:
-        """The search for a mention, and the trie of its own candidates, if it has any.
+        """Return the search for a mention, and the trie of its own candidates (None: it has none).
 
         Raises:
-            InvalidMentionError: A candidate is not in the knowledge base.
+            InvalidMentionError: A candidate is not in the knowledge base, or the list is empty.
         """
         trie = None if mention.candidate_ids is None else self._candidate_trie(mention.candidate_ids)
-        return NameSearch(trie or self.artifacts.knowledge_base.trie, self._builder.terminator, self._search), trie
+        return self.search_of(trie or self.artifacts.knowledge_base.trie), trie
 
-    def search_added(self, mention: Mention, earlier: SearchResult) -> NameSearch | None:
-        """The search for an added name that beats what was found before; None where there can't be one."""
-        if self.added_names is None or mention.candidate_ids is not None:
-            return None
-        rivals = [name.score for name in earlier.names]
-        search = NameSearch(self.added_names, self._builder.terminator, self._search, rivals)
-        return None if search.is_done else search
-
-    def found_before(self, prediction: Prediction) -> SearchResult:
-        """The search behind an earlier prediction, in the numbers of this knowledge base."""
-        return result_of(prediction, self.artifacts.knowledge_base, self._search.objective)
-
-    def numbered(self, result: SearchResult, searched: PrefixTrie) -> SearchResult:
-        """The result of a search over some names, in the numbers of the knowledge base."""
-        return numbered_in(self.artifacts.knowledge_base.trie, result, searched)
-
-    def merged(self, earlier: SearchResult, added: SearchResult) -> SearchResult:
-        """What was found before and what was found among the added names, as one result."""
-        return merge_results(earlier, added, self._search.num_candidates)
-
-    def candidates(self, names: Sequence[FoundName], mention: Mention) -> tuple[Candidate, ...]:
-        """The entities of names, within the mention's own candidates if it has any."""
-        knowledge_base = self.artifacts.knowledge_base
-        allowed = None if mention.candidate_ids is None else set(mention.candidate_ids)
-        entities = (
-            (knowledge_base.entity(row), name.log_prob)
-            for name in names
-            for row in knowledge_base.entities_of_name(name.name_index)
-        )
-        return tuple(
-            Candidate(entity.entity_id, entity.name, log_prob)
-            for entity, log_prob in entities
-            if allowed is None or entity.entity_id in allowed
-        )
-
-    def mention_ids(self, rows: Sequence[int]) -> tuple[str, ...]:
-        """The `mention_id`s of demonstrations."""
-        index = self.artifacts.index
-        return () if index is None else index.mention_ids(rows)
-
-    def entity_ids(self, rows: Sequence[int]) -> tuple[str, ...]:
-        """The entities that demonstrations show."""
-        index = self.artifacts.index
-        return () if index is None else index.entity_ids(rows)
+    def search_of(self, trie: PrefixTrie, rivals: Sequence[float] = ()) -> NameSearch:
+        """Return a search of the names of a trie; `rivals` are scores of names found elsewhere."""
+        return NameSearch(trie, self._builder.terminator, self.search_settings, rivals)
 
     def _make_demonstration_block(self, row: int) -> Block:
         assert self.artifacts.index is not None, "demonstrations without an index"
@@ -196,14 +167,17 @@ class EntityNameGenerator:
 
     @torch.inference_mode()
     def _visual_prefix(self, features: Features | None) -> Tensor | None:
-        """The visual prefix (P, D) of one picture; always computed alone, so that it has the same bits everywhere."""
+        """Return the visual prefix (P, D) of one picture.
+
+        It is always computed alone, so that its bits are the same in every batch.
+        """
         mapper = self.artifacts.feature_mapper
         if features is None or mapper is None:
             return None
         check_features(features, mapper.metadata.vision_width)
         prefix: Tensor = mapper(torch.from_numpy(np.array(features))[None])[0]
         largest = prefix.abs().max().item()
-        if not largest <= _LARGEST_EMBEDDING:  # nor if it is no number
+        if not largest <= _LARGEST_EMBEDDING:  # also true for NaN
             raise InvalidMentionError(
                 f"image_features become embeddings of up to {largest:g}, which a language model can't compute with: "
                 "give those of the image encoder that the feature mapper was trained for"
@@ -224,65 +198,83 @@ class EntityNameGenerator:
         return PrefixTrie.from_sequences([knowledge_base.name_tokens(name) for name in names])[0]
 
 
-class _Tasks:
-    """The mentions of one call: what is asked for each, and what came of it."""
+class _MentionTask:
+    """The work for one mention: its prompt and search, then its prediction.
+
+    Args:
+        generator: The parts of the run.
+        mention: The mention to link.
+        features: Its image features (C,), None without a picture.
+        demonstrations: Row numbers of its demonstrations, the most similar last.
+        earlier: Its prediction before names were added; see `EntityNameGenerator.generate`.
+
+    Attributes:
+        prediction: Set by `prepare` if it returns None, otherwise by `finish`.
+    """
+
+    prediction: Prediction
 
     def __init__(
         self,
         generator: EntityNameGenerator,
-        mentions: Sequence[Mention],
-        features: Sequence[Features | None],
-        demonstrations: Sequence[Sequence[int]],
-        earlier: Sequence[Prediction | None],
+        mention: Mention,
+        features: Features | None,
+        demonstrations: Sequence[int],
+        earlier: Prediction | None,
     ) -> None:
         self._generator = generator
-        self._inputs = list(zip(mentions, features, demonstrations, strict=True))
+        self._mention = mention
+        self._features = features
+        self._demonstrations = demonstrations
         self._earlier = earlier
-        self._found_before: dict[int, SearchResult] = {}
-        self._used_rows: dict[int, list[int]] = {}
-        self._own_tries: dict[int, PrefixTrie] = {}
-        self._predictions: dict[int, Prediction] = {}
+        self._found_before: SearchResult | None = None
+        self._used_rows: list[int] = []
+        self._trie: PrefixTrie | None = None
 
-    def searches(self) -> Iterator[tuple[int, Prompt, NameSearch, PrefixTrie | None]]:
-        """Prompts and searches, made as the engine has room for them."""
-        for position, ((mention, features, rows), earlier) in enumerate(zip(self._inputs, self._earlier, strict=True)):
-            search: NameSearch | None = None
-            trie: PrefixTrie | None = None
-            if earlier is not None:
-                self._found_before[position] = found = self._generator.found_before(earlier)
-                search, trie = self._generator.search_added(mention, found), self._generator.added_names
-                if search is None:
-                    self._predict(position, found)
-                    continue
-            try:
-                prompt, self._used_rows[position] = self._generator.prompt(mention, features, rows)
-                if search is None:
-                    search, trie = self._generator.search(mention)
-            except MentionError as error:
-                self._predictions[position] = Prediction(mention.mention_id, error=str(error))
-                continue
-            if trie is not None:
-                self._own_tries[position] = trie
-            yield position, prompt, search, trie
+    def prepare(self) -> tuple[Prompt, NameSearch, PrefixTrie | None] | None:
+        """Return prompt, search and its trie (None: the engine's); None if no search is needed."""
+        search: NameSearch | None = None
+        if self._earlier is not None:
+            knowledge_base, objective = (
+                self._generator.artifacts.knowledge_base,
+                self._generator.search_settings.objective,
+            )
+            self._found_before = found = result_of(self._earlier, knowledge_base, objective)
+            search, self._trie = self._search_added(found), self._generator.added_names
+            if search is None:
+                self.prediction = self._predict(found)
+                return None
+        try:
+            prompt, self._used_rows = self._generator.prompt(self._mention, self._features, self._demonstrations)
+            if search is None:
+                search, self._trie = self._generator.search(self._mention)
+        except MentionError as error:
+            self.prediction = Prediction(self._mention.mention_id, error=str(error))
+            return None
+        return prompt, search, self._trie
 
-    def finish(self, position: int, result: SearchResult) -> None:
-        """Note the outcome of a search."""
-        if (trie := self._own_tries.pop(position, None)) is not None:
-            result = self._generator.numbered(result, trie)
-        if (earlier := self._found_before.pop(position, None)) is not None:
-            result = self._generator.merged(earlier, result)
-        self._predict(position, result)
+    def finish(self, result: SearchResult) -> None:
+        """Turn the result of the search into the prediction."""
+        if self._trie is not None:
+            result = numbered_in(self._generator.artifacts.knowledge_base.trie, result, self._trie)
+        if self._found_before is not None:
+            result = merge_results(self._found_before, result, self._generator.search_settings.num_candidates)
+        self._trie = self._found_before = None  # a call may have many mentions
+        self.prediction = self._predict(result)
 
-    def predictions(self) -> list[Prediction]:
-        """One for each mention, in order."""
-        return [self._predictions[position] for position in range(len(self._inputs))]
+    def _search_added(self, found: SearchResult) -> NameSearch | None:
+        """Return the search for added names that score higher than `found`; None if none can."""
+        added = self._generator.added_names
+        if added is None or self._mention.candidate_ids is not None:
+            return None
+        search = self._generator.search_of(added, [name.score for name in found.names])
+        return None if search.is_done else search
 
-    def _predict(self, position: int, result: SearchResult) -> None:
-        """Note a result whose names are numbered as in the knowledge base."""
-        mention, names = self._inputs[position][0], result.names
-        candidates = self._generator.candidates(names, mention)
-        self._predictions[position] = Prediction(
-            mention_id=mention.mention_id,
+    def _predict(self, result: SearchResult) -> Prediction:
+        """Return the prediction for a result whose names are numbered as in the knowledge base."""
+        names, candidates = result.names, self._candidates(result.names)
+        return Prediction(
+            mention_id=self._mention.mention_id,
             entity_id=candidates[0].entity_id,
             entity_name=candidates[0].entity_name,
             log_prob=names[0].log_prob,
@@ -292,21 +284,35 @@ class _Tasks:
             certified=result.num_certified > 0,
             num_certified=result.num_certified,
             candidates=candidates,
-            **self._demonstrations(position),
+            **self._used_demonstrations(),
             num_rollouts=result.num_rollouts,
         )
 
-    def _demonstrations(self, position: int) -> dict[str, Any]:
-        """What a prediction says of the demonstrations in its prompt; an earlier prediction had the same."""
-        earlier = self._earlier[position]
-        if earlier is not None:
-            return {name: getattr(earlier, name) for name in _OF_DEMONSTRATIONS}
-        rows, used = self._inputs[position][2], self._used_rows[position]
-        ids, entity_ids = self._generator.mention_ids(used), self._generator.entity_ids(used)
-        return dict(zip(_OF_DEMONSTRATIONS, (ids, entity_ids, len(rows) - len(used)), strict=True))
+    def _candidates(self, names: Sequence[FoundName]) -> tuple[Candidate, ...]:
+        """Return the entities of names, only the mention's own candidates if it has any."""
+        knowledge_base, own = self._generator.artifacts.knowledge_base, self._mention.candidate_ids
+        allowed = None if own is None else set(own)
+        entities = (
+            (knowledge_base.entity(row), name.log_prob)
+            for name in names
+            for row in knowledge_base.entities_of_name(name.name_index)
+        )
+        return tuple(
+            Candidate(entity.entity_id, entity.name, log_prob)
+            for entity, log_prob in entities
+            if allowed is None or entity.entity_id in allowed
+        )
+
+    def _used_demonstrations(self) -> dict[str, Any]:
+        """Return the fields about the prompt's demonstrations; `earlier` had the same prompt."""
+        if self._earlier is not None:
+            return {name: getattr(self._earlier, name) for name in _DEMONSTRATION_FIELDS}
+        index, used = self._generator.artifacts.index, self._used_rows
+        ids, entity_ids = ((), ()) if index is None else (index.mention_ids(used), index.entity_ids(used))
+        return dict(zip(_DEMONSTRATION_FIELDS, (ids, entity_ids, len(self._demonstrations) - len(used)), strict=True))
 
 
 def _probability(best: FoundName, result: SearchResult) -> float:
-    """The best name's share of all names' mass; what was not explored is taken at its upper bound."""
+    """Return the best name's share of all mass, with the unexplored mass at its upper bound."""
     log_mass = float(np.logaddexp(result.log_explored_mass, math.log(max(result.unexplored_mass, 1e-300))))
     return math.exp(best.log_prob - log_mass)

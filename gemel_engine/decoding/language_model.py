@@ -1,4 +1,4 @@
-"""The frozen language model as transformers loads it, and what identifies a language model to other artifacts.
+"""The frozen language model in transformers, and the fingerprint that artifacts keep of it.
 
 D language-model width, P prefix length, T tokens, M pictures, L labels.
 """
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 def language_model_width(name_or_path: str) -> int:
-    """D, the width of the language model's token embeddings.
+    """Return D, the width of the language model's token embeddings.
 
     Raises:
         ArtifactError: The model's configuration can't be loaded.
@@ -47,7 +47,7 @@ def language_model_width(name_or_path: str) -> int:
 
 
 def max_positions(name_or_path: str) -> int | None:
-    """Tokens that the language model can read, what it writes included; None where its configuration doesn't say.
+    """Return the maximum number of tokens read and written; None if the configuration has none.
 
     Raises:
         ArtifactError: The model's configuration can't be loaded.
@@ -56,7 +56,7 @@ def max_positions(name_or_path: str) -> int | None:
 
 
 def vocabulary_size(name_or_path: str) -> int:
-    """Number of the language model's token embeddings, which may differ from that of its tokenizer's tokens.
+    """Return the number of token embeddings, which may differ from the tokenizer's vocabulary.
 
     Raises:
         ArtifactError: The model's configuration can't be loaded.
@@ -65,10 +65,10 @@ def vocabulary_size(name_or_path: str) -> int:
 
 
 def language_model_fingerprint(name_or_path: str) -> str:
-    """A hash that tells language models apart without reading all of their weights.
+    """Return a hash that identifies a language model, without reading all of its weights.
 
-    It covers the configuration, and of each weight file the size and the first and last MiB. It guards against
-    mixing artifacts up by accident, not against forgery.
+    It covers the configuration, and the size and the first and last MiB of each weight file. It
+    detects artifacts mixed up by accident, not forgery.
 
     Raises:
         ArtifactError: There is no such model.
@@ -88,17 +88,18 @@ def language_model_fingerprint(name_or_path: str) -> str:
 
 
 def check_language_model(name_or_path: str, *, verify: bool = False) -> None:
-    """Raise unless a language model's files are there and hold what its configuration asks for.
+    """Validate that a language model's files exist and contain the tensors of its configuration.
 
-    Without loading it: whichever engine loads it later, and wherever. Of a model on the hub whose weights are not on
-    this machine, and of one whose checkpoint is quantised, the tensors are not compared.
+    The model is not loaded, so the check holds for any engine and machine. Tensors are not compared
+    if the model is on the hub and its weights are not on this machine, or if it is quantised.
 
     Args:
         name_or_path: Local directory, or name on the model hub.
-        verify: Also read all weights, and see that they are finite.
+        verify: Also read all weights, and validate that they are finite.
 
     Raises:
-        ArtifactError: A file is missing or damaged, or a tensor missing, unexpected, of another shape or not finite.
+        ArtifactError: A file is missing or damaged, or a tensor is missing, unexpected, of another
+            shape or not finite.
     """
     config, directory = load_model_config(name_or_path), checkpoint_directory("language model", name_or_path)
     if not os.path.isdir(name_or_path) and not [*directory.glob("*.safetensors"), *directory.glob("*.bin")]:
@@ -119,11 +120,11 @@ def check_language_model(name_or_path: str, *, verify: bool = False) -> None:
 
 
 def warn_if_slow(dtype: str, device: torch.device) -> None:
-    """Log where a language model would be up to a hundred times slower than in float32.
+    """Log a warning if a language model would be up to a hundred times slower than in float32.
 
     Args:
         dtype: Key of `DTYPES`.
-        device: Where the model is computed.
+        device: Device of the model.
     """
     if device.type == "cpu" and dtype == "bfloat16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         logger.warning(
@@ -133,13 +134,13 @@ def warn_if_slow(dtype: str, device: torch.device) -> None:
 
 
 class FrozenLanguageModel:
-    """A causal language model that takes embeddings; no parameter of it requires a gradient.
+    """A causal language model that accepts embeddings; none of its parameters requires a gradient.
 
     Args:
         name_or_path: Local directory, or name on the model hub.
         dtype: Key of `DTYPES`.
         device: torch device.
-        config: The model's configuration, changed; None loads it as it is.
+        config: Changed configuration of the model; None loads the model's own.
 
     Raises:
         ArtifactError: There is no such model.
@@ -166,21 +167,21 @@ class FrozenLanguageModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return torch.device(self.module.device)
 
     @property
     def width(self) -> int:
-        """D, of the input embeddings."""
+        """D, the width of the input embeddings."""
         return self.embed_tokens(torch.zeros(1, dtype=torch.long)).shape[1]
 
     def embed_tokens(self, token_ids: Tensor) -> Tensor:
-        """Input embeddings of tokens: (..., D), in the model's dtype."""
+        """Return the input embeddings of tokens (...): (..., D), in the model's dtype."""
         embeddings: Tensor = self._embedding(token_ids.to(self.device))
         return embeddings
 
     def embed_prompt(self, prompt: Prompt) -> Tensor:
-        """Token embeddings with the visual prefixes in their places: (T, D), in the model's dtype."""
+        """Return a prompt's embeddings, visual prefixes included: (T, D), in the model's dtype."""
         embeddings = self.embed_tokens(torch.tensor(prompt.token_ids))
         for start, prefix in prompt.visual_prefixes:
             embeddings[start : start + len(prefix)] = prefix.to(embeddings)
@@ -196,6 +197,6 @@ def load_model_config(name_or_path: str) -> PreTrainedConfig:
     check_files(name_or_path)
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
-    except Exception as error:  # the file may say anything, and anything is raised then
+    except Exception as error:  # the file may contain anything, and so any error may be raised
         raise not_loadable("language model", name_or_path, error) from error
     return config

@@ -1,8 +1,9 @@
-"""Prompts as token ids with holes for visual prefixes: demonstrations first, the most similar last, then the question.
+"""Prompts as token ids with placeholders for visual prefixes.
 
-GEMEL's layout (Shi et al., 2024, section 3.3, and its released code). Each block is tokenised on its own, a name apart
-from the block it answers, so that a demonstration has the same tokens in every prompt and a name the same tokens as in
-the prefix trie. Text is only ever text: nothing in it can become a special token.
+Demonstrations come first, the most similar last, then the question, in GEMEL's layout (Shi et al.,
+2024, section 3.3, and its released code). Each block is tokenised separately, and each name
+separately from its question: a demonstration has the same tokens in every prompt, and a name the
+same tokens as in the prefix trie. Nothing in a text can become a special token.
 
 P prefix length, D language-model width, T tokens, K demonstrations.
 """
@@ -22,13 +23,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-VISUAL_PLACEHOLDER = 0  # token id that stands where an embedding goes; never looked up
-_MAX_CHARACTERS_PER_TOKEN = 128  # more than in the longest tokens there are
+VISUAL_PLACEHOLDER = 0  # token id at the position of a visual embedding; never looked up
+_MAX_CHARACTERS_PER_TOKEN = 128  # more than the longest known tokens have
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A demonstration or a question: its token ids, and the visual prefix (P, D) that precedes them."""
+    """Token ids of a demonstration or a question, and the visual prefix (P, D) in front of them."""
 
     token_ids: tuple[int, ...]
     visual_prefix: Tensor | None
@@ -39,11 +40,12 @@ class Block:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prompt:
-    """What the language model reads.
+    """Input of the language model.
 
     Attributes:
-        token_ids: T ids, `VISUAL_PLACEHOLDER` where a visual prefix goes.
-        visual_prefixes: Position of the first embedding, and the embeddings (P, D), in order.
+        token_ids: T token ids, with `VISUAL_PLACEHOLDER` at the positions of visual prefixes.
+        visual_prefixes: Position of the first embedding and the embeddings (P, D) of each visual
+            prefix, in order.
     """
 
     token_ids: tuple[int, ...]
@@ -54,12 +56,13 @@ class PromptBuilder:
     """Lays out prompts for one language model.
 
     Attributes:
-        terminator: Token by which a generated name has ended; the first of the newline's, if it has several.
-        beginning: Tokens in front of every prompt.
+        terminator: Token that ends a generated name; of a newline with several tokens, the first.
+        beginning: Tokens at the beginning of every prompt.
 
     Raises:
-        ConfigurationError: The template lacks a field, the tokenizer has no such terminator or BOS token or can't write
-            the spelling of its special tokens as text, or the question's reserve leaves no prompt.
+        ConfigurationError: The template lacks a field, the tokenizer has no such terminator or BOS
+            token or can't encode the spelling of its special tokens as text, or `query_reserve` is
+            not between 1 and the length of a prompt.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, settings: PromptSettings) -> None:
@@ -76,10 +79,10 @@ class PromptBuilder:
             self.beginning = (tokenizer.bos_token_id,)
 
     def question(self, text: str, mention: str, visual_prefix: Tensor | None) -> Block:
-        """The block that asks for the mention's entity.
+        """Return the block that asks for the mention's entity.
 
         Raises:
-            PromptTooLongError: It exceeds the reserve kept for it.
+            PromptTooLongError: The block exceeds `query_reserve`.
         """
         self._check_length(len(text) + len(mention))
         block = Block(self._question_tokens(text, mention), visual_prefix)
@@ -91,18 +94,19 @@ class PromptBuilder:
         return block
 
     def demonstration(self, text: str, mention: str, name: str, visual_prefix: Tensor | None) -> Block:
-        """A question with its answer."""
+        """Return the block of a question with its answer."""
         answer = encode_text(self._tokenizer, name) + self._newline
         return Block(self._question_tokens(text, mention) + answer, visual_prefix)
 
     def fitting(self, demonstrations: Sequence[Block], num_shared: int | None, question: Block) -> list[int]:
-        """Places of the demonstrations that a prompt has room for; the first, least similar ones have to go.
+        """Return the places of the demonstrations that fit into a prompt, dropping the first ones.
 
         Args:
-            demonstrations: All that were retrieved.
-            num_shared: So many first ones are those of all mentions of a surface form: which of them stay does not
-                depend on the question. The others share the question's reserve. None: all of them.
-            question: What stands behind them.
+            demonstrations: All retrieved demonstrations, the most similar last.
+            num_shared: Number of leading demonstrations that all mentions of a surface form have in
+                common. Which of these fit does not depend on the question; the others must fit into
+                `query_reserve` together with the question. None: all of them.
+            question: The block after the demonstrations.
         """
         room = self._settings.max_prompt_tokens - self._settings.query_reserve - len(self.beginning)
         shared = _last_that_fit(demonstrations[:num_shared], room)
@@ -112,7 +116,7 @@ class PromptBuilder:
         return [*shared, *range(len(demonstrations) - num_own, len(demonstrations))]
 
     def build(self, demonstrations: Sequence[Block], question: Block) -> Prompt:
-        """Lay the blocks out one after the other, each behind its visual prefix."""
+        """Join the blocks, each after its visual prefix."""
         token_ids = list(self.beginning)
         visual_prefixes = []
         for block in (*demonstrations, question):
@@ -123,7 +127,7 @@ class PromptBuilder:
         return Prompt(tuple(token_ids), tuple(visual_prefixes))
 
     def _check_length(self, num_characters: int) -> None:
-        """Refuse a text that can't fit, since tokenising a megabyte takes seconds."""
+        """Raise for a text that can't fit before it is tokenised: a megabyte takes seconds."""
         if num_characters > _MAX_CHARACTERS_PER_TOKEN * self._settings.query_reserve:
             raise PromptTooLongError(
                 f"the mention's text has {num_characters} characters, and query_reserve is "
@@ -148,10 +152,10 @@ class PromptBuilder:
 
 
 def _newline_tokens(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
-    """Tokens of a newline behind a name.
+    """Return the tokens of a newline after a name.
 
-    Llama 2's tokenizer begins every text with a space, so that a newline alone becomes two tokens. Behind a letter it
-    is the one that the model knows from the ends of lines.
+    Llama 2's tokenizer begins every text with a space, so a newline alone becomes two tokens. After
+    a letter it becomes the one token that the model knows from the ends of lines.
     """
     alone = encode_text(tokenizer, "\n")
     letter, line = encode_text(tokenizer, "a"), encode_text(tokenizer, "a\n")
@@ -161,7 +165,7 @@ def _newline_tokens(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
 
 
 def _last_that_fit(blocks: Sequence[Block], room: int) -> range:
-    """Places of the last blocks that take no more than `room` tokens."""
+    """Return the places of the last blocks that take at most `room` tokens in all."""
     first = len(blocks)
     while first and len(blocks[first - 1]) <= room:
         first -= 1

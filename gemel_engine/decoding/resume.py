@@ -1,7 +1,7 @@
-"""What the row of an earlier run tells of the search behind it, now that its knowledge base has other names.
+"""Rebuilds a search's result from an earlier run's prediction, for a changed knowledge base.
 
-Of the names that there were, none but those proved scores above the last of these. That stays true when names are taken
-away, and so do the bounds of their mass; added names are searched on their own.
+Among the old names, no uncertified one scores higher than the last certified one. This stays true
+when names are removed, and so do the bounds of their mass. Added names are searched separately.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from gemel_engine.types import Candidate, Prediction
 
 
 def result_of(prediction: Prediction, knowledge_base: KnowledgeBase, objective: Objective) -> SearchResult:
-    """The outcome of the search behind a prediction, as far as the prediction tells.
+    """Return the result of the search behind a prediction, as far as the prediction contains it.
 
     Args:
-        prediction: Its first name is proved, and each candidate is still in the knowledge base under its name.
-        knowledge_base: As it is now; it numbers the names of the result.
-        objective: Of the search.
+        prediction: Its first name is certified, and each candidate is still in the knowledge base
+            under the same name.
+        knowledge_base: The current knowledge base, which numbers the names of the result.
+        objective: Objective of the search.
     """
     first_of_name: dict[str, Candidate] = {}
     for candidate in prediction.candidates:
@@ -48,7 +49,10 @@ def result_of(prediction: Prediction, knowledge_base: KnowledgeBase, objective: 
 
 
 def numbered_in(trie: PrefixTrie, result: SearchResult, searched: PrefixTrie) -> SearchResult:
-    """The result of a search over one trie with the numbers that its names have in another, which has them all."""
+    """Return a result of a search over the trie `searched` with its names numbered as in `trie`.
+
+    `trie` must contain all of these names.
+    """
     names = [
         replace(name, name_index=trie.name_index(trie.walk(searched.name_tokens(name.name_index))))
         for name in result.names
@@ -57,9 +61,12 @@ def numbered_in(trie: PrefixTrie, result: SearchResult, searched: PrefixTrie) ->
 
 
 def _log_explored_mass(prediction: Prediction, log_prob: float, unexplored_mass: float) -> float:
-    """What the share of the best name was computed with, up to rounding; `log_prob` is that name's."""
+    """Return the log of the explored mass behind `prediction.probability`, up to rounding.
+
+    `log_prob` is the best name's.
+    """
     assert prediction.probability is not None, "a prediction without an error"
-    if not prediction.probability:  # too small for a number: so will be what is computed from it
+    if not prediction.probability:  # too small for float64; an infinite mass keeps it 0
         return math.inf
     log_mass = log_prob - math.log(prediction.probability)
     unexplored_share = math.exp(min(0.0, math.log(max(unexplored_mass, 1e-300)) - log_mass))
@@ -67,10 +74,11 @@ def _log_explored_mass(prediction: Prediction, log_prob: float, unexplored_mass:
 
 
 def merge_results(first: SearchResult, second: SearchResult, num_candidates: int) -> SearchResult:
-    """What two searches say of all names of both; no name is in both, and their numbers are of one trie.
+    """Return the result of two searches over all names of both.
 
-    A name that is not finished scores at most the higher of the two bounds, so the names above it are proved. Masses of
-    sets that have nothing in common add up.
+    No name may be in both, and both must number their names by the same trie. An unfinished name
+    scores at most the higher of the two bounds, so names above it are certified. Masses of disjoint
+    sets add up.
     """
     names = sorted([*first.names, *second.names], key=lambda name: -name.score)[:num_candidates]
     highest_bound = max(first.highest_bound, second.highest_bound)

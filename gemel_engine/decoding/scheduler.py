@@ -1,4 +1,4 @@
-"""Drives the searches of many mentions over one engine."""
+"""Runs the searches of many mentions over one engine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from gemel_engine.knowledge_base.trie import PrefixTrie
 
 Key = TypeVar("Key", bound=Hashable)
 
-_request_ids = map(str, itertools.count())  # none comes twice: an engine may still hold those of an interrupted call
+# Ids are never reused: an engine may still have requests of an interrupted call.
+_request_ids = map(str, itertools.count())
 
 
 def run_searches(
@@ -23,15 +24,15 @@ def run_searches(
     mentions: Iterable[tuple[Key, Prompt, NameSearch, PrefixTrie | None]],
     max_in_flight: int,
 ) -> Iterator[tuple[Key, SearchResult]]:
-    """Drive many searches over one engine, in order of arrival; yields each as it ends.
+    """Run many searches over one engine, started in order; yields each result as it ends.
 
     Args:
-        engine: Answers the rollouts.
-        mentions: Key, prompt, search, and the candidates' own trie (None: the engine's).
-        max_in_flight: Searches that are open at once.
+        engine: Engine that answers the rollouts.
+        mentions: Key, prompt, search, and trie of the search (None: the engine's) of each mention.
+        max_in_flight: Maximum number of open searches.
 
     Raises:
-        GemelError: The language model's log-probs are not numbers.
+        GemelError: A log-prob of the language model is NaN.
     """
     waiting = iter(mentions)
     open_searches: dict[Key, tuple[Prompt, NameSearch, PrefixTrie | None]] = {}
@@ -53,7 +54,7 @@ def run_searches(
         for request_id, rollout in engine.step():
             asked = rollouts.pop(request_id, None)
             if asked is None or asked[0] not in open_searches:
-                continue  # of a call that was interrupted, or of a search that was proved without it
+                continue  # from an interrupted call, or a search that ended without it
             if any(math.isnan(log_prob) for step in rollout.log_probs for log_prob in step):
                 raise GemelError("the language model's log-probs are not numbers: use dtype bfloat16 or float32")
             key, request = asked

@@ -1,14 +1,16 @@
 """Exact best-first search for the entity name that a language model finds most probable.
 
-The search knows a prefix trie and asks for *rollouts*; what answers them (a language model, a table of random
-numbers in a test) it does not know. A rollout starts at a trie node, decodes greedily under the trie to the end of
-a name, and reports at each step the log-probs of the K best allowed tokens. Every token not taken is a frontier
-item whose score is known; where a node allows more than K tokens, the rest is one item bounded by the K-th.
+The search has a prefix trie and asks for *rollouts*. It does not depend on what answers them: a
+language model, or a table of random numbers in a test. A rollout starts at a trie node, decodes
+greedily under the trie to the end of a name, and reports at each step the log-probs of the K best
+allowed tokens. Every token not taken becomes an open item with a known score; where a node allows
+more than K tokens, the rest becomes one item bounded by the K-th.
 
-Log-probs are never positive, so the score of a node bounds the score of every name below it. Once no open item's
-bound exceeds the best finished name, that name is the argmax over *all* allowed names: it is certified. Any proof of it
-has to follow each token beside a rollout's way whose bound is above its score, whatever the order and K; the names in
-which these end are therefore a property of the model and the trie, and `ranking` may choose among them.
+Log-probs are never positive, so the score of a node bounds the score of every name below it. Once
+no open item's bound exceeds the score of the best finished name, that name is the argmax over *all*
+allowed names: it is certified. Any proof must follow each token off a rollout's path whose bound is
+above that score, whatever the order and K. The names reached from these tokens are therefore a
+property of the model and the trie, and `ranking` may choose among them.
 
     search = NameSearch(trie, terminator, settings)
     while not search.is_done:
@@ -30,12 +32,12 @@ from gemel_engine.config.components import SearchSettings
 from gemel_engine.decoding.engines.base import Rollout, RolloutRequest
 from gemel_engine.knowledge_base.trie import PrefixTrie
 
-_ROUNDING = 1e-5  # by how much a sum of probabilities, computed in float32, may fall short
+_ROUNDING = 1e-5  # largest rounding error of a sum of probabilities in float32
 
 
 @dataclass(frozen=True, slots=True)
 class FoundName:
-    """A finished name: its number in the trie, log-prob in nats (terminator included) and value of the objective."""
+    """A finished name: number in the trie, log-prob in nats (terminator included), objective."""
 
     name_index: int
     log_prob: float
@@ -44,17 +46,17 @@ class FoundName:
 
 @dataclass(frozen=True, slots=True)
 class SearchResult:
-    """Names in the order of the ranking, and what is proved of them.
+    """Names in the order of the ranking, and what is proved about them.
 
     Attributes:
-        names: At most `num_candidates`.
-        num_certified: The first `num_certified` names are proved to be in their place: ranked by the objective, they
-            are the best ones of all allowed names.
-        log_explored_mass: Log of the probability of all names that were finished.
-        unexplored_mass: Upper bound of the probability of all names that were not, as far as two passes over the same
-            prefix give the same probabilities.
-        num_rollouts: Rollouts asked for.
-        highest_bound: No name that was not finished has a higher score.
+        names: The best names, at most `num_candidates`.
+        num_certified: Number of leading names that are proved to be at their rank. Ranked by the
+            objective, they are the best of all allowed names.
+        log_explored_mass: Log of the total probability of all finished names.
+        unexplored_mass: Upper bound of the total probability of all unfinished names, as far as two
+            passes over the same prefix give the same probabilities.
+        num_rollouts: Number of rollouts requested.
+        highest_bound: Upper bound of the score of every unfinished name.
     """
 
     names: tuple[FoundName, ...]
@@ -67,10 +69,10 @@ class SearchResult:
 
 @dataclass(frozen=True, slots=True)
 class _Finished:
-    """A name that a rollout met, and the `mean` of its log-probs in nats.
+    """A finished name, and the `mean` of its log-probs in nats.
 
-    Its `bound` is that of the token from which greedy decoding went on to it: the first that its rollout took. A name
-    beside a rollout's way has its score.
+    For the name at the end of a rollout, `bound` is the bound of the first token that its rollout
+    took. For a name found off the rollout's path it is the name's score.
     """
 
     name: FoundName
@@ -81,9 +83,9 @@ class _Finished:
 
 @dataclass(order=True, slots=True)
 class _OpenItem:
-    """A set of unfinished names: those below `path`, less the subtrees of the `excluded` tokens.
+    """A set of unfinished names: all below `path`, except the subtrees of the `excluded` tokens.
 
-    Ordered so that a heap gives the highest bound first, ties by path.
+    Items are ordered so that a heap returns the highest bound first, ties by path.
     """
 
     negative_bound: float
@@ -96,7 +98,7 @@ class _OpenItem:
 
     @property
     def bound(self) -> float:
-        """No name in it has a higher score."""
+        """Upper bound of the score of every name in the item."""
         return -self.negative_bound
 
 
@@ -104,11 +106,11 @@ class NameSearch:
     """The search for one mention.
 
     Args:
-        trie: Names allowed. Its tokens don't include the terminator.
+        trie: Prefix trie of the allowed names, whose tokens don't include the terminator.
         terminator: Token that ends a name.
-        settings: How far to search.
-        rivals: Scores of names found elsewhere, by which this search is over sooner: as soon as none of its open names
-            can be one of the best of both.
+        settings: Limits of the search.
+        rivals: Scores of names found elsewhere. The search ends as soon as no open item can contain
+            one of the `num_to_certify` best names of both.
     """
 
     def __init__(
@@ -125,7 +127,7 @@ class NameSearch:
         self._num_tokens = 0
 
     def next_requests(self) -> list[RolloutRequest]:
-        """Rollouts worth having now: open items that can still hold one of the names to certify, best bound first."""
+        """Return the next requests: items that could change the certified names, best first."""
         requests = []
         num_answered = self._num_rollouts - len(self._in_flight)
         while (
@@ -142,7 +144,7 @@ class NameSearch:
         return requests
 
     def observe(self, request: RolloutRequest, rollout: Rollout) -> None:
-        """Take in the answer to a request: the names it finished, and the open items beside its way."""
+        """Add the answer to a request: its finished names, and the open items off its path."""
         item = self._in_flight.pop(request)
         bound = None if request.excluded else item.bound
         self._num_tokens += len(rollout.tokens)
@@ -160,13 +162,13 @@ class NameSearch:
 
     @property
     def is_done(self) -> bool:
-        """Whether the names asked for are proved, nothing is left to explore, or the budget is spent."""
+        """Whether enough names are certified, nothing is left to explore or the budget is spent."""
         if self._highest_bound <= self._score_to_beat:
             return True
         return not self._in_flight and self._is_spent
 
     def result(self) -> SearchResult:
-        """The best names found so far, the rivals left out; there is one from the first `observe` on."""
+        """Return the best names so far, without rivals; at least one after the first `observe`."""
         found, num_certified = self._ranked()
         open_items = itertools.chain(self._frontier, self._in_flight.values())
         return SearchResult(
@@ -179,7 +181,7 @@ class NameSearch:
         )
 
     def _ranked(self) -> tuple[list[_Finished], int]:
-        """All names found, the best first, and how many of the first are proved to be in their place."""
+        """Return all finished names, best first, and how many leading ones are certified."""
         highest_bound = self._highest_bound
         num_certified = sum(finished.name.score >= highest_bound for finished in self._found)
         if self._settings.ranking == "objective" or self._settings.objective == "mean" or not self._found:
@@ -188,7 +190,7 @@ class NameSearch:
         needed = [best, *(finished for finished in self._found[1:] if finished.bound > best.name.score)]
         others = [finished for finished in self._found[1:] if finished.bound <= best.name.score]
         needed.sort(key=lambda finished: (-finished.mean, finished.path))
-        if num_certified:  # then no other name is needed, and the others follow by their scores
+        if num_certified:  # then `needed` is complete, and the others follow by their scores
             num_certified = len(needed) + sum(finished.name.score >= highest_bound for finished in others)
         return [*needed, *others], num_certified
 
@@ -213,7 +215,7 @@ class NameSearch:
         return best[n - 1] if len(best) >= n else -math.inf
 
     def _bound(self, log_prob: float, depth: int, node: int) -> float:
-        """Highest objective that a name below `node` can reach; the terminator counts as a token."""
+        """Return an upper bound of the objective below `node`; the terminator counts as a token."""
         if self._settings.objective == "sum":
             return log_prob
         return log_prob / (depth + self._trie.longest(node) + 1)
@@ -222,7 +224,7 @@ class NameSearch:
         return _OpenItem(-self._bound(log_prob, len(path), node), path, node, log_prob, math.exp(log_prob))
 
     def _child(self, parent: _OpenItem, token: int, log_prob: float) -> _OpenItem | _Finished:
-        """The open item of a child, or the name that the token ended."""
+        """Return the child's open item, or the finished name if the token is the terminator."""
         total = parent.log_prob + log_prob
         if token == self._terminator and self._trie.is_terminal(parent.node):
             mean = total / (len(parent.path) + 1)
@@ -240,7 +242,7 @@ class NameSearch:
             insort(self._found, item, key=lambda finished: (-finished.name.score, finished.path))
 
     def _open_remainder(self, item: _OpenItem, tokens: list[int], log_probs: list[float]) -> None:
-        """Push the allowed children of `item` that a step did not report, as one item, if there are any."""
+        """Add the allowed children of `item` that a step did not report, if any, as one item."""
         excluded = item.excluded.union(tokens)
         num_left = self._trie.num_children(item.node) + self._trie.is_terminal(item.node) - len(excluded)
         if num_left == 0:
@@ -248,8 +250,9 @@ class NameSearch:
         excluded_mass = item.excluded_mass + math.fsum(map(math.exp, log_probs))
         not_reported = max(0.0, 1.0 - excluded_mass) + _ROUNDING
         mass_left = min(num_left * math.exp(log_probs[-1]), not_reported)
-        # One child has at most the K-th log-prob, and at most all that is left. The latter holds within one step of the
-        # model: what another step saw of the same node may differ in the last bits, of which little may be left.
+        # A child's log-prob is at most the K-th, and at most the log of the mass left. The second
+        # bound needs all log-probs to be from one step of the model: those of another step at the
+        # same node may differ in the last bits, and the mass left may be as small as these.
         highest = log_probs[-1] if item.excluded else min(log_probs[-1], math.log(not_reported))
         bound = self._bound(item.log_prob + highest, len(item.path), item.node)
         remainder = _OpenItem(

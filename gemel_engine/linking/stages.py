@@ -125,8 +125,8 @@ class GenerateEntityNames:
         return table
 
     def _cache_counts(self) -> tuple[int, int]:
-        statistics = getattr(self._generator.engine, "cache_statistics", None)
-        return (0, 0) if statistics is None else (statistics.num_prompt_tokens, statistics.num_cached_tokens)
+        statistics = self._generator.engine.cache_statistics
+        return statistics.num_prompt_tokens, statistics.num_cached_tokens
 
 
 def write_parts(batch: pa.Table, output: str, plan: dict[int, Shard]) -> pa.Table:

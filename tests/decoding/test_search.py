@@ -13,7 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from gemel_engine.config.components import Objective, SearchSettings
-from gemel_engine.decoding.engines.base import Rollout, RolloutRequest, allowed_next_tokens
+from gemel_engine.decoding.engines.base import CacheStatistics, Rollout, RolloutRequest, allowed_next_tokens
 from gemel_engine.decoding.prompt import Prompt
 from gemel_engine.decoding.resume import merge_results, numbered_in
 from gemel_engine.decoding.scheduler import run_searches
@@ -37,6 +37,7 @@ class RandomScorer:
         self.temperature = temperature
         self.num_children = num_children
         self.queue: deque[tuple[str, RolloutRequest, PrefixTrie]] = deque()
+        self.cache_statistics = CacheStatistics()
 
     def log_probs(self, path: tuple[int, ...]) -> np.ndarray:
         logits = np.random.default_rng([self.seed, *path]).normal(size=VOCABULARY) / self.temperature

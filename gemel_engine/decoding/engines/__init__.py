@@ -1,1 +1,1 @@
-"""What answers the rollouts of the search."""
+"""Engines that answer the rollouts of the search."""

@@ -1,4 +1,4 @@
-"""What the search asks of a language model: rollouts under a prefix trie."""
+"""Rollouts under a prefix trie, which the search requests, and the interface of an engine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gemel_engine.knowledge_base.trie import PrefixTrie
 
 @dataclass(frozen=True, slots=True)
 class RolloutRequest:
-    """Decode greedily from the trie node at `path`; the first step may not take a token of `excluded`."""
+    """Greedy decoding from the trie node at `path`; the first token may not be in `excluded`."""
 
     path: tuple[int, ...]
     excluded: frozenset[int] = frozenset()
@@ -21,30 +21,47 @@ class RolloutRequest:
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """What greedy decoding saw, step by step; the last token chosen is the terminator.
+    """Result of greedy decoding, step by step; the last token taken is the terminator.
 
     Attributes:
-        tokens: For each step, the K best allowed tokens (all, where fewer are allowed), the best first. The best is
-            the one taken.
-        log_probs: Their log-probabilities under the full softmax, in nats, in the same layout.
+        tokens: The K best allowed tokens of each step (all, if fewer are allowed), best first. The
+            first one is the token taken.
+        log_probs: Log-probs of these tokens under the full softmax, in nats, in the same layout.
     """
 
     tokens: list[list[int]]
     log_probs: list[list[float]]
 
 
+@dataclass(slots=True)
+class CacheStatistics:
+    """Number of prompt tokens sent to an engine, and number of them found in its prefix cache."""
+
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+
+
 class RolloutEngine(Protocol):
-    """A language model that answers rollouts, many at a time."""
+    """A language model that answers rollouts, many at a time.
+
+    Attributes:
+        cache_statistics: Counts since the engine was started; zeros if it does not count.
+    """
+
+    cache_statistics: CacheStatistics
 
     def submit(self, request_id: str, prompt: Prompt, request: RolloutRequest, candidates: PrefixTrie | None) -> None:
-        """Queue a rollout under the engine's trie, or under `candidates` where that is given."""
+        """Queue a rollout under `candidates`; None: under the engine's trie."""
 
     def step(self) -> list[tuple[str, Rollout]]:
-        """Advance all queued rollouts; returns the finished ones with their request ids. Blocks for one step."""
+        """Run one step, blocking; returns the finished rollouts with their request ids."""
 
 
 def allowed_next_tokens(trie: PrefixTrie, node: int, terminator: int, excluded: frozenset[int]) -> np.ndarray:
-    """Tokens that may follow a trie node: its children and, where a name ends, the terminator; (N,) int64."""
+    """Return the tokens (N,) int64 that may follow a trie node, without those in `excluded`.
+
+    They are the node's children and, where a name ends, the terminator.
+    """
     tokens = np.asarray(trie.children(node)[0], dtype=np.int64)
     if trie.is_terminal(node):
         tokens = np.append(tokens, terminator)

@@ -1,4 +1,4 @@
-"""What may come next, for all rows of a batch at once, on the device where the logits are: no loop over rows.
+"""Masks logits by a prefix trie, for all rows of a batch at once, on the device of the logits.
 
 B rows of a batch, V vocabulary, A allowed tokens of all rows, N nodes, M names.
 """
@@ -17,17 +17,20 @@ from torch import Tensor
 
 from gemel_engine.knowledge_base.trie import PrefixTrie, UnsignedArray
 
-_LOWEST_LOG_PROB = -1e9  # of an allowed token, to tell it from a disallowed one
+_LOWEST_LOG_PROB = -1e9  # lower bound of an allowed token's log-prob; disallowed ones have -inf
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TrieTensors:
-    """The arrays of a prefix trie that say what may follow a node; on CPU they are the mapped files themselves.
+    """Arrays of a prefix trie that determine the tokens allowed after a node.
+
+    On CPU they share the memory of the mapped files.
 
     Attributes:
-        tokens: (N,), unsigned integers in signed ones of their width, for which torch has more functions.
-        first_child: (N + 1,) int32.
-        terminals: (M,) int32.
+        tokens: Token of each node (N,): unsigned integers viewed as signed integers of the same
+            width, for which torch has more functions.
+        first_child: First child of each node (N + 1,), int32.
+        terminals: Nodes at which names end (M,), int32, ascending.
     """
 
     tokens: Tensor
@@ -36,7 +39,7 @@ class TrieTensors:
 
     @classmethod
     def of(cls, trie: PrefixTrie, device: torch.device) -> Self:
-        """A trie's arrays on a device.
+        """Return a trie's arrays on a device.
 
         Raises:
             ValueError: The trie has 2**31 nodes or more.
@@ -46,14 +49,14 @@ class TrieTensors:
         return cls(*(_tensor(array, device) for array in (trie.tokens, trie.first_child, trie.terminals)))
 
     def allowed(self, nodes: Tensor, terminator: int) -> tuple[Tensor, Tensor]:
-        """Tokens that may follow each of B nodes.
+        """Return the tokens allowed after each of B nodes.
 
         Args:
-            nodes: (B,) int64.
-            terminator: Allowed where a name ends.
+            nodes: Nodes (B,), int64.
+            terminator: Token allowed where a name ends.
 
         Returns:
-            The row and the token of each allowed token, both (A,) int64; terminators stand behind all others.
+            The row and the id of each allowed token, both (A,) int64; terminators come last.
         """
         starts = self.first_child[nodes].long()
         counts = self.first_child[nodes + 1].long() - starts
@@ -67,19 +70,19 @@ class TrieTensors:
 
 
 def constrain(logits: Tensor, rows: Tensor, tokens: Tensor, excluded: Sequence[tuple[int, int]] = ()) -> Tensor:
-    """Log-probs under the full softmax, disallowed tokens at minus infinity.
+    """Return log-probs under the full softmax, with disallowed tokens at minus infinity.
 
     Args:
-        logits: (B, V); float32 is overwritten.
-        rows: (A,) row of each allowed token; rows that don't occur stay as they are.
-        tokens: (A,) allowed tokens.
-        excluded: Rows and tokens that are not allowed after all.
+        logits: Logits (B, V); overwritten if they are float32.
+        rows: Row (A,) of each allowed token; rows that don't occur here keep their logits.
+        tokens: Allowed tokens (A,).
+        excluded: Pairs of row and token that are disallowed although they are in `tokens`.
 
     Returns:
-        (B, V), float32.
+        Log-probs (B, V), float32.
     """
     logits = logits.float()
-    log_probs = logits.log_softmax(dim=-1)[rows, tokens]  # on a CPU many times faster than with logsumexp
+    log_probs = logits.log_softmax(dim=-1)[rows, tokens]  # on CPU many times faster than logsumexp
     is_constrained = torch.zeros(len(logits), 1, dtype=torch.bool, device=logits.device)
     is_constrained[rows] = True
     logits.masked_fill_(is_constrained, -math.inf)
@@ -93,5 +96,5 @@ def constrain(logits: Tensor, rows: Tensor, tokens: Tensor, excluded: Sequence[t
 def _tensor(array: UnsignedArray, device: torch.device) -> Tensor:
     signed = array.view(np.dtype(f"i{array.itemsize}"))
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # and nobody writes to it
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # only read
         return torch.from_numpy(signed).to(device)

@@ -1,6 +1,7 @@
-"""The reference engine: rollouts by a transformers model, one at a time, in plain steps.
+"""The reference engine: rollouts by a transformers model, one at a time.
 
-Slow and easy to trust. It defines what the fast engine must return, and serves notebooks and small jobs.
+It is slow and simple. It defines what the fast engine must return, and is enough for notebooks and
+small jobs.
 
 B batch (always 1), T tokens, V vocabulary.
 """
@@ -14,20 +15,23 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
-from gemel_engine.decoding.engines.base import Rollout, RolloutRequest, allowed_next_tokens
+from gemel_engine.decoding.engines.base import CacheStatistics, Rollout, RolloutRequest, allowed_next_tokens
 from gemel_engine.decoding.language_model import FrozenLanguageModel
 from gemel_engine.decoding.prompt import Prompt
 from gemel_engine.knowledge_base.trie import PrefixTrie
 
 
 class TransformersEngine:
-    """Answers rollouts in the order in which they were submitted, one per step.
+    """Answers rollouts in the order of submission, one per step.
 
     Args:
         model: The language model.
-        trie: Names allowed where a request brings no candidates.
+        trie: Names allowed for requests without candidates.
         terminator: Token that ends a name.
-        num_children: K, the log-probs reported at each step.
+        num_children: K, the number of log-probs reported at each step.
+
+    Attributes:
+        cache_statistics: Zeros: this engine does not count.
     """
 
     def __init__(self, model: FrozenLanguageModel, trie: PrefixTrie, terminator: int, num_children: int) -> None:
@@ -35,15 +39,16 @@ class TransformersEngine:
         self._trie = trie
         self._terminator = terminator
         self._num_children = num_children
+        self.cache_statistics = CacheStatistics()
         self._queue: deque[tuple[str, Prompt, RolloutRequest, PrefixTrie]] = deque()
         self._prefilled: tuple[Prompt, DynamicCache, Tensor] | None = None
 
     def submit(self, request_id: str, prompt: Prompt, request: RolloutRequest, candidates: PrefixTrie | None) -> None:
-        """Queue a rollout under the engine's trie, or under `candidates` where that is given."""
+        """Queue a rollout under `candidates`; None: under the engine's trie."""
         self._queue.append((request_id, prompt, request, candidates or self._trie))
 
     def step(self) -> list[tuple[str, Rollout]]:
-        """Roll out the request that has waited longest; returns it with its id."""
+        """Answer the oldest request; returns its rollout with its id."""
         request_id, prompt, request, trie = self._queue.popleft()
         return [(request_id, self._rollout(prompt, request, trie))]
 
@@ -70,17 +75,19 @@ class TransformersEngine:
             logits = self._advance(cache, [token])
 
     def _prefill(self, prompt: Prompt) -> tuple[Cache, Tensor]:
-        """The prompt's keys and values, free to be extended, and the logits (V,) behind its last token.
+        """Return a copy of the prompt's keys and values, and the logits (V,) after its last token.
 
-        What the prompt has in common with the one before it is not computed again.
+        The beginning that the prompt shares with the previous one is not computed again.
         """
         if self._prefilled is None or self._prefilled[0] is not prompt:
-            before, self._prefilled = self._prefilled, None  # if this is interrupted, nobody knows what the cache holds
-            # Without the model's configuration every layer keeps all positions, so that any number can be cut off.
+            # An interruption leaves the cache's content unknown, so it is forgotten first.
+            before, self._prefilled = self._prefilled, None
+            # Without the model's configuration every layer keeps all positions, so any number of
+            # them can be cut off.
             num_known, cache = 0, DynamicCache()
             if before is not None:
                 num_known, cache = _common_length(before[0], prompt), before[1]
-                cache.crop(num_known - cache.get_seq_length())  # minus the number of positions to remove
+                cache.crop(num_known - cache.get_seq_length())  # minus the number to remove
             embeddings = self._model.embed_prompt(prompt)[num_known:].unsqueeze(0)  # (1, T - known, D)
             output = self._model.module(
                 inputs_embeds=embeddings, past_key_values=cache, use_cache=True, logits_to_keep=1
@@ -90,7 +97,7 @@ class TransformersEngine:
         return copy.deepcopy(cache), logits
 
     def _advance(self, cache: Cache, tokens: list[int]) -> Tensor:
-        """Append tokens to the cache; returns the logits (V,) behind the last."""
+        """Append tokens to the cache; returns the logits (V,) after the last one."""
         input_ids = torch.tensor([tokens], device=self._model.device)
         output = self._model.module(input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         logits: Tensor = output.logits[0, -1]
@@ -98,7 +105,7 @@ class TransformersEngine:
 
 
 def _common_length(first: Prompt, second: Prompt) -> int:
-    """Positions with which both prompts begin, visual prefixes included; less than all of the second."""
+    """Return the length of the common beginning with visual prefixes, less than all of `second`."""
     longest = min(len(first.token_ids), len(second.token_ids) - 1)
     pairs = zip(first.token_ids, second.token_ids, strict=False)
     common = next((i for i, (a, b) in enumerate(pairs) if a != b), longest)

@@ -1,8 +1,8 @@
 """Rollouts by vLLM: prompts with visual prefixes, continuous batching, prefix cache.
 
-The prefix trie acts as a logits processor (`vllm_processors.py`), which leaves log-probs of allowed tokens; vLLM, asked
-for `processed_logits`, then takes the best and reports the K best of exactly these. A prompt is sent again with every
-rollout of its mention: all but its last block is a cache hit.
+A logits processor (`vllm_mask.py`) applies the prefix trie: it leaves the log-probs of allowed
+tokens only. With `processed_logits`, vLLM takes the best of these and reports the K best. The
+prompt is sent with every rollout of its mention: all but its last block is then in the prefix cache.
 
 D language-model width, P prefix length, T tokens.
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from gemel_engine.config.components import EngineSettings
-from gemel_engine.decoding.engines.base import Rollout, RolloutRequest
+from gemel_engine.decoding.engines.base import CacheStatistics, Rollout, RolloutRequest
 from gemel_engine.decoding.engines.vllm_mask import TrieLogitsProcessor, TrieLogitsProcessorV2
 from gemel_engine.decoding.language_model import DTYPES, check_language_model, language_model_width, warn_if_slow
 from gemel_engine.decoding.prompt import Prompt
@@ -32,24 +31,21 @@ from gemel_engine.errors import EngineDiedError
 from gemel_engine.knowledge_base.trie import PrefixTrie, SavedTrie
 
 
-@dataclass(slots=True)
-class CacheStatistics:
-    """Prompt tokens sent to the engine, and those of them found in the prefix cache."""
-
-    num_prompt_tokens: int = 0
-    num_cached_tokens: int = 0
-
-
 class VllmEngine:
     """A vLLM engine in this process that answers rollouts.
 
     Args:
-        settings: The language model and how vLLM runs it.
-        trie_directory: Names allowed where a request brings no candidates; each worker maps the files itself.
+        settings: Language model and engine settings of vLLM.
+        trie_directory: Directory of the trie of names allowed for requests without candidates. Each
+            worker maps the files itself.
         terminator: Token that ends a name.
-        num_children: K, the log-probs reported at each step.
-        max_prompt_tokens: Longest prompt.
-        common_candidates: Candidates of many requests, and too many to be sent with each: workers map them, too.
+        num_children: K, the number of log-probs reported at each step.
+        max_prompt_tokens: Maximum number of tokens of a prompt.
+        common_candidates: Candidates that many requests share. They are too many to send with each
+            request, so workers map their files too.
+
+    Attributes:
+        cache_statistics: Counts of all finished requests.
     """
 
     def __init__(
@@ -75,14 +71,14 @@ class VllmEngine:
         on_cpu = not torch.cuda.is_available()
         if on_cpu:
             warn_if_slow(settings.dtype, torch.device("cpu"))
-            # Compiling the sampler's one small function costs a process more than a small job has to compute.
+            # Compiling the sampler's one small function takes longer than a small job computes.
             torch._dynamo.config.disable = True
-        # vLLM's annotation knows the first interface only.
+        # vLLM's type annotation allows the first interface only.
         processors: list[Any] = [TrieLogitsProcessorV2 if envs.VLLM_USE_V2_MODEL_RUNNER else TrieLogitsProcessor]
         self._engine = LLMEngine.from_engine_args(
             EngineArgs(
                 model=settings.name,
-                load_format="hf",  # by itself vLLM would take files of another format that lie beside those checked
+                load_format="hf",  # by default vLLM may prefer files that were not checked
                 skip_tokenizer_init=True,
                 enable_prompt_embeds=True,
                 dtype=settings.dtype,
@@ -97,7 +93,7 @@ class VllmEngine:
                 quantization=settings.quantization,
                 enable_prefix_caching=settings.enable_prefix_caching,
                 enforce_eager=on_cpu,
-                async_scheduling=False,  # the logits processor must see each token before the next step
+                async_scheduling=False,  # the logits processor needs each token before the next step
                 max_logprobs=num_children,
                 logprobs_mode="processed_logits",
                 logits_processors=processors,
@@ -107,10 +103,10 @@ class VllmEngine:
             )
         )
         if not os.path.isdir(settings.name):
-            check_language_model(settings.name)  # the weights of one on the hub may just have been downloaded
+            check_language_model(settings.name)  # they may just have been downloaded
 
     def submit(self, request_id: str, prompt: Prompt, request: RolloutRequest, candidates: PrefixTrie | None) -> None:
-        """Queue a rollout under the engine's trie, or under `candidates` where that is given."""
+        """Queue a rollout under `candidates`; None: under the engine's trie."""
         trie = candidates or self._trie
         are_common = candidates is not None and candidates is self._common_candidates
         are_sent = candidates is not None and not are_common
@@ -150,17 +146,17 @@ class VllmEngine:
         try:
             return self._engine.step()
         except Exception as error:
-            # What vLLM raises says little; whether a worker has ended, its executor knows.
+            # vLLM's error doesn't say whether a worker has ended; its executor does.
             executor = getattr(self._engine, "model_executor", None)
             if isinstance(error, EngineDeadError) or getattr(executor, "is_failed", False):
                 raise EngineDiedError("a process of the language model's engine has ended: start it again") from error
             raise
 
     def _vllm_prompt(self, prompt: Prompt, path: tuple[int, ...]) -> EmbedsPrompt | TokensPrompt:
-        """The prompt followed by the tokens already taken; only visual positions carry embeddings.
+        """Return the prompt followed by `path`; only visual positions have embeddings.
 
-        The other positions hold NaN: vLLM never reads them, but its cache keys cover them, and NaN keeps a token
-        position from ever being taken for a visual one.
+        The other positions contain NaN. vLLM never reads them, but its cache keys cover them, so
+        NaN makes sure that a token position never matches a visual one.
         """
         token_ids = [*prompt.token_ids, *path]
         if not prompt.visual_prefixes:
@@ -174,9 +170,10 @@ class VllmEngine:
 
 
 def _to_rollout(output: RequestOutput) -> Rollout:
-    """The log-probs of allowed tokens, step by step; vLLM puts the chosen token before the K best.
+    """Return the log-probs of allowed tokens, step by step.
 
-    Where several are the most probable, to the bit, the one chosen need not be the first of the K, nor one of them.
+    vLLM puts the chosen token before the K best. If several tokens have exactly the highest
+    log-prob, the chosen one need not be the first of the K, nor among them.
     """
     flat = output.outputs[0].logprobs
     assert isinstance(flat, FlatLogprobs)
@@ -194,8 +191,8 @@ def _to_rollout(output: RequestOutput) -> Rollout:
 
 
 def _set_environment() -> None:
-    """What vLLM takes from the environment only; what the user has set there stays."""
+    """Set what vLLM reads from environment variables only, unless the user has set it."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # the other one is not tried on a GPU yet: docs/gpu.md
+    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # V2 is untried on GPUs: docs/gpu.md
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")

@@ -1,9 +1,10 @@
 """The prefix trie as a logits processor, for each of vLLM's two model runners.
 
-Both turn a row of logits into log-probs under the full softmax with all disallowed tokens at minus infinity, by the
-same functions; they differ in how vLLM tells them which requests a batch holds and what these have generated. The trie
-and the terminator come from the engine's `additional_config`, a request's own path, excluded tokens and candidates from
-its `extra_args`, so that they work in any worker process.
+Both processors turn a row of logits into log-probs under the full softmax, with disallowed tokens
+at minus infinity, by the same functions. They differ in how vLLM reports the requests of a batch
+and the tokens generated so far. The trie and the terminator come from the engine's
+`additional_config`; a request's path, excluded tokens and candidates from its `extra_args`. So both
+work in any worker process.
 
 B rows of a batch, V vocabulary.
 """
@@ -32,7 +33,7 @@ from gemel_engine.knowledge_base.trie import PrefixTrie
 
 @dataclass(slots=True)
 class TrieCursor:
-    """Where one request stands in its trie; moves on as `output_tokens`, a live list, grows."""
+    """Position of one request in its trie; `advance` follows new tokens in `output_tokens`."""
 
     trie: PrefixTrie
     node: int
@@ -41,18 +42,18 @@ class TrieCursor:
     num_seen: int = field(default=0)
 
     def advance(self) -> int:
-        """The node behind all tokens so far."""
+        """Move to the node after all output tokens so far, and return it."""
         for token in self.output_tokens[self.num_seen :]:
             child = self.trie.child(self.node, token)
             if child is None:
-                break  # the terminator of a request that is about to leave the batch
+                break  # the terminator: the request is about to leave the batch
             self.node, self.excluded = child, ()
             self.num_seen += 1
         return self.node
 
 
 class TrieConstraint:
-    """What the names of an engine's trie allow, on the device of the logits."""
+    """Constrains logits to the names of an engine's tries, on the device of the logits."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         additional: Any = vllm_config.additional_config
@@ -65,7 +66,7 @@ class TrieConstraint:
         self._terminator: int = additional["terminator"]
 
     def cursor(self, parameters: SamplingParams, output_tokens: list[int]) -> TrieCursor | None:
-        """The beginning of a rollout; None for a request that is none, such as vLLM's own on warming up."""
+        """Return the cursor at a rollout's start; None for other requests (vLLM's warm-up)."""
         arguments = parameters.extra_args or {}
         if "path" not in arguments:
             return None
@@ -87,7 +88,7 @@ class TrieConstraint:
             node = cursor.advance()
             if cursor.trie in nodes:
                 nodes[cursor.trie][row] = node
-            else:  # a mention's few candidates
+            else:  # a mention's own candidates, which are few
                 allowed = allowed_next_tokens(cursor.trie, node, self._terminator, frozenset())
                 own_rows += [row] * len(allowed)
                 own_tokens += allowed.tolist()
@@ -104,7 +105,10 @@ class TrieConstraint:
 
 
 class TrieLogitsProcessor(FirstInterface):
-    """For Model Runner V1, which names the rows that leave, join or move, and shares each request's list of tokens."""
+    """Logits processor for Model Runner V1.
+
+    It is told which rows leave, join or move, and shares each request's list of output tokens.
+    """
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
         self._constraint = TrieConstraint(vllm_config, device)
@@ -134,9 +138,10 @@ class TrieLogitsProcessor(FirstInterface):
 
 
 class TrieLogitsProcessorV2(SecondInterface):
-    """For Model Runner V2, which gives a request a slot for its lifetime and keeps its tokens on the device.
+    """Logits processor for Model Runner V2.
 
-    A slot is recycled without notice: a cursor whose slot is not in the batch is of a request that waits or has gone.
+    A request keeps one slot for its lifetime, and its tokens stay on the device. Slots are reused
+    without notice: a cursor whose slot is not in the batch is of a waiting or finished request.
     """
 
     def __init__(self, vllm_config: VllmConfig, req_states: LogitsProcRequestState) -> None:
@@ -145,12 +150,12 @@ class TrieLogitsProcessorV2(SecondInterface):
         self._cursors: dict[int, TrieCursor] = {}  # by slot
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
-        """Take a slot for a request; one that comes back after it was preempted starts again from its prompt."""
+        """Start a request in a slot; a preempted request starts again from its prompt."""
         _put(self._cursors, req_idx, self._constraint.cursor(sampling_params, []))
         return req_idx in self._cursors
 
     def apply(self, logits: Tensor, ctx: LogitsContext) -> Tensor:
-        """Constrain the batch's logits (B, V); a row is a request, since nothing is drafted."""
+        """Constrain the batch's logits (B, V): a row for each request, as nothing is speculated."""
         rows = [row for row, slot in enumerate(ctx.idx_mapping_np.tolist()) if slot in self._cursors]
         slots = ctx.idx_mapping_np[rows]
         cursors = [self._cursors[slot] for slot in slots.tolist()]
@@ -158,9 +163,9 @@ class TrieLogitsProcessorV2(SecondInterface):
         return self._constraint.apply(logits, dict(zip(rows, cursors, strict=True)))
 
     def _read_tokens(self, cursors: Sequence[TrieCursor], slots: np.ndarray, lengths: np.ndarray) -> None:
-        """Append to each cursor what its request has generated since; one copy from the device for all of them."""
+        """Append newly generated tokens to each cursor, with one copy from the device for all."""
         starts = self._states.prompt_len.np[slots] + [len(cursor.output_tokens) for cursor in cursors]
-        counts = np.maximum(lengths - starts, 0)  # negative while a prompt is read in pieces
+        counts = np.maximum(lengths - starts, 0)  # negative during a chunked prefill
         if not counts.any():
             return
         all_tokens = self._states.all_token_ids.gpu
