@@ -34,8 +34,7 @@ from record import record, run_script
 from gemel_engine.config.components import KnowledgeBaseSettings
 from gemel_engine.config.loading import load_config
 from gemel_engine.config.settings import LinkConfig
-from gemel_engine.knowledge_base.store import KnowledgeBase
-from gemel_engine.knowledge_base.update import local_knowledge_base, update_knowledge_base
+from gemel_engine.knowledge_base.update import local_knowledge_base, open_knowledge_base, update_knowledge_base
 from gemel_engine.tokenizer import load_tokenizer
 
 CONFIG = Path("build/wikidiverse/link.toml")
@@ -147,7 +146,7 @@ def cost_of_relinking(name: str) -> dict[str, float | int | None]:
 
 def cost_of_update() -> dict[str, float]:
     """Seconds of changing the large knowledge base, and of merging the change where it is opened first."""
-    entities = KnowledgeBase.open(LARGE).table().select(["entity_id", "name"])
+    entities = open_knowledge_base(str(LARGE)).table().select(["entity_id", "name"])
     count = round(SHARE * len(entities))
     drawn = entities.take(np.random.default_rng(SEED).choice(len(entities), 2 * count, replace=False))
     names = pc.binary_join_element_wise(drawn["name"].slice(0, count), pa.scalar("renamed", pa.large_string()), " ")
@@ -169,7 +168,7 @@ def cost_of_update() -> dict[str, float]:
     merged = local_knowledge_base(str(WORK / "large"), WORK / "cache")
     merge_seconds = time.perf_counter() - started
     return {
-        "names": KnowledgeBase.open(merged).trie.num_names,
+        "names": open_knowledge_base(str(merged)).trie.num_names,
         "changes": len(changes),
         "update_seconds": update_seconds,
         "merge_seconds": merge_seconds,

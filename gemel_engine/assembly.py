@@ -29,7 +29,7 @@ from gemel_engine.errors import ArtifactError, ConfigurationError
 from gemel_engine.extras import extra
 from gemel_engine.knowledge_base.store import KnowledgeBase
 from gemel_engine.knowledge_base.trie import SavedTrie
-from gemel_engine.knowledge_base.update import local_knowledge_base
+from gemel_engine.knowledge_base.update import open_knowledge_base
 from gemel_engine.retrieval.index import DemonstrationIndex
 from gemel_engine.retrieval.retriever import DemonstrationRetriever
 from gemel_engine.storage.cache import download_directory
@@ -58,8 +58,7 @@ def open_artifacts(config: JobConfig, *, verify: bool = False) -> Artifacts:
     check_embedded(
         tokenizer, num_embeddings, config.language_model.name, added=(*builder.beginning, builder.terminator)
     )
-    directory = local_knowledge_base(config.knowledge_base)
-    knowledge_base = KnowledgeBase.open(directory, verify=verify)
+    knowledge_base = open_knowledge_base(config.knowledge_base, verify=verify)
     index = mapper = None
     if config.demonstrations is not None:
         index = DemonstrationIndex.open(download_directory(config.demonstrations), verify=verify)
@@ -81,7 +80,7 @@ def open_artifacts(config: JobConfig, *, verify: bool = False) -> Artifacts:
     _check_length(config, knowledge_base)
     if mapper is not None:
         _check_mapper(config, mapper, index)
-    return Artifacts(tokenizer, knowledge_base, directory / "trie", index, mapper)
+    return Artifacts(tokenizer, knowledge_base, knowledge_base.trie_directory, index, mapper)
 
 
 def open_calibration(config: LinkConfig) -> Calibration | None:

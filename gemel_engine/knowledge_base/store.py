@@ -74,11 +74,15 @@ class KnowledgeBase:
 
     Attributes:
         trie: The names; a number in the trie is a name index here.
+        trie_directory: Directory of the trie, for processes that map it themselves.
         tokenizer_fingerprint: `tokenizer_fingerprint` of the tokenizer that it was built with.
     """
 
-    def __init__(self, trie: PrefixTrie, entities: pa.RecordBatch, tokenizer_fingerprint: str) -> None:
+    def __init__(
+        self, trie: PrefixTrie, trie_directory: Path, entities: pa.RecordBatch, tokenizer_fingerprint: str
+    ) -> None:
         self.trie = trie
+        self.trie_directory = trie_directory
         self.tokenizer_fingerprint = tokenizer_fingerprint
         self._entities = entities
         self._ids, self._names = _Strings(entities["entity_id"]), _Strings(entities["name"])
@@ -100,9 +104,7 @@ class KnowledgeBase:
         """
         manifest = read_manifest(directory / MANIFEST, FORMAT_VERSION, without_checksum=WITHOUT_CHECKSUM)
         if "base" in manifest:
-            raise ArtifactError(
-                f"{directory} is an update of a knowledge base: open what local_knowledge_base makes of it"
-            )
+            raise ArtifactError(f"{directory} is an update of a knowledge base: open it with `open_knowledge_base`")
         _check_trie(directory, manifest)
         trie = PrefixTrie.open(directory / _TRIE, verify=verify)
         path = directory / "entities.arrow"
@@ -112,7 +114,7 @@ class KnowledgeBase:
                 if reader.schema != _STORED_SCHEMA or not entities.num_rows:
                     raise ArtifactError(f"{path} has other columns than a knowledge base; build it again")
             entities.validate(full=verify)
-            knowledge_base = cls(trie, entities, str(manifest.get("tokenizer_fingerprint")))
+            knowledge_base = cls(trie, directory / _TRIE, entities, str(manifest.get("tokenizer_fingerprint")))
             is_consistent = knowledge_base._has_consistent_lengths(manifest.get("num_entities")) and (
                 not verify
                 or (file_sha256(path) == manifest.get("entities_sha256") and knowledge_base._is_well_ordered())

@@ -94,6 +94,19 @@ class UpdateReport:
     num_skipped: dict[str, int]
 
 
+def open_knowledge_base(uri: str, *, verify: bool = False) -> KnowledgeBase:
+    """Open a knowledge base or an update, local or `s3://`; see `local_knowledge_base`.
+
+    Args:
+        uri: Address of the directory.
+        verify: See `KnowledgeBase.open`.
+
+    Raises:
+        ArtifactError: As for `local_knowledge_base` and `KnowledgeBase.open`.
+    """
+    return KnowledgeBase.open(local_knowledge_base(uri), verify=verify)
+
+
 def local_knowledge_base(uri: str, cache_dir: str | os.PathLike[str] = storage.ARTIFACT_CACHE) -> Path:
     """A local directory for `KnowledgeBase.open`: downloaded from S3, or an update merged with its base, where needed.
 

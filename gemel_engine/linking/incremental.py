@@ -103,11 +103,11 @@ class EarlierRun:
 
     def note_changes(self, knowledge_base: str) -> None:
         """Compare this run's knowledge base with that of the run which carries it on, unless that was done before."""
-        from gemel_engine.knowledge_base.update import local_knowledge_base
+        from gemel_engine.knowledge_base.update import open_knowledge_base
 
         if not storage.exists(f"{self.changes}/changes.json"):
-            before = local_knowledge_base(self._run()["settings"]["knowledge_base"])
-            KnowledgeBaseChanges.between(before, local_knowledge_base(knowledge_base)).save(self.changes)
+            before = open_knowledge_base(self._run()["settings"]["knowledge_base"], verify=True)
+            KnowledgeBaseChanges.between(before, open_knowledge_base(knowledge_base, verify=True)).save(self.changes)
 
     def counts(self) -> dict[str, int]:
         """`num_changed_entities` and `num_added_names`."""
