@@ -34,6 +34,7 @@ from record import record, run_script
 from gemel_engine.config.components import KnowledgeBaseSettings
 from gemel_engine.config.loading import load_config
 from gemel_engine.config.settings import LinkConfig
+from gemel_engine.knowledge_base.store import MANIFEST
 from gemel_engine.knowledge_base.update import local_knowledge_base, open_knowledge_base, update_knowledge_base
 from gemel_engine.tokenizer import load_tokenizer
 
@@ -98,11 +99,11 @@ def prepare(wikidiverse: Path, num_mentions: int) -> dict[str, pa.Table]:
         "retired": retired,
     }
     model = load_config(LinkConfig, CONFIG).language_model.name
-    if not (WORK / "before/knowledge_base.json").exists():
+    if not (WORK / "before" / MANIFEST).exists():
         pq.write_table(before.filter(pc.invert(is_added)), WORK / "before.parquet")
         run("-m", "gemel_engine.cli.main", "build-kb", f"{WORK}/before.parquet", f"{WORK}/before", "--tokenizer", model)
     for name, table in changes.items():
-        if not (WORK / name / "knowledge_base.json").exists():
+        if not (WORK / name / MANIFEST).exists():
             pq.write_table(table, WORK / f"{name}.parquet")
             arguments = (f"{WORK}/before", f"{WORK}/{name}.parquet", f"{WORK}/{name}")
             run("-m", "gemel_engine.cli.main", "update-kb", *arguments, "--tokenizer", model)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from gemel_engine import storage
-from gemel_engine.config.settings import JobConfig, LinkConfig
 from gemel_engine.errors import ArtifactError, not_loadable, shown
 
 Contents = Mapping[str, Any]
@@ -24,41 +23,6 @@ _WHOLE_BYTES = 1 << 24  # smaller files are read whole
 _SAMPLED_BYTES = 1 << 14
 _LONGEST_HEADER = 10**8  # what safetensors itself reads
 _NUM_SAMPLES = 512  # of a file that says nothing of its tensors
-
-
-def run_contents(config: JobConfig, mention_encoder: str | None, image_encoder: str | None) -> Contents:
-    """Return what each model and artifact of a run is, by its name.
-
-    Args:
-        config: The run.
-        mention_encoder: Its fingerprint; None without demonstrations.
-        image_encoder: Its fingerprint; None without one.
-
-    Raises:
-        ArtifactError: One is missing or damaged.
-    """
-    models = {
-        "language_model": checkpoint_fingerprint(config.language_model.name),
-        "mention_encoder": mention_encoder,
-        "image_encoder": image_encoder,
-    }
-    return artifact_manifests(config) | {name: found for name, found in models.items() if found is not None}
-
-
-def artifact_manifests(config: JobConfig) -> dict[str, Any]:
-    """Return what the artifacts of a run say of themselves, checksums included, by name.
-
-    Raises:
-        ArtifactError: One is missing or damaged.
-    """
-    calibration = config.calibration if isinstance(config, LinkConfig) else None
-    manifests = {
-        "knowledge_base": f"{config.knowledge_base}/knowledge_base.json",
-        "demonstrations": config.demonstrations and f"{config.demonstrations}/index.json",
-        "feature_mapper": config.vision.feature_mapper and f"{config.vision.feature_mapper}/mapper.json",
-        "calibration": calibration and f"{calibration}/calibration.json",
-    }
-    return {name: read_manifest_at(uri) for name, uri in manifests.items() if uri}
 
 
 def read_manifest_at(uri: str) -> Any:
@@ -98,19 +62,6 @@ def checkpoint_fingerprint(name_or_path: str) -> str:
     except OSError as error:
         raise not_loadable("language model", name_or_path, error) from error
     return digest.hexdigest()
-
-
-def check_contents(began_with: Contents | None, config: JobConfig) -> None:
-    """Raise if this process opens another language model or other artifacts than the run began with.
-
-    Raises:
-        ArtifactError: One differs, is missing or damaged.
-    """
-    if began_with is not None:
-        for name, manifest in artifact_manifests(config).items():
-            check_content(began_with, name, getattr(config, name, config.vision.feature_mapper), manifest)
-        language_model = config.language_model.name
-        check_content(began_with, "language_model", language_model, checkpoint_fingerprint(language_model))
 
 
 def check_content(began_with: Contents | None, name: str, address: str | None, found: Any) -> None:

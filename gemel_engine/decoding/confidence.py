@@ -45,7 +45,7 @@ EVIDENCE = (
     "name_similarity",  # of the surface form and the answer's name
 )
 
-_MANIFEST = "calibration.json"
+MANIFEST = "calibration.json"
 _SECTIONS = ("language_model", "prompt", "retrieval", "search")  # of a run's settings
 
 LEAST_SCALE = 1e-6  # a smaller deviation is one of rounding, and would make a weight of it
@@ -134,7 +134,7 @@ class Calibration:
     def save(self, directory: Path) -> None:
         """Write `calibration.json`."""
         with claimed(directory, must_be_empty=False):
-            write_manifest(directory / _MANIFEST, FORMAT_VERSION, asdict(self))
+            write_manifest(directory / MANIFEST, FORMAT_VERSION, asdict(self))
 
     @classmethod
     def open(cls, directory: Path) -> Self:
@@ -143,7 +143,7 @@ class Calibration:
         Raises:
             ArtifactError: It is missing, changed, of another format version, or has values that no fit gives.
         """
-        path = directory / _MANIFEST
+        path = directory / MANIFEST
         return parse_manifest(read_manifest(path, FORMAT_VERSION), cls, path)
 
     def check_scoring(self, settings: Mapping[str, Any]) -> None:

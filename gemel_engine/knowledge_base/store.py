@@ -34,7 +34,7 @@ from gemel_engine.types import BOOLEAN, IDENTIFIER, NUMBER, TEXT, Column
 FORMAT_VERSION = 2
 WITHOUT_CHECKSUM = 1  # the format version before, in which nothing said which trie was that of the entities
 MANIFEST = "knowledge_base.json"
-_TRIE = "trie"
+TRIE_DIRECTORY = "trie"
 
 ENTITY_SCHEMA = pa.schema(
     [
@@ -106,7 +106,7 @@ class KnowledgeBase:
         if "base" in manifest:
             raise ArtifactError(f"{directory} is an update of a knowledge base: open it with `open_knowledge_base`")
         _check_trie(directory, manifest)
-        trie = PrefixTrie.open(directory / _TRIE, verify=verify)
+        trie = PrefixTrie.open(directory / TRIE_DIRECTORY, verify=verify)
         path = directory / "entities.arrow"
         try:
             with parquet.open_arrow(path) as reader:
@@ -114,7 +114,7 @@ class KnowledgeBase:
                 if reader.schema != _STORED_SCHEMA or not entities.num_rows:
                     raise ArtifactError(f"{path} has other columns than a knowledge base; build it again")
             entities.validate(full=verify)
-            knowledge_base = cls(trie, directory / _TRIE, entities, str(manifest.get("tokenizer_fingerprint")))
+            knowledge_base = cls(trie, directory / TRIE_DIRECTORY, entities, str(manifest.get("tokenizer_fingerprint")))
             is_consistent = knowledge_base._has_consistent_lengths(manifest.get("num_entities")) and (
                 not verify
                 or (file_sha256(path) == manifest.get("entities_sha256") and knowledge_base._is_well_ordered())
@@ -231,12 +231,12 @@ class _Strings:
 
 def _check_trie(directory: Path, manifest: Mapping[str, object]) -> None:
     """Raise unless the trie is that of the knowledge base; its manifest has the checksums of its arrays."""
-    path = directory / _TRIE / TRIE_MANIFEST
+    path = directory / TRIE_DIRECTORY / TRIE_MANIFEST
     try:
         is_same = "trie_sha256" not in manifest or file_sha256(path) == manifest["trie_sha256"]
     except OSError as error:
         raise ArtifactError(f"{path} is missing or damaged ({error}); build the knowledge base again") from error
     if not is_same:
         raise ArtifactError(
-            f"{directory / _TRIE} is the trie of another knowledge base; build the knowledge base again"
+            f"{directory / TRIE_DIRECTORY} is the trie of another knowledge base; build the knowledge base again"
         )

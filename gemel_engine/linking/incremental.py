@@ -27,6 +27,7 @@ from gemel_engine import storage
 from gemel_engine.config.settings import LinkConfig
 from gemel_engine.errors import ArtifactError, ConfigurationError, InputError, shown
 from gemel_engine.knowledge_base.changes import KnowledgeBaseChanges
+from gemel_engine.knowledge_base.store import MANIFEST
 from gemel_engine.pipeline.corpus import Shard
 from gemel_engine.pipeline.output import differences, load_claim
 from gemel_engine.storage import parquet
@@ -91,7 +92,7 @@ class EarlierRun:
                 "alone: use the settings and the input of that run, or leave previous out"
             )
         address = before["settings"]["knowledge_base"]
-        manifest = f"{address}/knowledge_base.json"
+        manifest = f"{address}/{MANIFEST}"
         if (
             not storage.exists(manifest)
             or storage.read_json(manifest, _REMEDY) != before["artifacts"]["knowledge_base"]

@@ -28,7 +28,7 @@ from gemel_engine.config.loading import config_json, validated
 from gemel_engine.config.settings import LinkConfig
 from gemel_engine.errors import shown
 from gemel_engine.extras import require
-from gemel_engine.fingerprints import Contents, run_contents
+from gemel_engine.fingerprints import Contents
 from gemel_engine.linking.incremental import EarlierRun
 from gemel_engine.linking.progress import Progress, Tally
 from gemel_engine.linking.report import LinkReport, _check_failures, _report
@@ -125,7 +125,7 @@ def checked_plan(config: LinkConfig) -> tuple[list[Shard], Artifacts, Contents]:
     Raises:
         GemelError: They are not.
     """
-    from gemel_engine.assembly import check_encoders, open_artifacts, open_calibration
+    from gemel_engine.assembly import check_encoders, open_artifacts, open_calibration, run_contents
 
     config = validated(config)
     storage.check_kept(config.output)
