@@ -104,15 +104,15 @@ def open_calibration(config: LinkConfig) -> Calibration | None:
 
 
 def run_contents(config: JobConfig, mention_encoder: str | None, image_encoder: str | None) -> Contents:
-    """Return what each model and artifact of a run is, by its name.
+    """Return the fingerprint or manifest of each model and artifact of a run, by name.
 
     Args:
-        config: The run.
-        mention_encoder: Its fingerprint; None without demonstrations.
-        image_encoder: Its fingerprint; None without one.
+        config: Configuration of the run.
+        mention_encoder: Fingerprint of the mention encoder; None without demonstrations.
+        image_encoder: Fingerprint of the image encoder; None without one.
 
     Raises:
-        ArtifactError: One is missing or damaged.
+        ArtifactError: A model or artifact is missing or damaged.
     """
     models = {
         "language_model": checkpoint_fingerprint(config.language_model.name),
@@ -123,10 +123,10 @@ def run_contents(config: JobConfig, mention_encoder: str | None, image_encoder: 
 
 
 def artifact_manifests(config: JobConfig) -> dict[str, Any]:
-    """Return what the artifacts of a run say of themselves, checksums included, by name.
+    """Return the manifest of each artifact of a run, checksums included, by name.
 
     Raises:
-        ArtifactError: One is missing or damaged.
+        ArtifactError: An artifact is missing or damaged.
     """
     calibration = config.calibration if isinstance(config, LinkConfig) else None
     manifests = {
@@ -139,10 +139,10 @@ def artifact_manifests(config: JobConfig) -> dict[str, Any]:
 
 
 def check_contents(began_with: Contents | None, config: JobConfig) -> None:
-    """Raise if this process opens another language model or other artifacts than the run began with.
+    """Raise if the language model or an artifact differs from the one that the run began with.
 
     Raises:
-        ArtifactError: One differs, is missing or damaged.
+        ArtifactError: A model or artifact differs, is missing or damaged.
     """
     if began_with is not None:
         for name, manifest in artifact_manifests(config).items():
