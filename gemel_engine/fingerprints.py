@@ -17,7 +17,7 @@ from typing import Any
 from gemel_engine import storage
 from gemel_engine.errors import ArtifactError, not_loadable, shown
 
-Contents = Mapping[str, Any]
+Contents = Mapping[str, Any]  # fingerprint or manifest of each model and artifact, by name
 
 _SUFFIXES = (".json", ".txt", ".model", ".safetensors", ".bin")
 _WHOLE_BYTES = 1 << 24  # smaller files are read whole
