@@ -34,8 +34,8 @@ from record import record, run_script
 from gemel_engine.config.components import KnowledgeBaseSettings
 from gemel_engine.config.loading import load_config
 from gemel_engine.config.settings import LinkConfig
-from gemel_engine.knowledge_base.store import KnowledgeBase
-from gemel_engine.knowledge_base.update import local_knowledge_base, update_knowledge_base
+from gemel_engine.knowledge_base.store import MANIFEST
+from gemel_engine.knowledge_base.update import local_knowledge_base, open_knowledge_base, update_knowledge_base
 from gemel_engine.tokenizer import load_tokenizer
 
 CONFIG = Path("build/wikidiverse/link.toml")
@@ -99,11 +99,11 @@ def prepare(wikidiverse: Path, num_mentions: int) -> dict[str, pa.Table]:
         "retired": retired,
     }
     model = load_config(LinkConfig, CONFIG).language_model.name
-    if not (WORK / "before/knowledge_base.json").exists():
+    if not (WORK / "before" / MANIFEST).exists():
         pq.write_table(before.filter(pc.invert(is_added)), WORK / "before.parquet")
         run("-m", "gemel_engine.cli.main", "build-kb", f"{WORK}/before.parquet", f"{WORK}/before", "--tokenizer", model)
     for name, table in changes.items():
-        if not (WORK / name / "knowledge_base.json").exists():
+        if not (WORK / name / MANIFEST).exists():
             pq.write_table(table, WORK / f"{name}.parquet")
             arguments = (f"{WORK}/before", f"{WORK}/{name}.parquet", f"{WORK}/{name}")
             run("-m", "gemel_engine.cli.main", "update-kb", *arguments, "--tokenizer", model)
@@ -147,7 +147,7 @@ def cost_of_relinking(name: str) -> dict[str, float | int | None]:
 
 def cost_of_update() -> dict[str, float]:
     """Seconds of changing the large knowledge base, and of merging the change where it is opened first."""
-    entities = KnowledgeBase.open(LARGE).table().select(["entity_id", "name"])
+    entities = open_knowledge_base(str(LARGE)).table().select(["entity_id", "name"])
     count = round(SHARE * len(entities))
     drawn = entities.take(np.random.default_rng(SEED).choice(len(entities), 2 * count, replace=False))
     names = pc.binary_join_element_wise(drawn["name"].slice(0, count), pa.scalar("renamed", pa.large_string()), " ")
@@ -169,7 +169,7 @@ def cost_of_update() -> dict[str, float]:
     merged = local_knowledge_base(str(WORK / "large"), WORK / "cache")
     merge_seconds = time.perf_counter() - started
     return {
-        "names": KnowledgeBase.open(merged).trie.num_names,
+        "names": open_knowledge_base(str(merged)).trie.num_names,
         "changes": len(changes),
         "update_seconds": update_seconds,
         "merge_seconds": merge_seconds,

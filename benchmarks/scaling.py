@@ -36,6 +36,7 @@ from gemel_engine.config.components import KnowledgeBaseSettings
 from gemel_engine.config.loading import load_config
 from gemel_engine.config.settings import LinkConfig
 from gemel_engine.knowledge_base.build import build_knowledge_base
+from gemel_engine.knowledge_base.store import MANIFEST
 from gemel_engine.tokenizer import load_tokenizer
 
 CONFIG = Path("build/wikidiverse/link.toml")
@@ -171,7 +172,7 @@ def tiny_model() -> Path:
 def knowledge_base(wikidiverse: Path, titles: Path, num_names: int | None) -> Path:
     """The entities of the corpus and the first titles that are none of their names, in a fixed random order."""
     directory = WORK / f"knowledge_base_{num_names or 'all'}"
-    if (directory / "knowledge_base.json").exists():
+    if (directory / MANIFEST).exists():
         return directory
     shutil.rmtree(directory, ignore_errors=True)
     known = pq.read_table(wikidiverse / "entities.parquet", columns=["entity_id", "name"])

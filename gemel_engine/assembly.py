@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from gemel_engine.config.components import VisionSettings
 from gemel_engine.config.loading import config_json
 from gemel_engine.config.settings import JobConfig, LinkConfig
+from gemel_engine.decoding.confidence import MANIFEST as CALIBRATION_MANIFEST
 from gemel_engine.decoding.confidence import Calibration
 from gemel_engine.decoding.engines.base import RolloutEngine
 from gemel_engine.decoding.engines.reference import TransformersEngine
@@ -27,14 +29,18 @@ from gemel_engine.decoding.language_model import (
 from gemel_engine.decoding.prompt import PromptBuilder
 from gemel_engine.errors import ArtifactError, ConfigurationError
 from gemel_engine.extras import extra
+from gemel_engine.fingerprints import Contents, check_content, checkpoint_fingerprint, read_manifest_at
+from gemel_engine.knowledge_base.store import MANIFEST as KNOWLEDGE_BASE_MANIFEST
 from gemel_engine.knowledge_base.store import KnowledgeBase
 from gemel_engine.knowledge_base.trie import SavedTrie
-from gemel_engine.knowledge_base.update import local_knowledge_base
+from gemel_engine.knowledge_base.update import open_knowledge_base
+from gemel_engine.retrieval.index import MANIFEST as INDEX_MANIFEST
 from gemel_engine.retrieval.index import DemonstrationIndex
 from gemel_engine.retrieval.retriever import DemonstrationRetriever
 from gemel_engine.storage.cache import download_directory
 from gemel_engine.tokenizer import check_embedded, load_tokenizer, tokenizer_fingerprint
 from gemel_engine.vision.encoder import ImageEncoder, PictureEncoder
+from gemel_engine.vision.mapper import MANIFEST as MAPPER_MANIFEST
 from gemel_engine.vision.mapper import FeatureMapper
 
 _NAMES_CHECKED = 1000
@@ -61,8 +67,7 @@ def open_artifacts(config: JobConfig, *, verify: bool = False) -> Artifacts:
     check_embedded(
         tokenizer, num_embeddings, config.language_model.name, added=(*builder.beginning, builder.terminator)
     )
-    directory = local_knowledge_base(config.knowledge_base)
-    knowledge_base = KnowledgeBase.open(directory, verify=verify)
+    knowledge_base = open_knowledge_base(config.knowledge_base, verify=verify)
     index = mapper = None
     if config.demonstrations is not None:
         index = DemonstrationIndex.open(download_directory(config.demonstrations), verify=verify)
@@ -84,7 +89,7 @@ def open_artifacts(config: JobConfig, *, verify: bool = False) -> Artifacts:
     _check_length(config, knowledge_base)
     if mapper is not None:
         _check_mapper(config, mapper, index)
-    return Artifacts(tokenizer, knowledge_base, directory / "trie", index, mapper)
+    return Artifacts(tokenizer, knowledge_base, knowledge_base.trie_directory, index, mapper)
 
 
 def open_calibration(config: LinkConfig) -> Calibration | None:
@@ -99,6 +104,54 @@ def open_calibration(config: LinkConfig) -> Calibration | None:
     calibration = Calibration.open(download_directory(config.calibration))
     calibration.check_scoring(json.loads(config_json(config)))
     return calibration
+
+
+def run_contents(config: JobConfig, mention_encoder: str | None, image_encoder: str | None) -> Contents:
+    """Return the fingerprint or manifest of each model and artifact of a run, by name.
+
+    Args:
+        config: Configuration of the run.
+        mention_encoder: Fingerprint of the mention encoder; None without demonstrations.
+        image_encoder: Fingerprint of the image encoder; None without one.
+
+    Raises:
+        ArtifactError: A model or artifact is missing or damaged.
+    """
+    models = {
+        "language_model": checkpoint_fingerprint(config.language_model.name),
+        "mention_encoder": mention_encoder,
+        "image_encoder": image_encoder,
+    }
+    return artifact_manifests(config) | {name: found for name, found in models.items() if found is not None}
+
+
+def artifact_manifests(config: JobConfig) -> dict[str, Any]:
+    """Return the manifest of each artifact of a run, checksums included, by name.
+
+    Raises:
+        ArtifactError: An artifact is missing or damaged.
+    """
+    calibration = config.calibration if isinstance(config, LinkConfig) else None
+    manifests = {
+        "knowledge_base": f"{config.knowledge_base}/{KNOWLEDGE_BASE_MANIFEST}",
+        "demonstrations": config.demonstrations and f"{config.demonstrations}/{INDEX_MANIFEST}",
+        "feature_mapper": config.vision.feature_mapper and f"{config.vision.feature_mapper}/{MAPPER_MANIFEST}",
+        "calibration": calibration and f"{calibration}/{CALIBRATION_MANIFEST}",
+    }
+    return {name: read_manifest_at(uri) for name, uri in manifests.items() if uri}
+
+
+def check_contents(began_with: Contents | None, config: JobConfig) -> None:
+    """Raise if the language model or an artifact differs from the one that the run began with.
+
+    Raises:
+        ArtifactError: A model or artifact differs, is missing or damaged.
+    """
+    if began_with is not None:
+        for name, manifest in artifact_manifests(config).items():
+            check_content(began_with, name, getattr(config, name, config.vision.feature_mapper), manifest)
+        language_model = config.language_model.name
+        check_content(began_with, "language_model", language_model, checkpoint_fingerprint(language_model))
 
 
 def _check_names(config: JobConfig, knowledge_base: KnowledgeBase, tokenizer: PreTrainedTokenizerFast) -> None:

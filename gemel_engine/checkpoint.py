@@ -1,8 +1,8 @@
-"""Checkpoints of models: their files are what they should be, and hold every tensor of the model as finite numbers.
+"""Checks of model checkpoints: files are readable, every tensor is present, all numbers are finite.
 
-A model that lacks a tensor would otherwise get random numbers in its place, other ones at each start. What a model
-needs is asked of transformers, which knows how tensors were renamed, merged and tied; only names and shapes are read
-for that, so that it is cheap for a model of any size and can be done where the model does not fit.
+transformers initializes a missing tensor with random numbers, different ones at each start. Which
+tensors a model needs is computed by transformers, which handles renamed, merged and tied tensors.
+Only names and shapes are read for that, so it is cheap at any size and needs no memory for weights.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ _META = torch.device("meta")
 
 
 def checkpoint_directory(what: str, name_or_path: str) -> Path:
-    """Return where the files of a model are on this machine; one on the hub is there once it has been downloaded.
+    """Return the local directory of a model's files; a model of the hub must have been downloaded.
 
     Args:
-        what: The kind of model, for messages.
+        what: Kind of model, for messages.
         name_or_path: Local directory, or name on the model hub.
 
     Raises:
-        ArtifactError: There is no such model, or `check_files` refuses one of its files.
+        ArtifactError: The model does not exist, or `check_files` rejects one of its files.
     """
     check_files(name_or_path)
     try:
@@ -53,12 +53,13 @@ def checkpoint_directory(what: str, name_or_path: str) -> Path:
 
 
 def check_files(name_or_path: str) -> None:
-    """Raise unless the files of a local model directory can be read: regular ones, and no pointers of git-lfs.
+    """Raise unless the files of a local model directory are regular files and not git-lfs pointers.
 
-    A name on the model hub passes. Of weights, only those that `weight_files` returns must be no pointers.
+    A name on the model hub passes. Weight files may be pointers here; `weight_files` checks those
+    that are loaded.
 
     Raises:
-        ArtifactError: A file is something else.
+        ArtifactError: A file is not a regular file, or is a pointer.
     """
     directory = Path(name_or_path)
     if not directory.is_dir():
@@ -69,11 +70,11 @@ def check_files(name_or_path: str) -> None:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """Return the files with a checkpoint's tensors, as transformers finds them: one, or those that an index lists.
+    """Return the weight files that transformers would load: a single file, or those in an index.
 
     Raises:
-        ArtifactError: There are none, one is missing, no regular file or a pointer of git-lfs, or the index leads out
-            of the directory.
+        ArtifactError: There is no weight file, one is missing, not a regular file or a git-lfs
+            pointer, or the index names a file outside of the directory.
     """
     for whole in _WHOLE:
         index = directory / f"{whole}.index.json"
@@ -90,10 +91,12 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def check_only_weights(directory: Path, files: Collection[Path]) -> None:
-    """Raise where vLLM would read other safetensors files than transformers: it takes all, or those of an index.
+    """Raise if vLLM would load other safetensors files than transformers.
+
+    vLLM loads every safetensors file of the directory, or those in the index if there is one.
 
     Raises:
-        ArtifactError: It would.
+        ArtifactError: The two would load different files.
     """
     read = {*directory.glob("*.safetensors")}
     index = directory / f"{_WHOLE[0]}.index.json"
@@ -114,18 +117,18 @@ def tensor_names(files: Collection[Path]) -> set[str]:
 def check_tensors(
     what: str, directory: Path, files: Collection[Path], architecture: type[PreTrainedModel], config: PreTrainedConfig
 ) -> None:
-    """Raise unless a checkpoint holds the tensors of a model, and no others; their numbers are not read.
+    """Raise unless a checkpoint contains exactly the tensors of a model; their values are not read.
 
     Args:
-        what: The kind of model, for messages.
-        directory: The checkpoint's, for messages.
-        files: `weight_files` of the directory.
-        architecture: The model's class.
-        config: The model's configuration.
+        what: Kind of model, for messages.
+        directory: Directory of the checkpoint, for messages.
+        files: Result of `weight_files` for the directory.
+        architecture: Class of the model.
+        config: Configuration of the model.
 
     Raises:
-        ArtifactError: A tensor is missing, unexpected or of another shape, a file is damaged, or the configuration
-            makes no model.
+        ArtifactError: A tensor is missing, unexpected or of another shape, a file is damaged, or
+            no model can be built from the configuration.
     """
     tensors: dict[str, Tensor] = {}
     for path in files:
@@ -140,7 +143,7 @@ def check_tensors(
         found, _ = convert_and_load_state_dict_in_model(model, tensors, settings)
         model.tie_weights(missing_keys=found.missing_keys, recompute_mapping=False)
         model._adjust_missing_and_unexpected_keys(found)
-    except Exception as error:  # the configuration may say anything, and anything is raised then
+    except Exception as error:  # an arbitrary configuration can raise anything
         raise ArtifactError(
             f"{directory} describes no {what} that can be made ({error}): download the model again"
         ) from error
@@ -151,27 +154,29 @@ def check_tensors(
 
 
 def load_model(what: str, auto_class: Any, name_or_path: str, **options: Any) -> tuple[Any, dict[str, Any]]:
-    """Load a model by one of transformers' auto classes; returns it and what `check_whole` takes.
+    """Load a model with an auto class of transformers; return it and its loading info.
+
+    The loading info is the `loaded` argument of `check_whole`.
 
     Raises:
-        ArtifactError: It can't be loaded.
+        ArtifactError: The model cannot be loaded.
     """
     try:
         model, loaded = auto_class.from_pretrained(
             name_or_path, trust_remote_code=False, output_loading_info=True, **options
         )
-    except Exception as error:  # a directory may hold anything, and anything is raised then
+    except Exception as error:  # an arbitrary directory can raise anything
         raise not_loadable(what, name_or_path, error) from error
     return model, loaded
 
 
 def check_whole(what: str, name_or_path: object, loaded: Mapping[str, Any]) -> None:
-    """Raise unless a model got exactly its tensors.
+    """Raise unless a model was loaded with exactly its tensors.
 
     Args:
-        what: The kind of model, for messages.
-        name_or_path: The model.
-        loaded: What transformers says of the tensors where it is asked for `output_loading_info`.
+        what: Kind of model, for messages.
+        name_or_path: Name or path of the model, for messages.
+        loaded: Loading info that transformers returns with `output_loading_info=True`.
 
     Raises:
         ArtifactError: A tensor is missing, unexpected or of another shape.
@@ -194,7 +199,7 @@ def check_finite(what: str, name_or_path: object, tensors: Mapping[str, Tensor])
     """Raise unless all numbers of a model are finite.
 
     Raises:
-        ArtifactError: Some are not.
+        ArtifactError: A tensor contains a number that is not finite.
     """
     damaged = sorted(name for name, tensor in tensors.items() if not _is_finite(tensor))
     if damaged:
@@ -204,23 +209,25 @@ def check_finite(what: str, name_or_path: object, tensors: Mapping[str, Tensor])
 
 
 def check_finite_files(what: str, directory: Path, files: Collection[Path]) -> None:
-    """Raise unless all numbers in the files of a checkpoint are finite; one tensor is held at a time.
+    """Raise unless all numbers in the files of a checkpoint are finite.
+
+    Safetensors files are read one tensor at a time.
 
     Raises:
-        ArtifactError: Some are not.
+        ArtifactError: A tensor contains a number that is not finite.
     """
     for path in files:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
-                for name in file.keys():  # noqa: SIM118  # it is no mapping
+                for name in file.keys():  # noqa: SIM118  # not a mapping
                     check_finite(what, directory, {name: file.get_tensor(name)})
         else:
             check_finite(what, directory, load_state_dict(path))
 
 
 def copy_weights(model: nn.Module) -> None:
-    """Copy weights that are mapped from a file, so that nothing that is written there changes the model, or ends it."""
-    for tensor in [*model.parameters(), *model.buffers()]:  # each once, also where it is tied
+    """Copy memory-mapped weights: a later write to their file cannot change or crash the model."""
+    for tensor in [*model.parameters(), *model.buffers()]:  # each once, tied ones too
         tensor.data = tensor.data.clone()
 
 
@@ -236,35 +243,35 @@ def _indexed_files(index: Path) -> list[Path]:
 
 
 def check_file(path: Path, *, may_be_pointer: bool = False) -> None:
-    """Raise unless a file of a model is a regular one and, unless that may be, no pointer of git-lfs.
+    """Raise unless a file of a model is a regular file and, by default, not a git-lfs pointer.
 
     Raises:
-        ArtifactError: It is something else, or missing.
+        ArtifactError: The file is missing, not a regular file, or a pointer that is not allowed.
     """
     try:
         with open_regular(path) as file:
             is_pointer = file.read(len(_POINTER)) == _POINTER
-    except (OSError, ValueError) as error:  # the second for a name with a NUL
+    except (OSError, ValueError) as error:  # ValueError: a name with a NUL
         raise ArtifactError(f"{path} of the model cannot be read ({error}): download the model again") from error
     if is_pointer and not may_be_pointer:
         raise ArtifactError(f"{path} is a pointer of git-lfs and not the file: run `git lfs pull` in its directory")
 
 
 def _shapes(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file on the device "meta": names, shapes and types."""
+    """Return the tensors of a file on the device "meta": names, shapes and types."""
     try:
         tensors = load_state_dict(path, map_location="meta")
         if not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
             raise ValueError("it holds more than tensors")
-    except Exception as error:  # a file may hold anything, and anything is raised then; nothing of it is run
+    except Exception as error:  # an arbitrary file can raise anything; no code of it is run
         raise ArtifactError(f"{path} is damaged or holds more than tensors ({error}): download it again") from error
     return tensors
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Whether all numbers are finite; one pass, without a tensor of the same size. Packed types are taken as they are.
+    """Return whether all numbers are finite, in one pass without a second tensor of the same size.
 
-    The lowest and the highest number are NaN where any is.
+    Minimum and maximum are NaN if any number is. Types of less than two bytes are not checked.
     """
     if not tensor.is_floating_point() or tensor.element_size() < 2 or not tensor.numel():
         return True

@@ -1,8 +1,9 @@
-"""What a run was made with: its models and artifacts by content, in the driver and in each process that opens them.
+"""Fingerprints: every process of a run compares its models and artifacts with those of the driver.
 
-The files of a language model are too large to be read at each start. Its fingerprint covers every small file whole, and
-of each tensor of a larger one the name, the type, the shape and some values at its beginning, middle and end: a model
-that was trained further, merged or quantised has another. Single values that somebody edits elsewhere stay unseen.
+The files of a language model are too large to be read at each start. Its fingerprint covers small
+files completely and, of each tensor in a larger file, the name, type, shape and some values at the
+beginning, middle and end. It changes if a model is trained further, merged or quantised; an edit of
+single values elsewhere is not detected.
 """
 
 from __future__ import annotations
@@ -14,58 +15,22 @@ from pathlib import Path
 from typing import Any
 
 from gemel_engine import storage
-from gemel_engine.config.settings import JobConfig, LinkConfig
 from gemel_engine.errors import ArtifactError, not_loadable, shown
 
-Contents = Mapping[str, Any]
+Contents = Mapping[str, Any]  # fingerprint or manifest of each model and artifact, by name
 
 _SUFFIXES = (".json", ".txt", ".model", ".safetensors", ".bin")
 _WHOLE_BYTES = 1 << 24  # smaller files are read whole
 _SAMPLED_BYTES = 1 << 14
-_LONGEST_HEADER = 10**8  # what safetensors itself reads
-_NUM_SAMPLES = 512  # of a file that says nothing of its tensors
-
-
-def run_contents(config: JobConfig, mention_encoder: str | None, image_encoder: str | None) -> Contents:
-    """Return what each model and artifact of a run is, by its name.
-
-    Args:
-        config: The run.
-        mention_encoder: Its fingerprint; None without demonstrations.
-        image_encoder: Its fingerprint; None without one.
-
-    Raises:
-        ArtifactError: One is missing or damaged.
-    """
-    models = {
-        "language_model": checkpoint_fingerprint(config.language_model.name),
-        "mention_encoder": mention_encoder,
-        "image_encoder": image_encoder,
-    }
-    return artifact_manifests(config) | {name: found for name, found in models.items() if found is not None}
-
-
-def artifact_manifests(config: JobConfig) -> dict[str, Any]:
-    """Return what the artifacts of a run say of themselves, checksums included, by name.
-
-    Raises:
-        ArtifactError: One is missing or damaged.
-    """
-    calibration = config.calibration if isinstance(config, LinkConfig) else None
-    manifests = {
-        "knowledge_base": f"{config.knowledge_base}/knowledge_base.json",
-        "demonstrations": config.demonstrations and f"{config.demonstrations}/index.json",
-        "feature_mapper": config.vision.feature_mapper and f"{config.vision.feature_mapper}/mapper.json",
-        "calibration": calibration and f"{calibration}/calibration.json",
-    }
-    return {name: read_manifest_at(uri) for name, uri in manifests.items() if uri}
+_LONGEST_HEADER = 10**8  # the limit of safetensors itself
+_NUM_SAMPLES = 512  # in a large file without a list of its tensors
 
 
 def read_manifest_at(uri: str) -> Any:
-    """Return the manifest at an address.
+    """Return the manifest at an address, parsed as JSON.
 
     Raises:
-        ArtifactError: It is missing or damaged.
+        ArtifactError: The manifest is missing or damaged.
     """
     try:
         return json.loads(storage.read_bytes(uri))
@@ -74,15 +39,15 @@ def read_manifest_at(uri: str) -> Any:
 
 
 def checkpoint_fingerprint(name_or_path: str) -> str:
-    """Return a hash of the files of a model; see the text of this module for what it covers.
+    """Return a SHA-256 hash of the files of a model; the module's docstring says what it covers.
 
     Args:
         name_or_path: Local directory, or name on the model hub.
 
     Raises:
-        ArtifactError: There is no such model.
+        ArtifactError: The model does not exist or cannot be read.
     """
-    from transformers.utils.hub import cached_file  # who only reads rows does not load it
+    from transformers.utils.hub import cached_file  # slow; not needed to read rows
 
     try:
         directory = Path(str(cached_file(name_or_path, "config.json"))).parent
@@ -100,30 +65,17 @@ def checkpoint_fingerprint(name_or_path: str) -> str:
     return digest.hexdigest()
 
 
-def check_contents(began_with: Contents | None, config: JobConfig) -> None:
-    """Raise if this process opens another language model or other artifacts than the run began with.
-
-    Raises:
-        ArtifactError: One differs, is missing or damaged.
-    """
-    if began_with is not None:
-        for name, manifest in artifact_manifests(config).items():
-            check_content(began_with, name, getattr(config, name, config.vision.feature_mapper), manifest)
-        language_model = config.language_model.name
-        check_content(began_with, "language_model", language_model, checkpoint_fingerprint(language_model))
-
-
 def check_content(began_with: Contents | None, name: str, address: str | None, found: Any) -> None:
-    """Raise if this process opens another model or artifact than the run began with.
+    """Raise if a model or artifact differs from the one that the run began with.
 
     Args:
-        began_with: Fingerprint or manifest of each part of the run, by its name; None where nobody took them.
-        name: Of the part.
-        address: Where it is.
+        began_with: Fingerprint or manifest of each model and artifact, by name; None: no check.
+        name: Name of the model or artifact.
+        address: Address of the model or artifact, for the message.
         found: Its fingerprint or manifest in this process.
 
     Raises:
-        ArtifactError: They differ.
+        ArtifactError: The two differ.
     """
     if began_with is not None and began_with.get(name) != found:
         raise ArtifactError(
@@ -148,7 +100,7 @@ def _samples(path: Path) -> Iterator[tuple[int, int]]:
 
 
 def _tensor_ranges(path: Path, size: int) -> list[tuple[int, int]]:
-    """Return the header's range and those of the tensors; an empty range if the header is damaged."""
+    """Return the byte ranges of header and tensors; one empty range if the header is damaged."""
     with path.open("rb") as stream:
         start = 8 + int.from_bytes(stream.read(8), "little")
         if start > min(size, _LONGEST_HEADER):

@@ -1,4 +1,4 @@
-"""What is asked of a tokenizer: text stays text, every token has an embedding, and which tokenizer it is."""
+"""Loads, fingerprints and checks tokenizers: text stays text, and every token has an embedding."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gemel_engine.errors import ArtifactError, ConfigurationError, not_loadable
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
-    """SHA-256 over all that decides a tokenizer's token ids."""
+    """Return a SHA-256 hash of everything that determines a tokenizer's token ids."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     for setting_of_last_call in ("truncation", "padding"):
         del state[setting_of_last_call]
@@ -21,16 +21,16 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
-    """The tokenizer of a language model, from a local directory or by its name on the model hub.
+    """Load the tokenizer of a language model from a local directory or the model hub.
 
     Raises:
-        ArtifactError: There is none.
-        ConfigurationError: It has no fast implementation.
+        ArtifactError: The tokenizer is missing or cannot be loaded.
+        ConfigurationError: The tokenizer has no fast implementation.
     """
     check_files(name_or_path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
-    except Exception as error:  # the tokenizers' library raises nothing narrower for a damaged file
+    except Exception as error:  # `tokenizers` raises a plain Exception for a damaged file
         raise not_loadable("tokenizer", name_or_path, error) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ConfigurationError(f"the tokenizer of {name_or_path!r} has no fast implementation, which is needed")
@@ -38,7 +38,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
 
 
 def encode_text(tokenizer: PreTrainedTokenizerFast, text: str) -> tuple[int, ...]:
-    """Token ids of a text, whose spelling of a special token stays plain text."""
+    """Return the token ids of a text; the spelling of a special token is encoded as plain text."""
     return tuple(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
 
@@ -47,13 +47,14 @@ def check_embedded(
 ) -> None:
     """Raise unless a model has an embedding for each token that its input can contain.
 
-    A special token may lack one, as padding added for training often does, if no text becomes it.
+    A special token may lack an embedding (padding added for training often does) if no text encodes
+    to it.
 
     Args:
         tokenizer: The model's tokenizer.
-        num_embeddings: Rows of the model's embedding matrix.
-        name: The model, for the message.
-        added: Special tokens that are put beside the tokens of a text.
+        num_embeddings: Number of rows of the model's embedding matrix.
+        name: Name of the model, for the message.
+        added: Special tokens that are added to the tokens of a text.
 
     Raises:
         ArtifactError: A token has no embedding.
@@ -73,7 +74,7 @@ def check_embedded(
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[int, str]:
-    """Special tokens by their ids, without the one that replaces what a vocabulary lacks."""
+    """Return the special tokens by id, without the unknown token."""
     added = {token_id: token.content for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
     special = added | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
     special.pop(tokenizer.unk_token_id, None)
@@ -81,7 +82,11 @@ def _special_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[int, str]:
 
 
 def _check_special_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
-    """See that no text becomes a special token: a vocabulary may spell them, beside listing them as added."""
+    """Raise if a text encodes to a special token: the vocabulary may also contain its spelling.
+
+    Raises:
+        ConfigurationError: A text encodes to a special token.
+    """
     special = _special_tokens(tokenizer)
     for token in special.values():
         if not special.keys().isdisjoint(encode_text(tokenizer, token)):

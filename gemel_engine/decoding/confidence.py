@@ -47,7 +47,7 @@ EVIDENCE = (
     "name_similarity",  # between the surface form and the answer's name
 )
 
-_MANIFEST = "calibration.json"
+MANIFEST = "calibration.json"
 _SECTIONS = ("language_model", "prompt", "retrieval", "search")  # sections of a run's settings
 
 LEAST_SCALE = 1e-6  # a smaller deviation is a rounding error, and dividing by it would amplify it
@@ -137,7 +137,7 @@ class Calibration:
     def save(self, directory: Path) -> None:
         """Write `calibration.json`."""
         with claimed(directory, must_be_empty=False):
-            write_manifest(directory / _MANIFEST, FORMAT_VERSION, asdict(self))
+            write_manifest(directory / MANIFEST, FORMAT_VERSION, asdict(self))
 
     @classmethod
     def open(cls, directory: Path) -> Self:
@@ -147,7 +147,7 @@ class Calibration:
             ArtifactError: It is missing, changed, of another format version, or has values that no
                 fit produces.
         """
-        path = directory / _MANIFEST
+        path = directory / MANIFEST
         return parse_manifest(read_manifest(path, FORMAT_VERSION), cls, path)
 
     def check_scoring(self, settings: Mapping[str, Any]) -> None:

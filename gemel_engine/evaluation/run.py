@@ -16,7 +16,7 @@ from gemel_engine.evaluation.judge import Comparison, Evaluation, Judge, Protoco
 from gemel_engine.evaluation.leaks import LeakAudit, audit_leaks
 from gemel_engine.evaluation.quality import ConfidenceQuality, quality
 from gemel_engine.knowledge_base.store import KnowledgeBase
-from gemel_engine.knowledge_base.update import local_knowledge_base
+from gemel_engine.knowledge_base.update import open_knowledge_base
 from gemel_engine.storage import parquet
 from gemel_engine.types import MENTION_COLUMNS, PREDICTION_COLUMNS, PREDICTION_SCHEMA
 
@@ -65,7 +65,7 @@ class LinkedRun:
 
     def open_knowledge_base(self) -> KnowledgeBase:
         """The knowledge base that it linked to, where that is still at its address."""
-        return KnowledgeBase.open(local_knowledge_base(self.settings["knowledge_base"]))
+        return open_knowledge_base(self.settings["knowledge_base"])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,10 +18,10 @@ from gemel_engine.knowledge_base.names import TokenisedNames, count_skipped, rea
 from gemel_engine.knowledge_base.store import (
     _ENTITY_COLUMNS,
     _STORED_SCHEMA,
-    _TRIE,
     ENTITY_SCHEMA,
     FORMAT_VERSION,
     MANIFEST,
+    TRIE_DIRECTORY,
 )
 from gemel_engine.knowledge_base.trie import MANIFEST as TRIE_MANIFEST
 from gemel_engine.knowledge_base.trie import IntArray, PrefixTrie
@@ -108,12 +108,15 @@ def save_knowledge_base(
     """
     trie, name_of_row = PrefixTrie.build(*names)
     stored = _sort_entities(entities, name_of_row)
-    trie.save(directory / _TRIE)
+    trie.save(directory / TRIE_DIRECTORY)
     path = directory / "entities.arrow"
     with pa.ipc.new_file(str(path), _STORED_SCHEMA) as writer:
         writer.write_table(stored.combine_chunks())
     report = KnowledgeBaseReport(stored.num_rows, trie.num_names, trie.longest(0), num_skipped)
-    checksums = {"entities_sha256": file_sha256(path), "trie_sha256": file_sha256(directory / _TRIE / TRIE_MANIFEST)}
+    checksums = {
+        "entities_sha256": file_sha256(path),
+        "trie_sha256": file_sha256(directory / TRIE_DIRECTORY / TRIE_MANIFEST),
+    }
     write_manifest(directory / MANIFEST, FORMAT_VERSION, {**manifest, **checksums, **asdict(report)})
     return report
 

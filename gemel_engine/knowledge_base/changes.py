@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from gemel_engine import storage
+from gemel_engine.knowledge_base.store import KnowledgeBase
 from gemel_engine.knowledge_base.trie import PrefixTrie
 from gemel_engine.storage.parquet import parquet_bytes
 
@@ -30,18 +31,9 @@ class KnowledgeBaseChanges:
     added_names: PrefixTrie | None
 
     @classmethod
-    def between(cls, old: Path, new: Path) -> Self:
-        """Compare two knowledge bases, every byte of which is checked.
-
-        Raises:
-            ArtifactError: One is damaged.
-        """
-        from gemel_engine.knowledge_base.store import (
-            KnowledgeBase,  # takes seconds to import, and who reads rows has no need
-        )
-
-        knowledge_base = KnowledgeBase.open(new, verify=True)
-        before, after = KnowledgeBase.open(old, verify=True).table(), knowledge_base.table()
+    def between(cls, old: KnowledgeBase, new: KnowledgeBase) -> Self:
+        """Compare two knowledge bases, both opened with `verify`."""
+        before, after = old.table(), new.table()
         ids, names = (after[name].combine_chunks() for name in ("entity_id", "name"))
         now = names.take(pc.index_in(before["entity_id"], ids).combine_chunks())
         is_same = pc.fill_null(pc.equal(now, before["name"].combine_chunks()), False)
@@ -49,7 +41,7 @@ class KnowledgeBaseChanges:
         added = np.unique(after["name_index"].filter(is_new).to_numpy())
         return cls(
             before["entity_id"].combine_chunks().filter(pc.invert(is_same)),
-            PrefixTrie.build(*knowledge_base.trie.sequences(added))[0] if len(added) else None,
+            PrefixTrie.build(*new.trie.sequences(added))[0] if len(added) else None,
         )
 
     def save(self, address: str) -> None:

@@ -34,7 +34,7 @@ from gemel_engine.types import BOOLEAN, IDENTIFIER, NUMBER, TEXT, Column
 FORMAT_VERSION = 2
 WITHOUT_CHECKSUM = 1  # the format version before, in which nothing said which trie was that of the entities
 MANIFEST = "knowledge_base.json"
-_TRIE = "trie"
+TRIE_DIRECTORY = "trie"
 
 ENTITY_SCHEMA = pa.schema(
     [
@@ -74,11 +74,15 @@ class KnowledgeBase:
 
     Attributes:
         trie: The names; a number in the trie is a name index here.
+        trie_directory: Directory of the trie, for processes that map it themselves.
         tokenizer_fingerprint: `tokenizer_fingerprint` of the tokenizer that it was built with.
     """
 
-    def __init__(self, trie: PrefixTrie, entities: pa.RecordBatch, tokenizer_fingerprint: str) -> None:
+    def __init__(
+        self, trie: PrefixTrie, trie_directory: Path, entities: pa.RecordBatch, tokenizer_fingerprint: str
+    ) -> None:
         self.trie = trie
+        self.trie_directory = trie_directory
         self.tokenizer_fingerprint = tokenizer_fingerprint
         self._entities = entities
         self._ids, self._names = _Strings(entities["entity_id"]), _Strings(entities["name"])
@@ -100,11 +104,9 @@ class KnowledgeBase:
         """
         manifest = read_manifest(directory / MANIFEST, FORMAT_VERSION, without_checksum=WITHOUT_CHECKSUM)
         if "base" in manifest:
-            raise ArtifactError(
-                f"{directory} is an update of a knowledge base: open what local_knowledge_base makes of it"
-            )
+            raise ArtifactError(f"{directory} is an update of a knowledge base: open it with `open_knowledge_base`")
         _check_trie(directory, manifest)
-        trie = PrefixTrie.open(directory / _TRIE, verify=verify)
+        trie = PrefixTrie.open(directory / TRIE_DIRECTORY, verify=verify)
         path = directory / "entities.arrow"
         try:
             with parquet.open_arrow(path) as reader:
@@ -112,7 +114,7 @@ class KnowledgeBase:
                 if reader.schema != _STORED_SCHEMA or not entities.num_rows:
                     raise ArtifactError(f"{path} has other columns than a knowledge base; build it again")
             entities.validate(full=verify)
-            knowledge_base = cls(trie, entities, str(manifest.get("tokenizer_fingerprint")))
+            knowledge_base = cls(trie, directory / TRIE_DIRECTORY, entities, str(manifest.get("tokenizer_fingerprint")))
             is_consistent = knowledge_base._has_consistent_lengths(manifest.get("num_entities")) and (
                 not verify
                 or (file_sha256(path) == manifest.get("entities_sha256") and knowledge_base._is_well_ordered())
@@ -229,12 +231,12 @@ class _Strings:
 
 def _check_trie(directory: Path, manifest: Mapping[str, object]) -> None:
     """Raise unless the trie is that of the knowledge base; its manifest has the checksums of its arrays."""
-    path = directory / _TRIE / TRIE_MANIFEST
+    path = directory / TRIE_DIRECTORY / TRIE_MANIFEST
     try:
         is_same = "trie_sha256" not in manifest or file_sha256(path) == manifest["trie_sha256"]
     except OSError as error:
         raise ArtifactError(f"{path} is missing or damaged ({error}); build the knowledge base again") from error
     if not is_same:
         raise ArtifactError(
-            f"{directory / _TRIE} is the trie of another knowledge base; build the knowledge base again"
+            f"{directory / TRIE_DIRECTORY} is the trie of another knowledge base; build the knowledge base again"
         )

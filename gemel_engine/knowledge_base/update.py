@@ -31,7 +31,15 @@ from gemel_engine.config.components import KnowledgeBaseSettings
 from gemel_engine.errors import ArtifactError, ConfigurationError, InputError, shown
 from gemel_engine.knowledge_base.build import KnowledgeBaseReport, checked_entities, save_knowledge_base
 from gemel_engine.knowledge_base.names import TokenisedNames, count_skipped, reasons_to_skip
-from gemel_engine.knowledge_base.store import ENTITY_SCHEMA, FORMAT_VERSION, MANIFEST, WITHOUT_CHECKSUM, KnowledgeBase
+from gemel_engine.knowledge_base.store import (
+    ENTITY_SCHEMA,
+    FORMAT_VERSION,
+    MANIFEST,
+    TRIE_DIRECTORY,
+    WITHOUT_CHECKSUM,
+    KnowledgeBase,
+)
+from gemel_engine.knowledge_base.trie import MANIFEST as TRIE_MANIFEST
 from gemel_engine.storage import parquet
 from gemel_engine.storage.manifest import claimed, file_sha256, parse_manifest, read_manifest, write_manifest
 from gemel_engine.tokenizer import tokenizer_fingerprint
@@ -92,6 +100,19 @@ class UpdateReport:
     num_replaced: int
     num_retired: int
     num_skipped: dict[str, int]
+
+
+def open_knowledge_base(uri: str, *, verify: bool = False) -> KnowledgeBase:
+    """Open a knowledge base or an update, local or `s3://`; see `local_knowledge_base`.
+
+    Args:
+        uri: Address of the directory.
+        verify: See `KnowledgeBase.open`.
+
+    Raises:
+        ArtifactError: As for `local_knowledge_base` and `KnowledgeBase.open`.
+    """
+    return KnowledgeBase.open(local_knowledge_base(uri), verify=verify)
 
 
 def local_knowledge_base(uri: str, cache_dir: str | os.PathLike[str] = storage.ARTIFACT_CACHE) -> Path:
@@ -271,7 +292,7 @@ def _remedy(directory: Path) -> str:
 
 def _checksum(uri: str) -> str:
     """SHA-256 of what a knowledge base says of itself, which holds the checksums of all its files."""
-    manifests = [f"{uri}/{MANIFEST}", f"{uri}/trie/trie.json"]  # the second where it is no update
+    manifests = [f"{uri}/{MANIFEST}", f"{uri}/{TRIE_DIRECTORY}/{TRIE_MANIFEST}"]  # the second where it is no update
     found = [storage.read_bytes(manifest) for manifest in manifests if storage.exists(manifest)]
     return hashlib.sha256(b"".join(found)).hexdigest()
 

@@ -26,6 +26,7 @@ from gemel_engine import storage
 from gemel_engine.config.settings import LinkConfig
 from gemel_engine.errors import ArtifactError, ConfigurationError, InputError, shown
 from gemel_engine.knowledge_base.changes import KnowledgeBaseChanges
+from gemel_engine.knowledge_base.store import MANIFEST
 from gemel_engine.pipeline.corpus import Shard
 from gemel_engine.pipeline.identity import incremental_differences
 from gemel_engine.pipeline.output import RunDirectory, load_claim
@@ -92,7 +93,7 @@ class PreviousRun:
                 "alone: use the settings and the input of that run, or leave previous out"
             )
         address = before["settings"]["knowledge_base"]
-        manifest = f"{address}/knowledge_base.json"
+        manifest = f"{address}/{MANIFEST}"
         if (
             not storage.exists(manifest)
             or storage.read_json(manifest, _REMEDY) != before["artifacts"]["knowledge_base"]
@@ -104,11 +105,11 @@ class PreviousRun:
 
     def note_changes(self, knowledge_base: str) -> None:
         """Compare the previous knowledge base with `knowledge_base` and save the changes, once."""
-        from gemel_engine.knowledge_base.update import local_knowledge_base
+        from gemel_engine.knowledge_base.update import open_knowledge_base
 
         if not storage.exists(f"{self.changes}/changes.json"):
-            before = local_knowledge_base(self._run()["settings"]["knowledge_base"])
-            KnowledgeBaseChanges.between(before, local_knowledge_base(knowledge_base)).save(self.changes)
+            before = open_knowledge_base(self._run()["settings"]["knowledge_base"], verify=True)
+            KnowledgeBaseChanges.between(before, open_knowledge_base(knowledge_base, verify=True)).save(self.changes)
 
     def counts(self) -> dict[str, int]:
         """Return `num_changed_entities` and `num_added_names`."""

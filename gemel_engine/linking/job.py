@@ -29,7 +29,7 @@ from gemel_engine.config.loading import validated
 from gemel_engine.config.settings import LinkConfig
 from gemel_engine.errors import shown
 from gemel_engine.extras import require
-from gemel_engine.fingerprints import Contents, run_contents
+from gemel_engine.fingerprints import Contents
 from gemel_engine.linking.incremental import PreviousRun
 from gemel_engine.linking.progress import Progress, Tally
 from gemel_engine.linking.report import LinkReport, _check_failures, _report
@@ -127,7 +127,7 @@ def checked_plan(config: LinkConfig) -> tuple[list[Shard], Artifacts, Contents]:
     Raises:
         GemelError: Something is unusable, or the artifacts do not fit together.
     """
-    from gemel_engine.assembly import check_encoders, open_artifacts, open_calibration
+    from gemel_engine.assembly import check_encoders, open_artifacts, open_calibration, run_contents
 
     config = validated(config)
     storage.check_kept(config.output)

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from gemel_engine import storage
 from gemel_engine.config.settings import LinkConfig
 from gemel_engine.errors import EngineDiedError, error_kind
-from gemel_engine.fingerprints import Contents, check_contents
+from gemel_engine.fingerprints import Contents
 from gemel_engine.linking.incremental import PreviousRun
 from gemel_engine.pipeline.corpus import SMALL_SCHEMA, Shard, read_rows
 from gemel_engine.pipeline.isolation import isolate
@@ -68,7 +68,7 @@ class GenerateEntityNames:
     """Turns mentions into predictions; an incremental run starts from the previous predictions."""
 
     def __init__(self, config: LinkConfig, contents: Contents | None = None) -> None:
-        from gemel_engine.assembly import start_generator
+        from gemel_engine.assembly import check_contents, start_generator
 
         check_contents(contents, config)
         self._output = config.output

@@ -168,13 +168,13 @@ class RetrieveDemonstrations:
     """Adds `demonstrations`: row numbers of the index, the most similar last."""
 
     def __init__(self, config: JobConfig, contents: Contents | None = None) -> None:
-        from gemel_engine.retrieval.index import DemonstrationIndex
+        from gemel_engine.retrieval.index import MANIFEST, DemonstrationIndex
         from gemel_engine.retrieval.retriever import DemonstrationRetriever
 
         directory = config.demonstrations
         assert directory is not None, "else there is no such stage"
         self._output = config.output
-        check_content(contents, "demonstrations", directory, read_manifest_at(f"{directory}/index.json"))
+        check_content(contents, "demonstrations", directory, read_manifest_at(f"{directory}/{MANIFEST}"))
         self._retriever = DemonstrationRetriever(
             config.retrieval,
             DemonstrationIndex.open(download_directory(directory)),

@@ -39,7 +39,6 @@ from numpy.typing import NDArray
 from gemel_engine.errors import ArtifactError, InputError
 from gemel_engine.retrieval.encoder import MentionEncoder
 from gemel_engine.retrieval.table import (
-    _METADATA,
     _TABLE,
     _TEXT_COLUMNS,
     FORMAT_VERSION,
@@ -56,6 +55,7 @@ from gemel_engine.retrieval.table import (
 from gemel_engine.storage import parquet
 from gemel_engine.storage.manifest import claimed, file_sha256, parse_manifest, read_manifest, write_manifest
 
+MANIFEST = "index.json"
 _WITHOUT_CHECKSUM = 2
 _SIMILARITY_DECIMALS = 5
 
@@ -115,7 +115,7 @@ class DemonstrationIndex:
         table = _table(ordered, embeddings, vision_width)
         path = directory / _TABLE
         with claimed(directory, must_be_empty=False):
-            (directory / _METADATA).unlink(missing_ok=True)
+            (directory / MANIFEST).unlink(missing_ok=True)
             pq.write_table(table, path, compression="zstd", use_dictionary=["mention", "entity_id", "entity_name"])
             metadata = IndexMetadata(
                 num_demonstrations=len(ordered),
@@ -127,7 +127,7 @@ class DemonstrationIndex:
                 image_encoder_fingerprint=image_encoder_fingerprint,
                 table_sha256=file_sha256(path),
             )
-            write_manifest(directory / _METADATA, FORMAT_VERSION, asdict(metadata))
+            write_manifest(directory / MANIFEST, FORMAT_VERSION, asdict(metadata))
         return cls(metadata, table)
 
     @classmethod
@@ -141,12 +141,12 @@ class DemonstrationIndex:
         Raises:
             ArtifactError: A file is missing, damaged, of another format version, or does not fit the other.
         """
-        path, manifest = directory / _TABLE, directory / _METADATA
+        path, manifest = directory / _TABLE, directory / MANIFEST
         contents = read_manifest(manifest, FORMAT_VERSION, without_checksum=_WITHOUT_CHECKSUM)
         metadata = parse_manifest(contents, IndexMetadata, manifest)
         try:
             if verify and file_sha256(path) != metadata.table_sha256:
-                raise ArtifactError(f"{path} has another checksum than {_METADATA} gives; build the index again")
+                raise ArtifactError(f"{path} has another checksum than {MANIFEST} gives; build the index again")
             with parquet.open_table(str(path)) as file:
                 table = file.read().combine_chunks()
             table.validate(full=True)

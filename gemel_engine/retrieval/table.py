@@ -21,7 +21,6 @@ from gemel_engine.knowledge_base.names import are_demonstrable
 from gemel_engine.types import are_features
 
 FORMAT_VERSION = 3
-_METADATA = "index.json"
 _TABLE = "demonstrations.parquet"
 _TEXT_COLUMNS = ("mention_id", "text", "mention", "entity_id", "entity_name", "group")
 

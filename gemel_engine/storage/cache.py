@@ -1,4 +1,4 @@
-"""The artifact cache of a user on this machine: copies of artifacts in S3, and merged updates."""
+"""The artifact cache of a user on this machine: copies of artifacts from S3, and merged updates."""
 
 from __future__ import annotations
 
@@ -24,15 +24,16 @@ ARTIFACT_CACHE = Path(tempfile.gettempdir()) / f"gemel-artifacts-{os.geteuid()}"
 
 
 def download_directory(uri: str, cache_dir: str | os.PathLike[str] = ARTIFACT_CACHE) -> Path:
-    """Make an artifact directory available as a local one.
+    """Return a local directory with the files of an artifact directory.
 
-    A directory in S3 is copied once into `cache_dir`, under a name made from its address and its files' versions; of
-    several processes that ask for it at once one copies and the others wait. A copy that has been changed since, such
-    as by a cleaner of temporary files, is made again. A local directory is returned as it is.
+    A directory in S3 is copied once into `cache_dir`, under a name derived from its address and the
+    versions of its files; if several processes request it at the same time, one copies it and the
+    others wait. A copy that was changed later, for example by a cleaner of temporary files, is made
+    again. A local directory is returned unchanged.
 
     Raises:
-        ArtifactError: There is no such directory, or it holds a name that could lead out of it.
-        ConfigurationError: Other users can write to `cache_dir`, or this one cannot.
+        ArtifactError: The directory does not exist, or a file's name could lead out of it.
+        ConfigurationError: Other users can write to `cache_dir`, or this user cannot.
     """
     root = _normalised(uri)
     if not root.startswith("s3://"):
@@ -54,12 +55,13 @@ def download_directory(uri: str, cache_dir: str | os.PathLike[str] = ARTIFACT_CA
 
 
 def made_once(target: Path, make: Callable[[Path], object]) -> Path:
-    """Return the directory `target`, which `make` fills where it is missing or no longer as it was made.
+    """Return the directory `target`; `make` fills it if it is missing or was changed.
 
-    Other processes that ask for it wait. The lock of a process that is killed goes with it, and the next begins anew.
+    Other processes that request it wait. The lock of a killed process is released, and the next
+    process starts again.
 
     Raises:
-        ConfigurationError: Other users can write to the directory around it, or this one cannot.
+        ConfigurationError: Other users can write to its parent directory, or this user cannot.
     """
     temporary, record = target.with_name(f".{target.name}"), target.with_name(f".{target.name}.json")
     with _room_for(target):
@@ -81,12 +83,16 @@ def made_once(target: Path, make: Callable[[Path], object]) -> Path:
 
 
 def _make_private(directory: Path) -> None:
-    """Make a directory that only this user can write to, or raise unless the existing one is such a directory."""
+    """Create a directory that only this user can write to, or check an existing one.
+
+    Raises:
+        ConfigurationError: The directory cannot be created or used, or others can write to it.
+    """
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileExistsError):
             directory.mkdir(mode=0o700)
-        status = directory.lstat()  # of a link, not of what it leads to
+        status = directory.lstat()  # does not follow a link
     except OSError as error:
         if error.errno in _NO_ROOM:
             raise
@@ -107,7 +113,10 @@ def _make_private(directory: Path) -> None:
 
 
 def _content(directory: Path) -> dict[str, list[int]]:
-    """Size in bytes and modification time in nanoseconds of each file below a directory; links are not followed."""
+    """Return size in bytes and modification time in nanoseconds of each file below a directory.
+
+    Links are not followed.
+    """
     found = {}
     for place, _, names in os.walk(directory):
         for path in (Path(place, name) for name in names):
@@ -117,7 +126,7 @@ def _content(directory: Path) -> dict[str, list[int]]:
 
 
 def _recorded(record: Path) -> object:
-    """Read what `_content` was when the directory was made; None if that is not known."""
+    """Return the recorded `_content` of a directory when it was made; None without a record."""
     try:
         return json.loads(record.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):

@@ -1,10 +1,10 @@
 """Files on a local disk or in S3, behind one set of functions.
 
-An address is a local path (absolute, relative or `file:///...`) or `s3://bucket/key`. Nothing here knows what a file
-contains.
+An address is a local path (absolute, relative or `file:///...`) or `s3://bucket/key`. These
+functions do not depend on the content of files.
 
-Errors are the same for both kinds: FileNotFoundError for what does not exist, ConfigurationError for an address of an
-unknown kind or refused credentials, OSError for any other failure.
+Errors are the same for both kinds: FileNotFoundError for a missing file, ConfigurationError for an
+unknown kind of address or refused credentials, OSError for any other failure.
 """
 
 from __future__ import annotations
@@ -35,12 +35,13 @@ _SUFFIXES = (".parquet", ".parq", ".pq")
 
 @dataclass(frozen=True, slots=True)
 class InputFile:
-    """A stored file as it was when it was listed.
+    """A stored file at the time of its listing.
 
     Attributes:
         uri: Absolute local path, or `s3://bucket/key`.
-        size: Length in bytes.
-        version: Changes when the content does: the ETag in S3, size and modification time on a local disk.
+        size: Size in bytes.
+        version: String that changes with the content: the ETag in S3, size and modification time on
+            a local disk.
     """
 
     uri: str
@@ -49,10 +50,10 @@ class InputFile:
 
 
 def check_kept(uri: str) -> None:
-    """See that an address is not in the working directory that a job brought to a cluster: Ray removes that later.
+    """Reject an address inside Ray's uploaded working directory; Ray deletes it after the job.
 
     Raises:
-        ConfigurationError: It is.
+        ConfigurationError: The address is inside that directory.
     """
     path, here = local_path(uri), Path.cwd()
     if path is not None and _RAY_WORKING_DIRECTORIES in here.parts and path.is_relative_to(here):
@@ -63,15 +64,17 @@ def check_kept(uri: str) -> None:
 
 
 def check_apart(output: str, source: str) -> None:
-    """Raise if a job would read its own output as input, at once or when it is run again; links are followed.
+    """Raise if a job would read its own output as input, now or when it is run again.
+
+    Links are followed.
 
     Args:
         output: Directory that the job writes to; it need not exist.
         source: Parquet file or directory that the job reads.
 
     Raises:
-        ConfigurationError: `output` is `source` or lies in it where `list_parquet` would find its files, or `source`
-            lies where a job keeps its files in `output`.
+        ConfigurationError: `output` is `source` or is inside of it where `list_parquet` would find
+            its files, or `source` is in a directory of `output` that a job writes to.
     """
     root, target = _normalised(source), _normalised(output)
     is_read = any(_is_table(os.path.normpath(f"{place}/data/x.parquet")) for place in _places_within(target, root))
@@ -83,9 +86,9 @@ def check_apart(output: str, source: str) -> None:
 
 
 def resolve(uri: str) -> tuple[FileSystem, str]:
-    """Return the pyarrow file system of an address and the path inside it, for pyarrow's own readers and writers.
+    """Return the pyarrow file system of an address and the path inside it.
 
-    The S3 file system holds no secret: it is built from the environment, also where it is sent to another process.
+    The S3 file system contains no secret: it is built from the environment, in another process too.
     """
     path = local_path(uri)
     if path is not None:
@@ -94,14 +97,14 @@ def resolve(uri: str) -> tuple[FileSystem, str]:
 
 
 def list_parquet(uri: str) -> list[InputFile]:
-    """List the Parquet file at an address, or those anywhere under it, sorted by address.
+    """List the Parquet file at an address, or all Parquet files below it, sorted by address.
 
-    Under a directory only names ending in `.parquet`, `.parq` or `.pq` count, and what begins with a dot or an
-    underscore, at any level, is left out, but for a directory `_key=value`. Links are followed; a directory to which
-    several lead is read once.
+    Below a directory, only files named `*.parquet`, `*.parq` or `*.pq` are listed. Files and
+    directories whose names begin with a dot or an underscore are left out, except for directories
+    named `_key=value`. Links are followed; a directory with several links to it is read once.
 
     Raises:
-        InputError: There is no such file, or a local directory or link can't be read.
+        InputError: There is no Parquet file, or a local directory or link cannot be read.
     """
     root = _normalised(uri)
     single = _stat(root)
@@ -119,25 +122,25 @@ def list_parquet(uri: str) -> list[InputFile]:
 
 
 def partition_keys(uri: str, file: InputFile) -> list[str]:
-    """The keys of the directories `key=value` between a listed address and one of its files, as Hive names them."""
+    """Return the keys of the Hive partitions (`key=value`) that contain a listed file."""
     directories = _relative(file, _normalised(uri)).split("/")[:-1]
     return [unquote(name.partition("=")[0]) for name in directories if "=" in name]
 
 
 def list_files(uri: str) -> list[str]:
-    """The addresses of all files under a directory, relative to it; none if it does not exist."""
+    """Return the relative paths of all files below a directory; empty if it does not exist."""
     root = _normalised(uri)
     return [_relative(file, root) for file in _walk(root)]
 
 
 def exists(uri: str) -> bool:
-    """Tell whether there is a file at the address, or any file under it; an empty directory does not count."""
+    """Return whether there is a file at or below an address; an empty directory does not count."""
     root = _normalised(uri)
     return _stat(root) is not None or next(_walk(root), None) is not None
 
 
 def read_bytes(uri: str, limit: int | None = None) -> bytes:
-    """Read a file, or at most its first `limit` bytes."""
+    """Return the content of a file, or at most its first `limit` bytes."""
     path = local_path(uri)
     if path is None:
         return s3.read_bytes(uri, limit)
@@ -149,7 +152,7 @@ def read_json(uri: str, remedy: str) -> Any:
     """Read a JSON file that a job keeps in its output.
 
     Raises:
-        InputError: It is missing or damaged; the message ends with the remedy.
+        InputError: The file is missing or damaged; the message ends with `remedy`.
     """
     try:
         return json.loads(read_bytes(uri))
@@ -160,7 +163,7 @@ def read_json(uri: str, remedy: str) -> Any:
 
 
 def write_bytes(uri: str, data: bytes) -> None:
-    """Write a file, replacing what was there; a reader sees the old content or the new, never a part."""
+    """Write or replace a file atomically: readers see the old or the new content, never a part."""
     path = local_path(uri)
     if path is None:
         s3.write_bytes(uri, data)
@@ -169,14 +172,14 @@ def write_bytes(uri: str, data: bytes) -> None:
 
 
 def create_exclusive(uri: str, data: bytes) -> bool:
-    """Write a file unless there is one already: of any number of writers one wins, and the file is always complete.
+    """Write a file unless it exists: one of several writers wins, and the file is always complete.
 
     Returns:
-        Whether this call created the file. In S3, False may also mean that it did but that the answer was lost on the
-        way back and the request sent again.
+        Whether this call created the file. In S3, False may also mean that this call created the
+        file, but the response was lost and the request was sent again.
 
     Raises:
-        ConfigurationError: The file system can't do this safely.
+        ConfigurationError: The file system cannot do this safely.
     """
     path = local_path(uri)
     if path is None:
@@ -189,9 +192,10 @@ def create_exclusive(uri: str, data: bytes) -> bool:
 
 
 def remove_tree(uri: str) -> None:
-    """Remove a directory and all that is in it; do nothing if it does not exist.
+    """Remove a directory and its contents; do nothing if it does not exist.
 
-    Other processes may write there or remove it at the same time; what they write meanwhile may stay.
+    Other processes may write to it or remove it at the same time; files that they write meanwhile
+    may remain.
     """
     root = _normalised(uri)
     if root.startswith("s3://"):
@@ -201,10 +205,10 @@ def remove_tree(uri: str) -> None:
 
 
 def _unless_others_are_there(_: object, path: str, raised: tuple[type, BaseException, object]) -> None:
-    """Let a removal go on where somebody else removes, or writes."""
+    """Ignore errors of `rmtree` that other processes cause by removing or writing files."""
     error = raised[1]
     assert isinstance(error, OSError), "rmtree catches nothing else"
-    is_made_anew = error.errno is None and not os.path.islink(path)  # rmtree takes such a directory for a link
+    is_made_anew = error.errno is None and not os.path.islink(path)  # rmtree reports such a directory as a link
     if not is_made_anew and error.errno not in (errno.ENOENT, errno.ENOTEMPTY):
         raise error
 
@@ -215,7 +219,10 @@ def _normalised(uri: str) -> str:
 
 
 def _places_within(target: str, root: str) -> Iterator[str]:
-    """Yield where a normalised address lies below another, relative to it; links in the directory are followed."""
+    """Yield the paths of `target` relative to `root`, if inside; links in `root` are followed.
+
+    Both addresses are normalised.
+    """
     if root.startswith("s3://") or target.startswith("s3://"):
         if f"{target}/".startswith(f"{root}/"):
             yield target[len(root) + 1 :]
@@ -234,10 +241,10 @@ def _places_within(target: str, root: str) -> Iterator[str]:
 
 
 def _is_same(path: Path, other: str) -> bool:
-    """Whether two paths lead to one file or directory, also on a file system that ignores case."""
+    """Return whether two paths are the same file, also on a file system that ignores case."""
     try:
         return os.path.samefile(path, other)
-    except OSError:  # one of them is not there, or not yet
+    except OSError:  # one of them does not exist
         return str(path) == os.path.realpath(other)
 
 
@@ -252,7 +259,7 @@ def _is_table(relative: str) -> bool:
 
 
 def _stat(root: str) -> InputFile | None:
-    """Describe the single file at a normalised address; None if there is none, or a directory."""
+    """Return the file at a normalised address; None for a directory or a missing file."""
     if not root.startswith("s3://"):
         return _local_file(root) if os.path.isfile(root) else None
     found = s3.head(root)
@@ -260,7 +267,7 @@ def _stat(root: str) -> InputFile | None:
 
 
 def _walk(root: str) -> Iterator[InputFile]:
-    """Describe all files under a normalised address, in no particular order."""
+    """Yield all files below a normalised address, in no particular order."""
     if root.startswith("s3://"):
         for found in s3.walk(root):
             yield InputFile(*found)
@@ -271,7 +278,7 @@ def _walk(root: str) -> Iterator[InputFile]:
             status = os.stat(directory)
         except FileNotFoundError:  # removed since
             continue
-        if (status.st_dev, status.st_ino) in visited:  # a link leads to where the walk has been
+        if (status.st_dev, status.st_ino) in visited:  # a link to a directory that was visited
             directories.clear()
             continue
         visited.add((status.st_dev, status.st_ino))
@@ -283,16 +290,17 @@ def _walk(root: str) -> Iterator[InputFile]:
 
 
 def _unless_gone(error: OSError) -> None:
-    """Pass over a directory that does not exist, or not any more, and no other."""
+    """Ignore a directory that does not exist or was removed; raise any other error."""
     if not isinstance(error, FileNotFoundError | NotADirectoryError):
         raise error
 
 
 def _local_file(path: str) -> InputFile | None:
-    """Describe a local file; None if it has been removed.
+    """Return a local file; None if it has been removed.
 
     Raises:
-        InputError: It is not a regular file.
+        FileNotFoundError: The path is a link to a missing file.
+        InputError: The path is not a regular file.
     """
     try:
         status = os.stat(path)

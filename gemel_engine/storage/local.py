@@ -1,4 +1,4 @@
-"""Local files: written whole, created exclusively, and read only where they are regular ones."""
+"""Local files: atomic writes, exclusive creation, and reading of regular files only."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from pathlib import Path
 from gemel_engine.errors import ConfigurationError, shown
 
 _MAX_VANISHED = 100
-# With these os.link fails on file systems without hard links: exFAT, SMB, many in user space.
+# Errors of os.link on file systems without hard links: exFAT, SMB, many in user space.
 _NO_HARD_LINKS = (errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EMLINK)
-_AT_FDCWD, _RENAME_NOREPLACE = -100, 1  # of Linux
+_AT_FDCWD, _RENAME_NOREPLACE = -100, 1  # Linux only
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 def open_regular(path: Path) -> BufferedReader:
-    """Open a local file for reading, if it is a regular one: a pipe could block, a device have no end.
+    """Open a regular local file for reading; a pipe could block, and a device be endless.
 
     Raises:
-        OSError: It is not a regular file, or cannot be opened.
+        OSError: The path is not a regular file, or cannot be opened.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -35,7 +35,7 @@ def open_regular(path: Path) -> BufferedReader:
 
 
 def _write_local(path: Path, data: bytes, publish: Callable[[Path, Path], object]) -> None:
-    """Write a hidden file beside `path`, on disk before it is published, and gone afterwards."""
+    """Write a hidden temporary file beside `path`, sync it to disk, and call `publish` on both."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     for attempt in range(_MAX_VANISHED):
         try:
@@ -47,7 +47,7 @@ def _write_local(path: Path, data: bytes, publish: Callable[[Path, Path], object
                     os.fsync(stream.fileno())
                 publish(temporary, path)
                 return
-        except FileNotFoundError:  # another process has removed the directory since
+        except FileNotFoundError:  # another process has removed the directory
             if attempt == _MAX_VANISHED - 1:
                 raise
         finally:
@@ -55,13 +55,13 @@ def _write_local(path: Path, data: bytes, publish: Callable[[Path, Path], object
 
 
 def _publish_exclusively(temporary: Path, path: Path) -> None:
-    """Give a file its name unless that is taken.
+    """Give a temporary file its final name unless that exists.
 
-    A hard link does so on all file systems that have any. Others are asked for a rename that replaces nothing.
+    Uses a hard link, or a rename that replaces nothing on file systems without hard links.
 
     Raises:
-        ConfigurationError: The file system has neither.
-        FileExistsError: The name is taken.
+        ConfigurationError: The file system supports neither.
+        FileExistsError: The name exists.
     """
     try:
         os.link(temporary, path)
@@ -72,7 +72,7 @@ def _publish_exclusively(temporary: Path, path: Path) -> None:
 
 
 def _rename_exclusively(temporary: Path, path: Path) -> None:
-    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)  # Python has no name for it
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)  # not exposed by Python
     arguments = (_AT_FDCWD, os.fsencode(temporary), _AT_FDCWD, os.fsencode(path), _RENAME_NOREPLACE)
     if rename is not None and rename(*arguments) == 0:
         return
@@ -86,16 +86,20 @@ def _rename_exclusively(temporary: Path, path: Path) -> None:
 
 
 def _make_directory(path: Path) -> None:
-    """Make a directory and those above it, where they are missing."""
+    """Create a directory and its missing parents.
+
+    Raises:
+        FileNotFoundError: The path is a file, or was removed meanwhile.
+    """
     try:
         path.mkdir(parents=True, exist_ok=True)
-    except FileExistsError as error:  # it was there and has been removed; or it is a file
+    except FileExistsError as error:  # removed meanwhile, or a file
         raise FileNotFoundError(errno.ENOENT, "is no directory", str(path)) from error
 
 
 @contextmanager
 def _room_for(path: Path) -> Iterator[None]:
-    """Say what to do about a full disk."""
+    """Add a remedy to the error of a full disk."""
     try:
         yield
     except OSError as error:

@@ -1,7 +1,7 @@
-"""What all artifact directories have in common: a JSON manifest, written last, and checksums of all files.
+"""Manifests of artifact directories: JSON files, written last, with checksums of all files.
 
-A manifest carries a checksum of itself, and the checksums of the other files, so that a changed byte is found wherever
-it is. While a directory is written it is claimed: a second writer is refused.
+A manifest contains a checksum of itself and those of the other files, so that any changed byte is
+detected. A directory is claimed while it is written: a second writer is rejected.
 """
 
 from __future__ import annotations
@@ -30,18 +30,20 @@ Contents = TypeVar("Contents")
 
 
 def read_manifest(path: Path, format_version: int, *, without_checksum: int | None = None) -> dict[str, Any]:
-    """Read the JSON object that describes an artifact directory.
+    """Read a manifest.
 
     Args:
-        path: The file.
-        format_version: The format version that this release writes.
-        without_checksum: An earlier format version that is read, too, whose manifests carry no checksum of their own.
+        path: Path of the manifest.
+        format_version: Format version that this release writes.
+        without_checksum: Earlier format version that is also accepted, whose manifests contain no
+            checksum of themselves.
 
     Returns:
-        The object, without its format version and checksum.
+        The JSON object without its format version and checksum.
 
     Raises:
-        ArtifactError: It is missing, not a JSON object, changed since it was written, or of another format version.
+        ArtifactError: The file is missing, not a JSON object, changed since it was written, or of
+            another format version.
     """
     try:
         with open_regular(path) as file:
@@ -66,7 +68,7 @@ def read_manifest(path: Path, format_version: int, *, without_checksum: int | No
 
 
 def parse_manifest(contents: Mapping[str, Any], kind: type[Contents], path: Path) -> Contents:
-    """Validate what `read_manifest` returned as a dataclass with types; nothing is converted.
+    """Validate the result of `read_manifest` as a dataclass; values are not converted.
 
     Raises:
         ArtifactError: A key is missing or unknown, or a value is of another type or out of range.
@@ -81,18 +83,18 @@ def parse_manifest(contents: Mapping[str, Any], kind: type[Contents], path: Path
 
 
 def write_manifest(path: Path, format_version: int, contents: Mapping[str, Any]) -> None:
-    """Write the JSON object that describes an artifact directory: the last file, so that it marks a finished one."""
+    """Write the manifest of an artifact directory; written last, it marks a finished directory."""
     manifest = {_VERSION: format_version, **contents, _CHECKSUM: _digest(contents)}
     write_bytes(str(path), (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 @contextmanager
 def claimed(directory: Path, *, must_be_empty: bool = True) -> Iterator[None]:
-    """Claim an artifact's directory, which is made where it is missing, for as long as it is written.
+    """Claim a directory while an artifact is written to it; a missing directory is created.
 
     Raises:
-        ConfigurationError: The directory is a file, holds something although it must be empty, or another process has
-            claimed it.
+        ConfigurationError: The path is a file, the directory is not empty although it must be, or
+            another process has claimed it.
     """
     claim, is_new = directory / _CLAIM, not directory.exists()
     try:
@@ -114,13 +116,13 @@ def claimed(directory: Path, *, must_be_empty: bool = True) -> Iterator[None]:
         yield
     finally:
         claim.unlink(missing_ok=True)
-        if is_new and directory.is_dir() and not any(directory.iterdir()):  # nothing came of it
-            with suppress(OSError):  # another command has claimed it since
+        if is_new and directory.is_dir() and not any(directory.iterdir()):  # nothing was written
+            with suppress(OSError):  # another command has claimed it
                 directory.rmdir()
 
 
 def file_sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a regular file's bytes."""
+    """Return the hexadecimal SHA-256 of a regular file."""
     with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -132,5 +134,5 @@ def _digest(contents: Mapping[str, Any]) -> str:
 def _owner(claim: Path) -> str:
     try:
         return claim.read_text(encoding="utf-8", errors="replace")[:100]
-    except OSError:  # it has just ended
+    except OSError:  # the owner has just ended
         return "which has just ended"

@@ -1,12 +1,13 @@
-"""Opens every table of the engine: finds its Parquet files, checks them, and reads them in pieces of bounded size.
+"""Opens every table of the engine: finds Parquet files, checks them, and reads them in pieces.
 
-A file's footer is checked before Arrow reads it, see `parquet_footer`.
+The footer of a file is checked before Arrow reads it, see `parquet_footer`.
 
-What a small file may take in memory is bounded, whatever its compression, dictionaries and nested nulls multiply: at
-most `_EXPANSION` times its size, or `_ALWAYS_ALLOWED`, and a piece of it `_PIECE_BYTES` or one row. Sizes in the footer
-are believed.
+The memory for a file is bounded, whatever its compression, dictionaries and nested nulls: at most
+`_EXPANSION` times its size or `_ALWAYS_ALLOWED`, and `_PIECE_BYTES` or one row for a piece. Sizes
+in the footer are trusted.
 
-Columns are read by the rules of `types.Column`, so that files of several tools become one table.
+Columns are converted by the rules of `types.Column`, so that files of different tools become one
+table.
 """
 
 from __future__ import annotations
@@ -38,28 +39,34 @@ def open_table(
     """Open a Parquet file.
 
     Args:
-        uri: Its address.
+        uri: Address of the file.
         columns: See `Table`.
         required: See `Table`.
-        file: What is known of it.
+        file: The file as it was listed, if it was.
 
     Raises:
-        InputError: It can't be read, or is not as `Table` wants it.
+        InputError: The file cannot be read, or `Table` rejects it.
     """
     with _readable(uri):
         path = local_path(uri)
         if path is not None and path.exists() and not path.is_file():
-            raise InputError(f"{uri} is no regular file: give a Parquet file")  # a pipe would be waited for
+            raise InputError(f"{uri} is no regular file: give a Parquet file")  # a pipe would block
         file_system, place = storage.resolve(uri)
         source = file_system.open_input_file(place)
     return _opened(source, file or InputFile(uri, source.size(), ""), columns, required)
 
 
 def open_tables(uri: str, columns: Mapping[str, Column] | None = None, required: Sequence[str] = ()) -> Iterator[Table]:
-    """Open the Parquet files at an address one after the other, each until the next; arguments are those of `Table`.
+    """Yield the Parquet files at an address, one open at a time.
+
+    Args:
+        uri: Address of a file or directory.
+        columns: See `Table`.
+        required: See `Table`.
 
     Raises:
-        InputError: There is none, one is not as `Table` wants it, or a directory's name holds the values of a column.
+        InputError: There is no Parquet file, `Table` rejects one, or a column is stored in the name
+            of a directory (a Hive partition).
     """
     for file in storage.list_parquet(uri):
         with open_table(file.uri, columns, required, file=file) as table:
@@ -74,7 +81,7 @@ def open_tables(uri: str, columns: Mapping[str, Column] | None = None, required:
 def read_tables(
     uri: str, columns: Mapping[str, Column] | None, names: Sequence[str], required: Sequence[str] = ()
 ) -> pa.Table:
-    """Read some columns of all Parquet files at an address; what a file lacks, and another has, is null.
+    """Read some columns of all Parquet files at an address; a column that a file lacks is null.
 
     Raises:
         InputError: See `open_tables` and `Table.pieces`.
@@ -89,7 +96,7 @@ def read_tables(
 
 
 def from_bytes(data: bytes, uri: str) -> pa.Table:
-    """Read the content of a Parquet file, with all columns as they are stored.
+    """Read a Parquet file from its content, with all columns as they are stored.
 
     Raises:
         InputError: See `open_table`.
@@ -99,15 +106,15 @@ def from_bytes(data: bytes, uri: str) -> pa.Table:
 
 
 def open_arrow(path: Path) -> pa.ipc.RecordBatchFileReader:
-    """Map a local Arrow file, unless it has extension types.
+    """Open a local Arrow file, memory-mapped, unless it has extension types.
 
     Raises:
-        OSError: It is not there.
-        pa.ArrowInvalid: It is no Arrow file, or has an extension type.
+        OSError: The file does not exist or is not a regular file.
+        pa.ArrowInvalid: The file is not an Arrow file, or has an extension type.
     """
     open_regular(path).close()
     source = pa.memory_map(str(path))
-    size, tail = source.size(), 10  # the length of the footer, and the magic number
+    size, tail = source.size(), 10  # length of the footer, magic number
     length = int.from_bytes(source.read_at(min(size, 4), max(0, size - tail)), "little")
     if EXTENSION_KEY in source.read_at(min(size, length + tail), max(0, size - tail - length)):
         raise pa.ArrowInvalid("it has a column of an Arrow extension type")
@@ -125,7 +132,7 @@ def _opened(
 
 
 def parquet_bytes(table: pa.Table, row_group_size: int | None = None) -> bytes:
-    """A Parquet file of a table."""
+    """Return the content of a Parquet file with the rows of a table."""
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd", row_group_size=row_group_size)
     return sink.getvalue()

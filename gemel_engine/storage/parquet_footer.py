@@ -1,10 +1,11 @@
-"""Reads the footer of a Parquet file before Arrow does, as far as a reader's safety depends on it.
+"""Checks the footer of a Parquet file before Arrow reads it.
 
-Arrow calls the code that a process has registered for an extension type of the schema `ARROW:schema` (Ray's own
-unpickles what the file holds), and ends the process where the sizes of a damaged footer are asked for in Python.
+Arrow runs the code that a process has registered for an extension type in the schema `ARROW:schema`
+(Ray's own type unpickles data of the file), and crashes the process when Python asks for the sizes
+in a damaged footer.
 
-A footer is one struct in Thrift's compact protocol, which is read here without knowing its fields, and then asked for
-those of `parquet.thrift`, by their numbers.
+A footer is a struct in Thrift's compact protocol. It is parsed here without its schema; fields are
+then looked up by their numbers in `parquet.thrift`.
 """
 
 from __future__ import annotations
@@ -18,25 +19,25 @@ from typing import Any
 import pyarrow as pa
 
 EXTENSION_KEY = b"ARROW:extension:name"
-_BYTES_PER_GUESS = 64 << 10  # read at once, since most footers are shorter
+_BYTES_PER_GUESS = 64 << 10  # read first; most footers are shorter
 _MAX_FOOTER_BYTES = 64 << 20
 _MAX_DEPTH = 16  # Parquet's own structs are half as deep
 _MAX_VARINT_BYTES = 10
-_TAIL = 8  # the length of the footer, and the magic number
-# Types of the compact protocol; 1 and 2 are the truth values, 3 a byte.
+_TAIL = 8  # length of the footer, magic number
+# Types of the compact protocol; 1 and 2 are booleans, 3 is a byte.
 _TRUE, _FALSE, _BYTE, _INTEGERS, _DOUBLE, _BINARY, _LISTS, _MAP, _STRUCT = 1, 2, 3, (4, 5, 6), 7, 8, (9, 10), 11, 12
 _DICTIONARY_ENCODINGS, _DELTA_BYTE_ARRAY = {2, 8}, 7
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """The values of a physical column in a row group.
+    """A column chunk: the values of a physical column in a row group.
 
     Attributes:
-        num_values: Values and nulls, and empty lists.
-        size: Bytes of its pages before compression.
-        has_dictionary: Whether it may store equal values once.
-        has_shared_beginnings: Whether it may store the equal beginnings of values once.
+        num_values: Number of values, including nulls and empty lists.
+        size: Size of its pages in bytes before compression.
+        has_dictionary: Whether equal values may be stored once.
+        has_shared_beginnings: Whether equal prefixes of values may be stored once.
     """
 
     num_values: int
@@ -46,10 +47,10 @@ class Chunk:
 
 
 def read_chunks(source: pa.NativeFile) -> list[list[Chunk]]:
-    """Read the chunks of each row group, in the order of the physical columns.
+    """Return the column chunks of each row group, in the order of the physical columns.
 
     Raises:
-        ValueError: The footer is damaged, or has an extension type, which the message names.
+        ValueError: The footer is damaged, or contains an extension type, which the message names.
     """
     size = source.size()
     tail = source.read_at(min(size, _BYTES_PER_GUESS), max(0, size - _BYTES_PER_GUESS))
@@ -80,7 +81,7 @@ def _chunk(fields: dict[int, Any]) -> Chunk:
 
 
 class _Thrift:
-    """Reads values of the compact protocol one after the other."""
+    """Reads consecutive values of the compact protocol."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
@@ -141,7 +142,10 @@ class _Thrift:
 
 
 def _in_base64(text: bytes, offset: int) -> bytes:
-    """What base 64 holds of a text, wherever it is, that begins at `offset`, modulo 3, of what is encoded."""
+    """Return the base 64 characters that a text determines if it starts at `offset` (modulo 3).
+
+    The first and last character may also depend on the bytes around the text; they are left out.
+    """
     encoded = base64.b64encode(bytes(offset) + text)
     return encoded[-(-offset * 8 // 6) : (offset + len(text)) * 8 // 6]
 
@@ -150,8 +154,8 @@ _SPELLINGS = (EXTENSION_KEY, *(_in_base64(EXTENSION_KEY, offset) for offset in r
 
 
 def _extension_types(footer: bytes) -> list[tuple[str, str]]:
-    """The columns of extension types and these types' names, as far as they can be told."""
-    found = re.search(rb"/////[A-Za-z0-9+/]+={0,2}", footer)  # how the stored Arrow schema begins
+    """Return pairs of column and extension type; empty if the stored schema cannot be read."""
+    found = re.search(rb"/////[A-Za-z0-9+/]+={0,2}", footer)  # the start of the stored Arrow schema
     if found is None:
         return []
     harmless = EXTENSION_KEY.lower()

@@ -1,11 +1,11 @@
 """The S3 half of `storage`, on s3fs.
 
-Credentials, region and endpoint come from the environment alone, and no secret is ever pickled into a task: a file
-system that is sent to another process builds its client from the environment there. An address is `s3://bucket/key`
-without a slash at its end.
+Credentials, region and endpoint come only from the environment, and no secret is pickled into a
+task: a file system that is sent to another process builds its client from the environment there. An
+address is `s3://bucket/key` without a trailing slash.
 
-Errors: FileNotFoundError for a missing object or bucket, ConfigurationError for refused credentials, OSError for any
-other failure, after as many attempts as `AWS_MAX_ATTEMPTS` says.
+Errors: FileNotFoundError for a missing object or bucket, ConfigurationError for refused
+credentials, OSError for any other failure, after `AWS_MAX_ATTEMPTS` attempts.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem
 
 from gemel_engine.errors import ConfigurationError, redacted, shown
 
-_MAX_ATTEMPTS = 10  # s3fs waits half a minute between the first and the last
+_MAX_ATTEMPTS = 10  # half a minute from the first to the last
 _MAX_CONFLICTS = 8
 _CONFLICT_PAUSE_SECONDS = 0.05
 _MAX_KEYS_PER_DELETION = 1000
@@ -47,30 +47,34 @@ def head(uri: str) -> tuple[int, str] | None:
 
 
 def walk(uri: str) -> Iterator[tuple[str, int, str]]:
-    """Yield the address, size in bytes and ETag of every object under `uri/`; nothing if the bucket does not exist."""
+    """Yield address, size in bytes and ETag of every object below `uri/`; none without a bucket."""
     found: dict[str, dict[str, Any]] = {}
     with suppress(FileNotFoundError), _builtin_errors(uri):
         found = _client().find(uri, detail=True)
     for item in found.values():
         address = f"s3://{item['Key']}"
-        if address.startswith(f"{uri}/") and not address.endswith("/"):  # an empty object that stands for a directory
+        if address.startswith(f"{uri}/") and not address.endswith("/"):  # not a directory marker
             yield address, item["size"], item["ETag"].strip('"')
 
 
 def read_bytes(uri: str, limit: int | None = None) -> bytes:
-    """Read an object, or at most its first `limit` bytes."""
+    """Return the content of an object, or at most its first `limit` bytes."""
     with _builtin_errors(uri):
         try:
             content: bytes = _client().cat_file(uri, start=None if limit is None else 0, end=limit)
         except OSError as error:
-            if error.errno == errno.EINVAL and limit is not None:  # the range of an empty object
+            if error.errno == errno.EINVAL and limit is not None:  # a range of an empty object
                 return b""
             raise
     return content
 
 
 def copy_to_local(uri: str, etag: str, path: Path) -> None:
-    """Copy an object into a local file; OSError if it is no longer the version with this ETag."""
+    """Copy an object into a local file.
+
+    Raises:
+        OSError: The object no longer has this ETag.
+    """
     with _builtin_errors(uri):
         _client().get_file(uri, str(path))
     found = head(uri)
@@ -79,13 +83,13 @@ def copy_to_local(uri: str, etag: str, path: Path) -> None:
 
 
 def write_bytes(uri: str, data: bytes) -> None:
-    """Write an object, replacing what was there."""
+    """Write or replace an object."""
     with _builtin_errors(uri):
         _client().pipe_file(uri, data)
 
 
 def create_exclusive(uri: str, data: bytes) -> bool:
-    """Write an object unless there is one already, and tell whether this call did."""
+    """Write an object unless it exists; return whether this call created it."""
     for attempt in range(_MAX_CONFLICTS):
         with _builtin_errors(uri):
             try:
@@ -93,7 +97,7 @@ def create_exclusive(uri: str, data: bytes) -> bool:
             except OSError as error:
                 if _status(error) == 412:
                     return False
-                if _status(error) != 409:  # 409: another conditional write of this key was under way
+                if _status(error) != 409:  # 409: a concurrent conditional write of this key
                     raise
                 time.sleep(_CONFLICT_PAUSE_SECONDS * 2**attempt)
             else:
@@ -102,14 +106,14 @@ def create_exclusive(uri: str, data: bytes) -> bool:
 
 
 def remove_tree(uri: str) -> None:
-    """Remove every object under `uri/`."""
+    """Remove every object below `uri/`."""
     bucket = uri.removeprefix("s3://").partition("/")[0]
     keys = [{"Key": found.removeprefix(f"s3://{bucket}/")} for found, _, _ in walk(uri)]
     for start in range(0, len(keys), _MAX_KEYS_PER_DELETION):
         deletion = {"Objects": keys[start : start + _MAX_KEYS_PER_DELETION], "Quiet": True}
         with _builtin_errors(uri):
             answer = _client().call_s3("delete_objects", Bucket=bucket, Delete=deletion)
-        if failures := answer.get("Errors"):  # s3fs's own removal does not look
+        if failures := answer.get("Errors"):  # which s3fs's own removal ignores
             first = redacted(str(failures[0]), uri)
             raise OSError(f"{shown(uri)}: {len(failures)} objects could not be removed, the first: {first}")
 
@@ -119,10 +123,10 @@ def _client() -> Any:
     return _client_of(tuple(sorted(environment.items())))
 
 
-# Clients are cached by the variables they were built from, so that a changed environment is never ignored.
+# Clients are cached by the variables they were built from: a changed environment gets a new client.
 @lru_cache(maxsize=4)
 def _client_of(environment: _Environment) -> Any:
-    import s3fs  # takes half a second, which a run on local files has no need to wait for
+    import s3fs  # takes half a second, not needed for local files
 
     variables = dict(environment)
     endpoint = variables.get("AWS_ENDPOINT_URL_S3") or variables.get("AWS_ENDPOINT_URL")
@@ -139,11 +143,11 @@ def _client_of(environment: _Environment) -> Any:
         endpoint_url=endpoint,
         client_kwargs={"region_name": variables.get("AWS_REGION") or variables.get("AWS_DEFAULT_REGION")},
         config_kwargs={
-            "retries": {"mode": "standard", "total_max_attempts": 1},  # s3fs tries again itself
+            "retries": {"mode": "standard", "total_max_attempts": 1},  # s3fs retries itself
             "max_pool_connections": 32,
-            "s3": {"addressing_style": "path" if endpoint else "auto"},  # other servers have no host name per bucket
+            "s3": {"addressing_style": "path" if endpoint else "auto"},  # other servers: no host per bucket
         },
-        max_concurrency=1,  # one request for an object, whose size need not be asked for first
+        max_concurrency=1,  # one request per object, without a request for its size
         use_listings_cache=False,
         skip_instance_cache=True,
     )
@@ -153,9 +157,10 @@ def _client_of(environment: _Environment) -> Any:
 
 @contextmanager
 def _builtin_errors(uri: str) -> Iterator[None]:
-    """Raise the client's errors as those that the module's docstring promises.
+    """Convert the client's errors to those in the module's docstring.
 
-    The client repeats addresses with their queries: its text is redacted, and its exception is in no traceback.
+    The client's messages may contain addresses with secrets in their queries: messages are
+    redacted, and the client's exceptions are left out of tracebacks.
     """
     from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
     from botocore.parsers import ResponseParserError
@@ -181,12 +186,12 @@ def _refused(uri: str, error: Exception) -> ConfigurationError:
 
 
 def _status(error: BaseException) -> int | None:
-    """The HTTP status behind an error of s3fs, which has the client's as its cause."""
+    """Return the HTTP status of an error of s3fs or of its cause, the client's error."""
     found = _response(error if hasattr(error, "response") else error.__cause__)
     return found.get("HTTPStatusCode")
 
 
 def _response(error: BaseException | None) -> dict[str, Any]:
-    """What the answer says of itself; nothing where there was none."""
+    """Return the metadata of the response in a client's error; empty if there is none."""
     answer: dict[str, Any] = getattr(error, "response", None) or {}
     return dict(answer.get("ResponseMetadata", {}))

@@ -1,4 +1,4 @@
-"""One open Parquet file: its footer is checked before Arrow reads it, its rows come in pieces of bounded size."""
+"""One open Parquet file: a checked footer, and rows in pieces of bounded size."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _ALWAYS_ALLOWED = 256 << 20
 _EXPANSION = 100
 _PIECE_BYTES = 64 << 20
 _ROWS_PER_PIECE = 1 << 16
-_ROWS_PER_TAKE = 256  # most of which are not kept, and may be pictures
+_ROWS_PER_TAKE = 256  # few, because most rows are dropped and may contain pictures
 _BYTES_PER_REQUEST = 8 << 20
 _MAX_COLUMNS = 10_000
 _MAX_NAMES_SHOWN = 30
@@ -30,12 +30,13 @@ _PICTURE, _ADDRESS = "image_bytes", "image_uri"
 
 
 class Table:
-    """An open Parquet file, whose footer has been checked. A context manager.
+    """An open Parquet file whose footer has been checked; a context manager.
 
     Attributes:
-        file: Its address, size and version.
-        names: Its columns; a picture that is stored as {bytes, path} also gives a column `image_uri`.
-        num_rows: Its rows.
+        file: Address, size and version of the file.
+        names: Names of the columns; pictures stored as {bytes, path} also give a column
+            `image_uri`.
+        num_rows: Number of rows.
     """
 
     def __init__(
@@ -48,14 +49,14 @@ class Table:
         """Check a file.
 
         Args:
-            source: Its content, which is closed with this object.
-            file: What it is called.
-            columns: How columns are read, and the only ones that are; None for all, as they are stored.
-            required: Columns that it must have.
+            source: Content of the file; closed with this object.
+            file: Address, size and version of the file.
+            columns: Columns that can be read, by name; None for all columns, as they are stored.
+            required: Columns that the file must have.
 
         Raises:
-            InputError: It is no Parquet, has an extension type, lacks a column, has one twice or of another type, or
-                would take more memory than a file of its size may.
+            InputError: The file is not Parquet, has an extension type, lacks a column, has one
+                twice or of another type, or would take too much memory for its size.
         """
         self.file = file
         self._source = source
@@ -79,18 +80,18 @@ class Table:
         self._source.close()
 
     def schema(self, columns: Sequence[str]) -> pa.Schema:
-        """Those of `columns` that the file has, in their order, with the types in which they are read."""
+        """Return the schema of those of `columns` that the file has, with the types of reading."""
         return pa.schema([self._fields[name] for name in dict.fromkeys(columns) if name in self._fields])
 
     def pieces(
         self, columns: Sequence[str], rows: range | None = None, max_rows: int = _ROWS_PER_PIECE
     ) -> Iterator[pa.Table]:
-        """Yield consecutive rows, a few at a time.
+        """Yield consecutive rows in pieces.
 
         Args:
-            columns: Those of them that the file has are read.
-            rows: Their numbers; None for all.
-            max_rows: Rows of a piece, at most.
+            columns: Columns to read; those that the file lacks are left out.
+            rows: Row numbers to read; None for all rows.
+            max_rows: Maximum number of rows in a piece.
 
         Raises:
             InputError: The file is damaged, or takes too much memory.
@@ -116,7 +117,7 @@ class Table:
                 raise InputError(f"{self.file.uri} lacks rows that its footer promises: write it again")
 
     def read(self, columns: Sequence[str] | None = None, rows: range | None = None) -> pa.Table:
-        """Read consecutive rows at once; arguments and errors are those of `pieces`."""
+        """Read consecutive rows into one table; arguments and errors are those of `pieces`."""
         columns = self.names if columns is None else columns
         tables, num_bytes = [self.schema(columns).empty_table()], 0
         for piece in self.pieces(columns, rows):
@@ -126,7 +127,7 @@ class Table:
         return pa.concat_tables(tables)
 
     def take(self, columns: Sequence[str], rows: NDArray[np.int64], max_rows: int = _ROWS_PER_TAKE) -> pa.Table:
-        """Read some rows, whose numbers must rise; only the row groups that hold one of them are read."""
+        """Read rows by ascending row numbers; only row groups that contain one of them are read."""
         tables = [self.schema(columns).empty_table()]
         for first, end in zip(self._ends[:-1].tolist(), self._ends[1:].tolist(), strict=True):
             if not np.any((rows >= first) & (rows < end)):
@@ -138,7 +139,7 @@ class Table:
         return pa.concat_tables(tables)
 
     def _open(self, dictionaries: Sequence[str] = ()) -> pq.ParquetFile:
-        """Open the file to read some of its physical columns as dictionaries."""
+        """Open the file; the physical columns `dictionaries` are read as dictionaries."""
         return pq.ParquetFile(
             self._source,
             metadata=self._metadata if dictionaries else None,
@@ -150,12 +151,12 @@ class Table:
 
     @cached_property
     def _reader(self) -> pq.ParquetFile:
-        """Reads texts in lists as dictionaries, whose size is known before it is taken."""
+        """Reader of texts in lists as dictionaries, so that their size is known before decoding."""
         nested = [leaf.path for _, leaf in self._leaves(self._fields) if leaf.max_repetition_level and _is_bytes(leaf)]
         return self._open(nested) if nested else self._parquet
 
     def _leaves(self, names: Collection[str]) -> list[tuple[int, pq.ColumnSchema]]:
-        """The physical columns of some columns, with their places."""
+        """Return the physical columns of some columns, with their indexes."""
         leaves = ((place, self._metadata.schema.column(place)) for place in range(self._metadata.num_columns))
         return [(place, leaf) for place, leaf in leaves if leaf.path in names or leaf.path.partition(".")[0] in names]
 
@@ -193,7 +194,7 @@ class Table:
         return _PICTURE in self._schema.names and pa.types.is_struct(self._schema.field(_PICTURE).type)
 
     def _check_sizes(self, group: int, num_rows: int) -> None:
-        """See that no column of a row group is a bomb: pages of zeros, or lists of millions of nulls."""
+        """Raise if a column of a row group expands too far: pages of zeros, millions of nulls."""
         for place, leaf in self._leaves(self._fields):
             chunk = self._chunks[group][place]
             size = max(chunk.size, 8 * (chunk.num_values - num_rows))
@@ -203,19 +204,22 @@ class Table:
         _check_memory(self.file.uri, size, self._source.size(), what)
 
     def _rows_per_piece(self, group: int, names: Sequence[str], max_rows: int) -> int:
-        """The rows that take `_PIECE_BYTES` if each has its own share, and the largest value that is shared."""
+        """Return the number of rows that fit into `_PIECE_BYTES`.
+
+        A row counts with its own average size and the largest values that rows may share.
+        """
         num_rows, largest, own = self._ends[group + 1] - self._ends[group], 0, 0
         for place, leaf in self._leaves(names):
             largest += self._largest_shared(group, place, leaf)
             own += max(0, self._chunks[group][place].size) // num_rows
         for found in (self._schema.field(name).type for name in names):
-            if pa.types.is_fixed_size_list(found):  # has room for its items where it is null
+            if pa.types.is_fixed_size_list(found):  # a null takes room for its items too
                 largest += 8 * found.list_size
         self._check_bytes(largest, "a single row")
         return int(max(1, min(max_rows, _PIECE_BYTES // max(1, largest + own))))
 
     def _largest_shared(self, group: int, place: int, leaf: pq.ColumnSchema) -> int:
-        """Bytes, at most, of a value that is stored once for any number of rows; 0 if each row has its own."""
+        """Return the maximum size in bytes of a value stored once for many rows; 0 if none is."""
         chunk = self._chunks[group][place]
         if leaf.physical_type == "FIXED_LEN_BYTE_ARRAY":
             return int(leaf.length)
@@ -239,7 +243,7 @@ class Table:
                 path = self._convert(pc.struct_field(pictures, "path"), pa.large_string())
                 address = self._convert(columns.get(_ADDRESS, pa.nulls(len(batch))), pa.large_string())
                 columns[_ADDRESS] = pc.coalesce(address, pc.if_else(pc.is_null(file), path, None))
-        nulls = pa.nulls(len(batch))  # addresses of structs without any
+        nulls = pa.nulls(len(batch))  # addresses, if structs have none
         return pa.table(
             [
                 self._convert(columns.get(name, nulls), kind)
@@ -249,14 +253,14 @@ class Table:
         )
 
     def _convert(self, values: pa.Array, wanted: pa.DataType) -> pa.Array:
-        """Turn values of a type that `Column.takes` into those of the column's own."""
+        """Convert values of a type that `Column.takes` accepts to the type of the column."""
         if values.type == wanted:
             return values
         if pa.types.is_dictionary(values.type):
             if pa.types.is_binary(values.dictionary.type) or pa.types.is_string(values.dictionary.type):
                 lengths = pc.binary_length(values.dictionary).take(values.indices)
                 self._check_bytes(pc.sum(lengths.cast(pa.int64())).as_py() or 0, "rows that are read at once")
-            return self._convert(values.dictionary, wanted).take(values.indices)  # which checks them
+            return self._convert(values.dictionary, wanted).take(values.indices)  # checks the indices
         if is_any_list(values.type) and is_any_list(wanted):
             lengths = pc.if_else(pc.is_null(values), 0, pc.list_value_length(values)).to_numpy(zero_copy_only=False)
             offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
@@ -271,7 +275,7 @@ class Table:
 
 
 def _check_memory(uri: str, num_bytes: int, stored_bytes: int, what: str) -> None:
-    """See that what is stored in some bytes takes no unreasonable number of them in memory."""
+    """Raise if data would take too much memory for its stored size."""
     if num_bytes > max(_ALWAYS_ALLOWED, _EXPANSION * stored_bytes):
         raise InputError(
             f"{uri}: {what} would take {num_bytes >> 20:,} MiB of memory, more than {_ALWAYS_ALLOWED >> 20} MiB and "
@@ -281,7 +285,7 @@ def _check_memory(uri: str, num_bytes: int, stored_bytes: int, what: str) -> Non
 
 @contextmanager
 def _readable(uri: str) -> Iterator[None]:
-    """Turn what Arrow says of a file that it can't read into the error of an input."""
+    """Convert Arrow's errors for an unreadable file to InputError."""
     try:
         yield
     except (OSError, ValueError, pa.ArrowException) as error:

@@ -26,13 +26,12 @@ from ray.train import Checkpoint, CheckpointConfig, DataConfig, FailureConfig, R
 from ray.train.torch import TorchTrainer
 
 from gemel_engine import storage
-from gemel_engine.assembly import check_encoders, open_artifacts
+from gemel_engine.assembly import check_encoders, open_artifacts, run_contents
 from gemel_engine.config.loading import config_json, validated
 from gemel_engine.config.settings import TrainConfig
 from gemel_engine.decoding.language_model import DTYPES
 from gemel_engine.errors import ConfigurationError, InputError, shown
 from gemel_engine.extras import extra
-from gemel_engine.fingerprints import run_contents
 from gemel_engine.pipeline.corpus import plan_identity, plan_shards
 from gemel_engine.pipeline.identity import run_identity
 from gemel_engine.pipeline.output import RunDirectory, claim_output, read_columns

@@ -14,11 +14,12 @@ import ray
 from ray.data import Dataset
 
 from gemel_engine import storage
+from gemel_engine.assembly import artifact_manifests
 from gemel_engine.config.loading import config_json
 from gemel_engine.config.settings import TrainConfig
 from gemel_engine.decoding.generator import Artifacts
 from gemel_engine.errors import InputError, TooManyFailuresError, error_kind, shown
-from gemel_engine.fingerprints import Contents, artifact_manifests
+from gemel_engine.fingerprints import Contents
 from gemel_engine.pipeline.corpus import Shard, plan_identity
 from gemel_engine.pipeline.output import RunDirectory, claim_output, read_columns
 from gemel_engine.pipeline.ray_data import actor_pool, encode_and_retrieve, own_errors

@@ -23,12 +23,11 @@ class CheckExamples:
         import torch
 
         from gemel_engine.decoding.prompt import PromptBuilder
-        from gemel_engine.knowledge_base.store import KnowledgeBase
-        from gemel_engine.knowledge_base.update import local_knowledge_base
+        from gemel_engine.knowledge_base.update import open_knowledge_base
         from gemel_engine.tokenizer import load_tokenizer
 
         self._output = config.output
-        self._knowledge_base = KnowledgeBase.open(local_knowledge_base(config.knowledge_base))
+        self._knowledge_base = open_knowledge_base(config.knowledge_base)
         self._builder = PromptBuilder(load_tokenizer(config.language_model.name), config.prompt)
         self._stand_in = torch.empty(prefix_length, 0)
         self._width = vision_width

@@ -29,6 +29,7 @@ from gemel_engine.knowledge_base.update import (
     UpdateReport,
     compact_knowledge_base,
     local_knowledge_base,
+    open_knowledge_base,
     update_knowledge_base,
 )
 from gemel_engine.storage.manifest import file_sha256
@@ -370,8 +371,9 @@ def test_a_damaged_base_is_refused(update: Path, base: Path, tmp_path: Path) -> 
 
 
 def test_an_update_is_not_opened_as_a_knowledge_base(update: Path) -> None:
-    with pytest.raises(ArtifactError, match="is an update of a knowledge base"):
+    with pytest.raises(ArtifactError, match="is an update of a knowledge base: open it with `open_knowledge_base`"):
         KnowledgeBase.open(update)
+    assert open_knowledge_base(str(update)).num_entities == 4
 
 
 def test_the_commands(

@@ -26,7 +26,7 @@ from gemel_engine.errors import ArtifactError, ConfigurationError, GemelError, I
 from gemel_engine.knowledge_base.build import build_knowledge_base
 from gemel_engine.knowledge_base.changes import KnowledgeBaseChanges
 from gemel_engine.knowledge_base.trie import PrefixTrie
-from gemel_engine.knowledge_base.update import compact_knowledge_base, local_knowledge_base, update_knowledge_base
+from gemel_engine.knowledge_base.update import compact_knowledge_base, open_knowledge_base, update_knowledge_base
 from gemel_engine.linker import Linker
 from gemel_engine.linking.incremental import PreviousRun
 from gemel_engine.linking.job import describe_run, link_corpus
@@ -180,7 +180,7 @@ def test_bounds_stay_bounds(
     truth = Linker(replace(run, knowledge_base=updated, search=every_name)).link(mentions, pictures)
     before = Linker(run).link(mentions, pictures)
 
-    changes = KnowledgeBaseChanges.between(Path(run.knowledge_base), local_knowledge_base(updated))
+    changes = KnowledgeBaseChanges.between(open_knowledge_base(run.knowledge_base), open_knowledge_base(updated))
     changes.save(str(tmp_path / "changes"))
     changed = set(changes.entity_ids.to_pylist())
     previous = [None if changed & {item.entity_id for item in row.candidates} else row for row in before]
@@ -221,7 +221,8 @@ def test_changes_between_two_knowledge_bases(
     for name, entities in tables.items():
         table = pa.table({"entity_id": list(entities), "name": list(entities.values())})
         build_knowledge_base(table, tokenizer, tmp_path / name, KnowledgeBaseSettings())
-    changes = KnowledgeBaseChanges.between(tmp_path / "old", tmp_path / "new")
+    old, new = (open_knowledge_base(str(tmp_path / name)) for name in tables)
+    changes = KnowledgeBaseChanges.between(old, new)
     assert sorted(changes.entity_ids.to_pylist()) == ["Q2", "Q3", "Q4", "Q5"]
     assert changes.added_names is not None
     names = [tokenizer.decode(changes.added_names.name_tokens(n)) for n in range(changes.added_names.num_names)]
@@ -237,7 +238,7 @@ def test_changes_between_two_knowledge_bases(
     assert downloaded is not None
     assert PrefixTrie.open(downloaded, verify=True).num_names == 2
     storage.remove_tree(address)
-    same = KnowledgeBaseChanges.between(tmp_path / "old", tmp_path / "old")
+    same = KnowledgeBaseChanges.between(old, old)
     assert (len(same.entity_ids), same.added_names) == (0, None)
 
 

@@ -30,7 +30,7 @@ from gemel_engine.config.settings import LinkConfig
 from gemel_engine.decoding.confidence import EVIDENCE, Calibration, LogisticModel, scoring_settings
 from gemel_engine.errors import ArtifactError, ConfigurationError, GemelError, InputError, TooManyFailuresError
 from gemel_engine.knowledge_base.build import build_knowledge_base
-from gemel_engine.knowledge_base.store import KnowledgeBase
+from gemel_engine.knowledge_base.update import open_knowledge_base
 from gemel_engine.linker import Linker, explain
 from gemel_engine.linking.job import describe_run, link_corpus, ordered_plan
 from gemel_engine.linking.report import LinkReport
@@ -384,7 +384,7 @@ def with_language_model_that_lacks_a_tensor(config: LinkConfig, directory: Path)
 
 def with_trie_of_another_knowledge_base(config: LinkConfig, directory: Path) -> LinkConfig:
     """Of an earlier release, in which the files of a knowledge base did not name each other."""
-    entities = KnowledgeBase.open(Path(config.knowledge_base)).table()
+    entities = open_knowledge_base(config.knowledge_base).table()
     names = [name[::-1] for name in entities["name"].to_pylist()]
     tokenizer = load_tokenizer(config.language_model.name)
     other = entities.set_column(entities.column_names.index("name"), "name", pa.array(names))
