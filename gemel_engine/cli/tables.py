@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gemel_engine.display import cut, excerpt, percent, shares, visible
-from gemel_engine.evaluation.judge import Figure
+from gemel_engine.evaluation.judge import Measured
 from gemel_engine.evaluation.run import JudgedRun
 from gemel_engine.linker import Explanation, UsedDemonstration, VisualMark
 from gemel_engine.linking.plan import RunPlan, _size
@@ -25,7 +25,7 @@ def as_table(judged: JudgedRun) -> Table:
     for heading in ("", "value", "95% interval", "mentions"):
         table.add_column(heading, justify="left" if not heading else "right")
 
-    def add(name: str, figure: Figure) -> None:
+    def add(name: str, figure: Measured) -> None:
         interval = f"{figure.low:.3f} to {figure.high:.3f}"
         table.add_row(name, f"{figure.value:.3f}", interval, str(figure.num_mentions))
 

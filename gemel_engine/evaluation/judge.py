@@ -25,13 +25,13 @@ from scipy.stats import binomtest
 
 from gemel_engine.errors import InputError
 
-Protocol = Literal["entity", "name", "candidates"]
+EvaluationProtocol = Literal["entity", "name", "candidates"]
 
 _NUM_RESAMPLES = 2000
 
 
 @dataclass(frozen=True, slots=True)
-class Figure:
+class Measured:
     """A mean over mentions with its 95% bootstrap interval (percentiles)."""
 
     value: float
@@ -40,7 +40,7 @@ class Figure:
     num_mentions: int
 
     @classmethod
-    def of(cls, values: ArrayLike, seed: int = 0) -> Figure:
+    def of(cls, values: ArrayLike, seed: int = 0) -> Measured:
         """The mean of one number a mention; at least one.
 
         Drawing n mentions with replacement is a multinomial draw of how often each distinct value comes, so that the
@@ -72,17 +72,17 @@ class Evaluation:
         buckets: Accuracy by kind of mention, as far as the tables given tell the kinds apart.
     """
 
-    protocol: Protocol
+    protocol: EvaluationProtocol
     num_mentions: int
     num_nil: int
     num_errors: int
     num_without_gold: int
-    accuracy: Figure
-    hits_at_5: Figure
-    mean_reciprocal_rank: Figure
-    certified_share: Figure
-    baseline: Figure | None
-    buckets: dict[str, dict[str, Figure]]
+    accuracy: Measured
+    hits_at_5: Measured
+    mean_reciprocal_rank: Measured
+    certified_share: Measured
+    baseline: Measured | None
+    buckets: dict[str, dict[str, Measured]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +97,7 @@ class Comparison:
         p_value: McNemar's exact test, two-sided: how likely so uneven a count of wins and losses is by chance.
     """
 
-    difference: Figure
+    difference: Measured
     num_changed: int
     won: tuple[str, ...]
     lost: tuple[str, ...]
@@ -125,7 +125,7 @@ class Judge:
         *,
         entities: pa.Table | None = None,
         train: pa.Table | None = None,
-        protocol: Protocol = "entity",
+        protocol: EvaluationProtocol = "entity",
     ) -> None:
         self.protocol = protocol
         self._gold = _frame(gold, ("mention_id", "entity_id"), "gold")
@@ -222,13 +222,13 @@ class Judge:
             num_nil=len(self._gold) - len(judged),
             num_errors=int(judged["error"].notna().sum()),
             num_without_gold=len(set(predictions["mention_id"].to_pylist()) - set(self._gold["mention_id"])),
-            accuracy=Figure.of(right),
-            hits_at_5=Figure.of((found >= 1) & (found <= 5)),
-            mean_reciprocal_rank=Figure.of(np.divide(1.0, found, where=found > 0, out=np.zeros(len(found)))),
-            certified_share=Figure.of(judged["certified"].fillna(False).astype(bool)),
-            baseline=None if guesses is None else Figure.of(guesses.to_numpy() == judged["wanted"].to_numpy()),
+            accuracy=Measured.of(right),
+            hits_at_5=Measured.of((found >= 1) & (found <= 5)),
+            mean_reciprocal_rank=Measured.of(np.divide(1.0, found, where=found > 0, out=np.zeros(len(found)))),
+            certified_share=Measured.of(judged["certified"].fillna(False).astype(bool)),
+            baseline=None if guesses is None else Measured.of(guesses.to_numpy() == judged["wanted"].to_numpy()),
             buckets={
-                kind: {str(label): Figure.of(of_label) for label, of_label in right.groupby(kinds, observed=True)}
+                kind: {str(label): Measured.of(of_label) for label, of_label in right.groupby(kinds, observed=True)}
                 for kind, kinds in self._kinds(judged)
                 if kinds.nunique() > 1
             },
@@ -245,7 +245,7 @@ class Judge:
         won, lost = right_two & ~right_one, right_one & ~right_two
         num_won, num_uneven = int(won.sum()), int((won | lost).sum())
         return Comparison(
-            difference=Figure.of(right_two.astype(float) - right_one),
+            difference=Measured.of(right_two.astype(float) - right_one),
             num_changed=int((one["answer"].fillna("") != two["answer"].fillna("")).sum()),
             won=tuple(one["mention_id"][won]),
             lost=tuple(one["mention_id"][lost]),

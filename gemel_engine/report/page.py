@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 
 from gemel_engine.config.components import ImagePolicy
 from gemel_engine.display import cut, excerpt, shares, visible
-from gemel_engine.evaluation.judge import Comparison, Evaluation, Figure
+from gemel_engine.evaluation.judge import Comparison, Evaluation, Measured
 from gemel_engine.evaluation.leaks import LeakAudit
 from gemel_engine.evaluation.quality import ConfidenceQuality
 from gemel_engine.evaluation.run import JudgedRun, LinkedRun
@@ -224,10 +224,10 @@ def _percent(value: float | None, digits: int = 1) -> str:
     return NOTHING if value is None or _is_nothing(value) else f"{_number(100 * value, digits)}\u202f%"
 
 
-def _interval(figure: Figure, scale: float = 100, digits: int = 1) -> str:
-    if _is_nothing(figure.low) or _is_nothing(figure.high):
+def _interval(measured: Measured, scale: float = 100, digits: int = 1) -> str:
+    if _is_nothing(measured.low) or _is_nothing(measured.high):
         return NOTHING
-    return f"[{_number(scale * figure.low, digits)}, {_number(scale * figure.high, digits)}]"
+    return f"[{_number(scale * measured.low, digits)}, {_number(scale * measured.high, digits)}]"
 
 
 def _extent(share: float | None) -> str:
