@@ -80,7 +80,7 @@ def _special_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[int, str]:
     return special
 
 
-def _check_special_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
+def check_special_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
     """See that no text becomes a special token: a vocabulary may spell them, beside listing them as added."""
     special = _special_tokens(tokenizer)
     for token in special.values():

@@ -128,9 +128,9 @@ class Judge:
         protocol: EvaluationProtocol = "entity",
     ) -> None:
         self.protocol = protocol
-        self._gold = _frame(gold, ("mention_id", "entity_id"), "gold")
-        self._entities = None if entities is None else _frame(entities, ("entity_id", "name"), "entities")
-        self._train = None if train is None else _frame(train, ("mention", "entity_id"), "train")
+        self._gold = checked_frame(gold, ("mention_id", "entity_id"), "gold")
+        self._entities = None if entities is None else checked_frame(entities, ("entity_id", "name"), "entities")
+        self._train = None if train is None else checked_frame(train, ("mention", "entity_id"), "train")
         self._check_protocol()
         repeated = self._gold.loc[self._gold["mention_id"].duplicated(), "mention_id"]
         if len(repeated):
@@ -151,7 +151,7 @@ class Judge:
         Raises:
             InputError: A mention has no prediction, or there is nothing to judge.
         """
-        predicted = _frame(predictions, ("mention_id", "entity_id", "candidates", "error"), "predictions")
+        predicted = checked_frame(predictions, ("mention_id", "entity_id", "candidates", "error"), "predictions")
         judged = self._gold[self._gold["entity_id"].notna()].merge(
             predicted, on="mention_id", how="left", suffixes=("_gold", ""), indicator=True
         )
@@ -312,7 +312,7 @@ class Judge:
             yield "popularity of the entity", _grouped(ranks, [0, 0.25, 0.5, 0.75], labels)
 
 
-def _frame(table: pa.Table, required: tuple[str, ...], what: str) -> pd.DataFrame:
+def checked_frame(table: pa.Table, required: tuple[str, ...], what: str) -> pd.DataFrame:
     missing = [column for column in required if column not in table.column_names]
     if missing:
         raise InputError(f"the table of {what} has no column {', '.join(missing)}: add it")

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from gemel_engine.evaluation.judge import _frame
+from gemel_engine.evaluation.judge import checked_frame
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +39,8 @@ def audit_leaks(train: pa.Table, test: pa.Table) -> LeakAudit:
         test: The same.
     """
     seen, asked = (
-        _frame(table, ("mention_id", "text", "mention"), name) for table, name in ((train, "train"), (test, "test"))
+        checked_frame(table, ("mention_id", "text", "mention"), name)
+        for table, name in ((train, "train"), (test, "test"))
     )
     keys = ["mention", "text"]
     pictures = [column for column in ("image_digest", "image_uri") if column in seen and column in asked]

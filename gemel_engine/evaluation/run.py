@@ -12,7 +12,7 @@ import pyarrow as pa
 from gemel_engine import storage
 from gemel_engine.errors import InputError
 from gemel_engine.evaluation.gold import entities_to_judge, read_gold
-from gemel_engine.evaluation.judge import Comparison, Evaluation, Judge, EvaluationProtocol
+from gemel_engine.evaluation.judge import Comparison, Evaluation, EvaluationProtocol, Judge
 from gemel_engine.evaluation.leaks import LeakAudit, audit_leaks
 from gemel_engine.evaluation.quality import ConfidenceQuality, quality
 from gemel_engine.knowledge_base.store import KnowledgeBase

@@ -34,7 +34,7 @@ from gemel_engine.types import BOOLEAN, IDENTIFIER, NUMBER, TEXT, Column
 FORMAT_VERSION = 2
 WITHOUT_CHECKSUM = 1  # the format version before, in which nothing said which trie was that of the entities
 MANIFEST = "knowledge_base.json"
-_TRIE = "trie"
+TRIE_DIRECTORY = "trie"
 
 ENTITY_SCHEMA = pa.schema(
     [
@@ -46,7 +46,7 @@ ENTITY_SCHEMA = pa.schema(
         pa.field("aliases", pa.list_(pa.large_string())),
     ]
 )
-_ENTITY_COLUMNS = {
+ENTITY_COLUMNS = {
     "entity_id": IDENTIFIER,
     "name": IDENTIFIER,  # 1984
     "description": TEXT,
@@ -56,7 +56,7 @@ _ENTITY_COLUMNS = {
     "retired": BOOLEAN,  # of updates
 }
 # row_by_id is a second order of the same rows: its i-th value is the row with the i-th smallest entity id.
-_STORED_SCHEMA = pa.schema([*ENTITY_SCHEMA, pa.field("name_index", pa.uint32()), pa.field("row_by_id", pa.uint32())])
+STORED_SCHEMA = pa.schema([*ENTITY_SCHEMA, pa.field("name_index", pa.uint32()), pa.field("row_by_id", pa.uint32())])
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,12 +104,12 @@ class KnowledgeBase:
                 f"{directory} is an update of a knowledge base: open what local_knowledge_base makes of it"
             )
         _check_trie(directory, manifest)
-        trie = PrefixTrie.open(directory / _TRIE, verify=verify)
+        trie = PrefixTrie.open(directory / TRIE_DIRECTORY, verify=verify)
         path = directory / "entities.arrow"
         try:
             with parquet.open_arrow(path) as reader:
                 entities = reader.get_batch(0) if reader.num_record_batches == 1 else pa.RecordBatch.from_pylist([])
-                if reader.schema != _STORED_SCHEMA or not entities.num_rows:
+                if reader.schema != STORED_SCHEMA or not entities.num_rows:
                     raise ArtifactError(f"{path} has other columns than a knowledge base; build it again")
             entities.validate(full=verify)
             knowledge_base = cls(trie, entities, str(manifest.get("tokenizer_fingerprint")))
@@ -229,12 +229,12 @@ class _Strings:
 
 def _check_trie(directory: Path, manifest: Mapping[str, object]) -> None:
     """Raise unless the trie is that of the knowledge base; its manifest has the checksums of its arrays."""
-    path = directory / _TRIE / TRIE_MANIFEST
+    path = directory / TRIE_DIRECTORY / TRIE_MANIFEST
     try:
         is_same = "trie_sha256" not in manifest or file_sha256(path) == manifest["trie_sha256"]
     except OSError as error:
         raise ArtifactError(f"{path} is missing or damaged ({error}); build the knowledge base again") from error
     if not is_same:
         raise ArtifactError(
-            f"{directory / _TRIE} is the trie of another knowledge base; build the knowledge base again"
+            f"{directory / TRIE_DIRECTORY} is the trie of another knowledge base; build the knowledge base again"
         )

@@ -107,7 +107,7 @@ def gallery_items(
     judged = _of_the_same_rows(judged, predictions["mention_id"])
     drawn = _draw(predictions.append_column("right", judged["right"]), size, seed)
     rows, gold = predictions.take(drawn).to_pylist(), judged.take(drawn).to_pylist()
-    corpus = _read_mentions(mentions, {row["mention_id"] for row in rows})
+    corpus = read_drawn_mentions(mentions, {row["mention_id"] for row in rows})
     pictures = _thumbnails(corpus, image_source, _MENTION_EDGE)
     shown = _shown_demonstrations(index, rows, training, image_source)
     return [
@@ -166,7 +166,7 @@ def _draw(predictions: pa.Table, size: int, seed: int) -> NDArray[np.intp]:
     return drawn
 
 
-def _read_mentions(uri: str, mention_ids: Collection[str], *, complete: bool = True) -> dict[str, dict[str, Any]]:
+def read_drawn_mentions(uri: str, mention_ids: Collection[str], *, complete: bool = True) -> dict[str, dict[str, Any]]:
     """Rows of a corpus by `mention_id`; first the ids are read, then the other columns of the row groups that matter.
 
     Raises:
@@ -197,7 +197,7 @@ def _shown_demonstrations(
     if index is None:
         return {}
     mention_ids = list(dict.fromkeys(mention_id for row in rows for mention_id in row["demonstration_ids"] or ()))
-    pictured = {} if training is None else _read_mentions(training, mention_ids, complete=False)
+    pictured = {} if training is None else read_drawn_mentions(training, mention_ids, complete=False)
     pictures = _thumbnails(pictured, image_source, _DEMONSTRATION_EDGE)
     return {
         mention_id: ShownDemonstration(index[row], pictures.get(mention_id, Thumbnail()))

@@ -59,7 +59,7 @@ class Table:
         """
         self.file = file
         self._source = source
-        with _readable(file.uri):
+        with explain_unreadable(file.uri):
             self._chunks = read_chunks(source)
             self._parquet = self._open()
             self._schema: pa.Schema = self._parquet.schema_arrow
@@ -103,7 +103,7 @@ class Table:
         for group, (first, end) in enumerate(zip(self._ends[:-1].tolist(), self._ends[1:].tolist(), strict=True)):
             if first == end or end <= rows.start or first >= rows.stop:
                 continue
-            with _readable(self.file.uri):
+            with explain_unreadable(self.file.uri):
                 num_rows = self._rows_per_piece(group, stored, max_rows)
                 for batch in self._reader.iter_batches(num_rows, row_groups=[group], columns=stored):
                     start, stop = max(rows.start - first, 0), min(rows.stop - first, len(batch))
@@ -200,7 +200,7 @@ class Table:
             self._check_bytes(size, f"column {leaf.path.partition('.')[0]!r} of {num_rows} rows")
 
     def _check_bytes(self, size: int, what: str) -> None:
-        _check_memory(self.file.uri, size, self._source.size(), what)
+        check_memory(self.file.uri, size, self._source.size(), what)
 
     def _rows_per_piece(self, group: int, names: Sequence[str], max_rows: int) -> int:
         """The rows that take `_PIECE_BYTES` if each has its own share, and the largest value that is shared."""
@@ -270,7 +270,7 @@ class Table:
         return pc.cast(values, options=pc.CastOptions(target_type=wanted, allow_invalid_utf8=True))
 
 
-def _check_memory(uri: str, num_bytes: int, stored_bytes: int, what: str) -> None:
+def check_memory(uri: str, num_bytes: int, stored_bytes: int, what: str) -> None:
     """See that what is stored in some bytes takes no unreasonable number of them in memory."""
     if num_bytes > max(_ALWAYS_ALLOWED, _EXPANSION * stored_bytes):
         raise InputError(
@@ -280,7 +280,7 @@ def _check_memory(uri: str, num_bytes: int, stored_bytes: int, what: str) -> Non
 
 
 @contextmanager
-def _readable(uri: str) -> Iterator[None]:
+def explain_unreadable(uri: str) -> Iterator[None]:
     """Turn what Arrow says of a file that it can't read into the error of an input."""
     try:
         yield

@@ -5,7 +5,7 @@ from scipy.stats import binom
 from sklearn.metrics import accuracy_score
 
 from gemel_engine.errors import InputError
-from gemel_engine.evaluation.judge import Measured, Judge
+from gemel_engine.evaluation.judge import Judge, Measured
 from gemel_engine.evaluation.leaks import audit_leaks
 from gemel_engine.types import Candidate, Prediction, predictions_to_table
 
