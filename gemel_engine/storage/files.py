@@ -210,6 +210,7 @@ def _unless_others_are_there(_: object, path: str, raised: tuple[type, BaseExcep
 
 
 def normalised_uri(uri: str) -> str:
+    """Return the path of a local address, and any other address without trailing slashes."""
     path = local_path(uri)
     return uri.rstrip("/") if path is None else str(path)
 
@@ -242,6 +243,7 @@ def _is_same(path: Path, other: str) -> bool:
 
 
 def relative_path(file: InputFile, root: str) -> str:
+    """Return the address of a file relative to a normalised address above it."""
     return file.uri[len(root) + 1 :]
 
 
