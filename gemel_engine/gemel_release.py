@@ -1,4 +1,4 @@
-"""Read the files that GEMEL's authors released: mapper checkpoints, and mentions with CLIP features.
+"""Read files that GEMEL's authors released: mapper checkpoints, and mentions with CLIP features.
 
     train.json, dev.json, test.json   one JSON object per line: `mention`, `text`, `target` (name of
                                       the entity), `golden` (its id, or NIL), and the picture as
@@ -195,7 +195,7 @@ def _features(pictures: h5py.File, name: str, where: str) -> Features:
     item = None if linked else pictures.get(name)
     if not isinstance(item, h5py.Dataset) or item.file.filename != pictures.filename:
         raise InputError(f"{where}: {pictures.filename} has no features of {name!r}; use the file made for this corpus")
-    # So would external and virtual datasets. The size is limited: equal numbers take no room in a file.
+    # So would external and virtual datasets; and terabytes of equal numbers take no room in a file.
     if item.external or item.is_virtual or item.dtype.kind != "f" or not 0 < (item.size or 0) <= _MAX_WIDTH:
         raise InputError(f"{where}: the features of {name!r} are no array of up to {_MAX_WIDTH} numbers; extract them")
     try:

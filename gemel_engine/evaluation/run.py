@@ -20,7 +20,7 @@ from gemel_engine.knowledge_base.update import local_knowledge_base
 from gemel_engine.storage import parquet
 from gemel_engine.types import MENTION_COLUMNS, PREDICTION_COLUMNS, PREDICTION_SCHEMA
 
-_SETTINGS = {"input": str, "knowledge_base": str, "demonstrations": str | None}  # settings that are read here
+_SETTINGS = {"input": str, "knowledge_base": str, "demonstrations": str | None}  # read here
 
 
 @dataclass(frozen=True, slots=True)

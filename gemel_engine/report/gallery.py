@@ -30,7 +30,7 @@ _KINDS = ("right", "certified", "is_nil")
 _FETCH_THREADS = 16
 _MAX_PIXELS = 50_000_000
 _MAX_THUMBNAIL_BYTES = 20_000
-_MENTION_EDGE, _DEMONSTRATION_EDGE = 256, 80  # pixels; twice the width on the page, for dense displays
+_MENTION_EDGE, _DEMONSTRATION_EDGE = 256, 80  # pixels, twice those of the page, for dense displays
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +169,7 @@ def _draw(predictions: pa.Table, size: int, seed: int) -> NDArray[np.intp]:
 
 
 def read_drawn_mentions(uri: str, mention_ids: Collection[str], *, complete: bool = True) -> dict[str, dict[str, Any]]:
-    """Read rows of a corpus by `mention_id`: first all ids, then the other columns of some row groups.
+    """Read rows of a corpus by `mention_id`: first all ids, then the row groups that contain them.
 
     Raises:
         InputError: The corpus can't be read, or `complete` is set and a mention is missing.

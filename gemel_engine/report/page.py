@@ -203,7 +203,7 @@ class _Card:
 
 
 def _shares(predictions: pa.Table) -> dict[str, float | None]:
-    """Return the shares of rows that are certified and NIL; None if that is unknown for all rows."""
+    """Return the shares of rows that are certified and NIL; None if unknown for all rows."""
     return {name: pc.mean(predictions[name]).as_py() for name in ("certified", "is_nil")}
 
 
