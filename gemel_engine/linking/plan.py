@@ -243,7 +243,7 @@ def _one_of_each(resources: ResourceSettings) -> ResourceSettings:
     )
 
 
-def _size(num_bytes: float) -> str:
+def format_size(num_bytes: float) -> str:
     """In the largest unit of which there is one."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if num_bytes < 1024:
