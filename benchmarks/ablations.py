@@ -34,7 +34,7 @@ from gemel_engine.config.loading import load_config
 from gemel_engine.config.settings import LinkConfig
 from gemel_engine.decoding.engines.vllm import VllmEngine
 from gemel_engine.errors import MentionError
-from gemel_engine.evaluation.judge import Figure
+from gemel_engine.evaluation.judge import Measured
 from gemel_engine.linker import Linker
 from gemel_engine.types import Features, Mention
 
@@ -272,8 +272,8 @@ def equal(found: Sequence[str | None], gold: Sequence[str]) -> list[bool]:
 
 def noted(found: Answers, corpus: str, row: str, digest: str) -> dict[str, Any]:
     """A row of the table with what made it; `right` has a digit for each mention, so that rows can be paired."""
-    figure = Figure.of(found.right)
-    value = {"accuracy": figure.value, "interval": [figure.low, figure.high], **asdict(found), "digest": digest}
+    measured = Measured.of(found.right)
+    value = {"accuracy": measured.value, "interval": [measured.low, measured.high], **asdict(found), "digest": digest}
     value["right"] = to_digits(found.right)
     command = f'python benchmarks/ablations.py WIKIDIVERSE --corpora {corpus} --rows "{row}"'
     return record(value, command, f"{NUM_MENTIONS} mentions of dev, seed {SEED}, float32")

@@ -31,7 +31,7 @@ from gemel_engine.config.components import VisionSettings
 from gemel_engine.config.loading import load_config
 from gemel_engine.config.settings import LinkConfig
 from gemel_engine.decoding.generator import Artifacts, EntityNameGenerator
-from gemel_engine.evaluation.judge import Figure
+from gemel_engine.evaluation.judge import Measured
 from gemel_engine.retrieval.retriever import DemonstrationRetriever
 from gemel_engine.types import Features, Mention
 from gemel_engine.vision.mapper import FeatureMapper
@@ -258,13 +258,13 @@ def noted(runs: list[dict[str, str]], row: str, split: str) -> dict[str, Any]:
     result = {}
     for metric in METRICS:
         of_runs = np.array([from_digits(run[metric]) for run in runs])
-        figure = Figure.of(of_runs.mean(axis=0))
+        measured = Measured.of(of_runs.mean(axis=0))
         result[metric] = {
-            "value": figure.value,
+            "value": measured.value,
             "command": command,
             "commit": commits,
-            "conditions": f"{figure.num_mentions} mentions of {split}, {len(runs)} run(s), {machines}",
-            "interval": [figure.low, figure.high],
+            "conditions": f"{measured.num_mentions} mentions of {split}, {len(runs)} run(s), {machines}",
+            "interval": [measured.low, measured.high],
             "of_runs": of_runs.mean(axis=1).tolist(),
         }
     return result

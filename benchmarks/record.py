@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gemel_engine.evaluation.judge import Figure
+from gemel_engine.evaluation.judge import Measured
 
 
 def record(value: object, command: str, what: str) -> dict[str, Any]:
@@ -44,8 +44,8 @@ def from_digits(digits: str) -> NDArray[np.int8]:
 
 def difference(right: str, other: str) -> str:
     """Accuracy of the first less that of the second, with its paired 95% interval; both are of `to_digits`."""
-    figure = Figure.of(from_digits(right) - from_digits(other))
-    return f"{figure.value:+.3f} [{figure.low:+.3f}, {figure.high:+.3f}]"
+    measured = Measured.of(from_digits(right) - from_digits(other))
+    return f"{measured.value:+.3f} [{measured.low:+.3f}, {measured.high:+.3f}]"
 
 
 def run_script(log: Path, *command: str) -> None:

@@ -1,11 +1,13 @@
-"""Reads what GEMEL's authors released: mapper checkpoints, and mentions with CLIP features.
+"""Read files that GEMEL's authors released: mapper checkpoints, and mentions with CLIP features.
 
-    train.json, dev.json, test.json      one JSON object a line: `mention`, `text`, `target` (the entity's name),
-                                         `golden` (its id, or NIL), and the picture as `img_name` or `img_url`
-    clip_vit_large_patch14_1024.hdf5     one array of 1,024 numbers for each picture, under its name or address
-    *.pkl                                the linear layer's state dict: `weight` (P * D, C) and `bias` (P * D,)
+    train.json, dev.json, test.json   one JSON object per line: `mention`, `text`, `target` (name of
+                                      the entity), `golden` (its id, or NIL), and the picture as
+                                      `img_name` or `img_url`
+    clip_vit_large_patch14_1024.hdf5  array of 1,024 numbers per picture, by name or address
+    *.pkl                             state dict of the linear layer: `weight` (P * D, C) and
+                                      `bias` (P * D,)
 
-All of it is untrusted: a checkpoint is read without unpickling anything but tensors.
+The files are untrusted: only tensors are unpickled from a checkpoint.
 
 C vision width, P prefix length, D language-model width.
 """
@@ -50,20 +52,20 @@ def import_mapper(checkpoint: Path, language_model_width: int) -> FeatureMapper:
     """Read a released feature mapper.
 
     Args:
-        checkpoint: The pickled state dict.
-        language_model_width: D; P follows from it.
+        checkpoint: File with the pickled state dict.
+        language_model_width: D, from which P follows.
 
     Raises:
-        ArtifactError: The file holds anything but the weight and the bias of one linear layer, or its shapes do not
-            fit D.
+        ArtifactError: The file can't be read, contains anything but the weight and bias of a linear
+            layer, or its shapes do not fit D.
     """
     try:
         with open_regular(checkpoint) as file:
             state = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise ArtifactError(f"{checkpoint} can't be read: {error.strerror}") from error
-    except Exception as error:  # anything can stand in the file, and anything is raised then
-        # PyTorch's own message advises to unpickle whatever the file holds.
+    except Exception as error:  # a malformed file can raise anything
+        # PyTorch's message is left out: it advises to unpickle everything.
         raise ArtifactError(f"{checkpoint} is damaged, or holds more than tensors; nothing of it was run") from error
     if not isinstance(state, dict) or set(state) != {"weight", "bias"}:
         found = sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__
@@ -95,7 +97,10 @@ def import_mapper(checkpoint: Path, language_model_width: int) -> FeatureMapper:
 
 
 def _is_plain(tensor: object) -> bool:
-    """Whether this is a tensor of finite numbers that the file holds: a stride of 0 would make terabytes of one."""
+    """Return whether this is a dense tensor of finite numbers.
+
+    It must be contiguous, because a stride of 0 would turn one stored number into terabytes.
+    """
     return (
         isinstance(tensor, torch.Tensor)
         and tensor.device.type == "cpu"
@@ -107,15 +112,15 @@ def _is_plain(tensor: object) -> bool:
 
 
 def import_mentions(path: Path, features: Path | None) -> tuple[pa.Table, int]:
-    """Read a split; mentions without an entity are left out, as the authors do.
+    """Read a split without its NIL mentions, which the authors leave out too.
 
     Args:
-        path: JSON lines.
+        path: File of JSON lines.
         features: HDF5 file of image features; None for text alone.
 
     Returns:
-        Mentions with `entity_id`, `entity_name` and `image_features`, and how many were left out. A `mention_id` is
-        the file's name and the line.
+        Mentions with `entity_id`, `entity_name` and `image_features`, and the number of mentions
+        left out. A `mention_id` consists of the file's name and the line number.
 
     Raises:
         InputError: A line is malformed, or a picture has no features; the message names the line.
@@ -126,7 +131,7 @@ def import_mentions(path: Path, features: Path | None) -> tuple[pa.Table, int]:
 
 
 def entities_of(mentions: pa.Table) -> pa.Table:
-    """The entities that mentions refer to, with their names, as `gemel build-kb` reads them."""
+    """Return the entities of mentions, as a table that `gemel build-kb` reads."""
     names = dict(zip(mentions["entity_id"].to_pylist(), mentions["entity_name"].to_pylist(), strict=True))
     return pa.table({"entity_id": list(names), "name": list(names.values())}).sort_by("entity_id")
 
@@ -150,7 +155,7 @@ def _open_features(path: Path) -> h5py.File:
 
 
 def _rows(path: Path, pictures: h5py.File | None) -> Iterator[dict[str, object] | None]:
-    """A row for each line; None for a mention without an entity."""
+    """Yield a row for each line; None for a NIL mention."""
     try:
         lines = open_regular(path)
     except OSError as error:
@@ -180,17 +185,17 @@ def _rows(path: Path, pictures: h5py.File | None) -> Iterator[dict[str, object] 
 
 
 def _is_text(value: object) -> bool:
-    """Whether it is a string that can be written: JSON may hold half of a surrogate pair."""
+    """Return whether this is a string without lone surrogates, which JSON allows."""
     return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _features(pictures: h5py.File, name: str, where: str) -> Features:
-    # A link could lead out of the file.
+    # An external link would read another file.
     linked = isinstance(pictures.get(name, getlink=True, default=None), h5py.ExternalLink)
     item = None if linked else pictures.get(name)
     if not isinstance(item, h5py.Dataset) or item.file.filename != pictures.filename:
         raise InputError(f"{where}: {pictures.filename} has no features of {name!r}; use the file made for this corpus")
-    # So could a dataset whose numbers are in other files; and one of terabytes takes no room if they are all equal.
+    # So would external and virtual datasets; and terabytes of equal numbers take no room in a file.
     if item.external or item.is_virtual or item.dtype.kind != "f" or not 0 < (item.size or 0) <= _MAX_WIDTH:
         raise InputError(f"{where}: the features of {name!r} are no array of up to {_MAX_WIDTH} numbers; extract them")
     try:

@@ -81,7 +81,7 @@ def _special_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[int, str]:
     return special
 
 
-def _check_special_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
+def check_special_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
     """Raise if a text encodes to a special token: the vocabulary may also contain its spelling.
 
     Raises:

@@ -11,10 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from gemel_engine.display import cut, excerpt, percent, shares, visible
-from gemel_engine.evaluation.judge import Figure
+from gemel_engine.evaluation.judge import Measured
 from gemel_engine.evaluation.run import JudgedRun
 from gemel_engine.linker import Explanation, UsedDemonstration, VisualMark
-from gemel_engine.linking.plan import RunPlan, _size
+from gemel_engine.linking.plan import RunPlan, format_size
 from gemel_engine.types import Candidate, Prediction
 
 
@@ -25,7 +25,7 @@ def as_table(judged: JudgedRun) -> Table:
     for heading in ("", "value", "95% interval", "mentions"):
         table.add_column(heading, justify="left" if not heading else "right")
 
-    def add(name: str, figure: Figure) -> None:
+    def add(name: str, figure: Measured) -> None:
         interval = f"{figure.low:.3f} to {figure.high:.3f}"
         table.add_row(name, f"{figure.value:.3f}", interval, str(figure.num_mentions))
 
@@ -63,14 +63,14 @@ def as_tables(plan: RunPlan) -> list[Table]:
         title=f"{plan.sample_rows:,} of {plan.num_rows:,} rows linked, in {plan.num_windows} windows",
         caption=f"cache hits {percent(plan.cache_hit_rate)}, {plan.rollouts_per_row:.1f} rollouts a row, "
         f"{sum(plan.errors.values())} errors; start {plan.start_seconds:,.0f} s; "
-        f"input {_size(plan.input_bytes)}, output {_size(plan.output_bytes)}",
+        f"input {format_size(plan.input_bytes)}, output {format_size(plan.output_bytes)}",
     )
     for heading in ("stage", "seconds a row", "95% interval", "seconds a shard, beside", "memory of an actor"):
         stages.add_column(heading, justify="left" if heading == "stage" else "right")
     for name, per_row in plan.seconds_per_row.items():
         interval = f"{per_row.low:.4f} to {per_row.high:.4f}"
         beside = f"{plan.stage_costs[name].per_shard:.2f}"
-        stages.add_row(name, f"{per_row.value:.4f}", interval, beside, _size(plan.peak_bytes[name]))
+        stages.add_row(name, f"{per_row.value:.4f}", interval, beside, format_size(plan.peak_bytes[name]))
     clusters = Table(title=f"the whole corpus, in shards of {plan.rows_per_shard:,} rows")
     for heading in ("generation actors", "hours", "95% interval", "cost", "limited by", "other actors", "rows a shard"):
         clusters.add_column(heading, justify="left" if heading in ("limited by", "other actors") else "right")

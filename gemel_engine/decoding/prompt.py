@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from gemel_engine.config.components import PromptSettings
 from gemel_engine.errors import ConfigurationError, PromptTooLongError
-from gemel_engine.tokenizer import _check_special_tokens, encode_text
+from gemel_engine.tokenizer import check_special_tokens, encode_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,7 +67,7 @@ class PromptBuilder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, settings: PromptSettings) -> None:
         _check(settings)
-        _check_special_tokens(tokenizer)
+        check_special_tokens(tokenizer)
         self._tokenizer = tokenizer
         self._settings = settings
         self._newline = _newline_tokens(tokenizer)

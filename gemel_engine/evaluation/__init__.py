@@ -1,1 +1,1 @@
-"""Finished runs, judged by gold labels."""
+"""Evaluate finished runs against gold labels, compare two runs, fit calibrations."""

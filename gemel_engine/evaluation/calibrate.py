@@ -1,4 +1,4 @@
-"""Fits a calibration to a labelled run, and judges how good confidences are."""
+"""Fit a calibration to a run over mentions with gold labels."""
 
 from __future__ import annotations
 
@@ -28,9 +28,8 @@ from gemel_engine.extras import extra
 
 _NUM_FOLDS = 5
 _FREEDOMS = (1.0, 0.3, 0.1, 0.03, 0.01)  # inverse strengths of regularisation
-_LEAST = 20  # mentions of each outcome, below which nothing is fitted
-
-_LEAST_CALLED = 10  # mentions called NIL, below which their precision says nothing
+_LEAST = 20  # least number of mentions of each outcome for fitting
+_LEAST_CALLED = 10  # least number of mentions called NIL for which a precision is computed
 
 Folds = list[tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]]
 
@@ -44,20 +43,20 @@ def fit_calibration(
     scoring: Mapping[str, Any],
     nil_precision: float = 0.8,
 ) -> Calibration:
-    """Fit to a run over mentions with gold labels.
+    """Fit a calibration to the predictions of a run.
 
     Args:
-        predictions: N rows of `PREDICTION_SCHEMA`; those with an error are left out.
-        surface_forms: Of the mentions (N). Those of one form share their demonstrations, so they are left out of
-            fitting together where it is judged.
+        predictions: N rows of `PREDICTION_SCHEMA`; rows with an error are ignored.
+        surface_forms: Surface forms of the mentions (N). Mentions of one form share their
+            demonstrations, so cross-validation keeps them in one fold.
         is_right: Whether each answer is right (N,).
         is_nil: Whether each mention's entity is not in the knowledge base (N,).
-        scoring: `scoring_settings` of the run.
-        nil_precision: The share of `is_nil` that shall be true, on mentions left out of fitting.
+        scoring: Result of `scoring_settings` for the run.
+        nil_precision: Required precision of `is_nil`, measured by cross-validation.
 
     Raises:
-        InputError: There are too few mentions of an outcome, or they are of too few surface forms.
-        ConfigurationError: No threshold reaches that precision.
+        InputError: An outcome has too few mentions, or they have too few surface forms.
+        ConfigurationError: No threshold reaches the required precision.
     """
     usable = np.array(predictions["error"].is_null())
     surface_forms = list(compress(surface_forms, usable))
@@ -91,9 +90,12 @@ def fit_calibration(
 
 
 def fit_logistic(evidence: Numbers, outcomes: Outcomes, freedom: float) -> LogisticModel:
-    """Fit a logistic regression to evidence (N, F) and outcomes (N,); a smaller `freedom` keeps weights nearer to 0."""
+    """Fit a logistic regression to evidence (N, F) and outcomes (N,).
+
+    `freedom` is the inverse strength of regularisation: a smaller one keeps weights nearer to 0.
+    """
     with extra("report"):
-        from sklearn.linear_model import LogisticRegression  # takes a second to import, and only fitting needs it
+        from sklearn.linear_model import LogisticRegression  # slow to import, rarely needed
 
     mean, scale = evidence.mean(axis=0), evidence.std(axis=0)
     scale = np.where(scale > LEAST_SCALE, scale, 1.0)
@@ -107,7 +109,11 @@ def fit_logistic(evidence: Numbers, outcomes: Outcomes, freedom: float) -> Logis
 
 
 def _fitted(evidence: Numbers, outcomes: Outcomes, forms: npt.NDArray[np.intp]) -> tuple[LogisticModel, Numbers]:
-    """A model as free as is best for mentions that are left out, and the probabilities that it gives these."""
+    """Fit a model with the regularisation that cross-validation prefers.
+
+    Returns:
+        The model fitted to all mentions, and the cross-validated probability of each mention (N,).
+    """
     with extra("report"):
         from sklearn.metrics import log_loss
 
@@ -118,7 +124,7 @@ def _fitted(evidence: Numbers, outcomes: Outcomes, forms: npt.NDArray[np.intp]) 
 
 
 def _folds(evidence: Numbers, outcomes: Outcomes, forms: npt.NDArray[np.intp]) -> Folds:
-    """Mentions to fit to and mentions to judge, none of which has a surface form of the others."""
+    """Split mentions into folds (fitted, judged) that share no surface form."""
     with extra("report"):
         from sklearn.model_selection import StratifiedGroupKFold
 
@@ -133,7 +139,7 @@ def _folds(evidence: Numbers, outcomes: Outcomes, forms: npt.NDArray[np.intp]) -
 
 
 def _left_out(evidence: Numbers, outcomes: Outcomes, folds: Folds, freedom: float) -> Numbers:
-    """The probability of each mention by a model that was fitted without any mention of its surface form."""
+    """Return the probability of each mention by a model fitted without its surface form."""
     probabilities = np.empty(len(outcomes))
     for fitted, judged in folds:
         probabilities[judged] = fit_logistic(evidence[fitted], outcomes[fitted], freedom)(evidence[judged])
@@ -141,7 +147,7 @@ def _left_out(evidence: Numbers, outcomes: Outcomes, folds: Folds, freedom: floa
 
 
 def _threshold(probabilities: Numbers, is_nil: Outcomes, wanted: float) -> tuple[float, dict[str, float]]:
-    """The lowest threshold of that precision, and what is reached with it."""
+    """Return the lowest threshold that reaches a wanted precision, and the metrics at it."""
     with extra("report"):
         from sklearn.metrics import precision_recall_curve, roc_auc_score
 
@@ -167,12 +173,14 @@ def calibrate_run(linked: LinkedRun, *, gold: str | None = None, nil_precision: 
 
     Args:
         linked: The run.
-        gold: See `read_gold`; the run's input by default.
-        nil_precision: See `Calibration.fit`.
+        gold: Parquet file or directory with gold labels (see `read_gold`); the run's input by
+            default.
+        nil_precision: Required precision of `is_nil` (see `fit_calibration`).
 
     Raises:
-        InputError: There are no labels, too few mentions of an outcome, or mentions with candidates of their own.
-        ConfigurationError: No threshold of NIL reaches that precision.
+        InputError: There are no labels, an outcome has too few mentions, or mentions have
+            `candidate_ids`.
+        ConfigurationError: No threshold of NIL reaches the required precision.
     """
     labelled = read_gold(gold or linked.settings["input"], linked.settings["input"])
     if "candidate_ids" in labelled.column_names and labelled["candidate_ids"].null_count < len(labelled):

@@ -1,4 +1,4 @@
-"""Gold labels of mentions."""
+"""Read the gold labels of mentions, and the entities that judging needs."""
 
 from __future__ import annotations
 
@@ -19,23 +19,24 @@ _PICTURES = ("image_bytes", "image_uri", "image_features")
 
 
 def surface_forms(gold: pa.Table, predictions: pa.Table) -> list[str]:
-    """The surface form of each prediction, all of whose mentions have a gold row."""
+    """Return the surface form of each prediction; every prediction must have a gold row."""
     form_of = dict(zip(gold["mention_id"].to_pylist(), gold["mention"].to_pylist(), strict=True))
     return [form_of[mention_id] for mention_id in predictions["mention_id"].to_pylist()]
 
 
 def read_gold(uri: str, linked: str | None = None, *, with_digests: bool = False) -> pa.Table:
-    """The small columns of mentions with gold labels.
+    """Read the small columns of mentions with gold labels.
 
     Args:
         uri: Parquet file or directory.
-        linked: The input of their run, which alone says what their candidates were, and all else if the labels come
-            without `text`; None if there is no run.
-        with_digests: Read all pictures, for their digests.
+        linked: Input of the run that linked these mentions; None if there is no run.
+            `candidate_ids` is read from it alone, and so is every other column if the labels have
+            no `text`.
+        with_digests: Whether to read all pictures and compute their digests.
 
     Returns:
-        `mention_id`, `entity_id`, where they are there `mention`, `text`, `candidate_ids`, `image_uri`,
-        `image_digest` (of `image_bytes`), and `has_picture`.
+        Table with columns `mention_id`, `entity_id`, `has_picture` and, where they exist,
+        `mention`, `text`, `candidate_ids`, `image_uri` and `image_digest` (of `image_bytes`).
 
     Raises:
         InputError: The mentions have no labels.
@@ -58,7 +59,11 @@ def read_gold(uri: str, linked: str | None = None, *, with_digests: bool = False
 def _small_columns(
     uri: str, wanted: pa.Array | None = None, *, with_digests: bool, with_labels: bool = False
 ) -> pa.Table:
-    """What `read_gold` returns, of all mentions or of those with wanted ids; `with_labels` they must have labels."""
+    """Read the columns of `read_gold`, of all mentions or of those with wanted ids.
+
+    Raises:
+        InputError: `with_labels` is set and there is no column `entity_id`.
+    """
     tables = []
     for table in parquet.open_tables(uri, MENTION_COLUMNS, ["mention_id"]):
         if with_labels and "entity_id" not in table.names:
@@ -71,7 +76,7 @@ def _small_columns(
 
 
 def _described(mentions: pa.Table, with_digests: bool) -> pa.Table:
-    """The small columns of some mentions, and what is to be said of their pictures."""
+    """Select the small columns of mentions, and add `has_picture` and `image_digest`."""
     table = mentions.select([name for name in _GOLD_COLUMNS if name in mentions.column_names])
     has_picture = np.zeros(len(mentions), bool)
     for name in _PICTURES:
@@ -89,10 +94,10 @@ def _digest(value: pa.Scalar) -> bytes | None:
 
 
 def entities_to_judge(knowledge_base: KnowledgeBase, gold: pa.Table, predictions: Sequence[pa.Table]) -> pa.Table:
-    """The entities that judging meets: the gold ones, the candidates, and those that are called like a surface form.
+    """Look up the gold entities, the candidates, and the entities named like a surface form.
 
     Returns:
-        Columns `entity_id`, `name` and `popularity`.
+        Table with columns `entity_id`, `name` and `popularity`.
     """
     candidates = (pc.list_flatten(table["candidates"]) for table in predictions)
     ids = [gold["entity_id"], *(pc.struct_field(column, "entity_id") for column in candidates)]

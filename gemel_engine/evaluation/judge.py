@@ -1,12 +1,12 @@
-"""Judges predictions by gold labels: accuracy with intervals, by kind of mention; two runs side by side; leaks.
+"""Judge predictions by gold labels: accuracy with intervals, by kind of mention; compare two runs.
 
-A prediction is right under one of three protocols, which are never mixed in one evaluation:
+An evaluation uses one of three protocols, which say what must be equal for an answer to be right:
 
-    entity      the entity's id, of all entities of the knowledge base
-    name        the entity's name, exactly, of all names (GEMEL's protocol)
-    candidates  the entity's id, of the mention's own candidates alone
+    entity      the entity's id, chosen among all entities of the knowledge base
+    name        the entity's name, exactly, chosen among all names (GEMEL's protocol)
+    candidates  the entity's id, chosen among the mention's own candidates
 
-Mentions without a gold entity (NIL) have no part in them. A row with an `error` is a wrong answer. Knows no model.
+Mentions without a gold entity (NIL) are not judged. A row with an `error` is a wrong answer.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from scipy.stats import binomtest
 
 from gemel_engine.errors import InputError
 
-Protocol = Literal["entity", "name", "candidates"]
+EvaluationProtocol = Literal["entity", "name", "candidates"]
 
 _NUM_RESAMPLES = 2000
 
 
 @dataclass(frozen=True, slots=True)
-class Figure:
+class Measured:
     """A mean over mentions with its 95% bootstrap interval (percentiles)."""
 
     value: float
@@ -40,11 +40,11 @@ class Figure:
     num_mentions: int
 
     @classmethod
-    def of(cls, values: ArrayLike, seed: int = 0) -> Figure:
-        """The mean of one number a mention; at least one.
+    def of(cls, values: ArrayLike, seed: int = 0) -> Measured:
+        """Return the mean of one number per mention, for at least one mention.
 
-        Drawing n mentions with replacement is a multinomial draw of how often each distinct value comes, so that the
-        cost does not grow with the mentions.
+        Drawing n mentions with replacement is a multinomial draw of the count of each distinct
+        value, so the cost does not grow with the number of mentions.
         """
         numbers = np.asarray(values, np.float64)
         distinct, counts = np.unique(numbers, return_counts=True)
@@ -55,34 +55,37 @@ class Figure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """How good a run is.
+    """The accuracy of a run, in total and by kind of mention.
 
     Attributes:
-        protocol: When an answer is right.
-        num_mentions: Mentions with a gold entity.
-        num_nil: Mentions without one, or with one that the knowledge base lacks where it is given; not judged.
-        num_errors: Judged mentions that ended in an error.
-        num_without_gold: Predictions for which there is no gold row; not judged.
+        protocol: Protocol that decides when an answer is right.
+        num_mentions: Number of mentions with a gold entity.
+        num_nil: Number of mentions that are not judged: without a gold entity, or with one that is
+            not in the knowledge base (if that is given).
+        num_errors: Number of judged mentions whose row has an error.
+        num_without_gold: Number of predictions without a gold row; they are not judged.
         accuracy: Share of right answers.
         hits_at_5: Share of mentions with the gold entity among the first five candidates.
-        mean_reciprocal_rank: Of the gold entity among the candidates, 0 where it is none of them.
-        certified_share: Share of answers that are proved to be the argmax.
-        baseline: Accuracy without a model: the commonest training entity of the surface form, else the entity of that
-            name; None without a training split.
-        buckets: Accuracy by kind of mention, as far as the tables given tell the kinds apart.
+        mean_reciprocal_rank: Mean of 1 / rank of the gold entity among the candidates; 0 where it
+            is not among them.
+        certified_share: Share of answers that are proved to be the best of all names.
+        baseline: Accuracy without a model: the most frequent training entity of the surface form,
+            else the entity of that name; None without a training split.
+        buckets: Accuracy by division of the mentions, then by kind, where the given tables allow
+            it.
     """
 
-    protocol: Protocol
+    protocol: EvaluationProtocol
     num_mentions: int
     num_nil: int
     num_errors: int
     num_without_gold: int
-    accuracy: Figure
-    hits_at_5: Figure
-    mean_reciprocal_rank: Figure
-    certified_share: Figure
-    baseline: Figure | None
-    buckets: dict[str, dict[str, Figure]]
+    accuracy: Measured
+    hits_at_5: Measured
+    mean_reciprocal_rank: Measured
+    certified_share: Measured
+    baseline: Measured | None
+    buckets: dict[str, dict[str, Measured]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,14 +93,14 @@ class Comparison:
     """Two runs on the same mentions.
 
     Attributes:
-        difference: Accuracy of the second less that of the first, with a paired interval.
-        num_changed: Mentions with another answer.
-        won: Their ids where only the second is right.
-        lost: Their ids where only the first is right.
-        p_value: McNemar's exact test, two-sided: how likely so uneven a count of wins and losses is by chance.
+        difference: Accuracy of the second run minus that of the first, with a paired interval.
+        num_changed: Number of mentions whose answers differ.
+        won: Ids of the mentions where only the second run is right.
+        lost: Ids of the mentions where only the first run is right.
+        p_value: Two-sided p-value of McNemar's exact test on the numbers won and lost.
     """
 
-    difference: Figure
+    difference: Measured
     num_changed: int
     won: tuple[str, ...]
     lost: tuple[str, ...]
@@ -105,18 +108,19 @@ class Comparison:
 
 
 class Judge:
-    """Gold labels, and what tells kinds of mentions apart.
+    """Judges runs by gold labels.
 
     Args:
-        gold: Columns `mention_id`, `entity_id` (null: NIL), and optionally `mention`, `candidate_ids` and
-            `has_picture`.
-        entities: Columns `entity_id`, `name` and optionally `popularity`; needed for the protocol `name`. A mention of
-            an entity that is not among them counts as NIL.
-        train: Columns `mention` and `entity_id` of the training split.
-        protocol: When an answer is right.
+        gold: Table with columns `mention_id`, `entity_id` (null: NIL), and optionally `mention`,
+            `candidate_ids` and `has_picture`.
+        entities: Table with columns `entity_id`, `name` and optionally `popularity`; required by
+            the protocol `name`. A mention whose entity is not in it counts as NIL.
+        train: Table with columns `mention` and `entity_id` of the training split.
+        protocol: Protocol that decides when an answer is right.
 
     Raises:
-        InputError: A table lacks what the protocol needs, or two gold rows are of one mention.
+        InputError: A table lacks a column that the protocol needs, or two gold rows have one
+            `mention_id`.
     """
 
     def __init__(
@@ -125,12 +129,12 @@ class Judge:
         *,
         entities: pa.Table | None = None,
         train: pa.Table | None = None,
-        protocol: Protocol = "entity",
+        protocol: EvaluationProtocol = "entity",
     ) -> None:
         self.protocol = protocol
-        self._gold = _frame(gold, ("mention_id", "entity_id"), "gold")
-        self._entities = None if entities is None else _frame(entities, ("entity_id", "name"), "entities")
-        self._train = None if train is None else _frame(train, ("mention", "entity_id"), "train")
+        self._gold = checked_frame(gold, ("mention_id", "entity_id"), "gold")
+        self._entities = None if entities is None else checked_frame(entities, ("entity_id", "name"), "entities")
+        self._train = None if train is None else checked_frame(train, ("mention", "entity_id"), "train")
         self._check_protocol()
         repeated = self._gold.loc[self._gold["mention_id"].duplicated(), "mention_id"]
         if len(repeated):
@@ -142,16 +146,17 @@ class Judge:
             self._gold.loc[~known, "entity_id"] = None
 
     def judge(self, predictions: pa.Table) -> pd.DataFrame:
-        """The gold mentions that are not NIL with what a run says of them, in the order of the gold table.
+        """Join the gold mentions that are not NIL with their predictions, in the order of the gold.
 
         Returns:
-            Columns of both tables, `answer` and `wanted` (ids, or names in the protocol `name`), and `rank`: from 1,
-            the place of the wanted entity among the candidates, 0 where it is none of them.
+            The columns of both tables, `answer` and `wanted` (ids, or names in the protocol
+            `name`), and `rank`: the rank of the wanted entity among the candidates, from 1; 0 if it
+            is not among them.
 
         Raises:
             InputError: A mention has no prediction, or there is nothing to judge.
         """
-        predicted = _frame(predictions, ("mention_id", "entity_id", "candidates", "error"), "predictions")
+        predicted = checked_frame(predictions, ("mention_id", "entity_id", "candidates", "error"), "predictions")
         judged = self._gold[self._gold["entity_id"].notna()].merge(
             predicted, on="mention_id", how="left", suffixes=("_gold", ""), indicator=True
         )
@@ -176,10 +181,11 @@ class Judge:
         return judged
 
     def outcomes(self, predictions: pa.Table) -> tuple[pa.Table, NDArray[np.bool_], NDArray[np.bool_]]:
-        """All labelled mentions of a run, NIL ones too.
+        """Select the labelled mentions of a run, including NIL.
 
         Returns:
-            Their predictions (N rows), whether each answer is right (N,), and whether each mention is NIL (N,).
+            Their predictions (N rows), whether each answer is right (N,), and whether each mention
+            is NIL (N,).
         """
         labelled = predictions.filter(pc.is_in(predictions["mention_id"], pa.array(self._gold["mention_id"])))
         wanted = labelled["mention_id"].to_pandas().map(self._gold.set_index("mention_id")["entity_id"])
@@ -187,11 +193,11 @@ class Judge:
         return labelled, (wanted.notna() & is_right).to_numpy(), wanted.isna().to_numpy()
 
     def verdicts(self, predictions: pa.Table) -> pa.Table:
-        """What is said of each labelled mention of a run.
+        """Return a verdict on each labelled mention of a run.
 
         Returns:
-            Columns `mention_id`, `entity_id` and `entity_name` (gold; null for NIL, the name also where it is not
-            known) and `right` (null for NIL).
+            Table with columns `mention_id`, `entity_id` and `entity_name` (gold; null for NIL, the
+            name also where it is unknown) and `right` (null for NIL).
         """
         labelled, is_right, is_nil = self.outcomes(predictions)
         mention_ids = labelled["mention_id"].to_pandas()
@@ -222,20 +228,20 @@ class Judge:
             num_nil=len(self._gold) - len(judged),
             num_errors=int(judged["error"].notna().sum()),
             num_without_gold=len(set(predictions["mention_id"].to_pylist()) - set(self._gold["mention_id"])),
-            accuracy=Figure.of(right),
-            hits_at_5=Figure.of((found >= 1) & (found <= 5)),
-            mean_reciprocal_rank=Figure.of(np.divide(1.0, found, where=found > 0, out=np.zeros(len(found)))),
-            certified_share=Figure.of(judged["certified"].fillna(False).astype(bool)),
-            baseline=None if guesses is None else Figure.of(guesses.to_numpy() == judged["wanted"].to_numpy()),
+            accuracy=Measured.of(right),
+            hits_at_5=Measured.of((found >= 1) & (found <= 5)),
+            mean_reciprocal_rank=Measured.of(np.divide(1.0, found, where=found > 0, out=np.zeros(len(found)))),
+            certified_share=Measured.of(judged["certified"].fillna(False).astype(bool)),
+            baseline=None if guesses is None else Measured.of(guesses.to_numpy() == judged["wanted"].to_numpy()),
             buckets={
-                kind: {str(label): Figure.of(of_label) for label, of_label in right.groupby(kinds, observed=True)}
+                kind: {str(label): Measured.of(of_label) for label, of_label in right.groupby(kinds, observed=True)}
                 for kind, kinds in self._kinds(judged)
                 if kinds.nunique() > 1
             },
         )
 
     def compare(self, first: pa.Table, second: pa.Table) -> Comparison:
-        """Two runs on the same mentions.
+        """Compare two runs on the same mentions.
 
         Raises:
             InputError: A mention has no prediction in one of them.
@@ -245,7 +251,7 @@ class Judge:
         won, lost = right_two & ~right_one, right_one & ~right_two
         num_won, num_uneven = int(won.sum()), int((won | lost).sum())
         return Comparison(
-            difference=Figure.of(right_two.astype(float) - right_one),
+            difference=Measured.of(right_two.astype(float) - right_one),
             num_changed=int((one["answer"].fillna("") != two["answer"].fillna("")).sum()),
             won=tuple(one["mention_id"][won]),
             lost=tuple(one["mention_id"][lost]),
@@ -265,7 +271,7 @@ class Judge:
             )
 
     def _answers(self, entity_ids: pd.Series) -> pd.Series:
-        """What is compared under the protocol: ids, or the names of these."""
+        """Return what the protocol compares: the ids themselves, or the names of the entities."""
         return entity_ids.map(self._names) if self.protocol == "name" else entity_ids
 
     @cached_property
@@ -274,7 +280,7 @@ class Judge:
         return self._entities.drop_duplicates("entity_id").set_index("entity_id")["name"]
 
     def _guesses(self, judged: pd.DataFrame) -> pd.Series | None:
-        """What one would answer without a model."""
+        """Return the answers of the baseline; None if it can't be computed."""
         if self._train is None or "mention" not in judged:
             return None
         counts = self._train.groupby(["mention", "entity_id"]).size().rename("count").reset_index()
@@ -286,7 +292,7 @@ class Judge:
         return self._answers(guesses)
 
     def _kinds(self, judged: pd.DataFrame) -> Iterator[tuple[str, pd.Series]]:
-        """Name of each way to divide mentions, and the kind of each mention as an ordered category."""
+        """Yield the name of each division and the kind of each mention, as an ordered category."""
         if "has_picture" in judged:
             yield "picture", _either(judged["has_picture"], "with", "without")
         if self._entities is not None and "mention" in judged:
@@ -312,7 +318,12 @@ class Judge:
             yield "popularity of the entity", _grouped(ranks, [0, 0.25, 0.5, 0.75], labels)
 
 
-def _frame(table: pa.Table, required: tuple[str, ...], what: str) -> pd.DataFrame:
+def checked_frame(table: pa.Table, required: tuple[str, ...], what: str) -> pd.DataFrame:
+    """Convert a table to a data frame.
+
+    Raises:
+        InputError: A required column is missing.
+    """
     missing = [column for column in required if column not in table.column_names]
     if missing:
         raise InputError(f"the table of {what} has no column {', '.join(missing)}: add it")
@@ -325,5 +336,5 @@ def _either(holds: pd.Series, yes: str, no: str) -> pd.Series:
 
 
 def _grouped(values: pd.Series, highest: list[float], labels: list[str]) -> pd.Series:
-    """Groups of numbers: up to each of `highest`, and above the last."""
+    """Group numbers into intervals that end at each of `highest`; the last one is unbounded."""
     return pd.cut(values, [-np.inf, *highest, np.inf], labels=labels)

@@ -1,4 +1,4 @@
-"""What a test split has in common with training."""
+"""Count overlaps of a test split with the training split."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from gemel_engine.evaluation.judge import _frame
+from gemel_engine.evaluation.judge import checked_frame
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeakAudit:
-    """What a test split has in common with the training split: mentions of the test split, by what they share.
+    """Number of test mentions that share something with the training split.
 
     Attributes:
-        num_mentions: Of the test split.
-        mention_ids: With an id of the training split.
-        texts: With a text of the training split.
-        mentions_in_texts: With surface form and text of a training mention.
-        pictures: With a picture (the same bytes, or the same address) of the training split; None if one of the two has
-            no pictures.
+        num_mentions: Number of mentions of the test split.
+        mention_ids: Number of mentions whose `mention_id` is in the training split.
+        texts: Number of mentions whose text is in the training split.
+        mentions_in_texts: Number of mentions with the surface form and the text of a training
+            mention.
+        pictures: Number of mentions with a picture (the same bytes, or the same address) of the
+            training split; None if one of the two splits has no pictures.
     """
 
     num_mentions: int
@@ -35,12 +36,12 @@ def audit_leaks(train: pa.Table, test: pa.Table) -> LeakAudit:
     """Count mentions of a test split that share something with the training split.
 
     Args:
-        train: Columns `mention_id`, `text`, `mention` and optionally `image_digest` (of the bytes) or `image_uri`.
-        test: The same.
+        train: Table with columns `mention_id`, `text`, `mention` and optionally `image_digest` (of
+            the picture's bytes) or `image_uri`.
+        test: Table with the same columns.
     """
-    seen, asked = (
-        _frame(table, ("mention_id", "text", "mention"), name) for table, name in ((train, "train"), (test, "test"))
-    )
+    required = ("mention_id", "text", "mention")
+    seen, asked = checked_frame(train, required, "train"), checked_frame(test, required, "test")
     keys = ["mention", "text"]
     pictures = [column for column in ("image_digest", "image_uri") if column in seen and column in asked]
     shared = [asked[column].notna() & asked[column].isin(seen[column].dropna()) for column in pictures]

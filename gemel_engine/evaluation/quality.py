@@ -1,4 +1,4 @@
-"""How well a score tells right answers from wrong ones."""
+"""Measure how well a score separates right answers from wrong ones."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ _NUM_BINS = 10
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConfidenceQuality:
-    """How well a score tells right answers from wrong ones, on mentions that it was not fitted on.
+    """How well a score separates right answers from wrong ones, on mentions it was not fitted on.
 
     Attributes:
-        expected_calibration_error: Mean distance of confidence and accuracy over 10 bins of equal mass.
-        brier_score: Mean squared distance of confidence and outcome.
+        expected_calibration_error: Mean difference of confidence and accuracy over 10 bins of equal
+            size.
+        brier_score: Mean squared difference of confidence and outcome.
         area_under_risk_coverage: Mean error rate of the k most confident answers, over all k.
-        reliability: (mean confidence, accuracy, mentions) of each bin.
-        risk_coverage: (share of mentions answered, error rate among them), the most confident first.
+        reliability: (mean confidence, accuracy, number of mentions) of each bin.
+        risk_coverage: Points (share of mentions answered, error rate among them), where the most
+            confident answers come first.
     """
 
     expected_calibration_error: float
@@ -31,7 +33,7 @@ class ConfidenceQuality:
 
 
 def quality(confidence: Numbers, is_right: Outcomes) -> ConfidenceQuality:
-    """Judge a score between 0 and 1 (N,) by the outcomes (N,); ties keep their order."""
+    """Judge scores between 0 and 1 (N,) by the outcomes (N,); ties keep their order."""
     order = np.argsort(-confidence, kind="stable")
     bins = [part for part in np.array_split(order, _NUM_BINS) if len(part)]
     reliability = tuple((float(confidence[part].mean()), float(is_right[part].mean()), len(part)) for part in bins)

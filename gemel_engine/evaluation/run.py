@@ -1,4 +1,4 @@
-"""A finished output of the linking job: read, judged by gold labels, used to fit a calibration."""
+"""Read the finished output of a linking job and judge it by gold labels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pyarrow as pa
 from gemel_engine import storage
 from gemel_engine.errors import InputError
 from gemel_engine.evaluation.gold import entities_to_judge, read_gold
-from gemel_engine.evaluation.judge import Comparison, Evaluation, Judge, Protocol
+from gemel_engine.evaluation.judge import Comparison, Evaluation, EvaluationProtocol, Judge
 from gemel_engine.evaluation.leaks import LeakAudit, audit_leaks
 from gemel_engine.evaluation.quality import ConfidenceQuality, quality
 from gemel_engine.knowledge_base.store import KnowledgeBase
@@ -20,18 +20,18 @@ from gemel_engine.knowledge_base.update import open_knowledge_base
 from gemel_engine.storage import parquet
 from gemel_engine.types import MENTION_COLUMNS, PREDICTION_COLUMNS, PREDICTION_SCHEMA
 
-_SETTINGS = {"input": str, "knowledge_base": str, "demonstrations": str | None}  # those that are read here
+_SETTINGS = {"input": str, "knowledge_base": str, "demonstrations": str | None}  # read here
 
 
 @dataclass(frozen=True, slots=True)
 class LinkedRun:
-    """What a run was told and what it found.
+    """The settings and the output of a finished run.
 
     Attributes:
-        output: Its directory, local or `s3://`.
-        settings: Of its configuration, all but resources and the output itself.
-        report: `report.json`.
-        predictions: All rows, `PREDICTION_SCHEMA`.
+        output: Output directory, local or `s3://`.
+        settings: The run's configuration without resources and output.
+        report: Contents of `report.json`.
+        predictions: All rows, in `PREDICTION_SCHEMA`.
     """
 
     output: str
@@ -44,7 +44,7 @@ class LinkedRun:
         """Read a finished output.
 
         Raises:
-            InputError: It is not one, or the run has not finished.
+            InputError: The directory is not a linking output, or the run has not finished.
         """
         documents, output = [], output.rstrip("/")
         for name in ("_run.json", "report.json"):
@@ -60,25 +60,25 @@ class LinkedRun:
         return cls(output, settings, report, _read_predictions(f"{output}/data"))
 
     def has_gold(self) -> bool:
-        """Whether its input has a column `entity_id`."""
+        """Return whether the run's input has a column `entity_id`."""
         return any("entity_id" in table.names for table in parquet.open_tables(self.settings["input"], MENTION_COLUMNS))
 
     def open_knowledge_base(self) -> KnowledgeBase:
-        """The knowledge base that it linked to, where that is still at its address."""
+        """Open the knowledge base of the run, from its original address."""
         return open_knowledge_base(self.settings["knowledge_base"])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JudgedRun:
-    """All that is said of a run.
+    """Every result of judging a run.
 
     Attributes:
-        evaluation: How good it is.
-        confidence: How good its scores are, by their names: `calibrated` where it has a calibration, and `raw`.
-        comparison: The run beside another.
-        leaks: What its mentions have in common with the training split.
-        knowledge_base_names: Names that the run chose from.
-        verdicts: `Judge.verdicts`.
+        evaluation: Accuracy of the run, in total and by kind of mention.
+        confidence: Quality of each score: `raw`, and `calibrated` if the run has a calibration.
+        comparison: Comparison with another run; None if none was given.
+        leaks: Overlap with the training split; None if none was given.
+        knowledge_base_names: Number of names in the knowledge base.
+        verdicts: Result of `Judge.verdicts`.
     """
 
     evaluation: Evaluation
@@ -89,7 +89,7 @@ class JudgedRun:
     verdicts: pa.Table
 
     def to_json(self) -> bytes:
-        """`metrics.json`: all but the verdicts."""
+        """Return the contents of `metrics.json`: everything except the verdicts."""
         return json.dumps(asdict(replace(self, verdicts=None)), indent=2, allow_nan=False).encode()
 
 
@@ -99,19 +99,20 @@ def judge_run(
     gold: str | None = None,
     train: str | None = None,
     against: LinkedRun | None = None,
-    protocol: Protocol = "entity",
+    protocol: EvaluationProtocol = "entity",
 ) -> JudgedRun:
     """Judge a run by gold labels.
 
     Args:
         linked: The run.
-        gold: See `read_gold`; the run's input by default.
-        train: The training split.
-        against: Another run over the same mentions.
-        protocol: When an answer is right.
+        gold: Parquet file or directory with gold labels (see `read_gold`); the run's input by
+            default.
+        train: Parquet file or directory of the training split; None: leaks are not counted.
+        against: Another run over the same mentions, to compare with.
+        protocol: Protocol that decides when an answer is right.
 
     Raises:
-        InputError: There are no labels, or they are not of the linked mentions.
+        InputError: There are no labels, or they belong to other mentions than the run's.
     """
     labels = gold or linked.settings["input"]
     labelled = read_gold(labels, linked.settings["input"], with_digests=train is not None)
@@ -122,7 +123,7 @@ def judge_run(
     judge = Judge(labelled, entities=entities, train=training, protocol=protocol)
     evaluation, comparison = judge.evaluate(linked.predictions), None
     if against is not None:
-        try:  # what may be wrong is not the run's own, which has been judged
+        try:  # the run itself has been judged, so an error here is about the other one
             Judge(read_gold(labels, against.settings["input"]), entities=entities, protocol=protocol)
             comparison = judge.compare(against.predictions, linked.predictions)
         except InputError as error:
@@ -138,7 +139,7 @@ def judge_run(
 
 
 def qualities(judge: Judge, predictions: pa.Table) -> dict[str, ConfidenceQuality]:
-    """How good each score is that a run gives its answers, those to NIL mentions too; rows with an error have none."""
+    """Return the quality of each score of a run, over labelled rows without an error."""
     judged, is_right, _ = judge.outcomes(predictions)
     has_answer = np.array(judged["error"].is_null())
     judged, is_right = judged.filter(has_answer), is_right[has_answer]
@@ -151,7 +152,7 @@ def qualities(judge: Judge, predictions: pa.Table) -> dict[str, ConfidenceQualit
 
 
 def _read_predictions(directory: str) -> pa.Table:
-    """All rows of an output; a column that an earlier version did not write is null."""
+    """Read all rows of an output; a column that an older version did not write is null."""
     found = parquet.read_tables(directory, PREDICTION_COLUMNS, PREDICTION_SCHEMA.names, ["mention_id"])
     nulls = [pa.nulls(len(found), field.type) for field in PREDICTION_SCHEMA]
     columns = [

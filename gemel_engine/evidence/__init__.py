@@ -1,1 +1,1 @@
-"""What is known of entities beside the language model: names, aliases, descriptions and pictures, made searchable."""
+"""Searchable indexes of entities' names, aliases, descriptions and pictures."""

@@ -12,10 +12,11 @@ from gemel_engine.errors import ArtifactError
 
 
 def open_array(path: Path, dtype: DTypeLike, num_dimensions: int) -> NDArray[Any]:
-    """Map an array that `numpy.save` wrote; no byte of it is run.
+    """Map an array that `numpy.save` wrote, without unpickling.
 
     Raises:
-        ArtifactError: The file is missing, damaged, or holds an array of another type or number of dimensions.
+        ArtifactError: The file is missing or damaged, or its array has another type or number of
+            dimensions.
     """
     try:
         array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)

@@ -1,18 +1,20 @@
-"""Which entities have vectors like a given one: exact while there are few, compressed in inverted lists above.
+"""Find the entities whose vectors are nearest to a query.
 
-    dense.json      which of both, and the counts
-    vectors.npy     exact: the vectors, (N, E) float32
-    rows.npy        exact: the entity of each vector, (N,)
-    centroids.npy   compressed: centres of the lists, (L, E)
-    codebooks.npy   compressed: product quantiser, (bytes of a code, 256, dimensions of a byte)
-    sizes.npy       compressed: vectors of each list, (L,)
-    lists.bin       compressed: of each list its codes, then its entities as 64-bit integers
+Few vectors are searched exactly, many are compressed by a product quantiser in inverted lists:
 
-faiss searches both where they lie in the mapped files, which all processes of a node share. Its own file format is not
-used: faiss trusts what it reads there. Here its objects are made anew from arrays whose shapes are checked, and an
-entity that is out of range is an error.
+    dense.json      counts, and whether the index is exact
+    vectors.npy     exact: vectors, (N, E) float32
+    rows.npy        exact: entity of each vector, (N,)
+    centroids.npy   compressed: centroids of the lists, (L, E)
+    codebooks.npy   compressed: product quantiser, (bytes per code, 256, dimensions per byte)
+    sizes.npy       compressed: number of vectors of each list, (L,)
+    lists.bin       compressed: codes of each list, then its entities as 64-bit integers
 
-Shapes: N vectors, E their width, L lists, B queries.
+faiss searches the mapped files in place, and all processes of a node share them. faiss trusts the
+contents of its own file format, so that is not used: faiss's objects are built from arrays whose
+shapes are checked, and an entity that is out of range is an error.
+
+Shapes: N vectors, E vector width, L lists, B queries.
 """
 
 from __future__ import annotations
@@ -48,8 +50,8 @@ class DenseSettings:
     """How vectors are stored and searched.
 
     Attributes:
-        exact_up_to: Number of vectors up to which they are kept as they are and compared with every query.
-        num_probes: Lists that a query is compared with, where they are compressed.
+        exact_up_to: Greatest number of vectors of an exact index; a larger one is compressed.
+        num_probes: Number of lists that a query is compared with, if the index is compressed.
     """
 
     exact_up_to: int = 200_000
@@ -63,17 +65,17 @@ class DenseSettings:
 
 
 class _Search(Protocol):
-    """The entities of the `limit` nearest vectors of each query, and their inner products: both (B, limit)."""
+    """Returns inner products and entities of each query's `limit` nearest vectors: (B, limit)."""
 
     def __call__(self, queries: FloatArray, limit: int) -> tuple[FloatArray, NDArray[np.int64]]: ...
 
 
 class DenseIndex:
-    """Vectors of length one, several for an entity, by cosine.
+    """Finds entities by the cosine similarity of their vectors; an entity may have several.
 
     Attributes:
-        num_vectors: N.
-        width: E.
+        num_vectors: N, the number of vectors.
+        width: E, the width of a vector.
     """
 
     def __init__(self, num_vectors: int, width: int, num_rows: int, search: _Search) -> None:
@@ -93,11 +95,11 @@ class DenseIndex:
         """Write an index and open it.
 
         Args:
-            directory: Made if it does not exist.
-            vectors: Of length one or zero, shape (N, E); may be mapped from a file.
+            directory: Output directory, created if it does not exist.
+            vectors: Vectors of length one or zero, shape (N, E); may be mapped from a file.
             rows: Entity of each vector, shape (N,).
             num_rows: Number of entities.
-            settings: The default ones if None.
+            settings: How vectors are stored and searched; None: the defaults.
         """
         settings = settings or DenseSettings()
         directory.mkdir(parents=True, exist_ok=True)
@@ -132,21 +134,23 @@ class DenseIndex:
         return cls(num_vectors, width, num_rows, search)
 
     def nearest(self, queries: FloatArray, limit: int) -> list[list[tuple[int, float]]]:
-        """Return the entities with the most similar vectors, by falling similarity rounded to 5 decimals, then by row.
+        """Return (entity, similarity) pairs of each query, by falling similarity, then by row.
+
+        Similarities are rounded to 5 decimals.
 
         Args:
-            queries: Of length one, shape (B, E); a zero row finds nothing.
-            limit: Vectors looked at for a query; an entity with several comes once.
+            queries: Vectors of length one, shape (B, E); a zero row finds nothing.
+            limit: Number of nearest vectors per query; an entity with several of them appears once.
 
         Raises:
-            ArtifactError: The files name an entity that is out of range.
+            ArtifactError: The files contain an entity that is out of range.
         """
-        # Each query on its own: its neighbours in a batch must not change its last bits.
+        # One query at a time, because others in a batch could change the last bits of its result.
         return [self._nearest(query[None], min(limit, self.num_vectors)) if query.any() else [] for query in queries]
 
     def _nearest(self, query: FloatArray, limit: int) -> list[tuple[int, float]]:
         similarities, rows = (result[0] for result in self._search(query, limit))
-        is_found = rows != -1  # faiss fills up with it
+        is_found = rows != -1  # faiss pads with -1
         similarities, rows = np.round(similarities[is_found], _SIMILARITY_DECIMALS), rows[is_found]
         if len(rows) and not 0 <= rows.min() <= rows.max() < self._num_rows:
             raise ArtifactError(f"vectors of entity {rows.max()} of {self._num_rows}: build the evidence index again")
@@ -173,7 +177,7 @@ class _Exact:
 
 
 class _Compressed:
-    """faiss's inverted lists with a product quantiser, on a mapped file."""
+    """Searches faiss's inverted lists with a product quantiser, in a mapped file."""
 
     def __init__(self, directory: Path, num_probes: int) -> None:
         centroids = open_array(directory / "centroids.npy", np.float32, 2)
@@ -216,7 +220,7 @@ def _mapped_lists(path: Path, sizes: NDArray[np.uint64], code_size: int) -> fais
     lists.totsize = int(sizes.sum()) * (code_size + _ID_BYTES)
     offset = 0
     for number, size in enumerate(sizes.tolist()):
-        place = lists.lists.at(number)  # type: ignore[attr-defined]  # a vector of C++, which faiss annotates as a list
+        place = lists.lists.at(number)  # type: ignore[attr-defined]  # a C++ vector, annotated as list
         place.capacity, place.offset = size, offset
         offset += size * (code_size + _ID_BYTES)
     lists.do_mmap()
@@ -224,7 +228,7 @@ def _mapped_lists(path: Path, sizes: NDArray[np.uint64], code_size: int) -> fais
 
 
 def _write_compressed(directory: Path, vectors: FloatArray, rows: RowArray) -> None:
-    """Train inverted lists and a product quantiser on a sample, and write all vectors' codes."""
+    """Train inverted lists and a product quantiser on a sample, then write all codes."""
     num_vectors, width = vectors.shape
     num_lists = max(1, round(math.sqrt(num_vectors)))
     code_size = width // next(size for size in range(_DIMENSIONS_PER_BYTE, 0, -1) if width % size == 0)

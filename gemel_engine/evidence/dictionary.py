@@ -1,13 +1,12 @@
-"""Which entities have a name or an alias: keys in sorted order, memory-mapped.
+"""Look up entities by name or alias, in sorted memory-mapped keys.
 
-    text.npy        the keys, one after the other, as UTF-8 bytes
-    offsets.npy     where each key begins and the last one ends
-    rows.npy        the entity of each key
-    kinds.npy       how the entity bears that key, an index into `KINDS`
+    text.npy        concatenated keys, as UTF-8 bytes
+    offsets.npy     start of each key, and the end of the last one
+    rows.npy        entity of each key
+    kinds.npy       kind of each key, as an index into `KINDS`
 
-A key is a normal form without its spaces, so that "AT-4" finds "AT4". Entities of one key are neighbours.
-
-Shapes: K keys, repeated ones counted.
+A key is a normal form without its spaces, so "AT-4" finds "AT4". A key is repeated for each of its
+entities.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 class NameDictionary:
-    """Entities by the normal form of a name, an alias, or a name without its qualifier.
+    """Finds entities by the normal form of a name, an alias, or a name without its qualifier.
 
     Raises:
         ArtifactError: The arrays do not fit each other.
@@ -53,8 +52,8 @@ class NameDictionary:
         """Write the dictionary of some entities and open it.
 
         Args:
-            directory: Made if it does not exist.
-            entities: Row, name and aliases of each.
+            directory: Output directory, created if it does not exist.
+            entities: Row, name and aliases of each entity.
         """
         keys, rows, kinds = _sorted_keys(entities)
         _, offsets, text = keys.buffers()
@@ -83,7 +82,7 @@ class NameDictionary:
         return len(self._rows)
 
     def find(self, form: str, limit: int) -> list[tuple[int, Kind]]:
-        """Return the entities of a normal form and how they bear it: names first, then by row; each entity once."""
+        """Return (entity, kind) pairs of a normal form, names first, then by row; entities once."""
         key = _key(form)
         if not key:
             return []
@@ -104,7 +103,7 @@ def _key(form: str) -> bytes:
 
 
 def _keys_of(name: str, aliases: Iterable[str]) -> Iterator[tuple[bytes, int]]:
-    """Keys of an entity and how it bears each, the strongest kind of each key only."""
+    """Yield the distinct keys of an entity, each with its strongest kind."""
     of_name = _key(normal_form(name))
     seen = {b"", of_name}
     if of_name:

@@ -1,4 +1,4 @@
-"""What surface forms meant in training: counts of entities, and the nearest forms by embedding.
+"""Count the entities of surface forms in training, and find similar forms by embedding.
 
 Shapes: D training mentions, M distinct forms, E width of the mention encoder, B queries.
 """
@@ -20,16 +20,16 @@ _SIMILARITY_DECIMALS = 5
 
 
 class FormStatistics:
-    """Training mentions counted by normal form, entity and group.
+    """Counts training mentions by normal form, entity and group.
 
-    A query may name a group, such as its own: what that group counts is then left out, so that a training mention can
-    be judged as a mention that was never seen.
+    A query may exclude the mentions of one group, such as its own, so that a training mention gets
+    the result of an unseen mention.
 
     Args:
         forms: Surface form of each training mention.
-        rows: Entity of each.
-        groups: Group of each.
-        embeddings: Of each surface form, shape (D, E); None: there are no nearest forms.
+        rows: Entity of each training mention.
+        groups: Group of each training mention.
+        embeddings: Embedding of each surface form, shape (D, E); None: `nearest` finds nothing.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class FormStatistics:
         self._groups_of: defaultdict[str, dict[int, Counter[str]]] = defaultdict(dict)
         self._frequency: Counter[int] = Counter(rows)
         self._frequency_in_group: Counter[tuple[int, str]] = Counter(zip(rows, groups, strict=True))
-        first: dict[str, int] = {}  # mention that embeds a form
+        first: dict[str, int] = {}  # first mention of each form
         for number, (surface_form, row, group) in enumerate(zip(forms, rows, groups, strict=True)):
             form = normal_form(surface_form)
             first.setdefault(form, number)
@@ -51,12 +51,12 @@ class FormStatistics:
         return len(self._forms)
 
     def frequency(self, row: int, excluded: str | None = None) -> int:
-        """Number of training mentions of an entity."""
+        """Return the number of training mentions of an entity."""
         own = 0 if excluded is None else self._frequency_in_group[row, excluded]
         return self._frequency[row] - own
 
     def entities(self, form: str, excluded: str | None = None) -> list[tuple[int, int]]:
-        """Return the entities that a normal form meant and how often, the most frequent first, ties by row."""
+        """Return (entity, count) pairs of a normal form, by falling count, then by row."""
         counts = {
             row: groups.total() - (0 if excluded is None else groups[excluded])
             for row, groups in self._groups_of.get(form, {}).items()
@@ -66,12 +66,13 @@ class FormStatistics:
     def nearest(
         self, embeddings: FloatArray, limit: int, excluded: Sequence[str | None] | None = None
     ) -> list[list[tuple[int, float]]]:
-        """Return the entities that the most similar forms meant, with the similarity of the most similar one.
+        """Return (entity, similarity) pairs of the forms most similar to each query.
 
         Args:
-            embeddings: Of the queries' surface forms, shape (B, E).
-            limit: Forms looked at for a query.
-            excluded: For each query a group that does not count.
+            embeddings: Embeddings of the queries' surface forms, shape (B, E); a zero row finds
+                nothing.
+            limit: Number of nearest forms per query.
+            excluded: Group whose mentions are excluded, for each query; None: no group.
         """
         if self._embeddings is None or not len(self):
             return [[] for _ in embeddings]

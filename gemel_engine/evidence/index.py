@@ -1,13 +1,13 @@
-"""The evidence index: a directory beside a knowledge base's trie, with all that makes its entities searchable.
+"""Build and open the evidence index of a knowledge base: a directory of search indexes.
 
-    evidence.json   counts, fingerprints of the encoders, and the checksum of every other file; written last
-    dictionary/     names and aliases, see `dictionary`
-    lexical/        their words, see `lexical`
-    texts/          embeddings of names, aliases and descriptions, see `dense`; only with a mention encoder
-    pictures/       features of pictures, see `pictures`; only with an image encoder
-    popularity.npy  of each entity, 0 where it is unknown; only where any is known
+    evidence.json   counts, encoder fingerprints, and checksums of all other files; written last
+    dictionary/     names and aliases (see `dictionary`)
+    lexical/        words of names and aliases (see `lexical`)
+    texts/          embeddings of names, aliases and descriptions (see `dense`), optional
+    pictures/       features of pictures (see `pictures`), optional
+    popularity.npy  popularity of each entity, 0 where it is unknown, optional
 
-Entities are known by their rows in the knowledge base.
+An entity is identified by its row in the knowledge base.
 
 Shapes: S entities.
 """
@@ -44,12 +44,12 @@ _CHUNK = 1 << 13
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EntityPictures:
-    """Features of entities' pictures, any number for an entity.
+    """Features of entities' pictures; an entity may have any number of them.
 
     Attributes:
-        features: Shape (N, C).
+        features: Features of N pictures, shape (N, C).
         rows: Entity of each picture, shape (N,).
-        image_encoder_fingerprint: The encoder's that made them.
+        image_encoder_fingerprint: Fingerprint of the encoder that computed the features.
     """
 
     features: Features
@@ -59,18 +59,18 @@ class EntityPictures:
 
 @pydantic_dataclass(frozen=True, slots=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
 class EvidenceManifest:
-    """What an index holds; stored beside it as JSON.
+    """The contents of `evidence.json`.
 
     Attributes:
-        knowledge_base: Checksum of the entities that it was built from.
-        num_entities: S.
-        num_names: Names and aliases in the lexical index.
-        num_texts: Embedded names, aliases and descriptions.
-        num_pictures: Pictures of entities.
-        has_popularity: The popularity of any entity is known.
+        knowledge_base: Checksum of the entities that the index was built from.
+        num_entities: S, the number of entities.
+        num_names: Number of names and aliases in the lexical index.
+        num_texts: Number of embedded names, aliases and descriptions.
+        num_pictures: Number of pictures.
+        has_popularity: Whether the popularity of any entity is known.
         mention_encoder_fingerprint: `MentionEncoder.fingerprint`; None without embeddings.
-        image_encoder_fingerprint: The image encoder's; None without pictures.
-        files: Checksum of every other file.
+        image_encoder_fingerprint: Fingerprint of the image encoder; None without pictures.
+        files: Checksum of every other file, by its relative path.
     """
 
     knowledge_base: str
@@ -86,15 +86,16 @@ class EvidenceManifest:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EvidenceIndex:
-    """What is known of the entities of a knowledge base, mapped read-only.
+    """The search indexes of a knowledge base's entities, mapped read-only.
 
     Attributes:
-        manifest: What the directory says of itself.
-        dictionary: Entities by name and alias.
-        lexical: Entities by the words of their names and aliases.
-        texts: Entities by embedding; None if it was built without a mention encoder.
-        pictures: Entities by picture; None if it was built without pictures.
-        popularity: Of each entity, 0 where it is unknown, shape (S,); None where none is known.
+        manifest: Contents of `evidence.json`.
+        dictionary: Index by name and alias.
+        lexical: Index by the words of names and aliases.
+        texts: Index by embedding; None if built without a mention encoder.
+        pictures: Index by picture; None if built without pictures.
+        popularity: Popularity of each entity, 0 where it is unknown, shape (S,); None if it is
+            unknown for all.
     """
 
     manifest: EvidenceManifest
@@ -109,12 +110,14 @@ class EvidenceIndex:
         """Map what `build_evidence` wrote.
 
         Args:
-            directory: A local directory; it may be read-only.
-            knowledge_base: Checksum of the entities that it must have been built from.
-            verify: Also compare every file with its checksum. Do this once for files from elsewhere.
+            directory: Local directory; it may be read-only.
+            knowledge_base: Expected checksum of the entities; None: not compared.
+            verify: Whether to compare every file with its checksum, as is due once for files from
+                elsewhere.
 
         Raises:
-            ArtifactError: A file is missing, damaged, of another format version, or does not fit the others.
+            ArtifactError: A file is missing, damaged, of another format version, or does not fit
+                the others.
         """
         path = directory / MANIFEST
         try:
@@ -150,12 +153,13 @@ def build_evidence(
     """Write the evidence index of a knowledge base and open it.
 
     Args:
-        entities: `KnowledgeBase.table()`: `name`, and optionally `aliases`, `description` and `popularity`.
-        directory: Made if it does not exist; holds nothing.
+        entities: Result of `KnowledgeBase.table()`: columns `name`, and optionally `aliases`,
+            `description` and `popularity`.
+        directory: Empty output directory, created if it does not exist.
         knowledge_base: Checksum of these entities.
-        mention_encoder: Embeds names, aliases and descriptions; without one, nothing is found by embedding.
-        pictures: Of the entities.
-        settings: How vectors are stored.
+        mention_encoder: Encoder of names, aliases and descriptions; None: without embeddings.
+        pictures: Features of the entities' pictures; None: without pictures.
+        settings: How vectors are stored and searched; None: the defaults.
 
     Raises:
         InputError: There are no entities.
@@ -200,7 +204,11 @@ def _names_and_aliases(entities: pa.Table) -> Iterator[tuple[int, str, list[str]
 
 
 def _build_texts(directory: Path, entities: pa.Table, encoder: MentionEncoder, settings: DenseSettings | None) -> int:
-    """Embed names, aliases and descriptions, with a file in place of memory, and index them; return their number."""
+    """Embed and index names, aliases and descriptions; embeddings are kept in a temporary file.
+
+    Returns:
+        Number of embedded texts.
+    """
     texts = [(row, text) for row, name, aliases in _names_and_aliases(entities) for text in (name, *aliases)]
     if "description" in entities.column_names:
         texts += [(row, text) for row, text in enumerate(entities["description"].to_pylist()) if text]
@@ -224,7 +232,7 @@ def _popularity(column: pa.ChunkedArray) -> NDArray[np.float32]:
 
 
 def _files(directory: Path) -> list[str]:
-    """Files that an index consists of, relative to its directory."""
+    """Return the relative paths of all files of an index except its manifest."""
     paths = (path for path in directory.rglob("*") if path.is_file() and path.name != MANIFEST)
     return sorted(str(path.relative_to(directory)) for path in paths)
 

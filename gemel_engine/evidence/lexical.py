@@ -1,10 +1,11 @@
-"""Which names share words with a form: an inverted index by tantivy, memory-mapped.
+"""Find entities whose names share words with a form, in a memory-mapped inverted index of tantivy.
 
-A document is a name or an alias: its words, stemmed; the beginnings of its long words, which other endings and most
-adjectives of places share; the initials of its words, for acronyms. A document stores no text, only its entity's row.
+A document is a name or an alias, with three fields: its stemmed words; the beginnings of its long
+words, to find other inflections and adjectives of places; the initials of its words, to find
+acronyms. It stores no text, only the row of its entity.
 
-Documents are scored by BM25. A word that many documents have, such as "the", costs nothing: tantivy skips what cannot
-come among the best, and words of a context that are too common are left out.
+Documents are scored by BM25. Frequent words, such as "the", are cheap: tantivy skips documents that
+cannot be among the best, and frequent words of a context are left out of the query.
 """
 
 from __future__ import annotations
@@ -19,22 +20,22 @@ import tantivy
 from gemel_engine.errors import ArtifactError
 from gemel_engine.evidence.normal_form import normal_form
 
-_BEGINNING = 5  # characters
-_MAX_WORDS = 24  # of a form; a longer one is cut
-_MAX_CONTEXT = 64  # words of a context, likewise
-_MAX_COMMON = 0.01  # share of the documents that have a word, above which it is no context
+_BEGINNING = 5  # number of characters
+_MAX_WORDS = 24  # number of words of a form that are used
+_MAX_CONTEXT = 64  # number of words of a context that are used
+_MAX_COMMON = 0.01  # share of documents with a word, above which it is left out of a context
 _MAX_INITIALS = 8
-# One thread, so that equal documents make an equal index; enough memory for millions of names in one segment.
+# Memory for millions of names in one segment; `build` uses one thread, for a reproducible index.
 _WRITER_BYTES = 1 << 30
 
 _STEMMER = tantivy.TextAnalyzerBuilder(tantivy.Tokenizer.whitespace()).filter(tantivy.Filter.stemmer("english")).build()
 
 
 class LexicalIndex:
-    """Names and aliases by their words.
+    """Finds entities by the words of their names and aliases.
 
     Attributes:
-        num_documents: Names and aliases.
+        num_documents: Number of names and aliases.
     """
 
     def __init__(self, index: tantivy.Index) -> None:
@@ -47,8 +48,8 @@ class LexicalIndex:
         """Write the index of some names and open it.
 
         Args:
-            directory: Made if it does not exist; holds nothing.
-            names: Row of the entity, and a name or an alias of it; in the order in which equal scores come.
+            directory: Empty output directory, created if it does not exist.
+            names: Row of an entity with a name or an alias; their order breaks ties of scores.
         """
         directory.mkdir(parents=True, exist_ok=True)
         index = tantivy.Index(_schema(), path=str(directory.absolute()))
@@ -66,21 +67,21 @@ class LexicalIndex:
         """Map what `build` wrote.
 
         Raises:
-            ArtifactError: The directory holds no index that this release reads.
+            ArtifactError: The directory contains no index that this release can read.
         """
-        # tantivy opens an index under a lock file in its directory, which may be read-only: it gets one of links.
+        # tantivy locks the directory, which may be read-only: open a temporary directory of links.
         try:
             with tempfile.TemporaryDirectory(prefix="gemel-lexical-") as links:
                 for path in directory.iterdir():
                     Path(links, path.name).symlink_to(path.absolute())
                 index = tantivy.Index.open(links)
                 index.config_reader(reload_policy="manual")
-                return cls(index)  # has all files mapped
+                return cls(index)  # maps all files now
         except (OSError, ValueError) as error:
             raise ArtifactError(f"{directory} is no readable lexical index ({error}); build it again") from error
 
     def similar(self, form: str, limit: int) -> list[tuple[int, float]]:
-        """Return the entities whose names share the most telling words with a normal form."""
+        """Return the entities whose names match the words of a normal form best, by BM25."""
         return self._search([self._optional("words", word) for word in _words(form)], limit)
 
     def beginning_alike(self, form: str, limit: int) -> list[tuple[int, float]]:
@@ -91,7 +92,7 @@ class LexicalIndex:
         return self._search(clauses, limit)
 
     def holding(self, form: str, context: str, limit: int) -> list[tuple[int, float]]:
-        """Return the entities with all words of a normal form, first those that share more words with its context."""
+        """Return the entities with all words of a form, ranked by the words of its context too."""
         words = _words(form)
         clauses = [(tantivy.Occur.Must, self._term("words", word)) for word in words]
         clauses += [self._optional("words", word) for word in self._telling(context) if word not in words]
@@ -106,7 +107,7 @@ class LexicalIndex:
         return self._search([self._optional("initials", spelling) for spelling in sorted(spellings)], limit)
 
     def _telling(self, context: str) -> list[str]:
-        """Words of a context that few documents have."""
+        """Return the words of a context that occur in few documents."""
         most = max(1, int(_MAX_COMMON * self.num_documents))
         words = list(dict.fromkeys(_STEMMER.analyze(context)))[:_MAX_CONTEXT]
         return [word for word in words if 0 < self._searcher.doc_freq("words", word) <= most]
@@ -118,7 +119,7 @@ class LexicalIndex:
         return tantivy.Query.term_query(self._schema, field, word, "freq" if field == "words" else "basic")
 
     def _search(self, clauses: Sequence[tuple[tantivy.Occur, tantivy.Query]], limit: int) -> list[tuple[int, float]]:
-        """The best documents' entities with their scores, each entity once."""
+        """Return the entities of the best documents, each once with its best score."""
         hits = self._searcher.search(tantivy.Query.boolean_query(list(clauses)), limit, count=False).hits
         rows = self._searcher.fast_field_values("row", [address for _, address in hits])
         best: dict[int, float] = {}
@@ -130,7 +131,7 @@ class LexicalIndex:
 
 
 def _words(form: str) -> list[str]:
-    """The stems of a normal form, each once."""
+    """Return the distinct stems of a normal form."""
     return list(dict.fromkeys(_STEMMER.analyze(form)))[:_MAX_WORDS]
 
 
@@ -154,6 +155,6 @@ def _document(row: int, words: Sequence[str]) -> tantivy.Document:
 
 
 def _initials(words: Sequence[str]) -> list[str]:
-    """Initials of several words, with and without the short ones, such as "of" and "the"."""
+    """Return the initials of all words, and of those with more than three letters."""
     spellings = {"".join(word[0] for word in words), "".join(word[0] for word in words if len(word) > 3)}
     return sorted(spelling for spelling in spellings if 2 <= len(spelling) <= _MAX_INITIALS)

@@ -1,4 +1,4 @@
-"""Names and surface forms in one spelling, so that they can be compared."""
+"""Normalise the spelling of names and surface forms for comparison."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ _QUALIFIER = re.compile(r"\s*\([^()]*\)\s*$|,\s.*$", re.DOTALL)
 
 
 def normal_form(text: str) -> str:
-    """Return the words of a text in lower case, without accents and punctuation, one space between them.
+    """Return the words of a text in lower case, separated by spaces, without accents.
 
-    Apostrophes and the dots between initials join what they separate: "O'Neill" is "oneill", "F.C." is "fc".
+    Punctuation becomes a space; apostrophes and dots between initials are removed: "O'Neill"
+    becomes "oneill", "F.C." becomes "fc".
     """
     if not text.isascii():
         decomposed = unicodedata.normalize("NFKD", text)
@@ -24,5 +25,5 @@ def normal_form(text: str) -> str:
 
 
 def without_qualifier(name: str) -> str:
-    """Return a name without what only tells it from its namesakes: a last part in brackets, or behind a comma."""
+    """Return a name without its qualifier: a last part in brackets, or all from a comma on."""
     return _QUALIFIER.sub("", name) or name

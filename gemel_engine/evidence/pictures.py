@@ -1,6 +1,7 @@
-"""Which entities have pictures like a given one.
+"""Find the entities whose pictures are most similar to a given one.
 
-Likeness is the cosine of features standardised over all entities' pictures, as it is between demonstrations.
+The similarity is the cosine of features that are standardised over all entities' pictures, as for
+demonstrations.
 
 Shapes: N pictures, C vision width.
 """
@@ -23,7 +24,7 @@ _SMALLEST = 1e-6
 
 
 class PictureIndex:
-    """Pictures of entities, several for an entity, by the likeness of their features."""
+    """Finds entities by the similarity of their pictures; an entity may have several pictures."""
 
     def __init__(self, moments: NDArray[np.float32], index: DenseIndex) -> None:
         self._moments = moments  # mean and standard deviation: (2, C)
@@ -41,11 +42,11 @@ class PictureIndex:
         """Write an index and open it.
 
         Args:
-            directory: Made if it does not exist.
-            features: Of the pictures, shape (N, C).
+            directory: Output directory, created if it does not exist.
+            features: Features of the pictures, shape (N, C).
             rows: Entity of each picture, shape (N,).
             num_rows: Number of entities.
-            settings: The default ones if None.
+            settings: How vectors are stored and searched; None: the defaults.
         """
         directory.mkdir(parents=True, exist_ok=True)
         moments = np.stack([features.mean(axis=0), np.maximum(features.std(axis=0), _SMALLEST)]).astype(np.float32)
@@ -67,15 +68,15 @@ class PictureIndex:
 
     @property
     def num_pictures(self) -> int:
-        """N."""
+        """Number of pictures, N."""
         return self._index.num_vectors
 
     def nearest(self, features: Sequence[Features | None], limit: int) -> list[list[tuple[int, float]]]:
-        """Return the entities with the most similar pictures for each picture; none for a missing one.
+        """Return (entity, similarity) pairs of the pictures most similar to each query.
 
         Args:
-            features: Each of shape (C,), or None.
-            limit: Pictures looked at; an entity with several comes once.
+            features: Features of each query, shape (C,); None finds nothing.
+            limit: Number of nearest pictures per query; an entity with several appears once.
         """
         queries = np.zeros((len(features), self._index.width), np.float32)
         for number, values in enumerate(features):
@@ -85,7 +86,7 @@ class PictureIndex:
 
 
 def _standardised(features: Features, moments: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Features (..., C), centred, scaled, and brought to length one."""
+    """Centre features (..., C), scale them, and normalise them to length one."""
     centred = (features - moments[0]) / moments[1]
     standardised: NDArray[np.float32] = centred / np.maximum(np.linalg.norm(centred, axis=-1, keepdims=True), _SMALLEST)
     return standardised.astype(np.float32)

@@ -1,9 +1,10 @@
-"""The entities that a mention may refer to, proposed by all that is known of them.
+"""Propose candidate entities for a mention from all sources of evidence.
 
-Each source ranks entities for a mention: what its surface form meant in training, equal names and aliases, names that
-share words, initials or beginnings with it, names in its text, the nearest names by embedding, the nearest pictures. A
-candidate's place in the pool comes from its places in these rankings, by reciprocal rank fusion (Cormack, Clarke and
-Büttcher, SIGIR 2009): scores of different sources need not be comparable, and what several propose rises.
+Each source ranks entities for a mention: entities of its surface form in training, equal names and
+aliases, names that share words, initials or beginnings with it, names in its text, the nearest
+names by embedding, the nearest pictures. Reciprocal rank fusion (Cormack, Clarke and Büttcher,
+SIGIR 2009) combines the rankings: scores of different sources need not be comparable, and an entity
+that several sources propose ranks higher.
 
 Shapes: B mentions, E width of the mention encoder, C vision width.
 """
@@ -27,10 +28,10 @@ from gemel_engine.types import Features, Mention
 FloatArray = NDArray[np.float32]
 Ranking = list[tuple[int, float]]
 
-_LONGEST_NAME = 6  # words of a name that is looked for in a text
+_LONGEST_NAME = 6  # greatest number of words of a name that is looked up in a text
 _MAX_TEXT_WORDS = 64
 
-# How much the first place in a source's ranking is worth; chosen on WikiDiverse dev.
+# Weight of each source, chosen on WikiDiverse dev.
 WEIGHTS: Mapping[str, float] = MappingProxyType(
     {
         "form": 3.0,
@@ -57,10 +58,10 @@ class PoolSettings:
     """How candidates are chosen.
 
     Attributes:
-        size: Most candidates of a mention.
-        depth: Entities that a source proposes.
-        smoothing: Added to each rank; the larger, the less the first places outweigh the others.
-        weights: Weight of each source; a source that is not named has none.
+        size: Greatest number of candidates of a mention.
+        depth: Greatest number of entities that a source proposes.
+        smoothing: Constant added to each rank; a larger one gives first ranks less advantage.
+        weights: Weight of each source; a missing source has weight 0.
     """
 
     size: int = 32
@@ -83,9 +84,9 @@ class PoolCandidate:
     """An entity that a mention may refer to.
 
     Attributes:
-        row: Of the entity in the knowledge base.
-        score: Sum of the weighted reciprocal ranks; only its order means something.
-        reasons: The sources that proposed it, with the score that each gave it: a count, a likeness or the like.
+        row: Row of the entity in the knowledge base.
+        score: Sum of the weighted reciprocal ranks; only its order is meaningful.
+        reasons: Score by each source that proposed the entity, such as a count or a similarity.
     """
 
     row: int
@@ -94,12 +95,12 @@ class PoolCandidate:
 
 
 class CandidatePool:
-    """Candidates for mentions; equal mentions get equal ones, in every batch.
+    """Proposes candidates for mentions; equal mentions get equal candidates in any batch.
 
     Args:
-        evidence: Of the knowledge base.
-        forms: Of the training mentions, with rows of that knowledge base.
-        settings: The default ones if None.
+        evidence: Evidence index of the knowledge base.
+        forms: Statistics of the training mentions, with rows of that knowledge base; None: without.
+        settings: How candidates are chosen; None: the defaults.
     """
 
     def __init__(
@@ -118,14 +119,15 @@ class CandidatePool:
         *,
         leave_out_own_group: bool = False,
     ) -> list[list[PoolCandidate]]:
-        """Return the candidates of each mention, the best first; none where no source finds any.
+        """Return the candidates of each mention, the best first; an empty list if there are none.
 
         Args:
             mentions: B mentions.
-            form_embeddings: Of their surface forms, shape (B, E); None: nothing is found by it.
-            text_embeddings: Of their texts, shape (B, E); None: nothing is found by it.
-            features: Of their pictures, each of shape (C,); None: nothing is found by them.
-            leave_out_own_group: Training mentions of a mention's group do not count, as if it was never seen.
+            form_embeddings: Embeddings of their surface forms, shape (B, E); None: not used.
+            text_embeddings: Embeddings of their texts, shape (B, E); None: not used.
+            features: Features of their pictures, each of shape (C,); None: not used.
+            leave_out_own_group: Whether to exclude the training mentions of each mention's own
+                group, as if the mention was unseen.
         """
         groups = [mention.group or mention.mention_id if leave_out_own_group else None for mention in mentions]
         rankings = [self._by_words(mention, group) for mention, group in zip(mentions, groups, strict=True)]
@@ -150,7 +152,7 @@ class CandidatePool:
         return rankings
 
     def _named_in(self, text: str) -> Ranking:
-        """Entities whose whole names occur in a text, longer names first; the score is the number of words."""
+        """Return the entities whose full names occur in a text, scored by their number of words."""
         words = text.split()[:_MAX_TEXT_WORDS]
         found: dict[int, float] = {}
         for length in range(min(_LONGEST_NAME, len(words)), 0, -1):

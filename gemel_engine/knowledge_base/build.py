@@ -16,11 +16,11 @@ from gemel_engine.config.components import KnowledgeBaseSettings
 from gemel_engine.errors import InputError
 from gemel_engine.knowledge_base.names import TokenisedNames, count_skipped, reasons_to_skip
 from gemel_engine.knowledge_base.store import (
-    _ENTITY_COLUMNS,
-    _STORED_SCHEMA,
+    ENTITY_COLUMNS,
     ENTITY_SCHEMA,
     FORMAT_VERSION,
     MANIFEST,
+    STORED_SCHEMA,
     TRIE_DIRECTORY,
 )
 from gemel_engine.knowledge_base.trie import MANIFEST as TRIE_MANIFEST
@@ -53,7 +53,7 @@ def read_entities(uri: str, also: Sequence[str] = ()) -> pa.Table:
     Raises:
         InputError: There is no such file, or one is not readable, or has a column of another type.
     """
-    kinds = {name: _ENTITY_COLUMNS[name] for name in (*ENTITY_SCHEMA.names, *also)}
+    kinds = {name: ENTITY_COLUMNS[name] for name in (*ENTITY_SCHEMA.names, *also)}
     return parquet.read_tables(uri, kinds, list(kinds))
 
 
@@ -110,7 +110,7 @@ def save_knowledge_base(
     stored = _sort_entities(entities, name_of_row)
     trie.save(directory / TRIE_DIRECTORY)
     path = directory / "entities.arrow"
-    with pa.ipc.new_file(str(path), _STORED_SCHEMA) as writer:
+    with pa.ipc.new_file(str(path), STORED_SCHEMA) as writer:
         writer.write_table(stored.combine_chunks())
     report = KnowledgeBaseReport(stored.num_rows, trie.num_names, trie.longest(0), num_skipped)
     checksums = {
@@ -162,9 +162,9 @@ def _check_ids(ids: pa.ChunkedArray) -> None:
 
 
 def _sort_entities(entities: pa.Table, name_of_row: NDArray[np.intp]) -> pa.Table:
-    """Rows of `_STORED_SCHEMA`: by name, then popularity descending with unknown ones last, then id."""
+    """Rows of `STORED_SCHEMA`: by name, then popularity descending with unknown ones last, then id."""
     named = entities.append_column("name_index", pa.array(name_of_row.astype(np.uint32)))
     keys = [("name_index", "ascending"), ("popularity", "descending"), ("entity_id", "ascending")]
     ordered = named.take(pc.sort_indices(named, sort_keys=keys))
     row_by_id = pc.sort_indices(ordered["entity_id"]).cast(pa.uint32())
-    return ordered.append_column("row_by_id", row_by_id).cast(_STORED_SCHEMA)
+    return ordered.append_column("row_by_id", row_by_id).cast(STORED_SCHEMA)

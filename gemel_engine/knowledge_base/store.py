@@ -46,7 +46,7 @@ ENTITY_SCHEMA = pa.schema(
         pa.field("aliases", pa.list_(pa.large_string())),
     ]
 )
-_ENTITY_COLUMNS = {
+ENTITY_COLUMNS = {
     "entity_id": IDENTIFIER,
     "name": IDENTIFIER,  # 1984
     "description": TEXT,
@@ -56,7 +56,7 @@ _ENTITY_COLUMNS = {
     "retired": BOOLEAN,  # of updates
 }
 # row_by_id is a second order of the same rows: its i-th value is the row with the i-th smallest entity id.
-_STORED_SCHEMA = pa.schema([*ENTITY_SCHEMA, pa.field("name_index", pa.uint32()), pa.field("row_by_id", pa.uint32())])
+STORED_SCHEMA = pa.schema([*ENTITY_SCHEMA, pa.field("name_index", pa.uint32()), pa.field("row_by_id", pa.uint32())])
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,7 @@ class KnowledgeBase:
         try:
             with parquet.open_arrow(path) as reader:
                 entities = reader.get_batch(0) if reader.num_record_batches == 1 else pa.RecordBatch.from_pylist([])
-                if reader.schema != _STORED_SCHEMA or not entities.num_rows:
+                if reader.schema != STORED_SCHEMA or not entities.num_rows:
                     raise ArtifactError(f"{path} has other columns than a knowledge base; build it again")
             entities.validate(full=verify)
             knowledge_base = cls(trie, directory / TRIE_DIRECTORY, entities, str(manifest.get("tokenizer_fingerprint")))

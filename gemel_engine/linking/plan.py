@@ -257,7 +257,7 @@ def _one_of_each(resources: ResourceSettings) -> ResourceSettings:
     )
 
 
-def _size(num_bytes: float) -> str:
+def format_size(num_bytes: float) -> str:
     """Return a size in the largest unit of which it is at least one."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if num_bytes < 1024:

@@ -1,1 +1,1 @@
-"""A run as one HTML file."""
+"""Render a run as one HTML file."""

@@ -1,6 +1,6 @@
-"""Mentions to look at: a sample of a run, with the texts, pictures and demonstrations that belong to it.
+"""Draw a sample of a run's mentions, with their texts, pictures and demonstrations.
 
-Of a corpus only the sampled rows are kept, and the pictures of only those row groups are read that hold one of them.
+Only the row groups that contain a drawn mention are read in full, and only drawn rows are kept.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ _KINDS = ("right", "certified", "is_nil")
 _FETCH_THREADS = 16
 _MAX_PIXELS = 50_000_000
 _MAX_THUMBNAIL_BYTES = 20_000
-_MENTION_EDGE, _DEMONSTRATION_EDGE = 256, 80  # twice their width on the page, for dense displays
+_MENTION_EDGE, _DEMONSTRATION_EDGE = 256, 80  # pixels, twice those of the page, for dense displays
 
 
 @dataclass(frozen=True, slots=True)
 class Thumbnail:
-    """A small picture, or why there is none.
+    """A small picture, or the reason why it is missing.
 
     Attributes:
-        data: A WebP file of at most 20 kB; None if the mention has no picture, or none that can be shown.
-        fault: Why it can't be shown.
+        data: WebP file of at most 20 kB; None if there is no picture, or it can't be shown.
+        fault: Reason why the picture can't be shown; None if it can, or if there is none.
     """
 
     data: bytes | None = None
@@ -56,16 +56,16 @@ class ShownDemonstration:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GalleryItem:
-    """One mention and what was said of it.
+    """One mention, its prediction, and the gold label if known.
 
     Attributes:
-        mention: As far as it could be read: text and surface form may be empty.
-        picture: Its picture.
-        prediction: The row of the run's output, by column.
-        gold_id: The entity that it refers to; None for NIL, or if it is not known.
-        gold_name: That entity's name, where known.
+        mention: The mention; text and surface form are empty if they could not be read.
+        picture: Picture of the mention.
+        prediction: Row of the run's output, by column.
+        gold_id: Gold entity; None for NIL, or if unknown.
+        gold_name: Name of the gold entity; None if unknown.
         right: Whether the answer is right; None if it was not judged.
-        demonstrations: In the order of the prompt: the last stands right before the question.
+        demonstrations: Demonstrations in the order of the prompt, the last one before the question.
     """
 
     mention: Mention
@@ -88,18 +88,20 @@ def gallery_items(
     training: str | None = None,
     image_source: ImagePolicy | None = None,
 ) -> list[GalleryItem]:
-    """Draw mentions of a run, of each kind (right or wrong, certified or not, NIL, error) as many as of any other.
+    """Draw mentions of a run, the same number of each kind as far as possible.
+
+    A kind is a combination of right or wrong, certified or not, NIL or not, error or not.
 
     Args:
-        predictions: The run's output.
+        predictions: Output of the run.
         mentions: Parquet file or directory of the mentions that were linked.
-        index: Its demonstrations.
-        size: Fewer come back only if there are fewer.
-        seed: Equal seeds draw equal mentions.
-        judged: Columns `mention_id`, `entity_id` (gold, null for NIL), `entity_name` and `right`, both nullable; of any
-            mentions, each once.
-        training: Parquet file or directory of the demonstrations' mentions, for their pictures; None: without.
-        image_source: Which image addresses may be read; None: none.
+        index: Demonstrations of the run; None: without demonstrations.
+        size: Number of mentions to draw; all of them if there are fewer.
+        seed: Seed of the draw; equal seeds draw equal mentions.
+        judged: Verdicts (see `Judge.verdicts`) on any of the mentions: columns `mention_id`,
+            `entity_id` (gold, null for NIL), `entity_name` and `right` (both nullable).
+        training: Parquet file or directory with the pictures of the demonstrations; None: without.
+        image_source: Policy for reading image addresses; None: no address is read.
 
     Raises:
         InputError: A drawn mention is not in the corpus, or a corpus can't be read.
@@ -107,7 +109,7 @@ def gallery_items(
     judged = _of_the_same_rows(judged, predictions["mention_id"])
     drawn = _draw(predictions.append_column("right", judged["right"]), size, seed)
     rows, gold = predictions.take(drawn).to_pylist(), judged.take(drawn).to_pylist()
-    corpus = _read_mentions(mentions, {row["mention_id"] for row in rows})
+    corpus = read_drawn_mentions(mentions, {row["mention_id"] for row in rows})
     pictures = _thumbnails(corpus, image_source, _MENTION_EDGE)
     shown = _shown_demonstrations(index, rows, training, image_source)
     return [
@@ -127,10 +129,10 @@ def gallery_items(
 
 
 def shrink(data: bytes, edge: int) -> bytes:
-    """Make a small WebP file of an untrusted picture: at most `edge` pixels wide and high, at most 20 kB.
+    """Shrink an untrusted picture to a WebP file of at most `edge` x `edge` pixels and 20 kB.
 
     Raises:
-        ImageError: It is no picture.
+        ImageError: The data is not a picture.
     """
     image = decode_image(data, _MAX_PIXELS)
     image.thumbnail((edge, edge))
@@ -143,7 +145,7 @@ def shrink(data: bytes, edge: int) -> bytes:
 
 
 def _of_the_same_rows(judged: pa.Table | None, mention_ids: pa.ChunkedArray) -> pa.Table:
-    """Gold and judgement for each of the mentions, null where there is none."""
+    """Return the verdict on each of the mentions, null where there is none."""
     types = {"mention_id": pa.string(), "entity_id": pa.string(), "entity_name": pa.string(), "right": pa.bool_()}
     if judged is None:
         return pa.table({name: pa.nulls(len(mention_ids), kind) for name, kind in types.items()})
@@ -152,7 +154,7 @@ def _of_the_same_rows(judged: pa.Table | None, mention_ids: pa.ChunkedArray) -> 
 
 
 def _draw(predictions: pa.Table, size: int, seed: int) -> NDArray[np.intp]:
-    """Rows in random order, in rounds: one of each kind, then a second one of each."""
+    """Draw rows in rounds, each with one row of every kind that is left, in random order."""
     columns = [predictions[name].cast(pa.int8()).fill_null(-1) for name in _KINDS]
     columns.append(predictions["error"].is_valid().cast(pa.int8()))
     order = np.random.default_rng(seed).permutation(len(predictions))
@@ -166,11 +168,11 @@ def _draw(predictions: pa.Table, size: int, seed: int) -> NDArray[np.intp]:
     return drawn
 
 
-def _read_mentions(uri: str, mention_ids: Collection[str], *, complete: bool = True) -> dict[str, dict[str, Any]]:
-    """Rows of a corpus by `mention_id`; first the ids are read, then the other columns of the row groups that matter.
+def read_drawn_mentions(uri: str, mention_ids: Collection[str], *, complete: bool = True) -> dict[str, dict[str, Any]]:
+    """Read rows of a corpus by `mention_id`: first all ids, then the row groups that contain them.
 
     Raises:
-        InputError: The corpus can't be read, or is to be complete and lacks one.
+        InputError: The corpus can't be read, or `complete` is set and a mention is missing.
     """
     wanted = pa.array(sorted(mention_ids), pa.large_string())
     found: dict[str, dict[str, Any]] = {}
@@ -193,11 +195,11 @@ def _shown_demonstrations(
     training: str | None,
     image_source: ImagePolicy | None,
 ) -> dict[str, ShownDemonstration]:
-    """The demonstrations of all rows by `mention_id`."""
+    """Return the demonstrations of all rows with their pictures, by `mention_id`."""
     if index is None:
         return {}
     mention_ids = list(dict.fromkeys(mention_id for row in rows for mention_id in row["demonstration_ids"] or ()))
-    pictured = {} if training is None else _read_mentions(training, mention_ids, complete=False)
+    pictured = {} if training is None else read_drawn_mentions(training, mention_ids, complete=False)
     pictures = _thumbnails(pictured, image_source, _DEMONSTRATION_EDGE)
     return {
         mention_id: ShownDemonstration(index[row], pictures.get(mention_id, Thumbnail()))
@@ -212,7 +214,7 @@ def _mention(row: Mapping[str, Any]) -> Mention:
 def _thumbnails(
     rows: Mapping[str, Mapping[str, Any]], image_source: ImagePolicy | None, edge: int
 ) -> dict[str, Thumbnail]:
-    """The pictures of rows of a corpus; one that can't be shown does not stop the others."""
+    """Shrink the pictures of rows of a corpus; one that can't be shown does not stop the others."""
 
     def thumbnail(row: Mapping[str, Any]) -> Thumbnail:
         data, uri = row.get("image_bytes"), row.get("image_uri")

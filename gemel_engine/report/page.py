@@ -1,7 +1,8 @@
-"""The report of a run: figures, plots and mentions to look at, as one HTML file that needs no network.
+"""Render the report of a run: numbers, plots and a gallery, as one HTML file that needs no network.
 
-What comes from a corpus is untrusted: it is escaped, what is invisible in it is made visible, and a content security
-policy lets nothing run or load but what stands in the file itself. Equal arguments give equal bytes.
+Text from a corpus is untrusted: it is escaped, its invisible characters are made visible, and a
+content security policy allows only scripts, styles and pictures that the file itself contains.
+Equal arguments give equal bytes.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import pyarrow.compute as pc
 
 from gemel_engine.config.components import ImagePolicy
 from gemel_engine.display import cut, excerpt, shares, visible
-from gemel_engine.evaluation.judge import Comparison, Evaluation, Figure
+from gemel_engine.evaluation.judge import Comparison, Evaluation, Measured
 from gemel_engine.evaluation.leaks import LeakAudit
 from gemel_engine.evaluation.quality import ConfidenceQuality
 from gemel_engine.evaluation.run import JudgedRun, LinkedRun
@@ -64,17 +65,17 @@ def render_report(
     comparison: Comparison | None = None,
     leaks: LeakAudit | None = None,
 ) -> str:
-    """Render a report; what is None has no part in it.
+    """Render a report; it has no section for an argument that is None.
 
     Args:
-        title: Of the page.
-        run: The run's `report.json`.
-        predictions: The run's output, at least its columns `certified`, `is_nil` and `num_rollouts`.
-        gallery: Mentions to show; see `gallery_items`.
-        evaluation: How good the run is.
-        confidence: How good its scores are, by their names; the first is drawn most prominently.
-        comparison: The run beside another.
-        leaks: What its mentions have in common with the training split.
+        title: Title of the page.
+        run: Contents of the run's `report.json`.
+        predictions: Output of the run, at least `certified`, `is_nil` and `num_rollouts`.
+        gallery: Mentions to show (see `gallery_items`).
+        evaluation: Accuracy of the run.
+        confidence: Quality of each score, by its name; the first is drawn most prominently.
+        comparison: Comparison with another run.
+        leaks: Overlap with the training split.
     """
     cards = [_Card.of(item) for item in gallery]
     num_rollouts = predictions["num_rollouts"].drop_null().to_numpy()
@@ -112,10 +113,11 @@ def report_of(
 
     Args:
         linked: The run.
-        judged: What is said of it; None without gold labels.
-        training: Parquet file or directory of the demonstrations' mentions, for their pictures.
-        gallery_size: Mentions to show.
-        image_source: Which image addresses may be read, whatever the run was allowed to; None: none.
+        judged: Results of judging the run; None without gold labels.
+        training: Parquet file or directory with the pictures of the demonstrations; None: without.
+        gallery_size: Number of mentions to show.
+        image_source: Policy for reading image addresses, independent of the run's own; None: no
+            address is read.
     """
     settings, index = linked.settings, None
     if settings["demonstrations"] is not None:
@@ -144,7 +146,7 @@ def report_of(
 
 @dataclass(frozen=True, slots=True)
 class _Text:
-    """A text around its surface form."""
+    """An excerpt of a text: the surface form and what surrounds it."""
 
     before: str
     mention: str
@@ -157,11 +159,15 @@ class _Text:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Card:
-    """A gallery item as the template wants it.
+    """A gallery item, prepared for the template.
 
     Attributes:
-        flags: Which filters show it.
-        candidates: Each with its share of the probability of all names, a lower bound.
+        item: The gallery item.
+        text: Excerpt of the text around the mention.
+        flags: Filters that show the item.
+        candidates: Candidates, each with a lower bound of its share of the probability of all
+            names.
+        demonstrations: Demonstrations, each with an excerpt of its text.
     """
 
     item: GalleryItem
@@ -197,12 +203,12 @@ class _Card:
 
 
 def _shares(predictions: pa.Table) -> dict[str, float | None]:
-    """Of the linked rows, the share that is certified and that is NIL; None where that is not known of any."""
+    """Return the shares of rows that are certified and NIL; None if unknown for all rows."""
     return {name: pc.mean(predictions[name]).as_py() for name in ("certified", "is_nil")}
 
 
 def _stages(run: Mapping[str, Any]) -> list[tuple[str, float, float, float | None]]:
-    """Name, busy seconds, share of all busy seconds, and mentions a busy second of each stage."""
+    """Return each stage's name, busy seconds, share of them all, and mentions per busy second."""
     seconds: Mapping[str, float] = run.get("stage_seconds") or {}
     total, rows = sum(seconds.values()), run.get("rows_linked_now") or 0
     return [
@@ -216,7 +222,7 @@ def _is_nothing(value: float | None) -> bool:
 
 
 def _number(value: float | None, digits: int = 0) -> str:
-    """With a minus sign and thin spaces between thousands."""
+    """Format a number with a proper minus sign and thin spaces between thousands."""
     return NOTHING if _is_nothing(value) else f"{value:,.{digits}f}".replace(",", "\u202f").replace("-", "−")
 
 
@@ -224,14 +230,14 @@ def _percent(value: float | None, digits: int = 1) -> str:
     return NOTHING if value is None or _is_nothing(value) else f"{_number(100 * value, digits)}\u202f%"
 
 
-def _interval(figure: Figure, scale: float = 100, digits: int = 1) -> str:
-    if _is_nothing(figure.low) or _is_nothing(figure.high):
+def _interval(measured: Measured, scale: float = 100, digits: int = 1) -> str:
+    if _is_nothing(measured.low) or _is_nothing(measured.high):
         return NOTHING
-    return f"[{_number(scale * figure.low, digits)}, {_number(scale * figure.high, digits)}]"
+    return f"[{_number(scale * measured.low, digits)}, {_number(scale * measured.high, digits)}]"
 
 
 def _extent(share: float | None) -> str:
-    """A share as a length in SVG, nothing where it is no number."""
+    """Format a share as a length in SVG; 0% if it is not a number."""
     return "0%" if share is None or _is_nothing(share) else f"{100 * min(1.0, max(0.0, share)):.2f}%"
 
 
@@ -240,15 +246,15 @@ def _data_uri(picture: bytes) -> str:
 
 
 def _csp_hash(content: str) -> str:
-    """How a content security policy names the one style sheet or script that it allows."""
+    """Return the source by which a content security policy allows this style sheet or script."""
     return f"sha256-{b64encode(hashlib.sha256(content.encode()).digest()).decode()}"
 
 
 def _shown(value: object) -> object:
-    """What the template writes of a value, before it is escaped."""
+    """Prepare a value for the template, which escapes it afterwards."""
     if value is None:
         return NOTHING
-    return visible(value, lines=True) if type(value) is str else value  # Markup, a subclass, is the template's own
+    return visible(value, lines=True) if type(value) is str else value  # Markup is trusted
 
 
 def _environment() -> Environment:

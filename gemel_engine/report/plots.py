@@ -1,7 +1,8 @@
-"""Plots for the report: matplotlib's SVG, made part of an HTML page.
+"""Draw the plots of the report with matplotlib, as SVG inside the HTML page.
 
-Text stays text and colours become variables of the page, so that a plot follows it into dark mode. There are neither
-style attributes nor style elements, which the page's content security policy forbids, and equal data gives equal bytes.
+Text stays text, and colours become CSS variables of the page, so plots follow its dark mode. There
+are no style attributes or style elements, because the page's content security policy forbids them.
+Equal data gives equal bytes.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ with extra("report"):
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
-# Colours that stand for variables of the page's style sheet.
+# Placeholder colours, replaced by variables of the page's style sheet.
 _INK, _MUTED, _RULE, _ACCENT = "#000001", "#000002", "#000003", "#000004"
 _VARIABLES = {_INK: "var(--ink)", _MUTED: "var(--muted)", _RULE: "var(--rule)", _ACCENT: "var(--accent)"}
 _SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",
-    "svg.hashsalt": "gemel",  # identifiers would be random without
+    "svg.hashsalt": "gemel",  # makes identifiers reproducible
     "font.size": 9,
     "axes.edgecolor": _MUTED,
     "axes.labelcolor": _INK,
@@ -49,7 +50,7 @@ _MAX_CURVE_POINTS = 200
 
 
 class _Line(NamedTuple):
-    """How a score is drawn: told apart without colour as well."""
+    """The line style of a score; styles differ in more than their colours."""
 
     color: str
     marker: str
@@ -61,7 +62,7 @@ _LINES = (_Line(_ACCENT, "o", "-", "none"), _Line(_MUTED, "s", "--", "5 3"), _Li
 
 
 def swatch(number: int) -> Markup:
-    """A short piece of the line of the n-th score, for a legend."""
+    """Draw a short piece of the line of the n-th score, for a legend."""
     line = _LINES[number % len(_LINES)]
     return Markup(
         '<svg class="swatch" viewBox="0 0 24 8" aria-hidden="true"><path d="M0 4H24" stroke="{}" stroke-width="2" '
@@ -70,7 +71,7 @@ def swatch(number: int) -> Markup:
 
 
 def reliability(confidence: Mapping[str, ConfidenceQuality]) -> Markup:
-    """Accuracy over confidence, bin by bin, with Wilson intervals of 95%; the diagonal is perfect calibration."""
+    """Plot accuracy over confidence by bins, with 95% Wilson intervals and the diagonal."""
     figure, axes = _percentages("confidence", "accuracy")
     axes.plot([0, 1], [0, 1], color=_RULE, linewidth=1.5)
     for quality, line in _first_on_top(confidence):
@@ -84,7 +85,7 @@ def reliability(confidence: Mapping[str, ConfidenceQuality]) -> Markup:
 
 
 def risk_coverage(confidence: Mapping[str, ConfidenceQuality]) -> Markup:
-    """Error rate of the most confident answers over the share of mentions that they make up."""
+    """Plot the error rate of the most confident answers over the share of mentions answered."""
     figure, axes = _percentages("share of mentions answered", "error rate among them")
     highest = 0.0
     for quality, line in _first_on_top(confidence):
@@ -97,7 +98,7 @@ def risk_coverage(confidence: Mapping[str, ConfidenceQuality]) -> Markup:
 
 
 def rollouts(counts: ArrayLike) -> Markup:
-    """Share of mentions by how many rollouts they took (integers from 1), in bins that double."""
+    """Plot the share of mentions by number of rollouts (integers from 1), in bins that double."""
     numbers = np.asarray(counts, np.float64)
     shares = np.bincount(np.ceil(np.log2(numbers)).astype(np.intp), minlength=1) / max(1, len(numbers))
     labels = ["1", "2", *(f"{2 ** (k - 1) + 1}–{2**k}" for k in range(2, len(shares)))][: len(shares)]
@@ -111,12 +112,12 @@ def rollouts(counts: ArrayLike) -> Markup:
 
 
 def _first_on_top(confidence: Mapping[str, ConfidenceQuality]) -> Iterator[tuple[ConfidenceQuality, _Line]]:
-    """Scores and their lines, the first last, so that no other is drawn over it."""
+    """Yield scores and their lines in reverse, so that the first one is drawn on top."""
     return reversed(list(zip(confidence.values(), cycle(_LINES), strict=False)))
 
 
 def _percentages(x_label: str, y_label: str) -> tuple[Figure, Axes]:
-    """A figure of its own, not one of pyplot's, with axes from 0 to 100%."""
+    """Create a figure, independent of pyplot's state, with axes from 0 to 100%."""
     with matplotlib.rc_context(_SETTINGS):
         figure = Figure(figsize=_SIZE_INCHES)
         figure.subplots_adjust(left=0.14, right=0.95, bottom=0.14, top=0.97)
@@ -128,7 +129,7 @@ def _percentages(x_label: str, y_label: str) -> tuple[Figure, Axes]:
 
 
 def _markup(figure: Figure, name: str, label: str) -> Markup:
-    """An `svg` element; identifiers begin with `name`, which must be another one for each plot of a page."""
+    """Convert a figure to an `svg` element; `name` prefixes ids and must be unique on the page."""
     with matplotlib.rc_context(_SETTINGS), io.BytesIO() as file:
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
         root = ElementTree.fromstring(file.getvalue())
@@ -144,14 +145,14 @@ def _markup(figure: Figure, name: str, label: str) -> Markup:
 
 
 def _attributes(attributes: Mapping[str, str], prefix: str) -> Iterator[tuple[str, str]]:
-    """An element's attributes, its style as one attribute for each property."""
+    """Yield an element's attributes, with its style split into one attribute per property."""
     for key, value in attributes.items():
         if key == "style":
             for declaration in filter(None, value.split(";")):
                 style, _, setting = (part.strip() for part in declaration.partition(":"))
-                if style != "font-family":  # that of the page
+                if style != "font-family":  # the page sets it
                     yield style, _VARIABLES.get(setting, setting)
         elif key == "id":
             yield key, f"{prefix}-{value}"
         else:
-            yield key.rpartition("}")[2], value.replace("#", f"#{prefix}-")  # of what it refers to
+            yield key.rpartition("}")[2], value.replace("#", f"#{prefix}-")  # references to ids

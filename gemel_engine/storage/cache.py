@@ -17,8 +17,8 @@ from filelock import FileLock
 
 from gemel_engine.errors import ArtifactError, ConfigurationError, shown
 from gemel_engine.storage import s3
-from gemel_engine.storage.files import InputFile, _normalised, _relative, _walk
-from gemel_engine.storage.local import _NO_ROOM, _room_for
+from gemel_engine.storage.files import InputFile, normalised_uri, relative_path, walk_files
+from gemel_engine.storage.local import NO_ROOM, explain_full_disk
 
 ARTIFACT_CACHE = Path(tempfile.gettempdir()) / f"gemel-artifacts-{os.geteuid()}"
 
@@ -35,12 +35,12 @@ def download_directory(uri: str, cache_dir: str | os.PathLike[str] = ARTIFACT_CA
         ArtifactError: The directory does not exist, or a file's name could lead out of it.
         ConfigurationError: Other users can write to `cache_dir`, or this user cannot.
     """
-    root = _normalised(uri)
+    root = normalised_uri(uri)
     if not root.startswith("s3://"):
         if not os.path.isdir(root):
             raise ArtifactError(f"no artifact directory at {shown(uri)}: check the path, or build the artifact first")
         return Path(root)
-    files = sorted(_walk(root), key=lambda file: file.uri)
+    files = sorted(walk_files(root), key=lambda file: file.uri)
     if not files:
         raise ArtifactError(f"no artifact directory at {shown(uri)}: check the address, or upload the artifact first")
     digest = hashlib.sha256(repr([(file.uri, file.version) for file in files]).encode()).hexdigest()[:16]
@@ -48,7 +48,7 @@ def download_directory(uri: str, cache_dir: str | os.PathLike[str] = ARTIFACT_CA
 
     def download(directory: Path) -> None:
         with ThreadPoolExecutor() as pool:
-            for copy in [pool.submit(_download_file, file, _relative(file, root), directory) for file in files]:
+            for copy in [pool.submit(_download_file, file, relative_path(file, root), directory) for file in files]:
                 copy.result()
 
     return made_once(target, download)
@@ -64,7 +64,7 @@ def made_once(target: Path, make: Callable[[Path], object]) -> Path:
         ConfigurationError: Other users can write to its parent directory, or this user cannot.
     """
     temporary, record = target.with_name(f".{target.name}"), target.with_name(f".{target.name}.json")
-    with _room_for(target):
+    with explain_full_disk(target):
         _make_private(target.parent)
         with FileLock(target.with_name(f".{target.name}.lock")):
             if target.is_dir() and _recorded(record) == _content(target):
@@ -94,7 +94,7 @@ def _make_private(directory: Path) -> None:
             directory.mkdir(mode=0o700)
         status = directory.lstat()  # does not follow a link
     except OSError as error:
-        if error.errno in _NO_ROOM:
+        if error.errno in NO_ROOM:
             raise
         fault = str(error.strerror)
     else:

@@ -27,7 +27,7 @@ from pyarrow.fs import FileSystem, LocalFileSystem
 from gemel_engine.config.addresses import local_path
 from gemel_engine.errors import ConfigurationError, InputError, shown
 from gemel_engine.storage import s3
-from gemel_engine.storage.local import _publish_exclusively, _write_local, open_regular
+from gemel_engine.storage.local import open_regular, publish_exclusively, write_local
 
 _RAY_WORKING_DIRECTORIES = "working_dir_files"
 _SUFFIXES = (".parquet", ".parq", ".pq")
@@ -76,7 +76,7 @@ def check_apart(output: str, source: str) -> None:
         ConfigurationError: `output` is `source` or is inside of it where `list_parquet` would find
             its files, or `source` is in a directory of `output` that a job writes to.
     """
-    root, target = _normalised(source), _normalised(output)
+    root, target = normalised_uri(source), normalised_uri(output)
     is_read = any(_is_table(os.path.normpath(f"{place}/data/x.parquet")) for place in _places_within(target, root))
     if is_read or any(re.match(r"(data|_[^/]*)(/|$)", place) for place in _places_within(root, target)):
         raise ConfigurationError(
@@ -106,12 +106,12 @@ def list_parquet(uri: str) -> list[InputFile]:
     Raises:
         InputError: There is no Parquet file, or a local directory or link cannot be read.
     """
-    root = _normalised(uri)
+    root = normalised_uri(uri)
     single = _stat(root)
     if single is not None:
         return [single]
     try:
-        files = [file for file in _walk(root) if _is_table(_relative(file, root))]
+        files = [file for file in walk_files(root) if _is_table(relative_path(file, root))]
     except OSError as error:
         if root.startswith("s3://"):
             raise
@@ -123,20 +123,20 @@ def list_parquet(uri: str) -> list[InputFile]:
 
 def partition_keys(uri: str, file: InputFile) -> list[str]:
     """Return the keys of the Hive partitions (`key=value`) that contain a listed file."""
-    directories = _relative(file, _normalised(uri)).split("/")[:-1]
+    directories = relative_path(file, normalised_uri(uri)).split("/")[:-1]
     return [unquote(name.partition("=")[0]) for name in directories if "=" in name]
 
 
 def list_files(uri: str) -> list[str]:
     """Return the relative paths of all files below a directory; empty if it does not exist."""
-    root = _normalised(uri)
-    return [_relative(file, root) for file in _walk(root)]
+    root = normalised_uri(uri)
+    return [relative_path(file, root) for file in walk_files(root)]
 
 
 def exists(uri: str) -> bool:
     """Return whether there is a file at or below an address; an empty directory does not count."""
-    root = _normalised(uri)
-    return _stat(root) is not None or next(_walk(root), None) is not None
+    root = normalised_uri(uri)
+    return _stat(root) is not None or next(walk_files(root), None) is not None
 
 
 def read_bytes(uri: str, limit: int | None = None) -> bytes:
@@ -168,7 +168,7 @@ def write_bytes(uri: str, data: bytes) -> None:
     if path is None:
         s3.write_bytes(uri, data)
     else:
-        _write_local(path, data, Path.replace)
+        write_local(path, data, Path.replace)
 
 
 def create_exclusive(uri: str, data: bytes) -> bool:
@@ -185,7 +185,7 @@ def create_exclusive(uri: str, data: bytes) -> bool:
     if path is None:
         return s3.create_exclusive(uri, data)
     try:
-        _write_local(path, data, _publish_exclusively)
+        write_local(path, data, publish_exclusively)
     except FileExistsError:
         return False
     return True
@@ -197,7 +197,7 @@ def remove_tree(uri: str) -> None:
     Other processes may write to it or remove it at the same time; files that they write meanwhile
     may remain.
     """
-    root = _normalised(uri)
+    root = normalised_uri(uri)
     if root.startswith("s3://"):
         s3.remove_tree(root)
     elif os.path.isdir(root):
@@ -213,7 +213,8 @@ def _unless_others_are_there(_: object, path: str, raised: tuple[type, BaseExcep
         raise error
 
 
-def _normalised(uri: str) -> str:
+def normalised_uri(uri: str) -> str:
+    """Return the path of a local address, and any other address without trailing slashes."""
     path = local_path(uri)
     return uri.rstrip("/") if path is None else str(path)
 
@@ -248,7 +249,8 @@ def _is_same(path: Path, other: str) -> bool:
         return str(path) == os.path.realpath(other)
 
 
-def _relative(file: InputFile, root: str) -> str:
+def relative_path(file: InputFile, root: str) -> str:
+    """Return the address of a file relative to a normalised address above it."""
     return file.uri[len(root) + 1 :]
 
 
@@ -266,7 +268,7 @@ def _stat(root: str) -> InputFile | None:
     return None if found is None else InputFile(root, *found)
 
 
-def _walk(root: str) -> Iterator[InputFile]:
+def walk_files(root: str) -> Iterator[InputFile]:
     """Yield all files below a normalised address, in no particular order."""
     if root.startswith("s3://"):
         for found in s3.walk(root):

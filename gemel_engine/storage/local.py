@@ -18,7 +18,7 @@ _MAX_VANISHED = 100
 # Errors of os.link on file systems without hard links: exFAT, SMB, many in user space.
 _NO_HARD_LINKS = (errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EMLINK)
 _AT_FDCWD, _RENAME_NOREPLACE = -100, 1  # Linux only
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 def open_regular(path: Path) -> BufferedReader:
@@ -34,12 +34,12 @@ def open_regular(path: Path) -> BufferedReader:
     return os.fdopen(descriptor, "rb")
 
 
-def _write_local(path: Path, data: bytes, publish: Callable[[Path, Path], object]) -> None:
+def write_local(path: Path, data: bytes, publish: Callable[[Path, Path], object]) -> None:
     """Write a hidden temporary file beside `path`, sync it to disk, and call `publish` on both."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     for attempt in range(_MAX_VANISHED):
         try:
-            with _room_for(path):
+            with explain_full_disk(path):
                 _make_directory(path.parent)
                 with temporary.open("xb") as stream:
                     stream.write(data)
@@ -54,7 +54,7 @@ def _write_local(path: Path, data: bytes, publish: Callable[[Path, Path], object
             temporary.unlink(missing_ok=True)
 
 
-def _publish_exclusively(temporary: Path, path: Path) -> None:
+def publish_exclusively(temporary: Path, path: Path) -> None:
     """Give a temporary file its final name unless that exists.
 
     Uses a hard link, or a rename that replaces nothing on file systems without hard links.
@@ -98,12 +98,12 @@ def _make_directory(path: Path) -> None:
 
 
 @contextmanager
-def _room_for(path: Path) -> Iterator[None]:
+def explain_full_disk(path: Path) -> Iterator[None]:
     """Add a remedy to the error of a full disk."""
     try:
         yield
     except OSError as error:
-        if error.errno not in _NO_ROOM:
+        if error.errno not in NO_ROOM:
             raise
         message = "no room left on the disk: make room, then run the same command again"
         raise OSError(error.errno, message, str(path)) from error

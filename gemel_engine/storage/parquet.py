@@ -25,7 +25,7 @@ from gemel_engine.storage import files as storage
 from gemel_engine.storage.files import InputFile
 from gemel_engine.storage.local import open_regular
 from gemel_engine.storage.parquet_footer import EXTENSION_KEY
-from gemel_engine.storage.table import Table, _check_memory, _readable
+from gemel_engine.storage.table import Table, check_memory, explain_unreadable
 from gemel_engine.types import Column
 
 
@@ -47,7 +47,7 @@ def open_table(
     Raises:
         InputError: The file cannot be read, or `Table` rejects it.
     """
-    with _readable(uri):
+    with explain_unreadable(uri):
         path = local_path(uri)
         if path is not None and path.exists() and not path.is_file():
             raise InputError(f"{uri} is no regular file: give a Parquet file")  # a pipe would block
@@ -91,7 +91,7 @@ def read_tables(
         tables.append(table.read(names))
         num_bytes += tables[-1].nbytes
         stored_bytes += table.file.size
-        _check_memory(uri, num_bytes, stored_bytes, "all rows")
+        check_memory(uri, num_bytes, stored_bytes, "all rows")
     return pa.concat_tables(tables, promote_options="default")
 
 

@@ -60,7 +60,7 @@ class Table:
         """
         self.file = file
         self._source = source
-        with _readable(file.uri):
+        with explain_unreadable(file.uri):
             self._chunks = read_chunks(source)
             self._parquet = self._open()
             self._schema: pa.Schema = self._parquet.schema_arrow
@@ -104,7 +104,7 @@ class Table:
         for group, (first, end) in enumerate(zip(self._ends[:-1].tolist(), self._ends[1:].tolist(), strict=True)):
             if first == end or end <= rows.start or first >= rows.stop:
                 continue
-            with _readable(self.file.uri):
+            with explain_unreadable(self.file.uri):
                 num_rows = self._rows_per_piece(group, stored, max_rows)
                 for batch in self._reader.iter_batches(num_rows, row_groups=[group], columns=stored):
                     start, stop = max(rows.start - first, 0), min(rows.stop - first, len(batch))
@@ -201,7 +201,7 @@ class Table:
             self._check_bytes(size, f"column {leaf.path.partition('.')[0]!r} of {num_rows} rows")
 
     def _check_bytes(self, size: int, what: str) -> None:
-        _check_memory(self.file.uri, size, self._source.size(), what)
+        check_memory(self.file.uri, size, self._source.size(), what)
 
     def _rows_per_piece(self, group: int, names: Sequence[str], max_rows: int) -> int:
         """Return the number of rows that fit into `_PIECE_BYTES`.
@@ -274,7 +274,7 @@ class Table:
         return pc.cast(values, options=pc.CastOptions(target_type=wanted, allow_invalid_utf8=True))
 
 
-def _check_memory(uri: str, num_bytes: int, stored_bytes: int, what: str) -> None:
+def check_memory(uri: str, num_bytes: int, stored_bytes: int, what: str) -> None:
     """Raise if data would take too much memory for its stored size."""
     if num_bytes > max(_ALWAYS_ALLOWED, _EXPANSION * stored_bytes):
         raise InputError(
@@ -284,7 +284,7 @@ def _check_memory(uri: str, num_bytes: int, stored_bytes: int, what: str) -> Non
 
 
 @contextmanager
-def _readable(uri: str) -> Iterator[None]:
+def explain_unreadable(uri: str) -> Iterator[None]:
     """Convert Arrow's errors for an unreadable file to InputError."""
     try:
         yield

@@ -5,7 +5,7 @@ from scipy.stats import binom
 from sklearn.metrics import accuracy_score
 
 from gemel_engine.errors import InputError
-from gemel_engine.evaluation.judge import Figure, Judge
+from gemel_engine.evaluation.judge import Judge, Measured
 from gemel_engine.evaluation.leaks import audit_leaks
 from gemel_engine.types import Candidate, Prediction, predictions_to_table
 
@@ -101,11 +101,11 @@ def test_a_gold_mention_without_a_prediction_is_refused() -> None:
 
 def test_interval_is_that_of_resampled_mentions() -> None:
     outcomes = np.arange(200) % 4 == 0
-    figure = Figure.of(outcomes)
-    assert figure.value == pytest.approx(accuracy_score(np.ones(200, bool), outcomes))
+    measured = Measured.of(outcomes)
+    assert measured.value == pytest.approx(accuracy_score(np.ones(200, bool), outcomes))
     low, high = binom.ppf([0.025, 0.975], 200, 0.25) / 200  # n draws with replacement of a share are binomial
-    assert figure.low == pytest.approx(low, abs=0.01)
-    assert figure.high == pytest.approx(high, abs=0.01)
+    assert measured.low == pytest.approx(low, abs=0.01)
+    assert measured.high == pytest.approx(high, abs=0.01)
 
 
 def test_every_labelled_mention_has_a_verdict() -> None:

@@ -14,7 +14,7 @@ import pytest
 from support.reports import COLUMNS, NOTHING, QUALITY, RUN, evaluation
 
 from gemel_engine.display import cut, excerpt, shares, visible
-from gemel_engine.evaluation.judge import Comparison, Figure
+from gemel_engine.evaluation.judge import Comparison, Measured
 from gemel_engine.evaluation.leaks import LeakAudit
 from gemel_engine.evaluation.quality import ConfidenceQuality
 from gemel_engine.report.gallery import GalleryItem, ShownDemonstration, Thumbnail
@@ -111,7 +111,7 @@ def table(items: list[GalleryItem]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=schema)
 
 
-def everything(word: str = "bear", figure: Figure = Figure(0.5, 0.25, 0.75, 3)) -> dict[str, Any]:  # noqa: B008
+def everything(word: str = "bear", figure: Measured = Measured(0.5, 0.25, 0.75, 3)) -> dict[str, Any]:  # noqa: B008
     items = gallery(word)
     return {
         "title": word,

@@ -22,7 +22,7 @@ from gemel_engine.knowledge_base.build import read_entities
 from gemel_engine.pipeline import stages as stages
 from gemel_engine.pipeline.corpus import plan_shards, read_rows
 from gemel_engine.pipeline.output import read_columns
-from gemel_engine.report.gallery import _read_mentions
+from gemel_engine.report.gallery import read_drawn_mentions
 from gemel_engine.retrieval.reading import read_demonstrations, read_names
 from gemel_engine.storage import parquet as parquet
 from gemel_engine.training.stages import read_file
@@ -90,7 +90,7 @@ READERS: dict[str, Callable[[str], Any]] = {
     "names": read_names,
     "demonstrations": lambda uri: read_demonstrations(uri, {}),
     "gold": read_gold,
-    "gallery": lambda uri: _read_mentions(uri, ["1"]),
+    "gallery": lambda uri: read_drawn_mentions(uri, ["1"]),
     "output": lambda uri: read_columns(uri, ["mention_id"]),
     "examples": read_planted_file,
     "bytes": lambda uri: parquet.from_bytes(Path(uri).read_bytes(), uri),
@@ -339,7 +339,7 @@ def test_mentions_are_the_same_in_the_types_of_every_tool(tmp_path: Path, kind: 
     assert read_gold(other).equals(read_gold(plain))
     of_other, of_plain = (read_demonstrations(uri, {"10": "x", "20": "y"}) for uri in (other, plain))
     assert list(map(asdict, of_other)) == list(map(asdict, of_plain))
-    assert _read_mentions(other, IDS) == _read_mentions(plain, IDS)
+    assert read_drawn_mentions(other, IDS) == read_drawn_mentions(plain, IDS)
     assert read_columns(other, ["mention_id"]).equals(read_columns(plain, ["mention_id"]))
 
 

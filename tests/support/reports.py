@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from gemel_engine.evaluation.judge import Evaluation, Figure
+from gemel_engine.evaluation.judge import Evaluation, Measured
 from gemel_engine.evaluation.quality import ConfidenceQuality
 
 RUN = {
@@ -24,7 +24,7 @@ RUN = {
 
 COLUMNS = ("certified", "is_nil", "num_rollouts")
 
-NOTHING = Figure(math.nan, math.nan, math.nan, 0)
+NOTHING = Measured(math.nan, math.nan, math.nan, 0)
 
 QUALITY = ConfidenceQuality(
     expected_calibration_error=0.1,
@@ -35,7 +35,7 @@ QUALITY = ConfidenceQuality(
 )
 
 
-def evaluation(word: str = "bear", figure: Figure = Figure(0.5, 0.25, 0.75, 3)) -> Evaluation:  # noqa: B008
+def evaluation(word: str = "bear", figure: Measured = Measured(0.5, 0.25, 0.75, 3)) -> Evaluation:  # noqa: B008
     return Evaluation(
         protocol="entity",
         num_mentions=3,
