@@ -39,24 +39,24 @@ from numpy.typing import NDArray
 from gemel_engine.errors import ArtifactError, InputError
 from gemel_engine.retrieval.encoder import MentionEncoder
 from gemel_engine.retrieval.table import (
-    _METADATA,
-    _TABLE,
-    _TEXT_COLUMNS,
-    FORMAT_VERSION,
+    TEXT_COLUMNS,
     Demonstration,
     FloatArray,
     IndexMetadata,
-    _check,
-    _check_unique,
-    _matrix,
-    _shuffled_by_form,
-    _table,
-    _vision_width,
+    as_matrix,
+    check_table,
+    check_unique,
+    make_table,
+    shuffled_by_form,
+    vision_width_of,
 )
 from gemel_engine.storage import parquet
 from gemel_engine.storage.manifest import claimed, file_sha256, parse_manifest, read_manifest, write_manifest
 
+FORMAT_VERSION = 3
 _WITHOUT_CHECKSUM = 2
+_METADATA = "index.json"
+_TABLE = "demonstrations.parquet"
 _SIMILARITY_DECIMALS = 5
 
 
@@ -79,11 +79,11 @@ class DemonstrationIndex:
         starts = np.flatnonzero(np.concatenate([[True], forms[1:] != forms[:-1]]))
         self._first_row = [*starts.tolist(), len(forms)]  # of each distinct surface form, and the end
         self._search = faiss.IndexFlatIP(metadata.surface_width)
-        self._search.add(_matrix(table["surface_embedding"], metadata.surface_width)[starts])
+        self._search.add(as_matrix(table["surface_embedding"], metadata.surface_width)[starts])
         self._last_pictures: tuple[int, list[int], FloatArray] | None = None
         self._features: FloatArray | None = None
         if metadata.vision_width is not None:
-            self._features = _matrix(table["image_features"], metadata.vision_width)
+            self._features = as_matrix(table["image_features"], metadata.vision_width)
 
     @classmethod
     def build(
@@ -106,13 +106,13 @@ class DemonstrationIndex:
             ConfigurationError: Another command is writing there.
             InputError: There are no demonstrations, a `mention_id` is not unique, or image features differ in width.
         """
-        ordered = sorted(demonstrations, key=_shuffled_by_form)
+        ordered = sorted(demonstrations, key=shuffled_by_form)
         if not ordered:
             raise InputError("there are no demonstrations; give training mentions whose entities have names")
-        _check_unique(ordered)
-        vision_width = _vision_width(ordered)
+        check_unique(ordered)
+        vision_width = vision_width_of(ordered)
         embeddings = mention_encoder.encode([demonstration.mention for demonstration in ordered])
-        table = _table(ordered, embeddings, vision_width)
+        table = make_table(ordered, embeddings, vision_width)
         path = directory / _TABLE
         with claimed(directory, must_be_empty=False):
             (directory / _METADATA).unlink(missing_ok=True)
@@ -152,7 +152,7 @@ class DemonstrationIndex:
             table.validate(full=True)
         except (OSError, pa.ArrowException, InputError) as error:
             raise ArtifactError(f"{directory} holds no readable index ({error}); build it again") from error
-        _check(table, metadata, path)
+        check_table(table, metadata, path)
         return cls(metadata, table)
 
     def __len__(self) -> int:
@@ -160,7 +160,7 @@ class DemonstrationIndex:
 
     def __getitem__(self, row: int) -> Demonstration:
         mention_id, text, mention, entity_id, name, group = (
-            self._table[column][row].as_py() for column in _TEXT_COLUMNS
+            self._table[column][row].as_py() for column in TEXT_COLUMNS
         )
         has_features = self._features is not None and self._table["image_features"][row].is_valid
         features = self._features[row] if self._features is not None and has_features else None

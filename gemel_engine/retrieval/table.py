@@ -20,10 +20,7 @@ from gemel_engine.errors import ArtifactError, InputError
 from gemel_engine.knowledge_base.names import are_demonstrable
 from gemel_engine.types import are_features
 
-FORMAT_VERSION = 3
-_METADATA = "index.json"
-_TABLE = "demonstrations.parquet"
-_TEXT_COLUMNS = ("mention_id", "text", "mention", "entity_id", "entity_name", "group")
+TEXT_COLUMNS = ("mention_id", "text", "mention", "entity_id", "entity_name", "group")
 
 FloatArray = NDArray[np.float32]
 Width = Annotated[int, Field(gt=0, le=1 << 20)]
@@ -75,20 +72,20 @@ class IndexMetadata:
     table_sha256: str
 
 
-def _shuffled_by_form(demonstration: Demonstration) -> tuple[str, bytes]:
+def shuffled_by_form(demonstration: Demonstration) -> tuple[str, bytes]:
     """Sort key; neighbours in a corpus often come from one document, so their order is not taken over."""
     return demonstration.mention, sha256(demonstration.mention_id.encode()).digest()
 
 
 def _schema(surface_width: int, vision_width: int | None) -> pa.Schema:
-    fields = [pa.field(column, pa.string(), nullable=False) for column in _TEXT_COLUMNS]
+    fields = [pa.field(column, pa.string(), nullable=False) for column in TEXT_COLUMNS]
     fields.append(pa.field("surface_embedding", pa.list_(pa.float32(), surface_width), nullable=False))
     if vision_width is not None:
         fields.append(pa.field("image_features", pa.list_(pa.float32(), vision_width)))
     return pa.schema(fields)
 
 
-def _table(demonstrations: Sequence[Demonstration], embeddings: FloatArray, vision_width: int | None) -> pa.Table:
+def make_table(demonstrations: Sequence[Demonstration], embeddings: FloatArray, vision_width: int | None) -> pa.Table:
     columns = [
         pa.array([d.mention_id for d in demonstrations]),
         pa.array([d.text for d in demonstrations]),
@@ -106,13 +103,13 @@ def _table(demonstrations: Sequence[Demonstration], embeddings: FloatArray, visi
     return pa.table(columns, schema=_schema(embeddings.shape[1], vision_width))
 
 
-def _matrix(column: pa.ChunkedArray, width: int) -> FloatArray:
+def as_matrix(column: pa.ChunkedArray, width: int) -> FloatArray:
     """The rows of a column of fixed-size lists, anything in place of a missing one."""
     values: FloatArray = column.combine_chunks().values.to_numpy(zero_copy_only=False)
     return values.reshape(-1, width)
 
 
-def _vision_width(demonstrations: Sequence[Demonstration]) -> int | None:
+def vision_width_of(demonstrations: Sequence[Demonstration]) -> int | None:
     """C; None if no demonstration has image features."""
     widths = {len(demonstration.features) for demonstration in demonstrations if demonstration.features is not None}
     if len(widths) > 1:
@@ -120,14 +117,14 @@ def _vision_width(demonstrations: Sequence[Demonstration]) -> int | None:
     return next(iter(widths), None)
 
 
-def _check_unique(demonstrations: Sequence[Demonstration]) -> None:
+def check_unique(demonstrations: Sequence[Demonstration]) -> None:
     counts = Counter(demonstration.mention_id for demonstration in demonstrations)
     for mention_id, count in counts.most_common(1):
         if count > 1:
             raise InputError(f"mention_id {mention_id!r} occurs {count} times; give every mention its own")
 
 
-def _check(table: pa.Table, metadata: IndexMetadata, path: Path) -> None:
+def check_table(table: pa.Table, metadata: IndexMetadata, path: Path) -> None:
     schema = _schema(metadata.surface_width, metadata.vision_width)
     if not table.schema.equals(schema):
         raise ArtifactError(f"{path} has the columns {table.schema}, not {schema}; build the index again")
@@ -140,7 +137,7 @@ def _check(table: pa.Table, metadata: IndexMetadata, path: Path) -> None:
         raise ArtifactError(f"{path} is not sorted by mention; build the index again")
     if pc.count_distinct(table["mention_id"]).as_py() < len(table):
         raise ArtifactError(f"{path} repeats a mention_id; build the index again")
-    for column in table.schema.names[len(_TEXT_COLUMNS) :]:
+    for column in table.schema.names[len(TEXT_COLUMNS) :]:
         values = table[column].drop_null().combine_chunks().flatten().to_numpy(zero_copy_only=False)
         if len(values) and not are_features(values, len(values)):
             raise ArtifactError(f"{path}: {column} has values that are not finite or huge; build the index again")
