@@ -38,8 +38,8 @@ from gemel_engine.pipeline.output import claim_output, read_columns
 from gemel_engine.pipeline.ray_data import connect
 from gemel_engine.training.attention import check_trainable
 from gemel_engine.training.checkpoints import keep_record, restore_record
-from gemel_engine.training.preparation import _left_out, _prepare, _read_examples
-from gemel_engine.training.worker import _ACCURACY, _SCORE, _train_worker
+from gemel_engine.training.preparation import count_left_out, prepare_split, prepared_dataset
+from gemel_engine.training.worker import ACCURACY, SCORE, train_worker
 from gemel_engine.vision.mapper import FeatureMapper
 
 with extra("train"):
@@ -109,12 +109,12 @@ def train_mapper(config: TrainConfig) -> TrainReport:
     connect()
     _check_resources(config)
     prepared = {
-        split: _prepare(config, split, plan, artifacts, image_encoder, contents) for split, plan in plans.items()
+        split: prepare_split(config, split, plan, artifacts, image_encoder, contents) for split, plan in plans.items()
     }
-    left_out = {split: _left_out(config, split, examples) for split, examples in prepared.items()}
+    left_out = {split: count_left_out(config, split, examples) for split, examples in prepared.items()}
     if not prepared["train"].num_pictures:
         raise InputError(f"no mention of {config.train} has a usable picture: there is nothing to train on")
-    datasets = {split: _read_examples(examples) for split, examples in prepared.items()}
+    datasets = {split: prepared_dataset(examples) for split, examples in prepared.items()}
     settings = {
         "config": config,
         "contents": contents,
@@ -164,7 +164,7 @@ def _trainer(config: TrainConfig, settings: dict[str, Any], datasets: dict[str, 
     if workers.num_threads is not None:
         environment["OMP_NUM_THREADS"] = str(workers.num_threads)
     return TorchTrainer(
-        _train_worker,
+        train_worker,
         train_loop_config=settings,
         scaling_config=ScalingConfig(
             num_workers=(workers.min_workers, workers.num_workers) if workers.min_workers else workers.num_workers,
@@ -176,7 +176,7 @@ def _trainer(config: TrainConfig, settings: dict[str, Any], datasets: dict[str, 
             storage_path=path,
             storage_filesystem=file_system,
             failure_config=FailureConfig(max_failures=workers.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=2, checkpoint_score_attribute=_SCORE),
+            checkpoint_config=CheckpointConfig(num_to_keep=2, checkpoint_score_attribute=SCORE),
             callbacks=[
                 _Reports(str(storage.local_path(config.output) or config.output), as_lines=not settings["shows_bar"])
             ],
@@ -207,7 +207,7 @@ class _Reports(UserCallback):  # type: ignore[misc]
         if self._writer is None:
             self._writer = SummaryWriter(tempfile.mkdtemp(prefix="gemel-tensorboard-"))
         first = metrics[0]
-        names = [name for name in first if name not in ("step", _SCORE)]
+        names = [name for name in first if name not in ("step", SCORE)]
         if self._as_lines and names:
             sys.stderr.write(f"step {first['step']}: {', '.join(f'{name} {first[name]:.4g}' for name in names)}\n")
         for name in names:
@@ -226,15 +226,15 @@ def _keep_best(
     """Put the best checkpoint's mapper where linking looks for it."""
     assert result.checkpoint is not None, "a run reports a checkpoint before its first step"
     metrics = result.metrics or {}
-    scored = [item for item in result.best_checkpoints or () if _ACCURACY in item[1]]
+    scored = [item for item in result.best_checkpoints or () if ACCURACY in item[1]]
     last = result.checkpoint, metrics
-    checkpoint, kept = max(scored, key=lambda item: (item[1][_ACCURACY], item[1]["step"]), default=last)
-    accuracy, step = kept.get(_ACCURACY), int(kept["step"])
+    checkpoint, kept = max(scored, key=lambda item: (item[1][ACCURACY], item[1]["step"]), default=last)
+    accuracy, step = kept.get(ACCURACY), int(kept["step"])
     with checkpoint.as_directory() as directory:
         mapper = FeatureMapper.load(directory)
     details: dict[str, str | float | int] = {"steps": step, "config": config_json(config)}
     if accuracy is not None:
-        details[_ACCURACY] = accuracy
+        details[ACCURACY] = accuracy
     mapper.metadata = replace(mapper.metadata, details=details)
     with tempfile.TemporaryDirectory() as directory:
         mapper.save(directory, DTYPES[config.mapper.saved_dtype])

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Prepared:
+class PreparedSplit:
     """Prepared mentions of a split.
 
     Attributes:
@@ -44,14 +44,14 @@ class _Prepared:
     num_pictures: int
 
 
-def _prepare(
+def prepare_split(
     config: TrainConfig,
     split: str,
     plan: list[Shard],
     artifacts: Artifacts,
     image_encoder: ImageEncoder | None,
     contents: Contents,
-) -> _Prepared:
+) -> PreparedSplit:
     """Encode the pictures of a split and retrieve its demonstrations, unless that was done before.
 
     Several runs may prepare the same examples at once: each writes a directory of its own, and the first that is
@@ -59,7 +59,7 @@ def _prepare(
     """
     root = f"{config.examples or f'{config.output}/examples'}/{split}"
     mapper, index = artifacts.feature_mapper, artifacts.index
-    prefix_length = _prefix_length(config, mapper)
+    prefix_length = mapper_prefix_length(config, mapper)
     fingerprint, vision_width = None, None
     if image_encoder is not None:
         fingerprint, vision_width = image_encoder.fingerprint, image_encoder.width
@@ -84,12 +84,12 @@ def _prepare(
     remedy = "remove it and run the same command again"
     found = storage.read_json(done, remedy)
     try:
-        return _Prepared(**found | {"directory": f"{root}/{found['directory']}"})
+        return PreparedSplit(**found | {"directory": f"{root}/{found['directory']}"})
     except (TypeError, KeyError) as error:
         raise InputError(f"{shown(done)} describes no prepared mentions: {remedy}") from error
 
 
-def _read_examples(prepared: _Prepared) -> Dataset:
+def prepared_dataset(prepared: PreparedSplit) -> Dataset:
     """Prepared mentions, a block for each file."""
     files = storage.list_parquet(prepared.directory)
     dataset = ray.data.from_items([{"uri": file.uri} for file in files], override_num_blocks=len(files))
@@ -98,7 +98,7 @@ def _read_examples(prepared: _Prepared) -> Dataset:
     return dataset.map_batches(read_file, batch_size=1, batch_format="pyarrow", num_cpus=0)
 
 
-def _left_out(config: TrainConfig, split: str, prepared: _Prepared) -> dict[str, int]:
+def count_left_out(config: TrainConfig, split: str, prepared: PreparedSplit) -> dict[str, int]:
     """Mentions of a split that can't be used, by reason.
 
     Raises:
@@ -126,7 +126,7 @@ def _left_out(config: TrainConfig, split: str, prepared: _Prepared) -> dict[str,
     return dict(reasons)
 
 
-def _prefix_length(config: TrainConfig, starting_mapper: FeatureMapper | None) -> int:
+def mapper_prefix_length(config: TrainConfig, starting_mapper: FeatureMapper | None) -> int:
     return config.mapper.prefix_length if starting_mapper is None else starting_mapper.metadata.prefix_length
 
 

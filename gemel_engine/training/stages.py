@@ -12,7 +12,6 @@ from gemel_engine.errors import MentionError
 from gemel_engine.pipeline.isolation import isolate
 from gemel_engine.pipeline.stages import _column, _mentions, _with_errors
 from gemel_engine.storage import parquet
-from gemel_engine.storage.parquet import parquet_bytes
 from gemel_engine.types import Mention, check_features
 
 
@@ -65,7 +64,7 @@ def write_examples(batch: pa.Table, directory: str) -> pa.Table:
     """Store prepared mentions; returns a receipt."""
     (first,) = batch.select(["shard", "row"]).slice(0, 1).to_pylist()
     name = f"shard-{first['shard']:05d}-{first['row']:08d}.parquet"
-    storage.write_bytes(f"{directory}/{name}", parquet_bytes(batch))
+    storage.write_bytes(f"{directory}/{name}", parquet.parquet_bytes(batch))
     usable = pc.and_(pc.is_null(batch["error"]), pc.is_valid(batch["image_features"]))
     return pa.table({"num_rows": [batch.num_rows], "num_pictures": [pc.sum(usable).as_py() or 0]})
 

@@ -19,17 +19,17 @@ from gemel_engine.config.settings import TrainConfig
 from gemel_engine.decoding.language_model import language_model_fingerprint
 from gemel_engine.fingerprints import check_contents
 from gemel_engine.training.attention import PackedLanguageModel
-from gemel_engine.training.preparation import _prefix_length
+from gemel_engine.training.preparation import mapper_prefix_length
 from gemel_engine.training.prompts import TrainingExample, TrainingPrompts, read_examples
 from gemel_engine.training.trainer import MapperTrainer, initial_mapper
 from gemel_engine.training.validation import Validation
 
-_ACCURACY = "dev_accuracy"
+ACCURACY = "dev_accuracy"
 # What Ray Train keeps a checkpoint by: its dev accuracy, or less than any where that is unknown.
-_SCORE = "checkpoint_score"
+SCORE = "checkpoint_score"
 
 
-def _train_worker(settings: dict[str, Any]) -> None:
+def train_worker(settings: dict[str, Any]) -> None:
     """What each training worker does."""
     config: TrainConfig = settings["config"]
     context, device = train.get_context(), get_device()
@@ -45,7 +45,9 @@ def _train_worker(settings: dict[str, Any]) -> None:
     )
     mapper, fingerprint = artifacts.feature_mapper, settings["image_encoder_fingerprint"]
     num_shared = config.retrieval.num_demonstrations
-    prompts = TrainingPrompts(_examples("train"), artifacts, config.prompt, _prefix_length(config, mapper), num_shared)
+    prompts = TrainingPrompts(
+        _examples("train"), artifacts, config.prompt, mapper_prefix_length(config, mapper), num_shared
+    )
     if mapper is None:
         mapper = initial_mapper(config.mapper, config.optimisation.seed, prompts, model)
     mapper.metadata = replace(
@@ -116,7 +118,7 @@ def _loop(
 
 def _report(trainer: MapperTrainer, metrics: dict[str, Any], *, with_checkpoint: bool) -> None:
     """Report to Ray Train, which waits for all workers."""
-    metrics = metrics | {_SCORE: metrics.get(_ACCURACY, -1.0)}
+    metrics = metrics | {SCORE: metrics.get(ACCURACY, -1.0)}
     if not with_checkpoint:
         train.report(metrics)
         return
@@ -126,4 +128,4 @@ def _report(trainer: MapperTrainer, metrics: dict[str, Any], *, with_checkpoint:
 
 
 def _accuracy(validation: Validation | None, trainer: MapperTrainer) -> dict[str, float]:
-    return {} if validation is None else {_ACCURACY: validation.accuracy(trainer.mapper)}
+    return {} if validation is None else {ACCURACY: validation.accuracy(trainer.mapper)}
