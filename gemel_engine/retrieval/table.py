@@ -1,4 +1,4 @@
-"""The table of demonstrations on disk: its columns, its metadata, and what is checked of both."""
+"""The table of demonstrations on disk: its columns, its metadata, and the checks of both."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class Demonstration:
         mention_id: Unique among the demonstrations.
         mention: The surface form.
         name: The entity's name, the target.
-        group: Mentions of this group do not get it in training; its `mention_id` where it has no other.
-        features: Image features of shape (C,), read-only; None without a usable picture.
+        group: Group whose mentions do not get it in training; the `mention_id` if it has none.
+        features: Image features (C,), read-only; None without a usable picture.
     """
 
     mention_id: str
@@ -49,17 +49,19 @@ class Demonstration:
 
 @pydantic_dataclass(frozen=True, slots=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
 class IndexMetadata:
-    """What an index's table holds; stored beside it as JSON.
+    """Describes the table of an index; stored beside it as JSON.
 
     Attributes:
-        num_demonstrations: N.
-        num_surface_forms: M.
-        num_images: Demonstrations with image features.
-        surface_width: E.
-        vision_width: C; None if the index was built without pictures.
-        mention_encoder_fingerprint: `MentionEncoder.fingerprint`; queries must come from the same encoder.
-        image_encoder_fingerprint: The image encoder's; None if the index was built without pictures.
-        table_sha256: Checksum of the Parquet file.
+        num_demonstrations: N, the number of rows.
+        num_surface_forms: M, the number of distinct surface forms.
+        num_images: Number of demonstrations with image features.
+        surface_width: E, the width of the mention encoder.
+        vision_width: C, the width of image features; None if the index was built without pictures.
+        mention_encoder_fingerprint: `MentionEncoder.fingerprint`; queries must come from the same
+            encoder.
+        image_encoder_fingerprint: Fingerprint of the image encoder; None if unknown or without
+            pictures.
+        table_sha256: SHA-256 of the Parquet file.
     """
 
     num_demonstrations: PositiveInt
@@ -73,7 +75,10 @@ class IndexMetadata:
 
 
 def shuffled_by_form(demonstration: Demonstration) -> tuple[str, bytes]:
-    """Sort key; neighbours in a corpus often come from one document, so their order is not taken over."""
+    """Return a sort key: the surface form, then a hash.
+
+    Neighbours in a corpus often come from one document, so their order is not kept.
+    """
     return demonstration.mention, sha256(demonstration.mention_id.encode()).digest()
 
 
@@ -86,6 +91,7 @@ def _schema(surface_width: int, vision_width: int | None) -> pa.Schema:
 
 
 def make_table(demonstrations: Sequence[Demonstration], embeddings: FloatArray, vision_width: int | None) -> pa.Table:
+    """Return demonstrations and the embeddings (N, E) of their surface forms as a table."""
     columns = [
         pa.array([d.mention_id for d in demonstrations]),
         pa.array([d.text for d in demonstrations]),
@@ -104,13 +110,17 @@ def make_table(demonstrations: Sequence[Demonstration], embeddings: FloatArray, 
 
 
 def as_matrix(column: pa.ChunkedArray, width: int) -> FloatArray:
-    """The rows of a column of fixed-size lists, anything in place of a missing one."""
+    """Return the rows of a column of fixed-size lists; a missing row has arbitrary values."""
     values: FloatArray = column.combine_chunks().values.to_numpy(zero_copy_only=False)
     return values.reshape(-1, width)
 
 
 def vision_width_of(demonstrations: Sequence[Demonstration]) -> int | None:
-    """C; None if no demonstration has image features."""
+    """Return C; None if no demonstration has image features.
+
+    Raises:
+        InputError: Image features differ in width.
+    """
     widths = {len(demonstration.features) for demonstration in demonstrations if demonstration.features is not None}
     if len(widths) > 1:
         raise InputError(f"image features have the widths {sorted(widths)}; use those of one image encoder")
@@ -118,6 +128,7 @@ def vision_width_of(demonstrations: Sequence[Demonstration]) -> int | None:
 
 
 def check_unique(demonstrations: Sequence[Demonstration]) -> None:
+    """Raise InputError if a `mention_id` is not unique."""
     counts = Counter(demonstration.mention_id for demonstration in demonstrations)
     for mention_id, count in counts.most_common(1):
         if count > 1:
@@ -125,6 +136,7 @@ def check_unique(demonstrations: Sequence[Demonstration]) -> None:
 
 
 def check_table(table: pa.Table, metadata: IndexMetadata, path: Path) -> None:
+    """Raise ArtifactError if a table does not match its metadata or breaks a rule of the index."""
     schema = _schema(metadata.surface_width, metadata.vision_width)
     if not table.schema.equals(schema):
         raise ArtifactError(f"{path} has the columns {table.schema}, not {schema}; build the index again")
