@@ -3,7 +3,7 @@
     read mentions → EncodeImages → RetrieveDemonstrations (not of its own group) → CheckExamples → OUTPUT/examples
     workers: frozen language model, feature mapper under DDP → OUTPUT/checkpoints → OUTPUT/feature_mapper
 
-A rerun of the same command goes on from the last checkpoint, whatever ended the run before it.
+A rerun of the same command continues from the last checkpoint, whatever ended the run before it.
 """
 
 from __future__ import annotations
@@ -47,22 +47,22 @@ with extra("train"):
 
 logger = logging.getLogger(__name__)
 
-# Settings that may differ between a run and its continuation, with two that save memory: see `_identity`.
+# Settings that may differ between a run and its continuation; `_identity` excludes two others.
 _NOT_IDENTITY = ("resources", "workers", "output", "examples", "max_failed_fraction", "verify_artifacts")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainReport:
-    """What came of a run.
+    """Result of a training run.
 
     Attributes:
-        steps: Gradient steps, those before an interruption included.
-        loss: Mean over the steps of the last report, in nats a label token; None if no step was made.
-        dev_accuracy: Of the mapper that was kept; None without validation.
-        kept_step: Steps that this mapper had seen.
-        examples: Training mentions.
-        left_out: Mentions that can't be used, by split and reason.
-        seconds: Of this call.
+        steps: Number of gradient steps, those before an interruption included.
+        loss: Mean over the steps of the last report, in nats per label token; None without a step.
+        dev_accuracy: Dev accuracy of the mapper that was kept; None without validation.
+        kept_step: Number of steps after which this mapper was saved.
+        examples: Number of training mentions that were used.
+        left_out: Number of mentions that can't be used, by split and reason.
+        seconds: Duration of this call.
     """
 
     steps: int
@@ -74,17 +74,17 @@ class TrainReport:
     seconds: float
 
     def summary(self) -> str:
-        """One line for a terminal."""
+        """Return one line for a terminal."""
         loss, accuracy = ("-" if value is None else f"{value:.3f}" for value in (self.loss, self.dev_accuracy))
         return f"examples={self.examples} steps={self.steps} loss={loss} dev_accuracy={accuracy} at={self.kept_step}"
 
 
 def train_mapper(config: TrainConfig) -> TrainReport:
-    """Train a feature mapper; the one with the highest dev accuracy ends in `OUTPUT/feature_mapper`.
+    """Train a feature mapper; keep the one with the best dev accuracy, in `OUTPUT/feature_mapper`.
 
     Raises:
-        GemelError: The configuration, the input or an artifact is unusable (nothing has been started then), or too
-            many mentions can't be used.
+        GemelError: The configuration, the input or an artifact is unusable (nothing has been
+            started then), or too many mentions can't be used.
     """
     started = time.monotonic()
     config = validated(config)
@@ -131,7 +131,10 @@ def train_mapper(config: TrainConfig) -> TrainReport:
 
 
 def _check_disjoint(splits: Mapping[str, str]) -> None:
-    """See that no id is in two splits: a mention is kept from being its own demonstration by its id."""
+    """Raise InputError if splits share an id.
+
+    A mention is kept from being its own demonstration by its id.
+    """
     ids = [set(read_columns(uri, ("mention_id",))["mention_id"].to_pylist()) for uri in splits.values()]
     common = set.intersection(*ids) if len(ids) > 1 else set()
     if common:
@@ -142,7 +145,7 @@ def _check_disjoint(splits: Mapping[str, str]) -> None:
 
 
 def _check_resources(config: TrainConfig) -> None:
-    """See that this machine has room for the workers; a cluster may grow."""
+    """Raise ConfigurationError if this machine lacks room for the workers; a cluster may grow."""
     if os.environ.get("RAY_ADDRESS"):
         return
     workers = config.workers
@@ -160,7 +163,7 @@ def _trainer(config: TrainConfig, settings: dict[str, Any], datasets: dict[str, 
     workers = config.workers
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # addresses in a configuration may be relative
     file_system, path = storage.resolve(config.output)
-    environment = {"THP_MEM_ALLOC_ENABLE": "1"}  # activations in large pages: a step on a CPU is a tenth faster
+    environment = {"THP_MEM_ALLOC_ENABLE": "1"}  # large pages: a step on a CPU is a tenth faster
     if workers.num_threads is not None:
         environment["OMP_NUM_THREADS"] = str(workers.num_threads)
     return TorchTrainer(
@@ -183,15 +186,16 @@ def _trainer(config: TrainConfig, settings: dict[str, Any], datasets: dict[str, 
             worker_runtime_env={"env_vars": environment},
         ),
         datasets=datasets,
-        # Every worker takes its share of each batch itself, so that batches do not depend on the number of workers.
+        # Every worker takes its share of each batch itself, so that batches do not depend on the
+        # number of workers.
         dataset_config=DataConfig(datasets_to_split=[]),
     )
 
 
 class _Reports(UserCallback):  # type: ignore[misc]
-    """Writes what the first worker reports as TensorBoard events, which it copies to the run's output, and as lines.
+    """Writes the first worker's reports as lines, and as TensorBoard events copied to the output.
 
-    Keeps the record of the checkpoints, too.
+    Also keeps the record of the checkpoints.
     """
 
     def __init__(self, output: str, *, as_lines: bool) -> None:
@@ -216,14 +220,14 @@ class _Reports(UserCallback):  # type: ignore[misc]
         for path in Path(self._writer.logdir).iterdir():
             try:
                 storage.write_bytes(f"{self._output}/tensorboard/{path.name}", path.read_bytes())
-            except OSError as error:  # it would end the training; the next report copies the file again
+            except OSError as error:  # raising would end the training; the next report copies it again
                 logger.warning("no TensorBoard events in %s for now: %s", self._output, error)
 
 
 def _keep_best(
     config: TrainConfig, result: train.Result, num_examples: int, left_out: dict[str, dict[str, int]], seconds: float
 ) -> TrainReport:
-    """Put the best checkpoint's mapper where linking looks for it."""
+    """Write the best checkpoint's mapper to `OUTPUT/feature_mapper`; return the report."""
     assert result.checkpoint is not None, "a run reports a checkpoint before its first step"
     metrics = result.metrics or {}
     scored = [item for item in result.best_checkpoints or () if ACCURACY in item[1]]
@@ -252,7 +256,7 @@ def _keep_best(
 
 
 def _identity(config: TrainConfig, plans: dict[str, list[Shard]], contents: Contents) -> dict[str, Any]:
-    """What makes up a run: settings, input files, models and artifacts."""
+    """Return what identifies a run: settings, input files, models and artifacts."""
     settings = {key: value for key, value in json.loads(config_json(config)).items() if key not in _NOT_IDENTITY}
     del settings["optimisation"]["max_pack_tokens"], settings["language_model"]["activation_checkpointing"]
     plan = {split: plan_identity(plan) for split, plan in plans.items()}

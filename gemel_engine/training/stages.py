@@ -1,4 +1,4 @@
-"""What the training job does to a block of rows: check prepared mentions, store them, read them back."""
+"""Stages of the training job: check prepared mentions, store them, read them back."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gemel_engine.types import Mention, check_features
 
 
 class CheckExamples:
-    """Sets the `error` of mentions that can't be trained on: an unknown entity, too long a text, bad features."""
+    """Sets the `error` of unusable mentions: unknown entity, too long a text, bad features."""
 
     def __init__(self, config: TrainConfig, prefix_length: int, vision_width: int | None) -> None:
         import torch
@@ -61,7 +61,7 @@ class CheckExamples:
 
 
 def write_examples(batch: pa.Table, directory: str) -> pa.Table:
-    """Store prepared mentions; returns a receipt."""
+    """Store prepared mentions as a file; return a row with their counts."""
     (first,) = batch.select(["shard", "row"]).slice(0, 1).to_pylist()
     name = f"shard-{first['shard']:05d}-{first['row']:08d}.parquet"
     storage.write_bytes(f"{directory}/{name}", parquet.parquet_bytes(batch))

@@ -1,4 +1,4 @@
-"""What each worker of the training job does."""
+"""The training loop that Ray Train runs in each worker."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from gemel_engine.training.trainer import MapperTrainer, initial_mapper
 from gemel_engine.training.validation import Validation
 
 ACCURACY = "dev_accuracy"
-# What Ray Train keeps a checkpoint by: its dev accuracy, or less than any where that is unknown.
+# Ray Train keeps the checkpoints with the highest score: the dev accuracy, or -1 if unknown.
 SCORE = "checkpoint_score"
 
 
 def train_worker(settings: dict[str, Any]) -> None:
-    """What each training worker does."""
+    """Train on one worker; return when all steps are taken."""
     config: TrainConfig = settings["config"]
     context, device = train.get_context(), get_device()
     rank, world_size = context.get_world_rank(), context.get_world_size()
@@ -81,7 +81,7 @@ def _loop(
     is_new: bool,
     shows_bar: bool,
 ) -> None:
-    """Step, and report where the configuration says; the starting mapper is validated as step 0."""
+    """Take steps, and report as configured; the starting mapper is validated as step 0."""
     progress = tqdm_ray.tqdm(total=trainer.num_steps, desc="train", unit="step") if shows_bar else None
     if progress is not None:
         progress.update(trainer.step)
