@@ -1,1 +1,1 @@
-"""Demonstrations for a mention."""
+"""Finding demonstrations for mentions."""

@@ -1,4 +1,4 @@
-"""Surface forms to embeddings, by a frozen sentence encoder.
+"""Embeds surface forms with a frozen sentence encoder.
 
 Shapes: B surface forms, E width of the mention encoder, T tokens.
 """
@@ -41,31 +41,33 @@ from gemel_engine.tokenizer import check_embedded, tokenizer_fingerprint
 
 TokenIds = tuple[int, ...]
 
-_MAX_TOKENS = 512  # of a surface form; what follows is cut off
-_TOKENS_PER_PASS = {"cpu": 256, "cuda": 16_384}  # as many as it takes to be limited by arithmetic alone
+_MAX_TOKENS = 512  # largest number of tokens of a surface form; the rest is cut off
+_TOKENS_PER_PASS = {"cpu": 256, "cuda": 16_384}  # enough to be limited by arithmetic alone
 
 
 class MentionEncoder:
-    """Embeds surface forms with a frozen sentence encoder: the mean over its tokens, scaled to length one.
+    """Embeds surface forms: the mean of a frozen encoder's token states, scaled to length 1.
 
-    A surface form's embedding has the same bits in any company. Forms of equal token counts go through the model
-    together, without padding, and the number of forms in a pass depends on their token count alone: a pass that has
-    fewer is filled up with copies. On a CPU each pass is computed by one thread, and several passes at once, so that
-    neither the number of threads matters nor does a thread wait for another. The bits depend on the device.
+    A surface form's embedding has the same bits in any batch. Forms with equal token counts go
+    through the model together, without padding, and the number of forms in a pass depends on their
+    token count alone: a pass with fewer is filled up with copies. On a CPU one thread computes each
+    pass, and several passes run at once, so that the number of threads does not matter and no
+    thread waits for another. The bits depend on the device.
 
     Args:
         name_or_path: Local directory, or name on the model hub; weights must be safetensors.
         device: torch device.
-        tokens_per_pass: Tokens that one pass computes, at least those of one form; None: what suits the device.
+        tokens_per_pass: Number of tokens that one pass computes, at least those of one form; None:
+            the device's default.
 
     Attributes:
-        width: E.
-        max_tokens: Tokens of a form that the model reads, special tokens included.
+        width: E, the width of an embedding.
+        max_tokens: Number of tokens of a form that the model reads, special tokens included.
         fingerprint: SHA-256 over weights and tokenizer.
 
     Raises:
-        ArtifactError: There is no such model, a file of it is damaged, it lacks tensors or has others, it is no text
-            encoder, or it lacks embeddings of its tokenizer's tokens.
+        ArtifactError: There is no such model, a file of it is damaged, it lacks tensors or has
+            unknown ones, it does not encode text, or it lacks embeddings of its tokenizer's tokens.
         ConfigurationError: Its tokenizer has no fast implementation.
     """
 
@@ -90,10 +92,10 @@ class MentionEncoder:
         self._tokens_per_pass = tokens_per_pass or _TOKENS_PER_PASS.get(torch.device(device).type, 256)
 
     def encode(self, surface_forms: Sequence[str]) -> NDArray[np.float32]:
-        """Embed surface forms, those of equal tokens once; nothing in them becomes a special token.
+        """Embed surface forms, equal ones once; text never becomes a special token.
 
         Returns:
-            Shape (B, E), rows of length one; a zero row for a form without tokens.
+            Embeddings (B, E), rows of length 1; a zero row for a form without tokens.
         """
         token_ids = self._token_ids(surface_forms)
         row_of = {ids: row for row, ids in enumerate(dict.fromkeys(token_ids.values()))}
@@ -110,11 +112,11 @@ class MentionEncoder:
                     embeddings[[row_of[ids] for ids in forms]] = embedded
                     progress.update(len(forms))
         finally:
-            torch.set_num_threads(num_threads)  # the workers' number is what threads of other owners would begin with
+            torch.set_num_threads(num_threads)  # else other new threads would start with the workers' number
         return embeddings[np.array([row_of[token_ids[form]] for form in surface_forms], dtype=np.intp)]
 
     def _token_ids(self, surface_forms: Sequence[str]) -> dict[str, TokenIds]:
-        """Token ids of each distinct form, special tokens included."""
+        """Return the token ids of each distinct form, special tokens included."""
         forms = list(dict.fromkeys(surface_forms))
         if not forms:
             return {}
@@ -122,7 +124,7 @@ class MentionEncoder:
         return dict(zip(forms, map(tuple, encoded["input_ids"]), strict=True))
 
     def _passes(self, token_ids: Iterable[TokenIds]) -> Iterator[list[TokenIds]]:
-        """Yield forms for one pass each, of equal length; the longest first."""
+        """Yield the forms of each pass, all of one length; the longest forms first."""
         forms_of_length = defaultdict(list)
         for ids in token_ids:
             forms_of_length[len(ids)].append(ids)
@@ -136,7 +138,7 @@ class MentionEncoder:
         return max(1, self._tokens_per_pass // num_tokens)
 
     def _embed(self, forms: list[TokenIds]) -> NDArray[np.float32]:
-        """Embeddings of a pass: (B, E)."""
+        """Return the embeddings of a pass, (B, E)."""
         num_missing = self._forms_per_pass(len(forms[0])) - len(forms)
         hidden = self._hidden(torch.tensor(forms + forms[-1:] * num_missing))
         normalised = torch.nn.functional.normalize(hidden.mean(dim=1), dim=-1)
@@ -145,16 +147,17 @@ class MentionEncoder:
 
     @torch.inference_mode()
     def _hidden(self, token_ids: Tensor) -> Tensor:
-        """Last hidden states of token ids (B, T): (B, T, E)."""
+        """Return the last hidden states (B, T, E) of token ids (B, T)."""
         token_ids = token_ids.to(self._model.device)
         output = self._model(input_ids=token_ids, attention_mask=torch.ones_like(token_ids))
         hidden: Tensor = output.last_hidden_state
         return hidden
 
     def _measure(self, name: str) -> tuple[int, int]:
-        """The number of tokens that the model reads, found by trying, and the width of what it returns.
+        """Return the number of tokens that the model reads, found by trying, and its output width.
 
-        Configurations can't be trusted: some count positions that are kept for padding, some name no limit.
+        Configurations can't be trusted: some count positions reserved for padding, some give no
+        limit.
 
         Raises:
             ArtifactError: The model reads no text.
@@ -185,10 +188,10 @@ class MentionEncoder:
 
 
 def _load_model(name_or_path: str) -> PreTrainedModel:
-    """Load the text encoder of a checkpoint, all of whose tensors are in it.
+    """Load the text encoder of a checkpoint, which must contain all of its tensors.
 
-    The checkpoint may be of another task: a head on top of the encoder takes no part in embeddings and is left out, and
-    so are a pooler without tensors and a decoder.
+    The checkpoint may be of another task: a head on top of the encoder is not used for embeddings
+    and is left out, and so are a pooler without tensors and a decoder.
     """
     try:
         config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)

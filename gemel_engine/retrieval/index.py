@@ -1,20 +1,22 @@
-"""Demonstrations: training mentions chosen by the similarity of their surface forms, and their directory on disk.
+"""Training mentions as demonstrations, chosen by surface form, and their directory on disk.
 
     index.json                  counts, widths, checksum and fingerprints; written last
     demonstrations.parquet      one row for each demonstration, sorted by surface form
 
-GEMEL (section 3.3) retrieves by the surface form alone, so mentions with equal surface forms can share their
-demonstrations and, in the engine, the key-value cache of that part of the prompt. That needs equal lists for equal
-surface forms, in every batch and every process. Three things see to it: the encoder embeds forms of one length in
-passes of one size; each query is searched on its own; similarities are rounded before ties are broken by surface form.
-What remains is a similarity so close to a rounding boundary that another device moves it across: it may cost
-a cache hit, never a wrong answer.
+GEMEL (section 3.3) retrieves by the surface form alone, so mentions with equal surface forms can
+share their demonstrations and, in the engine, the key-value cache of that part of the prompt. That
+needs equal lists for equal surface forms, in every batch and every process. Three rules ensure it:
+the encoder embeds forms of one length in passes of one size; each query is searched on its own;
+similarities are rounded before ties are broken by surface form. One case remains: a similarity so
+close to a rounding boundary that another device rounds it differently. It may cost a cache hit,
+never a wrong answer.
 
-All demonstrations of one surface form are equally similar, so there is a choice: one of each of its entities first,
-then a second one of each. The prompt shows what the surface form can mean; which of it is meant is for the text and the
-picture to say.
+All demonstrations of one surface form are equally similar. Among them, one of each entity comes
+first, then a second one of each: the prompt shows what the surface form can mean, and the text and
+the picture decide what it does mean.
 
-Shapes: B batch, N demonstrations, M distinct surface forms, E width of the mention encoder, C vision width.
+Shapes: B queries, N demonstrations, M distinct surface forms, E width of the mention encoder,
+C width of image features.
 """
 
 from __future__ import annotations
@@ -39,34 +41,35 @@ from numpy.typing import NDArray
 from gemel_engine.errors import ArtifactError, InputError
 from gemel_engine.retrieval.encoder import MentionEncoder
 from gemel_engine.retrieval.table import (
-    _TABLE,
-    _TEXT_COLUMNS,
-    FORMAT_VERSION,
+    TEXT_COLUMNS,
     Demonstration,
     FloatArray,
     IndexMetadata,
-    _check,
-    _check_unique,
-    _matrix,
-    _shuffled_by_form,
-    _table,
-    _vision_width,
+    as_matrix,
+    check_table,
+    check_unique,
+    make_table,
+    shuffled_by_form,
+    vision_width_of,
 )
 from gemel_engine.storage import parquet
 from gemel_engine.storage.manifest import claimed, file_sha256, parse_manifest, read_manifest, write_manifest
 
+FORMAT_VERSION = 3
 MANIFEST = "index.json"
 _WITHOUT_CHECKSUM = 2
+_TABLE = "demonstrations.parquet"
 _SIMILARITY_DECIMALS = 5
 
 
 class DemonstrationIndex:
     """Demonstrations and an exact search by inner product over their distinct surface forms.
 
-    A demonstration is known by its row number; those of a surface form stand together, in a fixed random order.
+    A demonstration is identified by its row number; those of a surface form are adjacent, in a
+    fixed random order.
 
     Attributes:
-        metadata: What the directory says of itself.
+        metadata: Contents of `index.json`.
     """
 
     def __init__(self, metadata: IndexMetadata, table: pa.Table) -> None:
@@ -79,11 +82,11 @@ class DemonstrationIndex:
         starts = np.flatnonzero(np.concatenate([[True], forms[1:] != forms[:-1]]))
         self._first_row = [*starts.tolist(), len(forms)]  # of each distinct surface form, and the end
         self._search = faiss.IndexFlatIP(metadata.surface_width)
-        self._search.add(_matrix(table["surface_embedding"], metadata.surface_width)[starts])
+        self._search.add(as_matrix(table["surface_embedding"], metadata.surface_width)[starts])
         self._last_pictures: tuple[int, list[int], FloatArray] | None = None
         self._features: FloatArray | None = None
         if metadata.vision_width is not None:
-            self._features = _matrix(table["image_features"], metadata.vision_width)
+            self._features = as_matrix(table["image_features"], metadata.vision_width)
 
     @classmethod
     def build(
@@ -94,25 +97,27 @@ class DemonstrationIndex:
         *,
         image_encoder_fingerprint: str | None = None,
     ) -> Self:
-        """Write an index, over one that may be there, and open it.
+        """Write an index, replacing an existing one, and open it.
 
         Args:
-            directory: Made if it does not exist.
-            demonstrations: In any order.
-            mention_encoder: Embeds their surface forms.
-            image_encoder_fingerprint: Of the encoder that made the image features, where it is known.
+            directory: Local directory; created if it does not exist.
+            demonstrations: Demonstrations in any order.
+            mention_encoder: Encoder of their surface forms.
+            image_encoder_fingerprint: Fingerprint of the encoder of the image features; None if
+                unknown.
 
         Raises:
             ConfigurationError: Another command is writing there.
-            InputError: There are no demonstrations, a `mention_id` is not unique, or image features differ in width.
+            InputError: There are no demonstrations, a `mention_id` is not unique, or image features
+                differ in width.
         """
-        ordered = sorted(demonstrations, key=_shuffled_by_form)
+        ordered = sorted(demonstrations, key=shuffled_by_form)
         if not ordered:
             raise InputError("there are no demonstrations; give training mentions whose entities have names")
-        _check_unique(ordered)
-        vision_width = _vision_width(ordered)
+        check_unique(ordered)
+        vision_width = vision_width_of(ordered)
         embeddings = mention_encoder.encode([demonstration.mention for demonstration in ordered])
-        table = _table(ordered, embeddings, vision_width)
+        table = make_table(ordered, embeddings, vision_width)
         path = directory / _TABLE
         with claimed(directory, must_be_empty=False):
             (directory / MANIFEST).unlink(missing_ok=True)
@@ -132,14 +137,16 @@ class DemonstrationIndex:
 
     @classmethod
     def open(cls, directory: Path, *, verify: bool = False) -> Self:
-        """Read what `build` wrote.
+        """Open an index that `build` wrote.
 
         Args:
-            directory: A local directory.
-            verify: Also compare the table with its checksum. Do this once for files from elsewhere.
+            directory: Local directory.
+            verify: Whether to compare the table with its checksum. Do this once for files from
+                elsewhere.
 
         Raises:
-            ArtifactError: A file is missing, damaged, of another format version, or does not fit the other.
+            ArtifactError: A file is missing or damaged, has another format version, or does not
+                match the other.
         """
         path, manifest = directory / _TABLE, directory / MANIFEST
         contents = read_manifest(manifest, FORMAT_VERSION, without_checksum=_WITHOUT_CHECKSUM)
@@ -152,7 +159,7 @@ class DemonstrationIndex:
             table.validate(full=True)
         except (OSError, pa.ArrowException, InputError) as error:
             raise ArtifactError(f"{directory} holds no readable index ({error}); build it again") from error
-        _check(table, metadata, path)
+        check_table(table, metadata, path)
         return cls(metadata, table)
 
     def __len__(self) -> int:
@@ -160,27 +167,27 @@ class DemonstrationIndex:
 
     def __getitem__(self, row: int) -> Demonstration:
         mention_id, text, mention, entity_id, name, group = (
-            self._table[column][row].as_py() for column in _TEXT_COLUMNS
+            self._table[column][row].as_py() for column in TEXT_COLUMNS
         )
         has_features = self._features is not None and self._table["image_features"][row].is_valid
         features = self._features[row] if self._features is not None and has_features else None
         return Demonstration(mention_id, text, mention, entity_id, name, group, features)
 
     def mention_ids(self, rows: Sequence[int]) -> tuple[str, ...]:
-        """The `mention_id`s of demonstrations."""
+        """Return the `mention_id`s of demonstrations, by row number."""
         column = self._table["mention_id"]
         return tuple(column[row].as_py() for row in rows)
 
     def entity_ids(self, rows: Sequence[int]) -> tuple[str, ...]:
-        """The `entity_id`s of demonstrations."""
+        """Return the `entity_id`s of demonstrations, by row number."""
         column = self._table["entity_id"]
         return tuple(column[row].as_py() for row in rows)
 
     def rows(self, mention_ids: Sequence[str]) -> list[int]:
-        """The row numbers of demonstrations, by their `mention_id`s.
+        """Return the row numbers of demonstrations, by `mention_id`.
 
         Raises:
-            InputError: One is not in the index.
+            InputError: A `mention_id` is not in the index.
         """
         found = pc.index_in(pa.array(mention_ids, pa.string()), value_set=self._table["mention_id"])
         if found.null_count:
@@ -194,14 +201,15 @@ class DemonstrationIndex:
     ) -> list[list[int]]:
         """Find the `k` demonstrations with the most similar surface forms, exactly.
 
-        Surface forms are taken by falling similarity, rounded to 5 decimals, then by code points. Of one surface form
-        there is first a demonstration of each entity, then a second one of each, and so on; entities that have more
-        demonstrations come first.
+        Surface forms are ordered by falling similarity, rounded to 5 decimals, then by code points.
+        Within a surface form, one demonstration of each entity comes first, then a second one of
+        each, and so on; entities with more demonstrations come first.
 
         Args:
-            embeddings: Of the queries' surface forms, shape (B, E).
-            k: Fewer are returned only if there are fewer.
-            exclude_groups: For each query a group whose demonstrations it must not get: its own, in training.
+            embeddings: Embeddings of the queries' surface forms, (B, E).
+            k: Number of demonstrations; fewer are returned only if there are fewer.
+            exclude_groups: Group of each query whose demonstrations are left out: its own, in
+                training.
 
         Returns:
             Row numbers for each query, the most similar last.
@@ -213,21 +221,22 @@ class DemonstrationIndex:
         found = {}
         for query, group in dict.fromkeys(asked):
             rows = unrestricted[query]
-            if any(self._groups[row] == group for row in rows):  # one behind the last moves nothing before it
+            if any(self._groups[row] == group for row in rows):  # else leaving the group out changes nothing
                 rows = self._retrieve_one(distinct[query], k, group)
             found[query, group] = rows
         return [found[key] for key in asked]
 
     def similar_pictures(self, row: int, features: FloatArray, k: int, exclude_group: str | None = None) -> list[int]:
-        """Find the demonstrations of one surface form whose pictures are most like a given one.
+        """Find the demonstrations of a surface form with the most similar pictures.
 
-        Likeness is the cosine of features standardised over all demonstrations, rounded to 5 decimals.
+        Similarity is the cosine of features standardised over all demonstrations, rounded to 5
+        decimals.
 
         Args:
-            row: A demonstration of the surface form.
-            features: Of the given picture, shape (C,).
-            k: Fewer are returned only if there are fewer.
-            exclude_group: A group whose demonstrations are left out.
+            row: Row number of any demonstration of the surface form.
+            features: Image features of the given picture, (C,).
+            k: Number of demonstrations; fewer are returned only if there are fewer.
+            exclude_group: Group whose demonstrations are left out.
 
         Returns:
             Row numbers, the most similar last.
@@ -240,9 +249,9 @@ class DemonstrationIndex:
         return list(islice((row for row in by_likeness if self._groups[row] != exclude_group), k))[::-1]
 
     def sample(self, surface_form: str, k: int, seed: int, exclude_group: str | None = None) -> list[int]:
-        """Draw `k` demonstrations, or all if they are fewer, in random order, the same for equal surface forms.
+        """Draw `k` demonstrations, or all if there are fewer, in random order.
 
-        The baseline for `retrieve`.
+        Equal surface forms get equal lists. This is the baseline for `retrieve`.
         """
         generator = random.Random(f"{seed} {surface_form}")
         num_drawn = min(k, self._num_allowed(exclude_group))
@@ -254,7 +263,10 @@ class DemonstrationIndex:
         return list(drawn)
 
     def _pictures_of_form(self, form: int) -> tuple[list[int], FloatArray]:
-        """Rows of a surface form that have pictures, and their standardised features; mentions come by surface form."""
+        """Return the rows of a surface form that have pictures, and their standardised features.
+
+        The last form's are cached, since mentions come sorted by surface form.
+        """
         if self._last_pictures is None or self._last_pictures[0] != form:
             assert self._features is not None
             span = range(self._first_row[form], self._first_row[form + 1])
@@ -275,7 +287,7 @@ class DemonstrationIndex:
         return pictured.mean(axis=0), pictured.std(axis=0)
 
     def _standardise(self, features: FloatArray) -> FloatArray:
-        """Image features (..., C), each centred and scaled, and rows brought to length 1."""
+        """Centre and scale image features (..., C), then scale rows to length 1."""
         mean, deviation = self._moments
         centred = (features - mean) / np.maximum(deviation, 1e-6)
         standardised: FloatArray = centred / np.maximum(np.linalg.norm(centred, axis=-1, keepdims=True), 1e-6)
@@ -294,23 +306,24 @@ class DemonstrationIndex:
         return len(self) - (0 if excluded is None else self._group_sizes[excluded])
 
     def _in_rounds(self, form: int, excluded: str | None) -> list[int]:
-        """Rows of a surface form: one of each entity, then a second one of each; frequent entities first."""
+        """Return the rows of a surface form in rounds of one per entity, frequent ones first."""
         rows_of_entity = defaultdict(list)
         for row in range(self._first_row[form], self._first_row[form + 1]):
             rows_of_entity[self._entity_ids[row]].append(row)
-        # By frequency before the exclusion: the entity of an excluded mention must not be known by its place.
+        # Frequencies are from before the exclusion: the order must not reveal an excluded mention's
+        # entity.
         by_frequency = sorted(rows_of_entity.values(), key=len, reverse=True)
         kept = [[row for row in rows if self._groups[row] != excluded] for rows in by_frequency]
         return [row for row in chain.from_iterable(zip_longest(*kept)) if row is not None]
 
     def _nearest_forms(self, query: FloatArray, num_forms: int) -> list[int]:
-        """Numbers of the most similar surface forms, the most similar first."""
+        """Return the numbers of the most similar surface forms, the most similar first."""
         num_forms = min(num_forms, self._search.ntotal)
         num_searched = min(num_forms + 1, self._search.ntotal)
         while True:
             similarities, forms = self._search.search(query[None], num_searched)
             rounded = np.round(similarities[0], _SIMILARITY_DECIMALS)
-            # A tie across the end of the list would leave it to the last bits who is in the list.
+            # With a tie across the end of the list, the last bits would decide which form is in it.
             if num_searched == self._search.ntotal or rounded[-1] < rounded[num_forms - 1]:
                 nearest: list[int] = forms[0][np.lexsort((forms[0], -rounded))][:num_forms].tolist()
                 return nearest

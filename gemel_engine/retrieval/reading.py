@@ -1,4 +1,4 @@
-"""Reads the demonstrations that an index is built of: a training split, its entities' names and its pictures.
+"""Reads demonstrations for an index: a training split, its entities' names and its pictures.
 
 Shapes: C vision width.
 """
@@ -25,17 +25,17 @@ from gemel_engine.vision.encoder import ImageEncoder, PictureEncoder
 from gemel_engine.vision.fetch import fetch_image
 
 _ENTITIES_PER_READ = 65_536
-_MENTIONS_PER_READ = 32  # and so the most pictures that are encoded at once
+_MENTIONS_PER_READ = 32  # also the largest number of pictures encoded at once
 
 logger = logging.getLogger(__name__)
 
 
 class PictureReader:
-    """Image features of pictures given by their bytes or their address.
+    """Encodes pictures that are given by their bytes or their address.
 
     Attributes:
         encoder: The image encoder.
-        num_unusable: Pictures so far that could not be fetched or decoded.
+        num_unusable: Number of pictures so far that could not be fetched or decoded.
     """
 
     def __init__(self, encoder: ImageEncoder, policy: ImagePolicy, max_pixels: int) -> None:
@@ -45,7 +45,7 @@ class PictureReader:
         self._pictures = PictureEncoder(encoder, max_pixels, _MENTIONS_PER_READ)
 
     def encode(self, pictures: Sequence[bytes | str | None]) -> list[Features | None]:
-        """Return features of shape (C,) for each picture, None where there is none or it is unusable."""
+        """Return features (C,) of each picture, None where there is none or it is unusable."""
         features: list[Features | None] = []
         for encoded in self._pictures.encode(map(self._file, pictures)):
             if isinstance(encoded, MentionError):
@@ -79,20 +79,21 @@ def read_names(entities_uri: str) -> dict[str, str]:
 def read_demonstrations(
     mentions_uri: str, names: Mapping[str, str], pictures: PictureReader | None = None
 ) -> list[Demonstration]:
-    """Read a training split; mentions that make no demonstration are left out and counted.
+    """Read a training split; mentions that can't be demonstrations are left out and counted.
 
-    Such lack a surface form, an entity or its name, or hold a prompt marker, with which they would read as several.
+    Such mentions lack a surface form, an entity or its name, or contain a prompt marker, with which they
+    would read as several demonstrations.
 
     Args:
-        mentions_uri: Parquet file or directory with the columns `mention_id`, `text`, `mention`, `entity_id`, and
-            optionally `entity_name` (for entities that `names` lacks), `group`, `image_features`, and for mentions
-            without those `image_bytes` or `image_uri`.
+        mentions_uri: Parquet file or directory with the columns `mention_id`, `text`, `mention`,
+            `entity_id`, and optionally `entity_name` (for entities that `names` lacks), `group`,
+            `image_features`, and for mentions without features `image_bytes` or `image_uri`.
         names: Names of entities by id.
-        pictures: Makes image features; None for those alone that the table brings.
+        pictures: Reader that computes missing image features; None to use only those in the table.
 
     Raises:
-        InputError: There is no such table, it lacks a column, a `mention_id` or a text, or holds image features that
-            are no numbers.
+        InputError: There is no such table, it lacks a column, a `mention_id` or a text, or contains
+            image features that are not finite.
     """
     optional = ("entity_name", "group", "image_features", *(() if pictures is None else ("image_bytes", "image_uri")))
     demonstrations: list[Demonstration] = []

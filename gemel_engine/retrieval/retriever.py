@@ -12,7 +12,7 @@ from gemel_engine.types import Features, Mention, are_features
 
 
 class DemonstrationRetriever:
-    """Surface forms to rows of the demonstration index."""
+    """Finds rows of the demonstration index for mentions."""
 
     def __init__(self, settings: RetrievalSettings, index: DemonstrationIndex, device: str = "cpu") -> None:
         self._settings = settings
@@ -21,14 +21,16 @@ class DemonstrationRetriever:
         self.encoder = MentionEncoder(settings.mention_encoder, device)
 
     def retrieve(self, mentions: Sequence[Mention], features: Sequence[Features | None]) -> list[list[int]]:
-        """Row numbers for each of B mentions, the most similar last; those of similar pictures behind all others.
+        """Return row numbers for each of B mentions, the most similar last.
+
+        Demonstrations chosen for their similar pictures come after all others.
 
         Args:
-            mentions: What to find demonstrations for.
-            features: Image features (C,) of each mention, None without a picture.
+            mentions: Mentions to find demonstrations for.
+            features: Image features (C,) of each mention; None without a picture.
 
         Raises:
-            InputError: A mention would be its own demonstration though its group is left out.
+            InputError: A mention would be its own demonstration although its group is left out.
         """
         settings, index = self._settings, self._index
         excluded = [mention.group or mention.mention_id if settings.exclude_group else None for mention in mentions]
@@ -54,7 +56,7 @@ class DemonstrationRetriever:
         return found
 
     def similarities(self, surface_form: str, rows: Sequence[int]) -> list[float]:
-        """Cosine of a surface form's embedding and those of demonstrations' surface forms."""
+        """Return the cosine similarity of a surface form to that of each of K demonstrations."""
         embeddings = self.encoder.encode([surface_form, *(self._index[row].mention for row in rows)])  # (1 + K, E)
         cosines: list[float] = (embeddings[1:] @ embeddings[0]).tolist()
         return cosines

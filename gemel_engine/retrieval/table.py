@@ -1,4 +1,4 @@
-"""The table of demonstrations on disk: its columns, its metadata, and what is checked of both."""
+"""The table of demonstrations on disk: its columns, its metadata, and the checks of both."""
 
 from __future__ import annotations
 
@@ -20,9 +20,7 @@ from gemel_engine.errors import ArtifactError, InputError
 from gemel_engine.knowledge_base.names import are_demonstrable
 from gemel_engine.types import are_features
 
-FORMAT_VERSION = 3
-_TABLE = "demonstrations.parquet"
-_TEXT_COLUMNS = ("mention_id", "text", "mention", "entity_id", "entity_name", "group")
+TEXT_COLUMNS = ("mention_id", "text", "mention", "entity_id", "entity_name", "group")
 
 FloatArray = NDArray[np.float32]
 Width = Annotated[int, Field(gt=0, le=1 << 20)]
@@ -36,8 +34,8 @@ class Demonstration:
         mention_id: Unique among the demonstrations.
         mention: The surface form.
         name: The entity's name, the target.
-        group: Mentions of this group do not get it in training; its `mention_id` where it has no other.
-        features: Image features of shape (C,), read-only; None without a usable picture.
+        group: Group whose mentions do not get it in training; the `mention_id` if it has none.
+        features: Image features (C,), read-only; None without a usable picture.
     """
 
     mention_id: str
@@ -51,17 +49,19 @@ class Demonstration:
 
 @pydantic_dataclass(frozen=True, slots=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
 class IndexMetadata:
-    """What an index's table holds; stored beside it as JSON.
+    """Describes the table of an index; stored beside it as JSON.
 
     Attributes:
-        num_demonstrations: N.
-        num_surface_forms: M.
-        num_images: Demonstrations with image features.
-        surface_width: E.
-        vision_width: C; None if the index was built without pictures.
-        mention_encoder_fingerprint: `MentionEncoder.fingerprint`; queries must come from the same encoder.
-        image_encoder_fingerprint: The image encoder's; None if the index was built without pictures.
-        table_sha256: Checksum of the Parquet file.
+        num_demonstrations: N, the number of rows.
+        num_surface_forms: M, the number of distinct surface forms.
+        num_images: Number of demonstrations with image features.
+        surface_width: E, the width of the mention encoder.
+        vision_width: C, the width of image features; None if the index was built without pictures.
+        mention_encoder_fingerprint: `MentionEncoder.fingerprint`; queries must come from the same
+            encoder.
+        image_encoder_fingerprint: Fingerprint of the image encoder; None if unknown or without
+            pictures.
+        table_sha256: SHA-256 of the Parquet file.
     """
 
     num_demonstrations: PositiveInt
@@ -74,20 +74,24 @@ class IndexMetadata:
     table_sha256: str
 
 
-def _shuffled_by_form(demonstration: Demonstration) -> tuple[str, bytes]:
-    """Sort key; neighbours in a corpus often come from one document, so their order is not taken over."""
+def shuffled_by_form(demonstration: Demonstration) -> tuple[str, bytes]:
+    """Return a sort key: the surface form, then a hash.
+
+    Neighbours in a corpus often come from one document, so their order is not kept.
+    """
     return demonstration.mention, sha256(demonstration.mention_id.encode()).digest()
 
 
 def _schema(surface_width: int, vision_width: int | None) -> pa.Schema:
-    fields = [pa.field(column, pa.string(), nullable=False) for column in _TEXT_COLUMNS]
+    fields = [pa.field(column, pa.string(), nullable=False) for column in TEXT_COLUMNS]
     fields.append(pa.field("surface_embedding", pa.list_(pa.float32(), surface_width), nullable=False))
     if vision_width is not None:
         fields.append(pa.field("image_features", pa.list_(pa.float32(), vision_width)))
     return pa.schema(fields)
 
 
-def _table(demonstrations: Sequence[Demonstration], embeddings: FloatArray, vision_width: int | None) -> pa.Table:
+def make_table(demonstrations: Sequence[Demonstration], embeddings: FloatArray, vision_width: int | None) -> pa.Table:
+    """Return demonstrations and the embeddings (N, E) of their surface forms as a table."""
     columns = [
         pa.array([d.mention_id for d in demonstrations]),
         pa.array([d.text for d in demonstrations]),
@@ -105,28 +109,34 @@ def _table(demonstrations: Sequence[Demonstration], embeddings: FloatArray, visi
     return pa.table(columns, schema=_schema(embeddings.shape[1], vision_width))
 
 
-def _matrix(column: pa.ChunkedArray, width: int) -> FloatArray:
-    """The rows of a column of fixed-size lists, anything in place of a missing one."""
+def as_matrix(column: pa.ChunkedArray, width: int) -> FloatArray:
+    """Return the rows of a column of fixed-size lists; a missing row has arbitrary values."""
     values: FloatArray = column.combine_chunks().values.to_numpy(zero_copy_only=False)
     return values.reshape(-1, width)
 
 
-def _vision_width(demonstrations: Sequence[Demonstration]) -> int | None:
-    """C; None if no demonstration has image features."""
+def vision_width_of(demonstrations: Sequence[Demonstration]) -> int | None:
+    """Return C; None if no demonstration has image features.
+
+    Raises:
+        InputError: Image features differ in width.
+    """
     widths = {len(demonstration.features) for demonstration in demonstrations if demonstration.features is not None}
     if len(widths) > 1:
         raise InputError(f"image features have the widths {sorted(widths)}; use those of one image encoder")
     return next(iter(widths), None)
 
 
-def _check_unique(demonstrations: Sequence[Demonstration]) -> None:
+def check_unique(demonstrations: Sequence[Demonstration]) -> None:
+    """Raise InputError if a `mention_id` is not unique."""
     counts = Counter(demonstration.mention_id for demonstration in demonstrations)
     for mention_id, count in counts.most_common(1):
         if count > 1:
             raise InputError(f"mention_id {mention_id!r} occurs {count} times; give every mention its own")
 
 
-def _check(table: pa.Table, metadata: IndexMetadata, path: Path) -> None:
+def check_table(table: pa.Table, metadata: IndexMetadata, path: Path) -> None:
+    """Raise ArtifactError if a table does not match its metadata or breaks a rule of the index."""
     schema = _schema(metadata.surface_width, metadata.vision_width)
     if not table.schema.equals(schema):
         raise ArtifactError(f"{path} has the columns {table.schema}, not {schema}; build the index again")
@@ -139,7 +149,7 @@ def _check(table: pa.Table, metadata: IndexMetadata, path: Path) -> None:
         raise ArtifactError(f"{path} is not sorted by mention; build the index again")
     if pc.count_distinct(table["mention_id"]).as_py() < len(table):
         raise ArtifactError(f"{path} repeats a mention_id; build the index again")
-    for column in table.schema.names[len(_TEXT_COLUMNS) :]:
+    for column in table.schema.names[len(TEXT_COLUMNS) :]:
         values = table[column].drop_null().combine_chunks().flatten().to_numpy(zero_copy_only=False)
         if len(values) and not are_features(values, len(values)):
             raise ArtifactError(f"{path}: {column} has values that are not finite or huge; build the index again")

@@ -1,6 +1,6 @@
-"""The frozen language model on packed prompts: attention, losses, and which models can be trained through.
+"""The frozen language model on packed prompts: attention, losses, and the check of a model.
 
-T tokens, L label tokens, M pictures, P prefix length, D language-model width.
+Shapes: T tokens, L label tokens, M pictures, P prefix length, D language-model width.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ def packed_attention(
     stretches: Sequence[Stretch] | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """PyTorch's attention; of packed prompts, each stretch over those that it sees, which are few of all.
+    """Compute PyTorch's attention; in packed prompts, each stretch over the few that it sees.
 
     Args:
         module: The attention layer.
-        query: (1, heads, T, head width), as `key` and `value`, which may have fewer heads.
-        key: See `query`.
-        value: See `query`.
-        attention_mask: What is added to scores, (1, 1, T, T).
-        stretches: Of the sequence; None if it is not of packed prompts.
-        **options: For `sdpa_attention_forward` of transformers.
+        query: Queries, (1, heads, T, head width).
+        key: Keys, shaped as `query`; may have fewer heads.
+        value: Values, shaped as `key`.
+        attention_mask: Mask added to scores, (1, 1, T, T).
+        stretches: Stretches of the sequence; None if it has no packed prompts.
+        **options: Options of `sdpa_attention_forward` of transformers.
 
     Returns:
-        (1, T, heads, head width), and no attention weights.
+        Output (1, T, heads, head width), and no attention weights.
     """
     if stretches is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
@@ -58,7 +58,7 @@ def packed_attention(
         columns = torch.split(rows, lengths, dim=3)
         key, value = (torch.cat([pieces[number] for number in stretch.sees], dim=2) for pieces in (keys, values))
         mask = torch.cat([columns[number] for number in stretch.sees], dim=3)
-        # On a CPU, PyTorch's kernel for masked attention makes a step in bfloat16 half as slow again.
+        # PyTorch's kernel for masked attention makes a step in bfloat16 on a CPU 1.5 times as long.
         attention = attention_by_products if part.device.type == "cpu" else sdpa_attention_forward
         outputs.append(attention(module, part, key, value, mask, **options)[0])
     return torch.cat(outputs, dim=1), None
@@ -73,7 +73,7 @@ def attention_by_products(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """What `sdpa_attention_forward` gives without dropout, as matrix products over the heads that share keys.
+    """Compute `sdpa_attention_forward` without dropout, by products over heads that share keys.
 
     Shapes are those of `packed_attention`. Attention weights are kept for the backward pass.
     """
@@ -94,10 +94,11 @@ class PackedLanguageModel(FrozenLanguageModel):
     """The frozen language model that a feature mapper is trained through, on packed prompts.
 
     Args:
-        name_or_path: See `FrozenLanguageModel`, as for the others.
+        name_or_path: Local directory, or name on the model hub, as for `FrozenLanguageModel`.
         dtype: Key of `DTYPES`.
         device: torch device.
-        activation_checkpointing: Compute layers again in the backward pass instead of keeping their activations.
+        activation_checkpointing: Whether to recompute layers in the backward pass instead of
+            keeping their activations.
     """
 
     def __init__(
@@ -116,13 +117,13 @@ class PackedLanguageModel(FrozenLanguageModel):
             self._checkpointed = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
 
     def label_losses(self, packed: PackedPrompts, visual_prefixes: Tensor) -> Tensor:
-        """Cross-entropy of each label token, in nats, as float32 (L,); differentiable in the visual prefixes.
+        """Return the cross-entropy of each label token, in nats, as float32 (L,).
 
-        Logits are computed where there is a label and nowhere else.
+        It is differentiable in the visual prefixes. Logits are computed for label positions only.
 
         Args:
             packed: Prompts with their labels.
-            visual_prefixes: Of `packed.pictures`, (M, P, D).
+            visual_prefixes: Visual prefixes of `packed.pictures`, (M, P, D).
         """
         embeddings = self.embed_tokens(torch.from_numpy(packed.token_ids))  # (T, D)
         if len(packed.pictures):
@@ -142,7 +143,7 @@ class PackedLanguageModel(FrozenLanguageModel):
 
     @contextmanager
     def _checkpointing(self) -> Iterator[None]:
-        """Have layers keep their inputs alone, if that is asked for: transformers goes by each layer's own flag."""
+        """Turn on activation checkpointing where set: transformers reads each layer's own flag."""
         for layer in self._checkpointed:
             layer.training = True
         try:
@@ -152,7 +153,7 @@ class PackedLanguageModel(FrozenLanguageModel):
                 layer.training = False
 
     def _attention_mask(self, packed: PackedPrompts) -> Tensor | dict[str, Tensor]:
-        """What is added to attention scores, (1, 1, T, T); by kind of layer, where a model has several."""
+        """Return the mask added to scores, (1, 1, T, T); one for each kind of layer if several."""
         config = self.module.config.get_text_config()
         seen = torch.from_numpy(packed.mask()).to(self.device)
         full = self._additive(seen)
@@ -171,14 +172,14 @@ class PackedLanguageModel(FrozenLanguageModel):
 
 
 def check_trainable(name_or_path: str, *, activation_checkpointing: bool = False) -> None:
-    """See that a feature mapper can be trained through a language model.
+    """Raise if a feature mapper can't be trained through a language model.
 
-    Prompts are packed into one sequence, in which they have to be independent of each other.
+    Prompts are packed into one sequence, in which they must be independent of each other.
 
     Raises:
         ArtifactError: The model's configuration can't be loaded.
-        ConfigurationError: Its layers are not plain attention, take positions from elsewhere than `position_ids`, or
-            can't be computed again in the backward pass.
+        ConfigurationError: Its layers are not plain attention, do not take positions from
+            `position_ids`, or can't be recomputed in the backward pass.
     """
     config = load_model_config(name_or_path)
     architecture: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)
@@ -211,7 +212,7 @@ def _listed(config: PreTrainedConfig, name: str) -> Sequence[str]:
 
 
 def _remove_dropout(config: PreTrainedConfig) -> None:
-    """Set every dropout to zero: where a layer's flag says training, it would ask the same flag."""
+    """Set every dropout to zero, since activation checkpointing puts layers in training mode."""
     text_config = config.get_text_config()
     for name, value in vars(text_config).items():
         if isinstance(value, float) and ("dropout" in name or name.endswith("pdrop")):

@@ -1,4 +1,4 @@
-"""TODO: training.checkpoints."""
+"""Protects Ray Train's record of the checkpoints from being cut off by a kill."""
 
 from __future__ import annotations
 
@@ -10,23 +10,22 @@ from gemel_engine.errors import shown
 
 logger = logging.getLogger(__name__)
 
-
-# Ray Train writes its record of the checkpoints in place: a kill may cut it off, and nothing goes on from that.
+# Ray Train writes this record in place: a kill may cut it off, which prevents any continuation.
 _RECORD = "checkpoints/checkpoint_manager_snapshot.json"
 
 
 def keep_record(output: str) -> None:
-    """Copy the record of the checkpoints, unless somebody is writing it."""
+    """Copy the record of the checkpoints, unless it is being written."""
     record = _whole_record(f"{output}/{_RECORD}")
     if record is not None:
         storage.write_bytes(f"{output}/{_RECORD}.kept", record)
 
 
 def restore_record(output: str) -> None:
-    """Put the kept record in place of one that was cut off by a kill; without any, training begins anew.
+    """Replace a record that a kill cut off with the kept one; without any, training restarts.
 
-    The checkpoints of the kept one are there: Ray Train removes those of an older record when the new one is whole. In
-    S3 a record is whole, or not there.
+    The checkpoints of the kept record exist: Ray Train removes those of an older record when the
+    new one is complete. In S3 a record is complete or absent.
     """
     uri = f"{output}/{_RECORD}"
     path = storage.local_path(uri)

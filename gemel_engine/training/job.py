@@ -3,7 +3,7 @@
     read mentions → EncodeImages → RetrieveDemonstrations (not of its own group) → CheckExamples → OUTPUT/examples
     workers: frozen language model, feature mapper under DDP → OUTPUT/checkpoints → OUTPUT/feature_mapper
 
-A rerun of the same command goes on from the last checkpoint, whatever ended the run before it.
+A rerun of the same command continues from the last checkpoint, whatever ended the run before it.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from gemel_engine.pipeline.output import RunDirectory, claim_output, read_column
 from gemel_engine.pipeline.ray_data import connect
 from gemel_engine.training.attention import check_trainable
 from gemel_engine.training.checkpoints import keep_record, restore_record
-from gemel_engine.training.preparation import _left_out, _prepare, _read_examples
-from gemel_engine.training.worker import _ACCURACY, _SCORE, _train_worker
+from gemel_engine.training.preparation import count_left_out, prepare_split, prepared_dataset
+from gemel_engine.training.worker import ACCURACY, SCORE, train_worker
 from gemel_engine.vision.mapper import FeatureMapper
 
 with extra("train"):
@@ -50,16 +50,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainReport:
-    """What came of a run.
+    """Result of a training run.
 
     Attributes:
-        steps: Gradient steps, those before an interruption included.
-        loss: Mean over the steps of the last report, in nats a label token; None if no step was made.
-        dev_accuracy: Of the mapper that was kept; None without validation.
-        kept_step: Steps that this mapper had seen.
-        examples: Training mentions.
-        left_out: Mentions that can't be used, by split and reason.
-        seconds: Of this call.
+        steps: Number of gradient steps, those before an interruption included.
+        loss: Mean over the steps of the last report, in nats per label token; None without a step.
+        dev_accuracy: Dev accuracy of the mapper that was kept; None without validation.
+        kept_step: Number of steps after which this mapper was saved.
+        examples: Number of training mentions that were used.
+        left_out: Number of mentions that can't be used, by split and reason.
+        seconds: Duration of this call.
     """
 
     steps: int
@@ -71,17 +71,17 @@ class TrainReport:
     seconds: float
 
     def summary(self) -> str:
-        """One line for a terminal."""
+        """Return one line for a terminal."""
         loss, accuracy = ("-" if value is None else f"{value:.3f}" for value in (self.loss, self.dev_accuracy))
         return f"examples={self.examples} steps={self.steps} loss={loss} dev_accuracy={accuracy} at={self.kept_step}"
 
 
 def train_mapper(config: TrainConfig) -> TrainReport:
-    """Train a feature mapper; the one with the highest dev accuracy ends in `OUTPUT/feature_mapper`.
+    """Train a feature mapper; keep the one with the best dev accuracy, in `OUTPUT/feature_mapper`.
 
     Raises:
-        GemelError: The configuration, the input or an artifact is unusable (nothing has been started then), or too
-            many mentions can't be used.
+        GemelError: The configuration, the input or an artifact is unusable (nothing has been
+            started then), or too many mentions can't be used.
     """
     started = time.monotonic()
     config = validated(config)
@@ -107,12 +107,12 @@ def train_mapper(config: TrainConfig) -> TrainReport:
     connect()
     _check_resources(config)
     prepared = {
-        split: _prepare(config, split, plan, artifacts, image_encoder, contents) for split, plan in plans.items()
+        split: prepare_split(config, split, plan, artifacts, image_encoder, contents) for split, plan in plans.items()
     }
-    left_out = {split: _left_out(config, split, examples) for split, examples in prepared.items()}
+    left_out = {split: count_left_out(config, split, examples) for split, examples in prepared.items()}
     if not prepared["train"].num_pictures:
         raise InputError(f"no mention of {config.train} has a usable picture: there is nothing to train on")
-    datasets = {split: _read_examples(examples) for split, examples in prepared.items()}
+    datasets = {split: prepared_dataset(examples) for split, examples in prepared.items()}
     settings = {
         "config": config,
         "contents": contents,
@@ -129,7 +129,10 @@ def train_mapper(config: TrainConfig) -> TrainReport:
 
 
 def _check_disjoint(splits: Mapping[str, str]) -> None:
-    """See that no id is in two splits: a mention is kept from being its own demonstration by its id."""
+    """Raise InputError if splits share an id.
+
+    A mention is kept from being its own demonstration by its id.
+    """
     ids = [set(read_columns(uri, ("mention_id",))["mention_id"].to_pylist()) for uri in splits.values()]
     common = set.intersection(*ids) if len(ids) > 1 else set()
     if common:
@@ -140,7 +143,7 @@ def _check_disjoint(splits: Mapping[str, str]) -> None:
 
 
 def _check_resources(config: TrainConfig) -> None:
-    """See that this machine has room for the workers; a cluster may grow."""
+    """Raise ConfigurationError if this machine lacks room for the workers; a cluster may grow."""
     if os.environ.get("RAY_ADDRESS"):
         return
     workers = config.workers
@@ -158,11 +161,11 @@ def _trainer(config: TrainConfig, settings: dict[str, Any], datasets: dict[str, 
     workers = config.workers
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # addresses in a configuration may be relative
     file_system, path = storage.resolve(config.output)
-    environment = {"THP_MEM_ALLOC_ENABLE": "1"}  # activations in large pages: a step on a CPU is a tenth faster
+    environment = {"THP_MEM_ALLOC_ENABLE": "1"}  # large pages: a step on a CPU is a tenth faster
     if workers.num_threads is not None:
         environment["OMP_NUM_THREADS"] = str(workers.num_threads)
     return TorchTrainer(
-        _train_worker,
+        train_worker,
         train_loop_config=settings,
         scaling_config=ScalingConfig(
             num_workers=(workers.min_workers, workers.num_workers) if workers.min_workers else workers.num_workers,
@@ -174,22 +177,23 @@ def _trainer(config: TrainConfig, settings: dict[str, Any], datasets: dict[str, 
             storage_path=path,
             storage_filesystem=file_system,
             failure_config=FailureConfig(max_failures=workers.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=2, checkpoint_score_attribute=_SCORE),
+            checkpoint_config=CheckpointConfig(num_to_keep=2, checkpoint_score_attribute=SCORE),
             callbacks=[
                 _Reports(str(storage.local_path(config.output) or config.output), as_lines=not settings["shows_bar"])
             ],
             worker_runtime_env={"env_vars": environment},
         ),
         datasets=datasets,
-        # Every worker takes its share of each batch itself, so that batches do not depend on the number of workers.
+        # Every worker takes its share of each batch itself, so that batches do not depend on the
+        # number of workers.
         dataset_config=DataConfig(datasets_to_split=[]),
     )
 
 
 class _Reports(UserCallback):  # type: ignore[misc]
-    """Writes what the first worker reports as TensorBoard events, which it copies to the run's output, and as lines.
+    """Writes the first worker's reports as lines, and as TensorBoard events copied to the output.
 
-    Keeps the record of the checkpoints, too.
+    Also keeps the record of the checkpoints.
     """
 
     def __init__(self, output: str, *, as_lines: bool) -> None:
@@ -205,7 +209,7 @@ class _Reports(UserCallback):  # type: ignore[misc]
         if self._writer is None:
             self._writer = SummaryWriter(tempfile.mkdtemp(prefix="gemel-tensorboard-"))
         first = metrics[0]
-        names = [name for name in first if name not in ("step", _SCORE)]
+        names = [name for name in first if name not in ("step", SCORE)]
         if self._as_lines and names:
             sys.stderr.write(f"step {first['step']}: {', '.join(f'{name} {first[name]:.4g}' for name in names)}\n")
         for name in names:
@@ -214,25 +218,25 @@ class _Reports(UserCallback):  # type: ignore[misc]
         for path in Path(self._writer.logdir).iterdir():
             try:
                 storage.write_bytes(f"{RunDirectory(self._output).tensorboard}/{path.name}", path.read_bytes())
-            except OSError as error:  # it would end the training; the next report copies the file again
+            except OSError as error:  # raising would end the training; the next report copies it again
                 logger.warning("no TensorBoard events in %s for now: %s", self._output, error)
 
 
 def _keep_best(
     config: TrainConfig, result: train.Result, num_examples: int, left_out: dict[str, dict[str, int]], seconds: float
 ) -> TrainReport:
-    """Put the best checkpoint's mapper where linking looks for it."""
+    """Write the best checkpoint's mapper to `OUTPUT/feature_mapper`; return the report."""
     assert result.checkpoint is not None, "a run reports a checkpoint before its first step"
     metrics = result.metrics or {}
-    scored = [item for item in result.best_checkpoints or () if _ACCURACY in item[1]]
+    scored = [item for item in result.best_checkpoints or () if ACCURACY in item[1]]
     last = result.checkpoint, metrics
-    checkpoint, kept = max(scored, key=lambda item: (item[1][_ACCURACY], item[1]["step"]), default=last)
-    accuracy, step = kept.get(_ACCURACY), int(kept["step"])
+    checkpoint, kept = max(scored, key=lambda item: (item[1][ACCURACY], item[1]["step"]), default=last)
+    accuracy, step = kept.get(ACCURACY), int(kept["step"])
     with checkpoint.as_directory() as directory:
         mapper = FeatureMapper.load(directory)
     details: dict[str, str | float | int] = {"steps": step, "config": config_json(config)}
     if accuracy is not None:
-        details[_ACCURACY] = accuracy
+        details[ACCURACY] = accuracy
     mapper.metadata = replace(mapper.metadata, details=details)
     with tempfile.TemporaryDirectory() as directory:
         mapper.save(directory, DTYPES[config.mapper.saved_dtype])

@@ -1,11 +1,11 @@
-"""Training prompts laid out as one sequence, in which what several prompts begin with stands once.
+"""Packs training prompts into one sequence that contains their common beginnings once.
 
-Mentions with equal surface forms share most of their demonstrations, and a demonstration's keys and values depend only
-on what stands before it. So the prompts of a batch form a tree of segments; each token sees the tokens before it in its
-own segment and in the segments above, at the position that it has in its own prompt. Losses and gradients are those of
-the separate prompts.
+Mentions with equal surface forms share most of their demonstrations, and a demonstration's keys and
+values depend only on the tokens before it. So the prompts of a batch form a tree of segments: each
+token sees the tokens before it in its own segment and in the segments above, at the position that
+it has in its own prompt. Losses and gradients are those of the separate prompts.
 
-T tokens, N segments, M pictures, P prefix length, L labels.
+Shapes: T tokens, N segments, M pictures, P prefix length, L labels.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Indices = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Tokens that stand together in a prompt, behind the visual prefix of their picture.
+    """Consecutive tokens of a prompt, after the visual prefix of their picture.
 
     Attributes:
         token_ids: The tokens.
@@ -36,12 +36,12 @@ class Segment:
     picture: int | None = None
 
     def num_positions(self, prefix_length: int) -> int:
-        """Length in a prompt, the visual prefix included."""
+        """Return the length in a prompt, the visual prefix included."""
         return len(self.token_ids) + (0 if self.picture is None else prefix_length)
 
 
 class LabelledPrompt(NamedTuple):
-    """A question behind its demonstrations, with the answer to learn.
+    """A question after its demonstrations, with the answer to learn.
 
     Attributes:
         demonstrations: Rows of the demonstration index, in the order of the prompt.
@@ -55,12 +55,12 @@ class LabelledPrompt(NamedTuple):
 
 
 class Stretch(NamedTuple):
-    """Segments of a packed sequence that stand below each other, with no branch between them.
+    """Segments of a packed sequence that follow each other down the tree without a branch.
 
     Attributes:
-        length: Tokens of all of them.
-        sees: Numbers of the stretches above, from the top, and at last its own. It sees the others as a whole, and of
-            itself what stands before.
+        length: Number of tokens of all these segments.
+        sees: Numbers of the stretches above, from the top, and last its own. Its tokens see all
+            tokens of the others, and of their own those before them.
     """
 
     length: int
@@ -72,14 +72,15 @@ class PackedPrompts:
     """A tree of segments as one sequence.
 
     Attributes:
-        token_ids: (T,), `VISUAL_PLACEHOLDER` where a visual prefix goes.
+        token_ids: (T,), `VISUAL_PLACEHOLDER` at positions of a visual prefix.
         position_ids: (T,), each token's position in its own prompt.
-        segment_ids: (T,), ascending.
-        is_above: (N, N); whether the tokens of segment i see those of segment j: itself, or one above it.
+        segment_ids: (T,), the number of each token's segment, ascending.
+        is_above: (N, N), whether the tokens of segment i see those of segment j: itself, or one
+            above it.
         pictures: (M,), numbers of the pictures, in the order of their positions.
-        picture_positions: (M, P), where their visual prefixes go.
-        label_positions: (L,), tokens whose successor is to be learnt.
-        labels: (L,), that successor.
+        picture_positions: (M, P), positions of their visual prefixes.
+        label_positions: (L,), positions of tokens whose successor is to be learnt.
+        labels: (L,), ids of the successors.
     """
 
     token_ids: Indices
@@ -92,11 +93,11 @@ class PackedPrompts:
     labels: Indices
 
     def mask(self) -> NDArray[np.bool_]:
-        """(T, T): whether the token of a row sees that of a column."""
+        """Return (T, T), whether the token of a row sees that of a column."""
         return np.tril(self.is_above[self.segment_ids][:, self.segment_ids])
 
     def stretches(self) -> list[Stretch]:
-        """The sequence from one branch of the tree to the next, in its order."""
+        """Return the stretches of the sequence, in its order."""
         lengths = np.bincount(self.segment_ids, minlength=len(self.is_above)).tolist()
         parents = [int(above[:number].nonzero()[0].max(initial=-1)) for number, above in enumerate(self.is_above)]
         num_children = Counter(parents)
@@ -118,13 +119,13 @@ def split_into_packs(
     prefix_length: int,
     max_tokens: int,
 ) -> Iterator[list[LabelledPrompt]]:
-    """Cut a list of prompts into runs that take at most `max_tokens` each; a longer prompt stands alone.
+    """Split prompts into packs of at most `max_tokens`; a longer prompt is a pack of its own.
 
     Args:
-        prompts: Best in an order in which neighbours share demonstrations.
-        demonstration: Segment of a row of the demonstration index.
-        prefix_length: P.
-        max_tokens: Upper limit of T.
+        prompts: Prompts, best in an order in which neighbours share demonstrations.
+        demonstration: Function that returns the segment of a row of the demonstration index.
+        prefix_length: P, the number of positions of a visual prefix.
+        max_tokens: Largest T of a pack.
     """
     pack: list[LabelledPrompt] = []
     paths: set[tuple[int, ...]] = set()
@@ -151,13 +152,13 @@ def pack_prompts(
     prefix_length: int,
     beginning: tuple[int, ...] = (),
 ) -> PackedPrompts:
-    """Lay prompts out as one sequence.
+    """Pack prompts into one sequence.
 
     Args:
-        prompts: At least one.
-        demonstration: Segment of a row of the demonstration index.
-        prefix_length: P.
-        beginning: Tokens in front of every prompt.
+        prompts: Prompts, at least one.
+        demonstration: Function that returns the segment of a row of the demonstration index.
+        prefix_length: P, the number of positions of a visual prefix.
+        beginning: Tokens at the start of every prompt.
     """
     layout = _Layout(prefix_length)
     root = layout.add(Segment(beginning), parent=None) if beginning else None
@@ -171,14 +172,14 @@ def pack_prompts(
 
 
 class _Layout:
-    """Collects segments, each behind one that is there already."""
+    """Builds the packed sequence from segments, each added below an earlier one."""
 
     def __init__(self, prefix_length: int) -> None:
         self._prefix_length = prefix_length
         self._token_ids: list[int] = []
         self._position_ids: list[int] = []
         self._segment_ids: list[int] = []
-        self._ends: list[int] = []  # position behind the last token of each segment, in its prompts
+        self._ends: list[int] = []  # position after the last token of each segment, in its prompts
         self._above: list[list[int]] = []
         self._pictures: list[int] = []
         self._picture_starts: list[int] = []
@@ -186,7 +187,7 @@ class _Layout:
         self._labels: list[int] = []
 
     def add(self, segment: Segment, parent: int | None, target: tuple[int, ...] = ()) -> int:
-        """Put a segment below `parent`, followed by what it is to answer; returns its number."""
+        """Add a segment below `parent`, followed by its answer; return its number."""
         number = len(self._ends)
         if segment.picture is not None:
             self._pictures.append(segment.picture)
@@ -197,7 +198,7 @@ class _Layout:
             first = len(self._token_ids) - 1
             self._label_positions += range(first, first + len(target))
             self._labels += target
-            self._token_ids += target[:-1]  # nothing is read behind the terminator
+            self._token_ids += target[:-1]  # nothing is predicted after the terminator
         start = 0 if parent is None else self._ends[parent]
         length = len(self._token_ids) - len(self._segment_ids)
         self._position_ids += range(start, start + length)
@@ -207,7 +208,7 @@ class _Layout:
         return number
 
     def finish(self) -> PackedPrompts:
-        """The sequence."""
+        """Return the packed sequence."""
         is_above = np.zeros((len(self._above), len(self._above)), bool)
         for number, above in enumerate(self._above):
             is_above[number, above] = True
@@ -225,6 +226,6 @@ class _Layout:
 
 
 def _paths(prompt: LabelledPrompt) -> Iterator[tuple[int, ...]]:
-    """Where each of a prompt's demonstrations stands in the tree."""
+    """Return the path in the tree to each of a prompt's demonstrations."""
     rows = prompt.demonstrations
     return (rows[: depth + 1] for depth in range(len(rows)))

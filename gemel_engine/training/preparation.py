@@ -1,4 +1,4 @@
-"""Training mentions, prepared once: pictures encoded, demonstrations retrieved, unusable ones counted."""
+"""Prepares training mentions once: encodes pictures, retrieves demonstrations, counts rejects."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Prepared:
+class PreparedSplit:
     """Prepared mentions of a split.
 
     Attributes:
-        directory: Of the Parquet files.
-        num_rows: Mentions, unusable ones included.
-        num_pictures: Usable mentions with image features.
+        directory: Directory of the Parquet files.
+        num_rows: Number of mentions, unusable ones included.
+        num_pictures: Number of usable mentions with image features.
     """
 
     directory: str
@@ -45,22 +45,22 @@ class _Prepared:
     num_pictures: int
 
 
-def _prepare(
+def prepare_split(
     config: TrainConfig,
     split: str,
     plan: list[Shard],
     artifacts: Artifacts,
     image_encoder: ImageEncoder | None,
     contents: Contents,
-) -> _Prepared:
+) -> PreparedSplit:
     """Encode the pictures of a split and retrieve its demonstrations, unless that was done before.
 
-    Several runs may prepare the same examples at once: each writes a directory of its own, and the first that is
-    complete is everybody's.
+    Several runs may prepare the same examples at once: each writes a directory of its own, and all
+    use the first that is complete.
     """
     root = f"{config.examples or RunDirectory(config.output).examples}/{split}"
     mapper, index = artifacts.feature_mapper, artifacts.index
-    prefix_length = _prefix_length(config, mapper)
+    prefix_length = mapper_prefix_length(config, mapper)
     fingerprint, vision_width = None, None
     if image_encoder is not None:
         fingerprint, vision_width = image_encoder.fingerprint, image_encoder.width
@@ -85,27 +85,27 @@ def _prepare(
     remedy = "remove it and run the same command again"
     found = storage.read_json(done, remedy)
     try:
-        return _Prepared(**found | {"directory": f"{root}/{found['directory']}"})
+        return PreparedSplit(**found | {"directory": f"{root}/{found['directory']}"})
     except (TypeError, KeyError) as error:
         raise InputError(f"{shown(done)} describes no prepared mentions: {remedy}") from error
 
 
-def _read_examples(prepared: _Prepared) -> Dataset:
-    """Prepared mentions, a block for each file."""
+def prepared_dataset(prepared: PreparedSplit) -> Dataset:
+    """Return prepared mentions, one block for each file."""
     files = storage.list_parquet(prepared.directory)
     dataset = ray.data.from_items([{"uri": file.uri} for file in files], override_num_blocks=len(files))
-    dataset.context.enable_progress_bars = False  # over in a moment, and again for each worker
+    dataset.context.enable_progress_bars = False  # short, and repeated for each worker
     # Workers may hold all CPUs while they read.
     return dataset.map_batches(read_file, batch_size=1, batch_format="pyarrow", num_cpus=0)
 
 
-def _left_out(config: TrainConfig, split: str, prepared: _Prepared) -> dict[str, int]:
-    """Mentions of a split that can't be used, by reason.
+def count_left_out(config: TrainConfig, split: str, prepared: PreparedSplit) -> dict[str, int]:
+    """Count the mentions of a split that can't be used, by reason.
 
     Raises:
-        InputError: None can be used, or not all prepared ones are to be seen from here.
-        TooManyFailuresError: More of them than `max_failed_fraction` allows; an entity that the knowledge base lacks
-            is no failure.
+        InputError: None can be used, or some of the prepared ones are not visible from here.
+        TooManyFailuresError: More failed than `max_failed_fraction` allows; an entity that the
+            knowledge base lacks is not a failure.
     """
     table = read_columns(prepared.directory, ("error",))
     if len(table) != prepared.num_rows:
@@ -127,14 +127,15 @@ def _left_out(config: TrainConfig, split: str, prepared: _Prepared) -> dict[str,
     return dict(reasons)
 
 
-def _prefix_length(config: TrainConfig, starting_mapper: FeatureMapper | None) -> int:
+def mapper_prefix_length(config: TrainConfig, starting_mapper: FeatureMapper | None) -> int:
+    """Return P of the mapper that training starts from, or else of the configuration."""
     return config.mapper.prefix_length if starting_mapper is None else starting_mapper.metadata.prefix_length
 
 
 def _example_identity(
     config: TrainConfig, plan: list[Shard], prefix_length: int, vision_width: int | None, fingerprint: str | None
 ) -> dict[str, Any]:
-    """What the prepared examples depend on; no setting of the optimiser or the mapper."""
+    """Return what prepared examples depend on: no setting of the optimiser or the mapper."""
     settings = json.loads(config_json(config))
     vision = {"image_encoder": fingerprint, "max_image_pixels": config.vision.max_image_pixels}
     prompt = {key: settings["prompt"][key] for key in ("template", "query_reserve")}

@@ -23,7 +23,8 @@ class TrainingExample:
 
     Attributes:
         features: Image features (C,); None without a picture.
-        demonstrations: Rows of the demonstration index, the most similar last; none of the mention's own group.
+        demonstrations: Rows of the demonstration index, the most similar last; none of the
+            mention's own group.
     """
 
     mention: Mention
@@ -33,7 +34,7 @@ class TrainingExample:
 
 
 def read_examples(tables: Iterable[pa.Table]) -> list[TrainingExample]:
-    """Prepared mentions, less those with an `error`, in the order of their ids; a row that comes twice counts once."""
+    """Return prepared mentions without an `error`, ordered by id; repeated rows count once."""
     examples = {}
     for table in tables:
         for row in table.to_pylist():
@@ -49,16 +50,16 @@ def read_examples(tables: Iterable[pa.Table]) -> list[TrainingExample]:
 
 
 class TrainingPrompts:
-    """Examples as labelled prompts, and the features of all pictures in them.
+    """Labelled prompts of examples, and the features of all pictures in them.
 
     Pictures are numbered: those of the examples first, then those of the demonstration index.
 
     Args:
-        examples: Each of an entity of the knowledge base.
+        examples: Examples whose entities are in the knowledge base.
         artifacts: Names, demonstrations and tokenizer.
-        settings: How prompts are laid out.
-        prefix_length: P.
-        num_shared: So many demonstrations are the same for all mentions of a surface form; None: all of them.
+        settings: Layout of prompts.
+        prefix_length: P, the number of positions of a visual prefix.
+        num_shared: Number of demonstrations that mentions of a surface form share; None: all.
     """
 
     def __init__(
@@ -77,11 +78,11 @@ class TrainingPrompts:
         self._names = artifacts.knowledge_base.names_of_entities([example.entity_id for example in examples])
         self._name_tokens = artifacts.knowledge_base.name_tokens
         self._with_pictures = settings.demonstration_pictures
-        self._stand_in = torch.empty(prefix_length, 0)  # has the length of the visual prefix that a step will make
+        self._stand_in = torch.empty(prefix_length, 0)  # as long as the visual prefix of a step
         self._demonstrations: dict[int, Segment] = {}
 
     def __getitem__(self, number: int) -> LabelledPrompt:
-        """The prompt of an example, shortened as in linking."""
+        """Return the prompt of an example, shortened as in linking."""
         example = self.examples[number]
         picture = None if example.features is None else number
         question = self.builder.question(example.mention.text, example.mention.mention, self._prefix(picture))
@@ -91,22 +92,22 @@ class TrainingPrompts:
         return LabelledPrompt(kept, Segment(question.token_ids, picture), self.target(number))
 
     def beginning(self, number: int) -> tuple[str, tuple[int, ...]]:
-        """Surface form and shared demonstrations of an example: prompts that have both in common begin alike."""
+        """Return surface form and shared demonstrations; prompts equal in both begin alike."""
         example = self.examples[number]
         return example.mention.mention, example.demonstrations[: self._num_shared]
 
     def target(self, number: int) -> tuple[int, ...]:
-        """Tokens of the name of an example's entity, and the terminator."""
+        """Return the tokens of the name of an example's entity, and the terminator."""
         return (*self.name_tokens(number), self.builder.terminator)
 
     def name_tokens(self, number: int) -> list[int]:
-        """Tokens of the name of an example's entity, as the prefix trie has them."""
+        """Return the tokens of the name of an example's entity, as in the prefix trie."""
         name = self._names[number]
         assert name is not None, "examples of unknown entities are left out when they are read"
         return self._name_tokens(name)
 
     def demonstration(self, row: int) -> Segment:
-        """The segment of a row of the demonstration index."""
+        """Return the segment of a row of the demonstration index."""
         if row not in self._demonstrations:
             assert self._index is not None, "demonstrations without an index"
             item = self._index[row]
@@ -116,7 +117,7 @@ class TrainingPrompts:
         return self._demonstrations[row]
 
     def features(self, pictures: Sequence[int]) -> Tensor:
-        """Image features of numbered pictures: (M, C)."""
+        """Return the image features of numbered pictures, (M, C)."""
         return torch.from_numpy(np.stack([self._features(picture) for picture in pictures]))
 
     def _features(self, picture: int) -> Features:

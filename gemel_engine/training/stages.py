@@ -1,4 +1,4 @@
-"""What the training job does to a block of rows: check prepared mentions, store them, read them back."""
+"""Stages of the training job: check prepared mentions, store them, read them back."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from gemel_engine.errors import MentionError
 from gemel_engine.pipeline.isolation import isolate
 from gemel_engine.pipeline.stages import _column, _mentions, _with_errors
 from gemel_engine.storage import parquet
-from gemel_engine.storage.parquet import parquet_bytes
 from gemel_engine.types import Mention, check_features
 
 
 class CheckExamples:
-    """Sets the `error` of mentions that can't be trained on: an unknown entity, too long a text, bad features."""
+    """Sets the `error` of unusable mentions: unknown entity, too long a text, bad features."""
 
     def __init__(self, config: TrainConfig, prefix_length: int, vision_width: int | None) -> None:
         import torch
@@ -61,10 +60,10 @@ class CheckExamples:
 
 
 def write_examples(batch: pa.Table, directory: str) -> pa.Table:
-    """Store prepared mentions; returns a receipt."""
+    """Store prepared mentions as a file; return a row with their counts."""
     (first,) = batch.select(["shard", "row"]).slice(0, 1).to_pylist()
     name = f"shard-{first['shard']:05d}-{first['row']:08d}.parquet"
-    storage.write_bytes(f"{directory}/{name}", parquet_bytes(batch))
+    storage.write_bytes(f"{directory}/{name}", parquet.parquet_bytes(batch))
     usable = pc.and_(pc.is_null(batch["error"]), pc.is_valid(batch["image_features"]))
     return pa.table({"num_rows": [batch.num_rows], "num_pictures": [pc.sum(usable).as_py() or 0]})
 

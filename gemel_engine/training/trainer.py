@@ -1,10 +1,11 @@
-"""Gradient steps on the feature mapper through the frozen language model, in one of any number of equal workers.
+"""Trains the feature mapper through the frozen language model, on any number of equal workers.
 
-Every worker holds all prepared mentions, knows the whole order of the run from its seed, and computes its share of each
-batch. The loss of a step is the sum over the label tokens of *all* workers, divided by their number: a run has the same
-loss curve on one worker and on several, and goes on from a checkpoint with another number of them.
+Every worker holds all prepared mentions, derives the whole order of the run from its seed, and
+computes its share of each batch. The loss of a step is the sum over the label tokens of *all*
+workers, divided by the number of these tokens: a run has the same loss curve on one worker and on
+several, and may continue from a checkpoint with another number of workers.
 
-C vision width, P prefix length, D language-model width, M pictures, L labels.
+Shapes: C vision width, P prefix length, D language-model width, M pictures, L labels.
 """
 
 from __future__ import annotations
@@ -44,16 +45,16 @@ _PARTS = (_OPTIMISER, MANIFEST)
 def initial_mapper(
     settings: MapperSettings, seed: int, prompts: TrainingPrompts, model: PackedLanguageModel
 ) -> FeatureMapper:
-    """The mapper before its first step: random, or in closed form from the training pictures.
+    """Return the mapper before its first step: random, or fitted to pictures in closed form.
 
-    In the closed form the visual prefix of a picture stands for the embeddings of the first P tokens of its entity's
-    name, written over and over where it is shorter.
+    In closed form, the target for a picture is the embeddings of the first P tokens of its entity's
+    name; a shorter name is repeated.
 
     Args:
-        settings: What is asked for.
-        seed: Of a random start.
-        prompts: All training examples.
-        model: The language model, for its embeddings.
+        settings: Size and initialisation of the mapper.
+        seed: Seed of a random start.
+        prompts: Prompts of all training examples.
+        model: Language model, for its embeddings.
 
     Raises:
         InputError: No example has a picture, or their image features differ in width.
@@ -75,14 +76,14 @@ def initial_mapper(
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """What a step did, over all workers.
+    """Result of a step.
 
     Attributes:
-        loss: Cross-entropy of a label token, in nats.
-        learning_rate: Of this step.
-        gradient_norm: Before clipping.
-        num_mentions: Mentions of the batch.
-        num_tokens: Positions that this worker's passes computed.
+        loss: Mean cross-entropy of the label tokens of all workers, in nats.
+        learning_rate: Learning rate of this step.
+        gradient_norm: Norm of the gradient before clipping.
+        num_mentions: Number of mentions in the batch, over all workers.
+        num_tokens: Number of positions that this worker computed.
     """
 
     loss: float
@@ -93,20 +94,20 @@ class StepReport:
 
 
 class MapperTrainer:
-    """Steps of one worker.
+    """Takes the gradient steps of one worker.
 
     Args:
-        mapper: Is changed in place.
-        model: The frozen language model, where the mapper is to be trained.
-        prompts: All training examples.
+        mapper: Mapper to train, in place.
+        model: Frozen language model, on the device where the mapper is to be trained.
+        prompts: Prompts of all training examples.
         settings: Optimiser and schedule.
         rank: Number of this worker.
         world_size: Number of workers; more than one need an initialised process group.
 
     Attributes:
-        step: Steps made.
-        num_steps: Steps of the whole run.
-        steps_per_epoch: Steps of one pass over the examples.
+        step: Number of steps taken.
+        num_steps: Number of steps of the whole run.
+        steps_per_epoch: Number of steps of one pass over the examples.
     """
 
     def __init__(
@@ -142,7 +143,7 @@ class MapperTrainer:
         self._epoch: tuple[int, list[int]] = (-1, [])
 
     def train_step(self) -> StepReport:
-        """Make the next step on this worker's share of its batch."""
+        """Take the next step, on this worker's share of the batch."""
         batch = self._batch()
         share = [batch[i] for i in range(*self._bounds(len(batch)))]
         num_labels = sum(len(self._prompts.target(number)) for number in batch)
@@ -175,11 +176,11 @@ class MapperTrainer:
         write_manifest(directory / _STATE, FORMAT_VERSION, contents)
 
     def load(self, directory: Path) -> None:
-        """Go on from a checkpoint.
+        """Continue from a checkpoint.
 
         Raises:
             ArtifactError: It is damaged.
-            ConfigurationError: It is of a run with another optimiser, schedule or mapper.
+            ConfigurationError: It belongs to a run with another optimiser, schedule or mapper.
         """
         manifest = read_manifest(directory / _STATE, FORMAT_VERSION, without_checksum=_WITHOUT_CHECKSUM)
         mapper = FeatureMapper.load(directory)
@@ -212,11 +213,11 @@ class MapperTrainer:
                 self._optimiser.state[parameter] = on_device
 
     def _trajectory(self) -> dict[str, Any]:
-        """Settings that a continuation has to share; how a batch is cut into passes may change."""
+        """Return the settings that a continuation must share; the size of packs may change."""
         return {name: value for name, value in asdict(self._settings).items() if name != "max_pack_tokens"}
 
     def _backward(self, share: Sequence[int], num_labels: int) -> tuple[Tensor, int]:
-        """Add up the gradients of a share of the batch; returns its part of the loss, and the positions computed."""
+        """Accumulate the gradients of a share; return its part of the loss, and its positions."""
         prompts = self._prompts
         labelled = sorted((prompts[number] for number in share), key=lambda prompt: prompt.demonstrations)
         limit, length = self._settings.max_pack_tokens, prompts.prefix_length
@@ -227,7 +228,7 @@ class MapperTrainer:
             is_last = number == len(packs) - 1
             with nullcontext() if is_last else self._no_sync():
                 prefixes = self._module(self._features(packed.pictures.tolist()))
-                # A pack without a picture has a gradient too: of zero.
+                # The zero term gives a pack without a picture a gradient, too.
                 part = self._model.label_losses(packed, prefixes).sum() / num_labels + 0 * prefixes.sum()
                 # Workers' gradients are averaged, and the loss is a sum over workers.
                 (part * self._world_size).backward()
@@ -263,7 +264,7 @@ class MapperTrainer:
         return self._rank * size // self._world_size, (self._rank + 1) * size // self._world_size
 
     def _learning_rate(self) -> float:
-        """Rises linearly over the warm-up, then falls linearly to 0."""
+        """Return the rate of this step: a linear rise over the warm-up, then a linear fall to 0."""
         num_warmup = math.ceil(self._settings.warmup_fraction * self.num_steps)
         if self.step < num_warmup:
             return self._settings.learning_rate * (self.step + 1) / num_warmup
@@ -271,7 +272,7 @@ class MapperTrainer:
 
 
 def _is_state_of(parameter: Tensor, state: Mapping[str, Tensor]) -> bool:
-    """Whether this is what AdamW keeps of a parameter."""
+    """Return whether this is AdamW's state of a parameter."""
     shapes = {"step": torch.Size(), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
     return {name: tensor.shape for name, tensor in state.items()} == shapes and all(
         tensor.dtype == torch.float32 and bool(torch.isfinite(tensor).all()) for tensor in state.values()
@@ -279,14 +280,15 @@ def _is_state_of(parameter: Tensor, state: Mapping[str, Tensor]) -> bool:
 
 
 def epoch_order(beginnings: Sequence[tuple[str, tuple[int, ...]]], mentions_per_form: int, seed: str) -> list[int]:
-    """A random order of all mentions in which up to `mentions_per_form` of one surface form follow each other.
+    """Return a random order of all mentions, with runs of mentions of one surface form.
 
-    Those of a form that have the same demonstrations are neighbours: where groups are left out, it has several lists.
+    Mentions of a form with the same demonstrations are neighbours: where groups are left out, a
+    form has several lists of demonstrations.
 
     Args:
         beginnings: `TrainingPrompts.beginning` of each mention.
-        mentions_per_form: See above.
-        seed: Of the order.
+        mentions_per_form: Largest number of mentions in a run.
+        seed: Seed of the order.
     """
     generator = random.Random(seed)
     numbers_of_form: dict[str, list[int]] = defaultdict(list)

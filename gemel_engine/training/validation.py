@@ -1,4 +1,4 @@
-"""Dev accuracy by constrained decoding during training."""
+"""Measures dev accuracy during training by constrained decoding."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gemel_engine.vision.mapper import FeatureMapper
 
 
 class Validation:
-    """Constrained decoding of a sample of dev by the language model that is loaded already, shared by the workers."""
+    """Decodes a sample of dev with the loaded language model; workers share the sample."""
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class Validation:
         self._device = model.device
 
     def accuracy(self, mapper: FeatureMapper) -> float:
-        """Share of the sample whose entity's name is generated."""
+        """Return the share of the sample whose entity's name is generated."""
         artifacts = replace(self._artifacts, feature_mapper=mapper)
         config = self._config
         generator = EntityNameGenerator(

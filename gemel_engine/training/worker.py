@@ -1,4 +1,4 @@
-"""What each worker of the training job does."""
+"""The training loop that Ray Train runs in each worker."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from gemel_engine.assembly import check_contents, open_artifacts
 from gemel_engine.config.settings import TrainConfig
 from gemel_engine.decoding.language_model import language_model_fingerprint
 from gemel_engine.training.attention import PackedLanguageModel
-from gemel_engine.training.preparation import _prefix_length
+from gemel_engine.training.preparation import mapper_prefix_length
 from gemel_engine.training.prompts import TrainingExample, TrainingPrompts, read_examples
 from gemel_engine.training.trainer import MapperTrainer, initial_mapper
 from gemel_engine.training.validation import Validation
 
-_ACCURACY = "dev_accuracy"
-# What Ray Train keeps a checkpoint by: its dev accuracy, or less than any where that is unknown.
-_SCORE = "checkpoint_score"
+ACCURACY = "dev_accuracy"
+# Ray Train keeps the checkpoints with the highest score: the dev accuracy, or -1 if unknown.
+SCORE = "checkpoint_score"
 
 
-def _train_worker(settings: dict[str, Any]) -> None:
-    """What each training worker does."""
+def train_worker(settings: dict[str, Any]) -> None:
+    """Train on one worker; return when all steps are taken."""
     config: TrainConfig = settings["config"]
     context, device = train.get_context(), get_device()
     rank, world_size = context.get_world_rank(), context.get_world_size()
@@ -44,7 +44,9 @@ def _train_worker(settings: dict[str, Any]) -> None:
     )
     mapper, fingerprint = artifacts.feature_mapper, settings["image_encoder_fingerprint"]
     num_shared = config.retrieval.num_demonstrations
-    prompts = TrainingPrompts(_examples("train"), artifacts, config.prompt, _prefix_length(config, mapper), num_shared)
+    prompts = TrainingPrompts(
+        _examples("train"), artifacts, config.prompt, mapper_prefix_length(config, mapper), num_shared
+    )
     if mapper is None:
         mapper = initial_mapper(config.mapper, config.optimisation.seed, prompts, model)
     mapper.metadata = replace(
@@ -78,7 +80,7 @@ def _loop(
     is_new: bool,
     shows_bar: bool,
 ) -> None:
-    """Step, and report where the configuration says; the starting mapper is validated as step 0."""
+    """Take steps, and report as configured; the starting mapper is validated as step 0."""
     progress = tqdm_ray.tqdm(total=trainer.num_steps, desc="train", unit="step") if shows_bar else None
     if progress is not None:
         progress.update(trainer.step)
@@ -115,7 +117,7 @@ def _loop(
 
 def _report(trainer: MapperTrainer, metrics: dict[str, Any], *, with_checkpoint: bool) -> None:
     """Report to Ray Train, which waits for all workers."""
-    metrics = metrics | {_SCORE: metrics.get(_ACCURACY, -1.0)}
+    metrics = metrics | {SCORE: metrics.get(ACCURACY, -1.0)}
     if not with_checkpoint:
         train.report(metrics)
         return
@@ -125,4 +127,4 @@ def _report(trainer: MapperTrainer, metrics: dict[str, Any], *, with_checkpoint:
 
 
 def _accuracy(validation: Validation | None, trainer: MapperTrainer) -> dict[str, float]:
-    return {} if validation is None else {_ACCURACY: validation.accuracy(trainer.mapper)}
+    return {} if validation is None else {ACCURACY: validation.accuracy(trainer.mapper)}

@@ -1,1 +1,1 @@
-"""Pictures to visual prefixes."""
+"""From pictures to visual prefixes."""

@@ -1,4 +1,4 @@
-"""Decodes untrusted image files in bounded time: in processes beside this one, which end with a picture too slow."""
+"""Decodes untrusted image files in child processes, which end when a picture takes too long."""
 
 from __future__ import annotations
 
@@ -18,35 +18,35 @@ from gemel_engine.vision.decoder import ACCEPTED_FORMATS, REPLY, REQUEST
 
 __all__ = ["ACCEPTED_FORMATS", "MAX_SECONDS", "decode_image", "decoder_peak_bytes"]
 
-MAX_SECONDS = 10.0  # of CPU time for one picture; one of 50 million pixels takes up to 2
+MAX_SECONDS = 10.0  # CPU time for one picture; 50 million pixels take up to 2 s
 _ATTEMPTS = 3
 
 
 def decode_image(data: bytes, max_pixels: int) -> Image.Image:
-    """Decode untrusted bytes into an upright RGB picture; see `image_decoder.decode`. May be called from any thread.
+    """Decode untrusted bytes into an upright RGB picture, as `decoder.decode` does; thread-safe.
 
     Raises:
-        ImageError: The bytes are no picture that is accepted, or decoding them takes more than `MAX_SECONDS` of CPU
-            time, or has ended three processes.
+        ImageError: The bytes are not an accepted picture, or decoding them takes more than
+            `MAX_SECONDS` of CPU time, or has ended three processes.
     """
     return _decoders.decode(data, max_pixels)
 
 
 def decoder_peak_bytes() -> int:
-    """Return the most memory that a process which decodes pictures for this one has held."""
+    """Return the largest peak memory of this process's decoding processes, in bytes."""
     return _decoders.peak_bytes
 
 
 class _Decoder:
-    """A process that decodes one picture after the other.
+    """A process that decodes one picture after another.
 
     Attributes:
-        peak_bytes: The most memory that it has held.
+        peak_bytes: Peak memory of the process, in bytes.
     """
 
     def __init__(self) -> None:
         self.peak_bytes = 0
-        self._pixels = os.memfd_create("pixels")  # a pipe would hand them over in pieces
+        self._pixels = os.memfd_create("pixels")  # a pipe would transfer them in pieces
         weakref.finalize(self, os.close, self._pixels)
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-W", "ignore", "-m", "gemel_engine.vision.decoder", str(self._pixels)],
@@ -54,17 +54,17 @@ class _Decoder:
             stdout=subprocess.PIPE,
             pass_fds=[self._pixels],
             env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-            process_group=0,  # an interrupt from the keyboard is for this process, which then ends that one
+            process_group=0,  # Ctrl-C goes to this process alone, which then ends the child
         )
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._requests, self._replies = self._process.stdin, self._process.stdout
 
     def decode(self, data: bytes, max_pixels: int) -> Image.Image:
-        """Return a picture.
+        """Decode one picture.
 
         Raises:
-            ImageError: The bytes are no picture that is accepted.
+            ImageError: The bytes are not an accepted picture.
             EOFError: The process has ended.
         """
         try:
@@ -89,13 +89,13 @@ class _Decoder:
         self._process.kill()
         status = self._process.wait()
         for stream in (self._requests, self._replies):
-            with suppress(BrokenPipeError):  # of a request that it has not read
+            with suppress(BrokenPipeError):  # a request was not read to its end
                 stream.close()
         return status
 
 
 class _Decoders:
-    """Decoding processes: started when needed, as many as there are CPUs at most, and kept."""
+    """A pool of decoding processes: started on demand, at most one for each CPU, and kept."""
 
     def __init__(self) -> None:
         self.peak_bytes = 0
@@ -117,7 +117,7 @@ class _Decoders:
                     status = decoder.end()
                     if status == -signal.SIGPROF:
                         break
-                except BaseException:  # its answer would be taken for one to the next question
+                except BaseException:  # a late reply would be taken for that to the next request
                     decoder.end()
                     raise
                 else:
@@ -138,7 +138,7 @@ class _Decoders:
         self._idle.append(decoder)
 
     def end(self) -> None:
-        """End all processes that no thread is waiting for."""
+        """End all idle processes."""
         while self._idle:
             self._idle.pop().end()
 
@@ -147,7 +147,7 @@ _decoders = _Decoders()
 
 
 def _forget_decoders() -> None:
-    """Leave the decoding processes to the process that this one was forked from."""
+    """Start with an empty pool after a fork; the parent keeps its processes."""
     global _decoders
     _decoders = _Decoders()
 

@@ -1,7 +1,8 @@
-"""Untrusted image files to pictures: what is read, how large it may be, which way is up.
+"""Decodes untrusted image files: accepted formats, size limits, orientation.
 
-Runs in a process of its own, `python -m gemel_engine.vision.decoder`, which answers requests on its standard input
-until that ends: a picture can take any time, and nothing but the end of its process stops a decoder written in C.
+Runs in a process of its own, `python -m gemel_engine.vision.decoder`, which answers requests on its
+standard input until that ends: a picture can take any time, and a decoder written in C is only
+stopped by ending its process.
 """
 
 from __future__ import annotations
@@ -20,16 +21,18 @@ from PIL import Image, ImageChops, UnidentifiedImageError
 from gemel_engine.errors import ImageError
 
 ACCEPTED_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
-MAX_ELONGATION = 100  # times that a picture may be as long as wide: its short side is scaled up to the encoder's
-REQUEST = struct.Struct("<QQd")  # bytes of the image file, which follows; largest number of pixels; seconds of CPU time
-# Width and height of the picture; or bytes of a message, which follows. At last, bytes of memory held at most.
+MAX_ELONGATION = 100  # largest ratio of the sides: the short side is scaled up to the encoder's
+# Number of bytes of the image file, which follows; largest number of pixels; seconds of CPU time.
+REQUEST = struct.Struct("<QQd")
+# Width and height of the picture; number of bytes of an error message, which follows; bytes of
+# peak memory.
 REPLY = struct.Struct("<QQQQ")
 
-# Every scan goes over all pixels, and a scan of some bytes is one. Pictures have about ten.
+# Every scan, even one of a few bytes, costs a pass over all pixels. Pictures have about ten.
 _MAX_JPEG_SCANS = 500
 _START_OF_SCAN = re.compile(rb"\xff\xda\0(?:\x08\x01|\x0a\x02|\x0c\x03|\x0e\x04)")  # of 1 to 4 components
 _JPEG, _PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
-_JPEG_METADATA = {*range(0xE1, 0xEE), 0xEF, 0xFE}  # not APP0 and APP14, which say what colours are
+_JPEG_METADATA = {*range(0xE1, 0xEE), 0xEF, 0xFE}  # without APP0 and APP14, which define the colours
 _PNG_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {
@@ -44,15 +47,17 @@ _UPRIGHT = {
 
 
 def decode(data: bytes, max_pixels: int) -> Image.Image:
-    """Decode untrusted bytes into an upright RGB picture, in any time; of an animation, the first frame.
+    """Decode untrusted bytes into an upright RGB picture; of an animation, the first frame.
 
-    The format is told from the bytes, and the size is read from the header and checked before any pixel is decoded.
-    Transparent parts become white. Metadata is not read, but for the orientation in Exif, which is ignored where it
-    can't be read. Decoding takes up to 16 bytes of memory a pixel.
+    The format is detected from the bytes, and the size is read from the header and checked before
+    any pixel is decoded. Transparent parts become white. Of the metadata only the Exif orientation
+    is read, and ignored if it is unreadable. Decoding takes up to 16 bytes of memory per pixel, and
+    its time is not bounded here.
 
     Raises:
-        ImageError: The bytes are not a whole picture in one of `ACCEPTED_FORMATS`, or it has more than `max_pixels`, is
-            more than `MAX_ELONGATION` times as long as wide, or is a JPEG of more scans than any picture needs.
+        ImageError: The bytes are not a whole picture in one of `ACCEPTED_FORMATS`, or it has more
+            than `max_pixels` pixels, is more than `MAX_ELONGATION` times as long as wide, or is a
+            JPEG with too many scans.
     """
     exif = None
     try:
@@ -72,13 +77,13 @@ def decode(data: bytes, max_pixels: int) -> Image.Image:
         raise
     except UnidentifiedImageError as error:
         raise ImageError(f"{len(data)} bytes are not a picture; accepted are {', '.join(ACCEPTED_FORMATS)}") from error
-    except Exception as error:  # Pillow raises a dozen kinds for bytes that are not what they claim to be
+    except Exception as error:  # Pillow raises a dozen types of exception for malformed files
         raise ImageError(f"the picture is damaged or too large ({error}); save it again") from error
     return rgb if turn is None else rgb.transpose(turn)
 
 
 def _split_png(data: bytes) -> tuple[bytes, bytes | None]:
-    """Return a PNG without its metadata, and its Exif data, if it has any that is whole."""
+    """Return a PNG without its metadata, and its Exif data if they are intact."""
     kept, exif, start = [_PNG], None, len(_PNG)
     while start + 12 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, start)
@@ -94,14 +99,14 @@ def _split_png(data: bytes) -> tuple[bytes, bytes | None]:
 
 
 def _split_jpeg(data: bytes) -> tuple[bytes, bytes | None]:
-    """Return a JPEG without the metadata in front of its first scan, and its Exif data, if it has any."""
+    """Return a JPEG without the metadata before its first scan, and its Exif data if any."""
     kept, exif, start = [_JPEG], None, len(_JPEG)
     while start + 4 <= len(data) and data[start] == 0xFF and data[start + 1] >= 0xC0:
         marker = data[start + 1]
-        if marker == 0xFF:  # fills up
+        if marker == 0xFF:  # padding
             start += 1
             continue
-        if 0xD0 <= marker <= 0xDA:  # the first scan, or what has no length
+        if 0xD0 <= marker <= 0xDA:  # the first scan, or a marker without a length
             break
         stop = start + 2 + int.from_bytes(data[start + 2 : start + 4])
         if marker not in _JPEG_METADATA:
@@ -114,7 +119,7 @@ def _split_jpeg(data: bytes) -> tuple[bytes, bytes | None]:
 
 
 def _check_header(image: Image.Image, data: bytes, max_pixels: int) -> None:
-    """Raise ImageError for a picture whose decoding or scaling would take too much memory or time."""
+    """Raise ImageError if decoding or scaling a picture would take too much memory or time."""
     size = f"{image.width} x {image.height} pixels"
     if image.width * image.height > max_pixels:
         raise ImageError(f"{size} exceed the limit of {max_pixels}; scale the picture down")
@@ -125,17 +130,17 @@ def _check_header(image: Image.Image, data: bytes, max_pixels: int) -> None:
 
 
 def _orientation(exif: bytes) -> int:
-    """Return the orientation in Exif data, 1 (upright) where there is none that can be read."""
+    """Return the orientation in Exif data; 1 (upright) if it is missing or unreadable."""
     metadata = Image.Exif()
     try:
         metadata.load(exif)
         return int(metadata.get(_EXIF_ORIENTATION, 1))
-    except Exception:  # of the same dozen kinds; the pixels are whole, whatever else the file holds
+    except Exception:  # the same dozen types; the pixels are usable without the metadata
         return 1
 
 
 def _scale_transparency(image: Image.Image, bit_depth: int) -> None:
-    """Bring a PNG's one transparent colour, which has the file's bits, to the bits of Pillow's pixels."""
+    """Scale a PNG's transparent colour from the file's bit depth to that of Pillow's pixels."""
     colour = image.info.get("transparency")
     if image.mode == "L" and isinstance(colour, int):
         image.info["transparency"] = colour * 255 // (2**bit_depth - 1)
@@ -154,7 +159,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _high_byte(image: Image.Image) -> Image.Image:
-    """Return a grey picture of 16 bits with 8; its transparent value becomes white."""
+    """Return a grey picture of 16 bits as one of 8 bits; its transparent value becomes white."""
     content = image.tobytes()
     low, high = (Image.frombytes("L", image.size, content[place::2]) for place in (0, 1))
     colour = image.info.get("transparency")
@@ -165,13 +170,13 @@ def _high_byte(image: Image.Image) -> Image.Image:
 
 
 def main(pixels: int) -> None:
-    """Answer requests until there are no more; a picture that takes longer than it may ends the process.
+    """Answer requests until there are no more; a picture that takes too long ends the process.
 
     Args:
-        pixels: Descriptor of the file in memory that gets the pixels of each picture in turn.
+        pixels: Descriptor of the file in memory to which the pixels of each picture are written.
     """
     Image.MAX_IMAGE_PIXELS = None  # each request brings its own limit
-    Image.init()  # imports the formats' readers, at the cost of no picture
+    Image.init()  # imports the formats' readers before the first picture is timed
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # nobody waits for an answer any more
     while len(header := sys.stdin.buffer.read(REQUEST.size)) == REQUEST.size:

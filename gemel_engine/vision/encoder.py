@@ -1,6 +1,6 @@
-"""Pictures to the pooled features of a frozen open_clip vision tower.
+"""Encodes pictures as the pooled features of a frozen open_clip vision tower.
 
-This file knows where features come from, not what they are for: the feature mapper turns them into visual prefixes.
+The feature mapper turns these features into visual prefixes.
 
 Shapes: B batch, C vision width.
 """
@@ -33,19 +33,20 @@ _REMEMBERED_PICTURES = 8192
 
 
 class ImageEncoder:
-    """A frozen open_clip vision tower without its projection, and the preprocessing it was trained with.
+    """A frozen open_clip vision tower without its projection, and its preprocessing.
 
     Args:
-        name_or_path: A directory with ``open_clip_config.json`` and weights, or one of open_clip's model names.
-        pretrained: The tag of the weights where `name_or_path` is a model name; None for a directory.
-        device: Where the tower runs.
-        dtype: What the tower computes in; features are float32 regardless.
+        name_or_path: A directory with ``open_clip_config.json`` and weights, or one of open_clip's
+            model names.
+        pretrained: Tag of the weights if `name_or_path` is a model name; None for a directory.
+        device: torch device of the tower.
+        dtype: Type in which the tower computes; features are always float32.
 
     Attributes:
-        width: C.
-        preprocess: Brings one RGB picture to the tower's size and range: (3, height, width).
-        fingerprint: SHA-256 over configuration, preprocessing and weights of the tower, in hexadecimal. It depends on
-            neither `device` nor `dtype`.
+        width: C, the width of the features.
+        preprocess: Function from an RGB picture to the tower's input, (3, height, width).
+        fingerprint: SHA-256 over configuration, preprocessing and weights of the tower, in
+            hexadecimal. It depends on neither `device` nor `dtype`.
 
     Raises:
         ArtifactError: The directory or its files are missing or damaged.
@@ -75,7 +76,7 @@ class ImageEncoder:
         """Compute the pooled features in front of the projection.
 
         Args:
-            images: B RGB pictures, at least one; each is needed until the next is asked for.
+            images: B RGB pictures, at least one; each is used before the next is requested.
 
         Returns:
             Features of shape (B, C), float32.
@@ -84,26 +85,26 @@ class ImageEncoder:
 
     @torch.inference_mode()
     def encode_pixels(self, preprocessed: Sequence[Tensor]) -> Features:
-        """The same for B pictures that `preprocess` has brought to the tower's size."""
+        """Compute the features (B, C) of B pictures that `preprocess` has prepared."""
         pixels = torch.stack(list(preprocessed))  # (B, 3, height, width)
-        # A convolutional tower takes half the time with its channels last; a ViT does not mind.
+        # Channels last halve the time of a convolutional tower, and do not change that of a ViT.
         pixels = pixels.to(self._device, self._dtype, memory_format=torch.channels_last)
         features: Tensor = self._tower(pixels)  # (B, C)
         return features.float().cpu().numpy()
 
 
 class PictureEncoder:
-    """Image files to image features; one that is no picture does not stop the others.
+    """Encodes image files; an unusable file does not stop the others.
 
-    A file that came a short while ago is not encoded again: the mentions of one caption share its picture.
+    Recent files are not encoded again, since the mentions of one caption share its picture.
 
     Args:
         encoder: The image encoder.
-        max_pixels: A picture that decodes to more is refused.
-        batch_size: Pictures that are encoded at once.
+        max_pixels: Largest number of pixels of a picture.
+        batch_size: Number of pictures that are encoded at once.
 
     Attributes:
-        fingerprint: Of the image encoder.
+        fingerprint: Fingerprint of the image encoder.
     """
 
     def __init__(self, encoder: ImageEncoder, max_pixels: int, batch_size: int) -> None:
@@ -114,12 +115,12 @@ class PictureEncoder:
         self._known: OrderedDict[bytes, Features | ImageError] = OrderedDict()  # by the digest of the file
 
     def encode(self, pictures: Iterable[bytes | MentionError | None]) -> list[Features | MentionError | None]:
-        """Image features (C,) of each of B files, an error where it is no picture.
+        """Return the image features (C,) of each of B files, or an error for an unusable file.
 
-        Files are taken one by one, and one decoded picture is held at a time.
+        Files are read one by one, and only one decoded picture is in memory at a time.
 
         Args:
-            pictures: None where there is no picture; an error in place of one stays what it is.
+            pictures: Image files; None and errors are returned as they are.
         """
         results: dict[bytes, Features | ImageError] = {}
         waiting: dict[bytes, Tensor] = {}
@@ -160,9 +161,9 @@ class PictureEncoder:
 
 
 def _load_directory(directory: Path) -> tuple[dict[str, Any], nn.Module, Preprocess]:
-    """Load an open_clip model directory: its configuration, the vision tower, the preprocessing."""
+    """Load an open_clip model directory: configuration, vision tower and preprocessing."""
     config_file, weights_file = directory / "open_clip_config.json", directory / "open_clip_model.safetensors"
-    # open_clip prefers this file, so asking for it also means that no pickle is ever read.
+    # open_clip prefers safetensors, so requiring this file also means that no pickle is ever read.
     for file in (config_file, weights_file):
         if not file.is_file():
             raise ArtifactError(
@@ -179,7 +180,7 @@ def _load_directory(directory: Path) -> tuple[dict[str, Any], nn.Module, Preproc
 
 
 def _load_named(name: str, pretrained: str) -> tuple[dict[str, Any], nn.Module, Preprocess]:
-    """Load the same of a model that open_clip knows by name, downloading weights that are not cached."""
+    """Load the same for a model name of open_clip; download weights that are not cached."""
     config = open_clip.get_model_config(name)
     if config is None:
         raise ConfigurationError(f"open_clip has no model {name!r}; open_clip.list_models() names them")

@@ -1,9 +1,9 @@
 """Reads images from the addresses that the configuration allows, and from no others.
 
-A row's image address comes from the data, so it is treated as hostile: it must lie under an allowed prefix after
-symbolic links, dot segments and redirects are resolved, a host name must not lead into a private network, and size,
-time and number of attempts are bounded. Its query may be a presigned address' signature, so no message shows it. What a
-picture is, is not known here.
+A row's image address comes from the data, so it is treated as hostile: it must lie under an allowed
+prefix after symbolic links, dot segments and redirects are resolved, a host name must not lead into
+a private network, and size, time and number of attempts are bounded. Its query may contain a
+signature, so no message shows it. Images are not decoded here.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ if TYPE_CHECKING:
 _MAX_REDIRECTS = 3
 _FIRST_PAUSE_SECONDS = 0.2
 _CHUNK_BYTES = 1 << 16
-# What IPv6 addresses in use are made of; the second leads to the IPv4 address in its last 32 bits (RFC 6052).
+# Public IPv6 addresses, and those with an IPv4 address in their last 32 bits (RFC 6052).
 _GLOBAL_UNICAST, _NAT64 = IPv6Network("2000::/3"), IPv6Network("64:ff9b::/96")
 _PROTOCOL_ASSIGNMENTS = ip_network("192.0.0.0/24")  # some clouds serve credentials there
 
 
 class _TransientError(ImageFetchError):
-    """Another attempt may succeed."""
+    """An error after which another attempt may succeed."""
 
 
 def fetch_image(uri: str, policy: ImagePolicy) -> bytes:
     """Read one image file.
 
-    An HTTP connection goes to the very IP address that was checked, so that a second name lookup cannot lead elsewhere;
-    proxies are not used.
+    An HTTP connection goes to the IP address that was checked, so that a second name lookup cannot
+    lead elsewhere; proxies are not used.
 
     Raises:
         ImageFetchError: The address is not allowed or cannot be read, or the file is too large.
@@ -57,7 +57,7 @@ def fetch_image(uri: str, policy: ImagePolicy) -> bytes:
     location = _allowed(uri, policy)
     if location.startswith(HTTP):
         return _fetch_with_retries(uri, policy)
-    if location.startswith("/") and not os.path.isfile(location):  # nor a device or a pipe, which might never end
+    if location.startswith("/") and not os.path.isfile(location):  # a device or a pipe might never end
         raise ImageFetchError(f"{shown(uri)}: no such file")
     try:
         data = storage.read_bytes(location, policy.max_bytes + 1)
@@ -68,7 +68,7 @@ def fetch_image(uri: str, policy: ImagePolicy) -> bytes:
 
 
 def _allowed(uri: str, policy: ImagePolicy) -> str:
-    """Return the canonical form of an address that lies under an allowed prefix."""
+    """Return the canonical form of an address; raise ImageFetchError if no prefix allows it."""
     try:
         location = canonical_address(uri)
     except ValueError as error:
@@ -171,13 +171,13 @@ def _remaining_seconds(deadline: float) -> float:
 
 
 def _checked_addresses(host: str, port: int) -> list[str]:
-    """Return the IP addresses of a host; ImageFetchError if it is a name and one of them is not public."""
+    """Return the IP addresses of a host; raise ImageFetchError if a name has a private one."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except UnicodeError as error:
         raise ImageFetchError(f"{host!r} is not a host name") from error
     addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
-    if host != "localhost" and host not in addresses:  # else the configuration names this very address
+    if host != "localhost" and host not in addresses:  # else the configuration names this address
         for address in addresses:
             if not _is_public(ip_address(address)):
                 raise ImageFetchError(f"{host!r} leads to {address}, which is not a public address")
@@ -197,7 +197,7 @@ def _is_public(address: IPv4Address | IPv6Address) -> bool:
 
 
 class _TimedStream(io.RawIOBase):
-    """What a socket receives, for as long in all as the socket's timeout allows for one operation."""
+    """Reads from a socket; the socket's timeout applies to all reads together."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
@@ -220,7 +220,7 @@ class _TimedStream(io.RawIOBase):
 
 
 class _TimedResponse(http.client.HTTPResponse):
-    """An answer whose status line, headers and body, however they trickle in, share one timeout."""
+    """A response whose status line, headers and body share one timeout."""
 
     def __init__(self, sock: socket.socket, *arguments: Any, **options: Any) -> None:
         super().__init__(sock, *arguments, **options)
@@ -238,7 +238,7 @@ class _SecureConnection(HTTPSConnection):
 
 @lru_cache(maxsize=64)
 def _pool(scheme: str, host: str, port: int, address: str) -> HTTPConnectionPool:
-    """Return the pool of connections to one address, on which a certificate must be for the host's name."""
+    """Return the connection pool of one address; a certificate must be for the host's name."""
     pool: HTTPConnectionPool
     if scheme == "https":
         pool = HTTPSConnectionPool(

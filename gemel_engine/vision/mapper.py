@@ -1,7 +1,7 @@
-"""The trained part of the model: image features to a visual prefix, and its directory on disk.
+"""The trained part of the model, from image features to a visual prefix, and its directory on disk.
 
-Knows neither the vision encoder nor the language model; their fingerprints travel with the weights, so that whoever
-holds the models can refuse a mapper that was trained between others.
+It loads neither the vision encoder nor the language model; their fingerprints are stored with the
+weights, so that a mapper that was trained with other models can be rejected.
 
 Shapes: B batch, C vision width, P prefix length, D language-model width, N pictures.
 """
@@ -40,20 +40,23 @@ Width = Annotated[int, Field(gt=0, le=1 << 20)]
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
 class MapperMetadata:
-    """What a mapper's weights mean; stored beside them as JSON.
+    """Describes a mapper's weights; stored beside them as JSON.
 
     Attributes:
         vision_width: C, the width of the image features.
-        prefix_length: P, how many embeddings stand for one picture.
+        prefix_length: P, the number of embeddings of one picture.
         language_model_width: D, the width of the language model's input embeddings.
-        language_model_fingerprint: The language model it was made for; None for any model of width D.
-        image_encoder_fingerprint: The image encoder it was made for; None for any encoder of width C.
-        scaling: What is done to image features first: nothing; each brought to mean 0 and deviation 1 over the
-            training pictures; the same, and then every picture's features to the norm √C.
-        initialisation: What the weights were before training.
-        trained: Whether gradient steps were made.
-        seed: Of the random start; None if there was none.
-        details: Free remarks of the training run, such as its number of steps.
+        language_model_fingerprint: Fingerprint of the language model it was made for; None for any
+            model of width D.
+        image_encoder_fingerprint: Fingerprint of the image encoder it was made for; None for any
+            encoder of width C.
+        scaling: Scaling of image features: `none`; `z_score`, each feature to mean 0 and deviation
+            1 over the training pictures; `z_score_norm`, then also every picture's features to the
+            norm √C.
+        initialisation: How the weights were set before training.
+        trained: Whether gradient steps were taken.
+        seed: Seed of the random start; None if there was none.
+        details: Free remarks about the training run, such as its number of steps.
     """
 
     vision_width: Width
@@ -69,7 +72,7 @@ class MapperMetadata:
 
     @property
     def origin(self) -> str:
-        """`trained`, or else what the weights were set to."""
+        """`trained`, or else the initialisation."""
         return "trained" if self.trained else self.initialisation
 
 
@@ -77,7 +80,8 @@ class FeatureMapper(nn.Module):
     """One linear layer from image features, scaled or not, to P embeddings (GEMEL, section 3.2).
 
     Attributes:
-        metadata: Replace it (`dataclasses.replace`) when the weights change their meaning, as training does.
+        metadata: Description of the weights. Replace it (`dataclasses.replace`) when it no longer
+            holds, as training does.
         feature_mean: Buffer of shape (C,), zero unless `fit_scaling` was called.
         feature_std: Buffer of shape (C,), one unless `fit_scaling` was called.
         linear: Weight of shape (P * D, C), row p * D + d; bias of shape (P * D,).
@@ -105,7 +109,7 @@ class FeatureMapper(nn.Module):
         language_model_fingerprint: str | None = None,
         image_encoder_fingerprint: str | None = None,
     ) -> Self:
-        """PyTorch's default initialisation from `seed`; leaves the global random state alone."""
+        """Return a mapper with PyTorch's default initialisation; keep the global random state."""
         metadata = MapperMetadata(
             vision_width=vision_width,
             prefix_length=prefix_length,
@@ -120,19 +124,19 @@ class FeatureMapper(nn.Module):
             return cls(metadata)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Map image features of shape (B, C) to visual prefixes of shape (B, P, D), in the mapper's dtype."""
+        """Map image features (B, C) to visual prefixes (B, P, D), in the mapper's dtype."""
         prefixes: Tensor = self.linear(self.scaled(features))  # (B, P * D)
         return prefixes.reshape(-1, self.metadata.prefix_length, self.metadata.language_model_width)
 
     def scaled(self, features: Tensor) -> Tensor:
-        """The image features (B, C) that the linear layer sees."""
+        """Return image features (B, C) as the linear layer receives them."""
         scaled = (features.to(self.feature_mean) - self.feature_mean) / self.feature_std
         if self.metadata.scaling == "z_score_norm":
             scaled = nn.functional.normalize(scaled, dim=-1) * math.sqrt(self.metadata.vision_width)
         return scaled
 
     def fit_scaling(self, features: Tensor) -> None:
-        """Take means and deviations from the training pictures (N, C); a constant feature is only centred."""
+        """Fit the scaling to the training pictures (N, C); a constant feature is only centred."""
         if self.metadata.scaling == "none":
             return
         std, mean = torch.std_mean(features.to(self.feature_mean), dim=0, correction=0)
@@ -141,16 +145,16 @@ class FeatureMapper(nn.Module):
 
     @torch.no_grad()
     def fit_ridge(self, features: Tensor, embeddings: Tensor, penalty: float, gain: float = 1.0) -> None:
-        """Set the linear layer in closed form: the ridge regression from pictures to embeddings of their names.
+        """Fit the linear layer in closed form, by ridge regression from pictures to embeddings.
 
         Args:
-            features: Of the training pictures, (N, C).
-            embeddings: What each picture's visual prefix should be, (N, P, D).
-            penalty: Added to the variance of each feature, in units of the mean variance.
-            gain: What deviates from the mean embedding is multiplied by this, since a regression shrinks it.
+            features: Image features of the training pictures, (N, C).
+            embeddings: Target visual prefixes, the embeddings of the pictures' names, (N, P, D).
+            penalty: Term added to the variance of each feature, in units of the mean variance.
+            gain: Factor on deviations from the mean embedding, which a regression shrinks.
 
         Raises:
-            InputError: All pictures are equal.
+            InputError: All pictures have the same features.
         """
         inputs = self.scaled(features).double()
         targets = embeddings.flatten(1).double()
@@ -169,9 +173,10 @@ class FeatureMapper(nn.Module):
         self.metadata = replace(self.metadata, initialisation="ridge", seed=None)
 
     def save(self, directory: str | Path, dtype: torch.dtype = torch.float32) -> None:
-        """Write `mapper.safetensors`, then `mapper.json`: a directory that has the second is complete.
+        """Write `mapper.safetensors`, then `mapper.json`: a directory with the second is complete.
 
-        The linear layer is written in `dtype`, the scaling in float32: a mean may be many deviations away from zero.
+        The linear layer is written in `dtype`, the scaling in float32: a mean may be many
+        deviations away from zero.
 
         Raises:
             ConfigurationError: Another command is writing there.
@@ -188,16 +193,16 @@ class FeatureMapper(nn.Module):
 
     @classmethod
     def load(cls, directory: str | Path) -> Self:
-        """Read what `save` wrote, as float32 on the CPU; nothing that happens to the files later changes the mapper.
+        """Load a mapper as float32 on the CPU; later changes of its files do not affect it.
 
         Raises:
-            ArtifactError: A file is missing or damaged, of another format version, or the weights do not have the
-                shapes and the checksum that `mapper.json` gives, are of another type, are not finite, or hold a
-                deviation that is not positive.
+            ArtifactError: A file is missing or damaged, or has another format version; or the
+                weights differ from `mapper.json` in shapes or checksum, have another type, are not
+                finite, or contain a deviation that is not positive.
         """
         directory = Path(directory)
         metadata, checksum = _read_metadata(directory / MANIFEST)
-        with torch.device("meta"):  # shapes without memory: the description is not to be trusted yet
+        with torch.device("meta"):  # shapes without memory: the metadata is not trusted yet
             mapper = cls(metadata)
         path = directory / _WEIGHTS
         limit = 4 * sum(tensor.numel() for tensor in mapper.state_dict().values()) + _MAX_HEADER_BYTES
@@ -227,7 +232,7 @@ class FeatureMapper(nn.Module):
 
 
 def _read_metadata(path: Path) -> tuple[MapperMetadata, str | None]:
-    """What the file says of the weights, and their checksum."""
+    """Return the metadata in a file, and the checksum of the weights."""
     contents = read_manifest(path, FORMAT_VERSION, without_checksum=_WITHOUT_CHECKSUM)
     checksum = contents.pop(_CHECKSUM, None)
     return parse_manifest(contents, MapperMetadata, path), checksum
