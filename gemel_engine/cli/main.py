@@ -1,8 +1,8 @@
 """The commands of `gemel`.
 
-A command is a function in `jobs.py` or `artifacts.py` and its line in `COMMANDS`. The function imports
-what it needs when it is called: `gemel --help` does not wait for torch, and a configuration is
-validated before Ray is imported.
+A command is a function in `jobs.py` or `artifacts.py` and its line in `COMMANDS`. The function
+imports what it needs when it is called: `gemel --help` does not wait for torch, and a configuration
+is validated before Ray is imported.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Command:
     """A command of `gemel`.
 
     Attributes:
-        function: The function that runs the command; its docstring is the help text.
+        function: The function that runs the command. Its docstring appears in `gemel --help`.
         parses_arguments: Whether the function receives the list of arguments and parses it itself;
             otherwise its parameters are the options.
     """
@@ -51,8 +51,13 @@ DESCRIPTION = """Multimodal entity linking by generating entity names.
 
 `gemel COMMAND --help` explains a command, `gemel --version` prints the version.
 
-Exit codes: 0 success; 1 any other error; 2 invalid configuration or arguments; 3 invalid input;
-4 unusable artifact; 5 more rows failed than `max_failed_fraction` allows."""
+Exit codes:
+0: success
+1: an error not listed here
+2: invalid configuration or arguments
+3: invalid input
+4: missing, damaged or incompatible artifact
+5: more rows failed than `max_failed_fraction` allows"""
 
 
 def main(*command: str) -> None:
