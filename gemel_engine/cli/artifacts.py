@@ -101,8 +101,8 @@ def update_kb(
         knowledge_base: Directory of the base: a knowledge base or an update, local or
             s3://bucket/prefix. Do not move or delete it afterwards.
         changes: Parquet file or directory of Parquet files with the columns of `gemel build-kb` and
-            `retired`. A row whose `entity_id` exists in the base replaces that entity, in the columns
-            that the table has.
+            `retired`. A row whose `entity_id` exists in the base replaces that entity; columns that
+            the table lacks keep their values.
         output_dir: New or empty local directory.
         names: Which names are usable.
     """

@@ -23,8 +23,8 @@ from gemel_engine.errors import ConfigurationError, GemelError, redacted
 
 Config = TypeVar("Config")
 
-_SETTINGS = """Every option below is a setting of CONFIG.toml: `--search.width` overrides the key `width` in the \
-table `[search]`.
+_SETTINGS = """Every option below is a setting of CONFIG.toml: `--search.width` overrides the key `width` in
+the table `[search]`.
 
 The file must contain the required settings. Name a file before `--help` to see its values."""
 
