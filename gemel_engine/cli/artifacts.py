@@ -165,8 +165,7 @@ def build_demonstrations(
             hub.
         image_encoder: open_clip architecture, or local directory in open_clip's layout; without
             one, picture files are ignored.
-        image_encoder_pretrained: Name of open_clip's pretrained weights, if `image_encoder` is an
-            architecture.
+        image_encoder_pretrained: Name of open_clip's weights, if the encoder is an architecture.
         device: torch device of both encoders.
         max_image_pixels: Maximum number of pixels of a decoded picture; a larger one is unusable.
         allowed_image_prefixes: Allowed prefixes of an `image_uri`: absolute local directories,
@@ -216,8 +215,7 @@ def init_mapper(
         output_dir: Local directory; an existing mapper in it is replaced.
         language_model: Local directory, or name on the model hub.
         image_encoder: open_clip architecture, or local directory in open_clip's layout.
-        image_encoder_pretrained: Name of open_clip's pretrained weights, if `image_encoder` is an
-            architecture.
+        image_encoder_pretrained: Name of open_clip's weights, if the encoder is an architecture.
         prefix_length: Number of embeddings that represent one picture in the prompt.
         seed: Seed of the random weights.
     """
