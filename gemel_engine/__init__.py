@@ -17,24 +17,25 @@ _MODULES = {
     "load_config": "gemel_engine.config.loading",
 }
 
-# Ray reads some of its settings when it is imported, so they are made before any module of this package does that.
+# Ray reads these settings when it is imported, so they are set before any module of this package
+# imports it.
 
-# Ray Data reserves resources for a driver, and for so many seconds after it was killed: 180, were this not here. The
-# next driver would wait for them.
+# Seconds for which Ray Data keeps the resources of a killed driver reserved (Ray's default is 180).
+# The next driver waits for them.
 os.environ.setdefault("RAY_DATA_AUTOSCALING_REQUEST_EXPIRE_TIME_S", "30")
-# Ray Data's newer way to share out a cluster rounds down what fractions of CPUs and GPUs leave over on each node: pools
-# stay small then although there is room, on nodes that join, too.
+# Ray Data's newer autoscaler rounds down the fractions of CPUs and GPUs left on each node, so actor
+# pools stay small although there is room, even when nodes join.
 os.environ.setdefault("RAY_DATA_CLUSTER_AUTOSCALER", "V2")
-# Ray Train asks a cluster's dashboard every second whether its controller lives, and warns each time where there is
-# none, as in the Ray that a job starts for itself.
+# Ray Train asks the dashboard every second whether its controller is alive. A Ray that a job starts
+# for itself has no dashboard, and each request would log a warning.
 os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "Failed to query Ray Train Controller actor state")
-# Behind `uv run` Ray would upload the working directory and have uv make an environment for each worker, where relative
-# paths mean other places. The workers take the driver's Python and directory instead, as they do without uv.
+# Under `uv run`, Ray would upload the working directory and create an environment for each worker,
+# in which relative paths point elsewhere. Workers use the driver's Python and directory instead.
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used: `import gemel_engine` alone waits for no library."""
+    """Import a public name on first use, so that `import gemel_engine` itself loads no library."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(_MODULES[name]), name)

@@ -1,4 +1,4 @@
-"""Every error the project raises on purpose.
+"""The errors that this project raises, and removal of secrets from their messages.
 
     GemelError
     ├── ConfigurationError      a setting is unknown, malformed or contradicts another   exit code 2
@@ -13,9 +13,9 @@
         ├── ImageError              the image's bytes are not a decodable picture
         └── ImageFetchError         the image's address is not allowed or not reachable
 
-A bad *row* is data: its `MentionError` is written to the row's `error` column as ``kind: message`` and counted.
-A bad *job* raises, before any work where that is possible. A message names the offending value and the remedy; an
-address it names as `shown` writes it, and what another library says as `redacted` writes it.
+A bad *row* is data: its `MentionError` is written to the row's `error` column as ``kind: message``
+and counted. A bad *job* raises, before any work if possible. A message names the invalid value and
+the remedy. Addresses in it are formatted by `shown`, and texts of other libraries by `redacted`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from urllib.parse import quote, quote_plus
 
 _SHOWN_CHARACTERS = 200
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://[^\s\"'<>`]+", re.IGNORECASE)
-# What a query is made of, wherever it is repeated without its address; `=` may be escaped.
+# A secret query parameter, also where a text repeats it without its address; `=` may be escaped.
 _SECRET_PARAMETER = re.compile(
     r"([\w-]*(?:signature|credential|token|secret|password|passwd|api_?key|keyid|\bsig)(?:=|%3D))[^&\s\"'<>,;)]+",
     re.IGNORECASE,
@@ -35,10 +35,10 @@ _SECRET_PARAMETER = re.compile(
 
 
 def shown(address: str) -> str:
-    """Quote an address for a message or log: of bounded length, and without what may be secret.
+    """Quote an address for a message or log, cut to a maximum length and without secrets.
 
-    That is user name and password and, but for an absolute local path, the query, in which a presigned address has its
-    signature.
+    Removed are user name and password and, except in an absolute local path, the query, which
+    contains the signature of a presigned address.
     """
     if not address.startswith("/") or address.startswith("//"):
         address = _without_secrets(address)
@@ -46,15 +46,16 @@ def shown(address: str) -> str:
 
 
 def redacted(text: str, *addresses: str) -> str:
-    """Remove what may be secret from a text that another library wrote, such as the message of its exception.
+    """Remove possible secrets from a text of another library, such as the message of an exception.
 
     Args:
-        text: The text; each `scheme://...` in it is treated as an address.
-        addresses: Addresses that the text may repeat in part: their queries are removed wherever they occur.
+        text: Text; each `scheme://...` in it is treated as an address.
+        addresses: Addresses that the text may repeat in part; their queries are removed wherever
+            they occur.
     """
     for address in addresses:
         query = re.split("[?#]", address, maxsplit=1)[1:]
-        query = [part for part in query if len(part) > 3]  # a shorter one is no secret
+        query = [part for part in query if len(part) > 3]  # a shorter one is not secret
         for secret in (*query, *map(quote, query), *map(quote_plus, query)):
             text = text.replace(secret, "...")
     text = _ADDRESS.sub(lambda found: _without_secrets(found[0], "[?#]|%3F"), text)
@@ -65,37 +66,38 @@ def _without_secrets(address: str, query_marks: str = "[?#]") -> str:
     address, *query = re.split(query_marks, address, maxsplit=1)
     user, _, place = address.rpartition("@")
     start = user.find("//") + 2 if "//" in user else 0
-    if ":" in user[start:] or (user and "/" not in user[start:]):  # a password may hold an unescaped slash
+    # A password may contain an unescaped slash.
+    if ":" in user[start:] or (user and "/" not in user[start:]):
         address = f"{user[:start]}...@{place}"
     return f"{address}?..." if query else address
 
 
 class GemelError(Exception):
-    """Base of all errors that this project raises on purpose."""
+    """Base class of all errors that this project raises."""
 
     exit_code: ClassVar[int] = 1
 
 
 class ConfigurationError(GemelError):
-    """A setting is unknown, malformed or contradicts another."""
+    """A setting is unknown, malformed or contradicts another one."""
 
     exit_code = 2
 
 
 class InputError(GemelError):
-    """An input table is not what its schema promises."""
+    """An input table does not have the required form or content."""
 
     exit_code = 3
 
 
 class ArtifactError(GemelError):
-    """An artifact directory is missing, damaged, of another format version, or does not fit its neighbours."""
+    """An artifact is missing, damaged, of another format version, or incompatible with others."""
 
     exit_code = 4
 
 
 def not_loadable(what: str, name_or_path: str, error: Exception) -> ArtifactError:
-    """The error of a model that is neither in a local directory nor to be had by its name on the model hub."""
+    """Return the error for a model that loads neither from a local directory nor from the hub."""
     missing = (
         "" if os.path.isdir(name_or_path) else ", which is no directory here, and so taken for a name on the model hub"
     )
@@ -111,11 +113,15 @@ class TooManyFailuresError(GemelError):
 
 
 class EngineDiedError(GemelError):
-    """A process of the language model's engine has ended, and the engine with it; the linking job starts it again."""
+    """A process of the language model's engine has ended; the linking job restarts the engine."""
 
 
 class MentionError(GemelError):
-    """One mention cannot be linked; becomes the row's `error`."""
+    """One mention cannot be linked; the error is stored in the row's column `error`.
+
+    Attributes:
+        kind: Prefix of the message, by which errors are counted.
+    """
 
     kind: ClassVar[str] = "mention"
 

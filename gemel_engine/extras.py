@@ -1,4 +1,4 @@
-"""Packages that only some commands need: one that is missing is named with the extra that installs it."""
+"""Optional packages: an error names a missing one and the extra that installs it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from gemel_engine.errors import ConfigurationError
 
 @contextmanager
 def extra(*names: str) -> Iterator[None]:
-    """Import packages of an extra in the body of a `with` statement.
+    """Guard imports in the body of a `with` statement that need an extra.
 
     Args:
-        names: The extras of `pyproject.toml` that install what the body imports; any one of them does.
+        names: Extras of `pyproject.toml`, each of which installs the packages that the body
+            imports.
 
     Raises:
         ConfigurationError: A package is not installed.
@@ -27,11 +28,14 @@ def extra(*names: str) -> Iterator[None]:
 
 
 def require(module: str, *names: str) -> None:
-    """Raise what `extra` raises if a module is not installed; nothing is imported.
+    """Raise if a module is not installed, without importing it.
 
     Args:
         module: Name of a top-level module.
-        names: The extras that install it.
+        names: Extras of `pyproject.toml`, each of which installs the module.
+
+    Raises:
+        ConfigurationError: The module is not installed.
     """
     with extra(*names):
         if find_spec(module) is None:

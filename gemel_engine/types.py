@@ -1,6 +1,6 @@
-"""The rows that flow through the engine, with the Arrow schema of each table beside its type.
+"""Row types of the engine, each with the Arrow schema of its table.
 
-Nothing here knows a model, Ray or a file. A stage adds a type; none changes another's.
+This module depends on no model, not on Ray, and reads no files.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import pyarrow as pa
 
 from gemel_engine.errors import InvalidMentionError
 
-Features = npt.NDArray[np.float32]  # of one picture (C,), or of a batch (B, C)
+Features = npt.NDArray[np.float32]  # one picture: (C,); a batch: (B, C)
 
 MENTION_REQUIRED_COLUMNS = ("mention_id", "text", "mention")
 _MAX_MENTION_CHARACTERS = 4096
-_LARGEST_FEATURE = 1e6  # of no image encoder by far; the squares of larger ones are soon no numbers
+# Far above the features of any image encoder; squares of much larger ones overflow.
+_LARGEST_FEATURE = 1e6
 
 
 def _is_text(found: pa.DataType) -> bool:
@@ -27,7 +28,7 @@ def _is_text(found: pa.DataType) -> bool:
 
 
 def _is_text_or_bytes(found: pa.DataType) -> bool:
-    """Some tools write texts without saying that they are texts."""
+    """Return whether a type is text or bytes; some tools store text as plain bytes."""
     return _is_text(found) or _is_bytes(found)
 
 
@@ -41,7 +42,7 @@ def _is_bytes(found: pa.DataType) -> bool:
 
 
 def _is_picture(found: pa.DataType) -> bool:
-    """Bytes, or the struct {bytes, path} of Hugging Face's data sets."""
+    """Return whether a type is bytes, or the struct {bytes, path} of Hugging Face's data sets."""
     if not pa.types.is_struct(found):
         return _is_bytes(found)
     place, path = found.get_field_index("bytes"), found.get_field_index("path")
@@ -53,20 +54,21 @@ def _is_number(found: pa.DataType) -> bool:
 
 
 def is_any_list(found: pa.DataType) -> bool:
-    """Whether a type is one of Arrow's five kinds of lists."""
+    """Return whether a type is one of Arrow's five list types."""
     kinds = ("list", "large_list", "fixed_size_list", "list_view", "large_list_view")
     return any(getattr(pa.types, f"is_{kind}")(found) for kind in kinds)
 
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """How a column of a table is read, in whichever type a tool has written it.
+    """Type that a column is read as, and the stored types that it is accepted in.
 
     Attributes:
-        type: The type that it is read in.
-        expected: What a message says that it must be.
-        accepts: Whether values of a type, neither null nor a dictionary, can become values of this column.
-        item: The items of a list, which decide instead; None for everything else.
+        type: Type of the column after reading.
+        expected: Name of the required type in error messages.
+        accepts: Function that returns whether a stored type, neither null nor a dictionary, can be
+            converted to `type`.
+        item: Column of the items of a list, used instead of `accepts`; None for other types.
     """
 
     type: pa.DataType
@@ -76,12 +78,12 @@ class Column:
 
     @classmethod
     def list_of(cls, item: Column) -> Column:
-        """A column of lists."""
+        """Return a column of lists of `item`."""
         return cls(pa.list_(item.type), f"list of {item.expected}s", item=item)
 
     @classmethod
     def like(cls, wanted: pa.DataType) -> Column:
-        """A column of a type, or of what differs from it in width alone."""
+        """Return a column that accepts a type and the types that differ from it only in width."""
         if pa.types.is_string(wanted):
             return cls(wanted, "string", _is_text)
         if pa.types.is_list(wanted):
@@ -105,7 +107,7 @@ class Column:
         return cls(wanted, str(wanted), wanted.equals)
 
     def takes(self, found: pa.DataType) -> bool:
-        """Whether the column can be read where it is stored in a type."""
+        """Return whether the column can be read from the stored type `found`."""
         if pa.types.is_dictionary(found):
             return self.takes(found.value_type)
         if pa.types.is_null(found):
@@ -143,13 +145,15 @@ class Mention:
     """A surface form in a text, with or without a picture.
 
     Attributes:
-        mention_id: Unique in its corpus.
-        text: The sentence or caption.
-        mention: The surface form. It is asked about as it is, whether or not `text` has it in just these letters.
-        mention_start: Character offset of the surface form in `text`, where known.
-        candidate_ids: Decoding is restricted to these entities; None means the whole knowledge base.
-        group: What mentions that must not be each other's demonstrations in training have in common, such as a
-            document, or the artist of their pictures; None: the mention is a group of its own.
+        mention_id: Identifier, unique in its corpus.
+        text: Sentence or caption.
+        mention: Surface form. The prompt uses it as given, even if `text` does not contain it.
+        mention_start: Character offset of the surface form in `text`; None: unknown.
+        candidate_ids: Identifiers of the entities to which decoding is restricted; None: the whole
+            knowledge base.
+        group: Identifier shared by mentions that must not be each other's demonstrations in
+            training, such as their document or the artist of their pictures; None: the mention is a
+            group of its own.
     """
 
     mention_id: str
@@ -166,7 +170,7 @@ class Candidate:
 
     Attributes:
         entity_id: Identifier in the knowledge base.
-        entity_name: The generated name, which several entities may share.
+        entity_name: Generated name, which several entities may share.
         log_prob: Sum of the log-probabilities of the name's tokens and its terminator, in nats.
     """
 
@@ -177,28 +181,38 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What linking says of one mention; every field but `mention_id` is None or empty where `error` is set.
+    """Result of linking one mention.
+
+    If `error` is set, all fields other than it and `mention_id` are None or empty.
 
     Attributes:
-        log_prob: Log-probability of the best name, in nats (a sum over its tokens and the terminator).
-        probability: The best name's share of the probability mass of all names, as a lower bound: what was not
-            explored counts against it. Not calibrated.
-        confidence: Probability that the entity is the right one; None without a calibration.
-        nil_probability: Probability that the knowledge base lacks the mention's entity; None without a calibration, or
-            one that was fitted without such mentions.
+        mention_id: Identifier of the mention.
+        entity_id: Identifier of the best entity.
+        entity_name: Name of the best entity.
+        log_prob: Log-probability of the best name in nats: the sum over its tokens and the
+            terminator.
+        probability: Lower bound of the best name's share of the probability mass of all names;
+            unexplored mass counts against it. Not calibrated.
+        confidence: Probability that the entity is correct; None without a calibration.
+        nil_probability: Probability that the knowledge base lacks the mention's entity; None
+            without a calibration, or if it was fitted without such mentions.
         unexplored_mass: Upper bound of the probability of all names that the search did not reach.
-        margin: Objective of the first name minus that of the second, negative where another ranking put it first; None
-            when only one name was found.
-        certified: The first name is proved to be the best of all allowed names by the search's ranking.
-        num_certified: How many of the leading candidate names are proved to be in their place.
-        is_nil: The mention refers to no entity of the knowledge base, says the calibration; None like
-            `nil_probability`. The best entity is given all the same.
-        candidates: The best first; entities that share a name follow each other.
-        demonstration_ids: `mention_id`s of the demonstrations in the prompt, the most similar last.
-        demonstration_entity_ids: The entities that they show, in the same order.
-        num_demonstrations_dropped: How many were left out because the prompt would have been too long.
-        num_rollouts: Rollouts that the search asked the language model for, those of an earlier run included whose
-            prediction this one carries on.
+        margin: Objective of the first name minus that of the second, negative if the ranking
+            differs from the objective; None if only one name was found.
+        certified: Whether the first name is proved to be the best of all allowed names by the
+            ranking of the search.
+        num_certified: Number of leading candidate names whose ranks are proved.
+        is_nil: Whether the mention refers to no entity of the knowledge base, according to the
+            calibration; None if `nil_probability` is None. The best entity is returned in any case.
+        candidates: Candidates, the best first; entities that share a name are adjacent.
+        demonstration_ids: Values of `mention_id` of the demonstrations in the prompt, the most
+            similar last.
+        demonstration_entity_ids: Identifiers of the demonstrations' entities, in the same order.
+        num_demonstrations_dropped: Number of demonstrations omitted to keep the prompt within its
+            limit.
+        num_rollouts: Number of rollouts that the search requested from the language model,
+            including those of the previous run if this prediction continues one of its predictions.
+        error: Reason why the mention could not be linked, as `kind: message`; None: it was linked.
     """
 
     mention_id: str
@@ -222,9 +236,9 @@ class Prediction:
 
 
 def fault_of(mention: Mention) -> InvalidMentionError | None:
-    """Why a mention can't be linked, whatever the knowledge base and the models are; None if nothing speaks against it.
+    """Return why a mention can't be linked with any knowledge base and models, or None if it can.
 
-    A row of a table may lack its text and its surface form, and its candidates may hold nulls.
+    Text and surface form may be missing, and candidates may contain nulls, as in rows of a table.
     """
     form, text, start = mention.mention, mention.text, mention.mention_start
     if not form or not form.strip():
@@ -249,18 +263,18 @@ def fault_of(mention: Mention) -> InvalidMentionError | None:
 
 
 def are_features(features: Features, width: int) -> bool:
-    """Whether image features are of this width, and numbers of a sensible size."""
+    """Return whether image features have this width and contain only finite numbers up to 1e6."""
     if features.shape != (width,) or not width:
         return False
-    # Neither holds if one of them is no number.
+    # Both comparisons are false if a feature is NaN.
     return bool(features.min() >= -_LARGEST_FEATURE and features.max() <= _LARGEST_FEATURE)
 
 
 def check_features(features: Features, width: int) -> None:
-    """See that image features are what a feature mapper of this width takes.
+    """Validate image features for a feature mapper of this width.
 
     Raises:
-        InvalidMentionError: They are not.
+        InvalidMentionError: `are_features` is false.
     """
     if not are_features(features, width):
         num_usable = (np.abs(features) <= _LARGEST_FEATURE).sum()
@@ -300,14 +314,14 @@ PREDICTION_COLUMNS = {field.name: Column.like(field.type) for field in PREDICTIO
 
 
 def row_to_prediction(row: Mapping[str, Any]) -> Prediction:
-    """A row of `PREDICTION_SCHEMA` as a prediction."""
+    """Convert a row of `PREDICTION_SCHEMA` to a prediction."""
     candidates = [Candidate(item["entity_id"], item["name"], item["log_prob"]) for item in row["candidates"] or ()]
     lists = {name: tuple(row[name] or ()) for name in ("demonstration_ids", "demonstration_entity_ids")}
     return Prediction(**{**row, **lists, "candidates": tuple(candidates)})
 
 
 def predictions_to_table(predictions: list[Prediction]) -> pa.Table:
-    """Rows of `PREDICTION_SCHEMA`, one for each prediction, in the order given."""
+    """Convert predictions to a table with `PREDICTION_SCHEMA`, in the order given."""
     columns: dict[str, list[object]] = {
         name: [getattr(prediction, name) for prediction in predictions]
         for name in PREDICTION_SCHEMA.names

@@ -1,4 +1,4 @@
-"""Commands that make what a run reads: see `commands.py`."""
+"""Commands that build the artifacts of a run; registered in `main.py`."""
 
 from __future__ import annotations
 
@@ -32,12 +32,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NameOptions:
-    """Which names are usable, and what to do with the others.
+    """Which entity names are usable, and what happens to rows with unusable names.
 
     Attributes:
-        tokenizer: The language model's directory or hub name.
-        max_name_tokens: Longer names are unusable.
-        on_bad_name: Refuse the table if a name is unusable, or leave its row out.
+        tokenizer: Language model whose tokenizer splits the names: local directory, or name on the
+            model hub.
+        max_name_tokens: Maximum number of tokens of a name; a longer name is unusable.
+        on_bad_name: What to do with an unusable name: `error` rejects the whole table, `skip`
+            leaves the row out.
     """
 
     tokenizer: str
@@ -45,7 +47,7 @@ class NameOptions:
     on_bad_name: Literal["error", "skip"] = "error"
 
     def settings(self) -> KnowledgeBaseSettings:
-        """What a knowledge base is built with."""
+        """Return the settings that a knowledge base is built with."""
         from gemel_engine.config.components import KnowledgeBaseSettings
 
         return KnowledgeBaseSettings(max_name_tokens=self.max_name_tokens, on_bad_name=self.on_bad_name)
@@ -60,10 +62,11 @@ def build_kb(
     """Build a knowledge base from a table of entities.
 
     Args:
-        entities: Parquet file, or directory of them; local or s3://bucket/prefix. Columns `entity_id` and `name`, and
-            optionally `description`, `popularity`, `image_uri`, `aliases`.
+        entities: Parquet file or directory of Parquet files, local or s3://bucket/prefix. Required
+            columns: `entity_id` and `name`; optional columns: `description`, `popularity`,
+            `image_uri`, `aliases`.
         output_dir: New or empty local directory.
-        names: Which are usable.
+        names: Which names are usable.
     """
     from gemel_engine.knowledge_base.build import build_knowledge_base, read_entities
     from gemel_engine.tokenizer import load_tokenizer
@@ -90,14 +93,18 @@ def update_kb(
     *,
     names: OmitArgPrefixes[NameOptions],
 ) -> None:
-    """Add, rename and retire entities: an update that stands wherever a knowledge base does, and needs it beside it.
+    """Add, rename and retire entities of a knowledge base, by writing an update next to it.
+
+    The update can be used wherever a knowledge base can; it refers to its base, which must be kept.
 
     Args:
-        knowledge_base: Directory of a knowledge base or of an update; local or s3://bucket/prefix. It has to stay.
-        changes: Parquet file, or directory of them, with the columns of `gemel build-kb` and `retired`. A row whose
-            `entity_id` is known takes the place of that entity, in the columns that the table has.
+        knowledge_base: Directory of the base: a knowledge base or an update, local or
+            s3://bucket/prefix. Do not move or delete it afterwards.
+        changes: Parquet file or directory of Parquet files with the columns of `gemel build-kb` and
+            `retired`. A row whose `entity_id` exists in the base replaces that entity; columns that
+            the table lacks keep their values.
         output_dir: New or empty local directory.
-        names: Which are usable.
+        names: Which names are usable.
     """
     from gemel_engine.knowledge_base.build import read_entities
     from gemel_engine.knowledge_base.update import update_knowledge_base
@@ -118,10 +125,10 @@ def update_kb(
 
 
 def compact_kb(knowledge_base: KnowledgeBase, output_dir: OutputDir) -> None:
-    """Merge an update with its base into a knowledge base that needs neither.
+    """Merge an update and its base into a knowledge base that depends on neither.
 
     Args:
-        knowledge_base: Directory that `gemel update-kb` made; local or s3://bucket/prefix.
+        knowledge_base: Directory written by `gemel update-kb`, local or s3://bucket/prefix.
         output_dir: New or empty local directory.
     """
     from gemel_engine.knowledge_base.update import compact_knowledge_base
@@ -148,20 +155,22 @@ def build_demonstrations(
     """Build a demonstration index from a training split.
 
     Args:
-        mentions: Parquet file, or directory of them; local or s3://bucket/prefix. Columns `mention_id`, `text`,
-            `mention`, `entity_id`, and optionally `entity_name`, `group`, `image_features`, `image_bytes`,
-            `image_uri`.
-        entities: Parquet file, or directory of them, with the columns `entity_id` and `name`.
-        output_dir: Local directory; an index that is there is replaced.
-        mention_encoder: Sentence encoder of surface forms; local directory, or name on the model hub.
-        image_encoder: An open_clip architecture, or a local directory in open_clip's layout; without it pictures are
-            ignored.
-        image_encoder_pretrained: open_clip's tag of the weights, for an architecture by name.
+        mentions: Parquet file or directory of Parquet files, local or s3://bucket/prefix. Required
+            columns: `mention_id`, `text`, `mention`, `entity_id`; optional columns: `entity_name`,
+            `group`, `image_features`, `image_bytes`, `image_uri`.
+        entities: Parquet file or directory of Parquet files with the columns `entity_id` and
+            `name`.
+        output_dir: Local directory; an existing index in it is replaced.
+        mention_encoder: Sentence encoder of surface forms: local directory, or name on the model
+            hub.
+        image_encoder: open_clip architecture, or local directory in open_clip's layout; without
+            one, picture files are ignored.
+        image_encoder_pretrained: Name of open_clip's weights, if the encoder is an architecture.
         device: torch device of both encoders.
-        max_image_pixels: A picture that decodes to more is unusable.
-        allowed_image_prefixes: Where an `image_uri` may lie: absolute local directories, s3://bucket/prefix,
-            https://host/path.
-        max_image_bytes: A larger image file is unusable.
+        max_image_pixels: Maximum number of pixels of a decoded picture; a larger one is unusable.
+        allowed_image_prefixes: Allowed prefixes of an `image_uri`: absolute local directories,
+            s3://bucket/prefix, https://host/path.
+        max_image_bytes: Maximum size of an image file in bytes; a larger one is unusable.
     """
     from gemel_engine.config.components import ImagePolicy
     from gemel_engine.retrieval.encoder import MentionEncoder
@@ -200,15 +209,15 @@ def init_mapper(
     prefix_length: Count = 4,
     seed: Seed = 0,
 ) -> None:
-    """Make an untrained feature mapper, with which linking can be tried out.
+    """Make an untrained feature mapper, to try out linking with pictures before training.
 
     Args:
-        output_dir: Local directory; a mapper that is there is replaced.
+        output_dir: Local directory; an existing mapper in it is replaced.
         language_model: Local directory, or name on the model hub.
-        image_encoder: An open_clip architecture, or a local directory in open_clip's layout.
-        image_encoder_pretrained: open_clip's tag of the weights, for an architecture by name.
-        prefix_length: Embeddings that stand for one picture.
-        seed: Of the random weights.
+        image_encoder: open_clip architecture, or local directory in open_clip's layout.
+        image_encoder_pretrained: Name of open_clip's weights, if the encoder is an architecture.
+        prefix_length: Number of embeddings that represent one picture in the prompt.
+        seed: Seed of the random weights.
     """
     from gemel_engine.decoding.language_model import language_model_fingerprint, language_model_width
     from gemel_engine.vision.encoder import ImageEncoder
@@ -228,7 +237,7 @@ def init_mapper(
 
 
 def import_gemel(arguments: Sequence[str]) -> None:
-    """Convert files that GEMEL's authors released: mapper or mentions."""
+    """Convert files that GEMEL's authors released: a feature mapper or mentions."""
     commands: dict[str, Callable[..., None]] = {"mapper": import_mapper, "mentions": import_mentions}
     tyro.extras.subcommand_cli_from_dict(
         commands, prog="gemel import-gemel", description=import_gemel.__doc__, args=arguments
@@ -239,9 +248,10 @@ def import_mapper(checkpoint: Checkpoint, output_dir: OutputDir, *, language_mod
     """Convert a feature mapper.
 
     Args:
-        checkpoint: The pickled state dict; only tensors are read from it.
-        output_dir: Directory of the mapper; one that is there is replaced.
-        language_model: Local directory, or name on the model hub, of the model that it was trained for.
+        checkpoint: Pickled state dict; only tensors are read from it.
+        output_dir: Directory for the mapper; an existing one in it is replaced.
+        language_model: Language model that the mapper was trained for: local directory, or name on
+            the model hub.
     """
     from gemel_engine import gemel_release
     from gemel_engine.decoding.language_model import language_model_fingerprint, language_model_width
@@ -255,11 +265,12 @@ def import_mapper(checkpoint: Checkpoint, output_dir: OutputDir, *, language_mod
 
 
 def import_mentions(input_dir: InputDir, output_dir: OutputDir, *, features: Path | None = None) -> None:
-    """Convert `train.json`, `dev.json` and `test.json`, as far as they are there, and the entities they mention.
+    """Convert the mentions of `train.json`, `dev.json` and `test.json`, and their entities.
 
     Args:
-        input_dir: Directory of the JSON lines.
-        output_dir: Gets `train.parquet`, `dev.parquet`, `test.parquet` and `entities.parquet`.
+        input_dir: Directory that contains at least one of the three files, in JSON lines.
+        output_dir: Directory for `train.parquet`, `dev.parquet`, `test.parquet` and
+            `entities.parquet`.
         features: HDF5 file of image features.
     """
     import pyarrow as pa

@@ -1,4 +1,4 @@
-"""Commands that work with a configuration or with the output of a run: see `commands.py`."""
+"""Commands that read a configuration or the output of a run; registered in `main.py`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ logger = logging.getLogger(__name__)
 
 
 def link(arguments: Sequence[str]) -> None:
-    """Link a corpus of mentions to the entities of a knowledge base: CONFIG.toml [--key value ...]."""
+    """Link a corpus of mentions to the entities of a knowledge base.
+
+    Arguments: CONFIG.toml [--key value ...].
+    """
     from gemel_engine.config.settings import LinkConfig
 
     config = options.configure(LinkConfig, "gemel link", arguments)
@@ -39,7 +42,10 @@ def link(arguments: Sequence[str]) -> None:
 
 
 def train(arguments: Sequence[str]) -> None:
-    """Train the feature mapper, or go on from the last checkpoint: CONFIG.toml [--key value ...]."""
+    """Train the feature mapper, or resume from its last checkpoint.
+
+    Arguments: CONFIG.toml [--key value ...].
+    """
     from gemel_engine.config.settings import TrainConfig
 
     config = options.configure(TrainConfig, "gemel train", arguments)
@@ -51,13 +57,18 @@ def train(arguments: Sequence[str]) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """Link a sample and predict the run; settings of the configuration may follow as options.
+    """Predict time, memory and cost of a run by linking a sample of its mentions.
+
+    Any setting of CONFIG.toml can be given as a further option; `gemel link --help` lists them.
 
     Attributes:
-        sample_rows: Mentions to link, in windows of the order in which the run links them.
-        actors: Actors of generation of each cluster to predict; by default `resources.generation.max_actors`.
-        price_per_actor_hour: Of such an actor and what stands beside it, in any currency.
-        seed: Of the sample.
+        sample_rows: Maximum number of mentions to link. They are drawn as windows of consecutive
+            mentions, in the order in which the run links them.
+        actors: Numbers of generation actors; one cluster is predicted for each. Default:
+            `resources.generation.max_actors`.
+        price_per_actor_hour: Price per generation-actor hour, including its helper actors, in any
+            currency.
+        seed: Seed of the sample.
         write_to: File for the plan as JSON, local or s3://bucket/key.
     """
 
@@ -69,7 +80,10 @@ class Sampling:
 
 
 def plan(arguments: Sequence[str]) -> None:
-    """Predict time, memory and cost of a run by linking a sample: CONFIG.toml [--actors N ...] [--key value ...]."""
+    """Predict time, memory and cost of a run by linking a sample.
+
+    Arguments: CONFIG.toml [--actors N ...] [--key value ...].
+    """
     from gemel_engine.config.settings import LinkConfig
 
     sampling, config = _asked(Sampling, LinkConfig, "gemel plan", arguments)
@@ -96,13 +110,15 @@ def plan(arguments: Sequence[str]) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """Link one mention and show why; settings of the configuration may follow as options.
+    """Link one mention and show why the answer was chosen.
+
+    Any setting of CONFIG.toml can be given as a further option; `gemel link --help` lists them.
 
     Attributes:
-        text: The sentence or caption.
-        mention: The surface form in it.
-        picture: An image file.
-        candidates: Consider these entities only.
+        text: Sentence or caption that contains the mention.
+        mention: Surface form of the mention.
+        picture: Local image file.
+        candidates: Identifiers of the only entities to consider. Default: the whole knowledge base.
     """
 
     text: str
@@ -112,8 +128,12 @@ class Question:
 
 
 def explain(arguments: Sequence[str]) -> None:
-    """Link one mention and show why: CONFIG.toml --text TEXT --mention FORM [--picture FILE] [--key value ...]."""
-    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # the output is for the explanation
+    """Link one mention and show why the answer was chosen.
+
+    Arguments: CONFIG.toml --text TEXT --mention FORM [--picture FILE] [--key value ...].
+    """
+    # Only the explanation is written to the standard output.
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     from gemel_engine.config.settings import LinkConfig
 
     question, config = _asked(Question, LinkConfig, "gemel explain", arguments)
@@ -145,23 +165,27 @@ def evaluate(
     allowed_image_prefixes: tuple[str, ...] = (),
     max_image_bytes: int = 20_000_000,
 ) -> None:
-    """Judge a finished linking run by gold labels: a table here, `metrics.json` and `report.html` beside the run.
+    """Evaluate a finished linking run against gold labels.
 
-    Without gold labels only the report is written.
+    Prints a table and writes `metrics.json` and `report.html`. Without gold labels, only the report
+    is written.
 
     Args:
-        output: The run's output, local or s3://bucket/prefix.
-        gold: `mention_id` and `entity_id` of mentions, in Parquet; the run's input by default, if it has the latter.
-        train: The training split, to tell mentions by what it holds, for the baseline without a model, and for the
-            pictures of demonstrations.
-        against: Output of another run over the same mentions, to compare with.
-        protocol: When an answer is right: the entity's id, its name (GEMEL's protocol), or its id of the mention's own
-            candidates alone.
-        write_to: Directory for the files; by default `evaluation` in the run's output.
-        gallery_size: Mentions to show in the report.
-        allowed_image_prefixes: Where an `image_uri` may lie whose picture the report shows: absolute local directories,
-            s3://bucket/prefix, https://host/path. What the run itself was allowed to read does not count.
-        max_image_bytes: A larger image file is not shown.
+        output: Output of the run, local or s3://bucket/prefix.
+        gold: Parquet file or directory with the columns `mention_id` and `entity_id`. Default: the
+            input of the run, if it has an `entity_id`.
+        train: Training split. It adds accuracies by what the training split contains, a baseline
+            without a model, and the pictures of demonstrations.
+        against: Output of another run over the same mentions to compare with.
+        protocol: When an answer is correct: `entity`: the same entity identifier; `name`: the same
+            entity name (GEMEL's protocol); `candidates`: the same identifier, among the mention's
+            own candidates only.
+        write_to: Directory for the files. Default: `evaluation` in the output of the run.
+        gallery_size: Number of mentions shown in the report.
+        allowed_image_prefixes: Allowed prefixes of an `image_uri` whose picture the report shows:
+            absolute local directories, s3://bucket/prefix, https://host/path. The prefixes allowed
+            for the run itself are not used.
+        max_image_bytes: Maximum size of an image file in bytes; a larger picture is not shown.
     """
     from rich.console import Console
 
@@ -188,14 +212,18 @@ def evaluate(
 def calibrate(
     output: Output, calibration: OutputDir, *, gold: str | None = None, nil_precision: Fraction = 0.8
 ) -> None:
-    """Fit a calibration to a finished run over mentions with gold labels; linking applies it.
+    """Fit a calibration to a finished run with gold labels.
+
+    Linking uses it to add `confidence` and `is_nil` to each prediction.
 
     Args:
-        output: The run's output, local or s3://bucket/prefix; of a dev split, not of what is to be judged later.
-        calibration: Local directory for it.
-        gold: `mention_id` and `entity_id` of mentions, in Parquet; the run's input by default. Those whose entity the
-            knowledge base lacks, or that have none, teach what NIL looks like.
-        nil_precision: So large a share of the mentions called NIL shall be NIL.
+        output: Output of the run, local or s3://bucket/prefix. Use a run over the dev split, not
+            over mentions to be evaluated later.
+        calibration: Local directory for the calibration.
+        gold: Parquet file or directory with the columns `mention_id` and `entity_id`. Default: the
+            input of the run. Mentions without an entity, or with one that the knowledge base lacks,
+            serve as examples of NIL.
+        nil_precision: Share of the mentions predicted as NIL that should be NIL.
     """
     from gemel_engine.evaluation.calibrate import calibrate_run
     from gemel_engine.evaluation.run import LinkedRun
@@ -208,7 +236,7 @@ def calibrate(
 def _asked(
     options_type: type[Options], config_type: type[Config], command: str, arguments: Sequence[str]
 ) -> tuple[Options, Config]:
-    """Read the options of a command, and the configuration from what they leave."""
+    """Return a command's own options, and the configuration with all other options as overrides."""
     from gemel_engine.config.loading import validated
 
     if {"-h", "--help"} & set(arguments):

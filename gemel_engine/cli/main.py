@@ -1,14 +1,15 @@
 """The commands of `gemel`.
 
-A command is a function in `jobs.py` or `artifacts.py`, and its line in one of the two tables here. What it works with
-is imported inside it, so that `gemel --help` does not wait for torch, and a configuration is checked before Ray is
-imported.
+A command is a function in `jobs.py` or `artifacts.py` and its line in `COMMANDS`. The function
+imports what it needs when it is called: `gemel --help` does not wait for torch, and a configuration
+is validated before Ray is imported.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 
@@ -16,44 +17,65 @@ import tyro
 
 from gemel_engine.cli import artifacts, jobs, options
 
-# Commands that are called with their arguments as they stand on the command line.
-UNPARSED: dict[str, Callable[[Sequence[str]], None]] = {
-    "link": jobs.link,
-    "plan": jobs.plan,
-    "train": jobs.train,
-    "explain": jobs.explain,
-    "import-gemel": artifacts.import_gemel,
-}
 
-# Commands whose options are their parameters.
-PARSED: dict[str, Callable[..., None]] = {
-    "evaluate": jobs.evaluate,
-    "calibrate": jobs.calibrate,
-    "build-kb": artifacts.build_kb,
-    "update-kb": artifacts.update_kb,
-    "compact-kb": artifacts.compact_kb,
-    "build-demonstrations": artifacts.build_demonstrations,
-    "init-mapper": artifacts.init_mapper,
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A command of `gemel`.
+
+    Attributes:
+        function: The function that runs the command. Its docstring appears in `gemel --help`.
+        parses_arguments: Whether the function receives the list of arguments and parses it itself;
+            otherwise its parameters are the options.
+    """
+
+    function: Callable[..., None]
+    parses_arguments: bool = False
+
+
+COMMANDS = {
+    "link": Command(jobs.link, parses_arguments=True),
+    "plan": Command(jobs.plan, parses_arguments=True),
+    "train": Command(jobs.train, parses_arguments=True),
+    "explain": Command(jobs.explain, parses_arguments=True),
+    "import-gemel": Command(artifacts.import_gemel, parses_arguments=True),
+    "evaluate": Command(jobs.evaluate),
+    "calibrate": Command(jobs.calibrate),
+    "build-kb": Command(artifacts.build_kb),
+    "update-kb": Command(artifacts.update_kb),
+    "compact-kb": Command(artifacts.compact_kb),
+    "build-demonstrations": Command(artifacts.build_demonstrations),
+    "init-mapper": Command(artifacts.init_mapper),
 }
 
 DESCRIPTION = """Multimodal entity linking by generating entity names.
 
-`gemel COMMAND --help` explains a command, `gemel --version` prints the version. Exit codes: 0 done; 2 configuration or
-arguments, 3 input, 4 artifact unusable; 5 too many rows failed; 1 anything else."""
+`gemel COMMAND --help` explains a command, `gemel --version` prints the version.
+
+Exit codes:
+0: success
+1: an error not listed here
+2: invalid configuration or arguments
+3: invalid input
+4: missing, damaged or incompatible artifact
+5: more rows failed than `max_failed_fraction` allows"""
 
 
 def main(*command: str) -> None:
-    """Run a command; what `command` does not say follows in the arguments of the process."""
+    """Run the command given by `command` followed by the arguments of the process."""
     options.use_utf8()
     arguments = [*command, *sys.argv[1:]]
+    named = COMMANDS.get(arguments[0]) if arguments else None
     if arguments == ["--version"]:
         sys.stdout.write(f"gemel {version('gemel-engine')}\n")
-    elif arguments and arguments[0] in UNPARSED:
-        options.run(partial(UNPARSED[arguments[0]], arguments[1:]))
+    elif named is not None and named.parses_arguments:
+        options.run(partial(named.function, arguments[1:]))
     else:
         cli = tyro.extras.subcommand_cli_from_dict
-        known = UNPARSED | {name: options.checked(function) for name, function in PARSED.items()}
-        options.run(partial(cli, known, prog="gemel", description=DESCRIPTION, args=arguments))
+        functions = {
+            name: item.function if item.parses_arguments else options.checked(item.function)
+            for name, item in COMMANDS.items()
+        }
+        options.run(partial(cli, functions, prog="gemel", description=DESCRIPTION, args=arguments))
 
 
 if __name__ == "__main__":

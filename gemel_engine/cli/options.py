@@ -1,4 +1,4 @@
-"""What all commands do with a command line: read the configuration that it names, and end with an error's exit code."""
+"""Functions shared by all commands: read the configuration, end with an error's exit code."""
 
 from __future__ import annotations
 
@@ -23,14 +23,18 @@ from gemel_engine.errors import ConfigurationError, GemelError, redacted
 
 Config = TypeVar("Config")
 
-_SETTINGS = "Every setting: a key of CONFIG.toml, and an option that overrides it."
+_SETTINGS = """Every option below is a setting of CONFIG.toml: `--search.width` overrides the key `width` in
+the table `[search]`.
+
+The file must contain the required settings. Name a file before `--help` to see its values."""
 
 
 def use_utf8() -> None:
-    """Make this process and those that it starts read text as UTF-8, and write what the terminal lacks as escapes.
+    """Make this process and its children read text as UTF-8, and escape characters on output.
 
-    Where the locale has another encoding the process begins anew, in Python's UTF-8 mode: libraries open text files
-    without naming an encoding. What it writes stays in the encoding of the terminal.
+    If the locale has another encoding, restart the process in Python's UTF-8 mode, because
+    libraries open text files without naming an encoding. Output stays in the encoding of the
+    terminal; characters that the encoding lacks are written as escapes.
     """
     if not sys.flags.utf8_mode and codecs.lookup(locale.getencoding()).name != "utf-8":
         encoding = getattr(sys.stdout, "encoding", None) or locale.getencoding()
@@ -43,11 +47,12 @@ def use_utf8() -> None:
 
 
 def run(command: Callable[[], object]) -> None:
-    """Call a command; an error ends the process: one that the project raises on purpose, with its exit code."""
+    """Call a command; an error ends the process, a `GemelError` with its own exit code."""
     handler = logging.StreamHandler()
     handler.addFilter(make_visible)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", handlers=[handler])
-    logging.getLogger("gemel_engine").setLevel(logging.INFO)  # open_clip and faiss write how they load to the root's
+    # Not the root logger: open_clip and faiss log how they load to it.
+    logging.getLogger("gemel_engine").setLevel(logging.INFO)
     try:
         command()
     except GemelError as error:
@@ -59,10 +64,10 @@ def run(command: Callable[[], object]) -> None:
 
 
 def checked(function: Callable[..., None]) -> Callable[..., None]:
-    """Have a command refuse options that are out of the bounds of their types.
+    """Return a command that validates its options against the bounds of their types before it runs.
 
     Raises:
-        ConfigurationError: From the returned function; an option is out of its bounds.
+        ConfigurationError: Raised by the returned function if an option is out of bounds.
     """
     signature, hints = inspect.signature(function), get_type_hints(function, include_extras=True)
 
@@ -83,17 +88,17 @@ def checked(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def configure(config_type: type[Config], command: str, arguments: Sequence[str]) -> Config:
-    """Read the configuration of a job from `CONFIG.toml [--key value ...]`: the file, then overrides of its settings.
+    """Return the configuration of a job from the arguments `CONFIG.toml [--key value ...]`.
 
-    Without a file, `--help` lists all settings and ends the process; behind one it shows their values, too.
+    `--help` lists all settings and ends the process; after a file, it also shows their values.
 
     Args:
-        config_type: The configuration.
-        command: What stands before the arguments, for the texts that name it.
-        arguments: What follows.
+        config_type: Type of the configuration.
+        command: Command line before the arguments, for help and error messages.
+        arguments: Path of the file, followed by overrides of its settings.
 
     Raises:
-        ConfigurationError: No file is named, or `load_config` refuses it.
+        ConfigurationError: No file is named, or `load_config` rejects it.
     """
     from gemel_engine.config.loading import load_config
 

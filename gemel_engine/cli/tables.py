@@ -1,4 +1,7 @@
-"""An explanation on a terminal. What comes from a corpus is printed as it is: nothing in it is markup or a command."""
+"""Tables and explanations for a terminal.
+
+Text from a corpus is printed literally: nothing in it acts as markup or as a terminal command.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from gemel_engine.types import Candidate, Prediction
 
 
 def as_table(judged: JudgedRun) -> Table:
-    """What is said of a run, for a terminal."""
+    """Return the evaluation of a run as a table."""
     evaluation = judged.evaluation
     table = Table(title=f"{evaluation.num_mentions} mentions, protocol {evaluation.protocol}")
     for heading in ("", "value", "95% interval", "mentions"):
@@ -58,7 +61,7 @@ def as_table(judged: JudgedRun) -> Table:
 
 
 def as_tables(plan: RunPlan) -> list[Table]:
-    """What is predicted, for a terminal: stages, then clusters."""
+    """Return a predicted run as two tables: stages, then clusters."""
     stages = Table(
         title=f"{plan.sample_rows:,} of {plan.num_rows:,} rows linked, in {plan.num_windows} windows",
         caption=f"cache hits {percent(plan.cache_hit_rate)}, {plan.rollouts_per_row:.1f} rollouts a row, "
@@ -96,7 +99,7 @@ _NOTHING = "–"
 
 
 def print_explanation(explanation: Explanation, console: Console) -> None:
-    """Print the answer, the ranking with and without the picture, the demonstrations and the prompt."""
+    """Print answer, ranking with and without the picture, demonstrations and prompt."""
     console.print(_answer(explanation))
     console.print(Rule("candidates", align="left"))
     console.print(_candidates(explanation.prediction, explanation.without_picture))
@@ -118,7 +121,7 @@ def _answer(explanation: Explanation) -> RenderableType:
 
 
 def _search(prediction: Prediction) -> str:
-    """What the search knows of its answer."""
+    """Describe how certain the search is of its answer."""
     certificate = (
         f"certified: the first {prediction.num_certified} proved to be in their place"
         if prediction.certified
@@ -132,7 +135,7 @@ def _search(prediction: Prediction) -> str:
 
 
 def _candidates(prediction: Prediction, without: Explanation | None) -> Table:
-    """All candidates of both rankings; a share is a lower bound."""
+    """Return a table of all candidates of both rankings; each share is a lower bound."""
     table = _table("", "entity", "id", "log-prob", "share", "")
     ranked = _ranked(prediction)
     others = {} if without is None else _ranked(without.prediction)
@@ -155,7 +158,7 @@ def _candidates(prediction: Prediction, without: Explanation | None) -> Table:
 
 
 def _ranked(prediction: Prediction) -> dict[str, tuple[int, Candidate, float]]:
-    """Place, candidate and share of each entity."""
+    """Return place, candidate and share of each entity, by entity identifier."""
     candidates = prediction.candidates
     of_names = shares(prediction.probability, [candidate.log_prob for candidate in candidates])
     return {
@@ -165,7 +168,7 @@ def _ranked(prediction: Prediction) -> dict[str, tuple[int, Candidate, float]]:
 
 
 def _ranking_cells(ranked: tuple[int, Candidate, float] | None) -> list[Text]:
-    """Place, log-prob and share."""
+    """Return the cells for place, log-prob and share."""
     if ranked is None:
         return [Text(_NOTHING)] * 3
     place, candidate, share = ranked

@@ -1,1 +1,1 @@
-"""Every setting of every job, and how a configuration is read."""
+"""The settings of all jobs, and reading a configuration."""

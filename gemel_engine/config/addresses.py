@@ -1,4 +1,4 @@
-"""What addresses mean: local paths, places in S3, and pictures, in a form that can be compared with prefixes."""
+"""Local and S3 addresses, and the canonical form in which image addresses match prefixes."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ HTTP = ("http://", "https://")
 
 
 def local_path(uri: str) -> Path | None:
-    """Return the absolute local path that an address means, or None for an address in S3.
+    """Return the absolute local path of an address, or None for an address in S3.
 
     Raises:
-        ConfigurationError: The address is of another kind, names no bucket, holds a NUL, or brings credentials, which
-            would end in logs and outputs.
+        ConfigurationError: The address is of another kind, names no bucket, contains a NUL
+            character, or contains credentials, which would be written to logs and outputs.
     """
     if "\0" in uri:
         raise ConfigurationError(f"cannot use the address {shown(uri)}: it holds a NUL; remove that character")
@@ -38,10 +38,14 @@ def local_path(uri: str) -> Path | None:
 
 
 def canonical_address(uri: str) -> str:
-    """Return the form of an address in which lying under a prefix can be seen from the characters alone.
+    """Return the canonical form of an image address, to be compared with prefixes as a string.
 
-    It is the real path of a local file, the same address in S3, and scheme, host, port and path over HTTP; ValueError
-    for anything else.
+    The form is the real path of a local file, the unchanged address in S3, and scheme, host, port
+    and path over HTTP.
+
+    Raises:
+        ValueError: The address is of another kind, malformed, contains a user name, names no host
+            or bucket, or its path has a segment `.` or `..`.
     """
     if uri.startswith("/"):
         return os.path.realpath(uri)
@@ -51,7 +55,7 @@ def canonical_address(uri: str) -> str:
         try:
             url = parse_url(uri)
         except LocationParseError:
-            raise ValueError("it is malformed") from None  # that error holds the address
+            raise ValueError("it is malformed") from None  # the original error contains the address
         if url.auth is not None:
             raise ValueError("it carries a user name")
         location = f"{url.scheme}://{url.host or ''}:{port_of(url)}{url.path or '/'}"
@@ -62,7 +66,7 @@ def canonical_address(uri: str) -> str:
     host, _, path = location.partition("://")[2].partition("/")
     if not host or host.startswith(":"):
         raise ValueError("it names no host or bucket")
-    # Some servers take a backslash for a slash, decode twice, or cut a segment off at its semicolon.
+    # Some servers read a backslash as a slash, decode twice, or cut a segment off at its semicolon.
     segments = unquote(unquote(path)).replace("\\", "/").split("/")
     if {".", ".."} & {segment.partition(";")[0] for segment in segments}:
         raise ValueError("its path has a segment . or ..")
@@ -70,5 +74,5 @@ def canonical_address(uri: str) -> str:
 
 
 def port_of(url: Url) -> int:
-    """Return the port of an HTTP address, the scheme's own by default."""
+    """Return the port of an HTTP address; the default is the port of its scheme."""
     return url.port or _DEFAULT_PORTS[url.scheme or ""]

@@ -1,6 +1,6 @@
-"""Bounds of the numbers that settings and options may be; pydantic checks them where these types annotate a field.
+"""Types of numeric settings and options, with the bounds that pydantic validates.
 
-All are strict: a string or a truth value is no number. Neither NaN nor infinity lies within any of them.
+All types are strict: strings and booleans are rejected, and so are NaN and infinity.
 """
 
 from __future__ import annotations
@@ -9,14 +9,15 @@ from typing import Annotated
 
 from pydantic import Field
 
-_MOST = 1_000_000  # far above what makes sense for rows, tokens or actors, and below what overflows
+# Far above any sensible number of rows, tokens or actors, and low enough that nothing overflows.
+_MOST = 1_000_000
 
 Count = Annotated[int, Field(strict=True, ge=1, le=_MOST)]
 CountOrZero = Annotated[int, Field(strict=True, ge=0, le=_MOST)]
 NumBytes = Annotated[int, Field(strict=True, ge=1, le=1 << 32)]
 NumPixels = Annotated[int, Field(strict=True, ge=1, le=1 << 32)]
 NumSteps = Annotated[int, Field(strict=True, ge=1, le=10**9)]
-NumRetries = Annotated[int, Field(strict=True, ge=0, le=10)]  # the pauses between them double
+NumRetries = Annotated[int, Field(strict=True, ge=0, le=10)]  # each pause is twice the previous one
 Seed = Annotated[int, Field(strict=True, ge=0, lt=1 << 32)]
 Seconds = Annotated[float, Field(strict=True, gt=0, le=86_400, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)]

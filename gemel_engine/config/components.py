@@ -1,4 +1,4 @@
-"""Settings of the parts that jobs are made of, as frozen dataclasses."""
+"""Settings of the components of a job, as frozen dataclasses."""
 
 from __future__ import annotations
 
@@ -25,16 +25,18 @@ from gemel_engine.errors import ConfigurationError, shown
 
 @dataclass(frozen=True, slots=True)
 class ImagePolicy:
-    """Which images may be read, and at what cost.
+    """Which image addresses may be read, and within which limits.
 
     Attributes:
-        allowed_prefixes: Absolute local directories, `s3://bucket/prefix`, `https://host/path` or `http://host/path`. A
-            prefix ends where a path segment ends. A host in a private network must be given here as an IP address or as
-            `localhost`; a name that leads there is refused.
-        max_bytes: Largest image file.
-        timeout_seconds: Time for one attempt over HTTP, redirects included, however slowly the server sends; only the
-            lookup of a name is the system's own.
-        max_retries: Further attempts after a timeout, a broken connection, or the HTTP statuses 429 and 5xx.
+        allowed_prefixes: Allowed prefixes of image addresses: absolute local directories,
+            s3://bucket/prefix, https://host/path or http://host/path. A prefix matches whole path
+            segments only. A host in a private network must be given as an IP address or as
+            localhost; a host name that resolves to such an address is rejected.
+        max_bytes: Maximum size of an image file in bytes.
+        timeout_seconds: Maximum duration of one attempt over HTTP in seconds, including redirects.
+            The name lookup has the timeout of the operating system instead.
+        max_retries: Maximum number of further attempts after a timeout, a broken connection, or the
+            HTTP statuses 429 and 5xx.
     """
 
     allowed_prefixes: tuple[str, ...] = ()
@@ -57,8 +59,10 @@ class KnowledgeBaseSettings:
     """How a knowledge base is built.
 
     Attributes:
-        max_name_tokens: Longer names are unusable; the terminator is not counted.
-        on_bad_name: What to do with unusable names: refuse the table, or leave their entities out.
+        max_name_tokens: Maximum number of tokens of a name, without the terminator; a longer name
+            is unusable.
+        on_bad_name: What to do with an unusable name: `error` rejects the whole table, `skip`
+            leaves its entity out.
     """
 
     max_name_tokens: int = 32
@@ -76,17 +80,22 @@ GEMEL_TEMPLATE = "[Text]{text}\n[Question]What does {mention} mentioned in the t
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptSettings:
-    """How prompts are laid out.
+    """Layout of the prompts.
 
     Attributes:
-        template: Question layout with the fields `{text}` and `{mention}`; the name follows it directly.
-        terminator: What ends a generated name: the first token of the newline with which demonstrations
-            end, or the end-of-text token. Demonstrations end with a newline in either case.
-        max_prompt_tokens: Upper limit of T.
-        query_reserve: Tokens kept free for the question. Demonstrations get the rest, so that which ones fit depends on
-            the surface form alone and equal surface forms share their prefix.
-        begin_with_bos: Put the tokenizer's BOS token first (GEMEL puts none).
-        demonstration_pictures: Give demonstrations the visual prefixes of their own pictures, as GEMEL does.
+        template: Layout of a question with the fields `{text}` and `{mention}`; the entity name
+            follows directly.
+        terminator: Token that ends a generated name: `newline`, the first token of the newline that
+            ends each demonstration, or `eos`, the end-of-text token. Demonstrations end with a
+            newline in both cases.
+        max_prompt_tokens: Maximum number of tokens of a prompt, including its visual prefixes.
+        query_reserve: Number of tokens reserved for the question. Demonstrations get the others:
+            which ones fit depends on the surface form alone, so equal surface forms share a cached
+            prefix.
+        begin_with_bos: Whether a prompt begins with the tokenizer's BOS token; in GEMEL it does
+            not.
+        demonstration_pictures: Whether demonstrations include the visual prefixes of their
+            pictures, as in GEMEL.
     """
 
     template: str = GEMEL_TEMPLATE
@@ -103,22 +112,30 @@ Ranking = Literal["objective", "mean"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchSettings:
-    """How far to search.
+    """Objective, ranking and budget of the search for names.
+
+    A rollout is one greedy decoding from a prefix to the end of a name.
 
     Attributes:
-        objective: `sum` of the log-probs of a name's tokens and its terminator, or their `mean` (the default length
-            penalty of Hugging Face's beam search, which GEMEL uses).
-        ranking: `mean`: first come, by the mean of their log-probs, the names that no proof of the best by the
-            objective can do without: each ends, greedily, a prefix whose bound is above the score of that best name. A
-            sum prefers short names; beam search ranks like this. `objective`: the best by the objective comes first.
-            For the objective `mean` it is the same.
-        num_candidates: Names to return.
-        num_to_certify: Stop once this many of the best names are proved. At most `num_candidates`.
-        num_children: K, the log-probs asked for at each step of a rollout.
-        width: Rollouts of one mention that may be in flight at once; no more than were answered before.
-        max_rollouts: Budget; when it is spent the best name found so far is returned, uncertified.
-        max_tokens: The same in tokens that a mention's rollouts have decoded, terminators included; a rollout that has
-            begun is finished. None: no such limit.
+        objective: Score of a name: the `sum` of the log-probs of its tokens and its terminator, or
+            their `mean` (the default length penalty of Hugging Face's beam search, used by GEMEL).
+        ranking: Order of the returned names. `objective`: by the objective. `mean`: to prove the
+            best name, the search must follow every prefix whose bound exceeds the score of that
+            name; the best name and the names that greedy decoding reaches from these prefixes come
+            first, by the mean of their log-probs, and the others follow by the objective. This
+            offsets the preference of a sum for short names. With the objective `mean` both orders
+            are the same.
+        num_candidates: Maximum number of names to return.
+        num_to_certify: Number of best names to certify before the search stops; at most
+            num_candidates.
+        num_children: Number K of most probable allowed tokens whose log-probs are returned at each
+            step of a rollout.
+        width: Maximum number of rollouts of one mention in flight at once. Until that many are
+            answered, the limit is the number of answered ones, at least 1.
+        max_rollouts: Maximum number of rollouts of one mention. When it is reached, the best names
+            found so far are returned, without a certificate for those not yet proved.
+        max_tokens: Maximum number of tokens decoded for one mention, terminators included; reaching
+            it has the effect of max_rollouts, after started rollouts are finished. None: no limit.
     """
 
     objective: Objective = "sum"
@@ -145,7 +162,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 def _checked_address(uri: str) -> str:
     local_path(uri)
-    return uri.rstrip("/") or uri  # in S3 `runs/` and `runs` would be two places
+    return uri.rstrip("/") or uri  # in S3 `runs/` and `runs` would be different addresses
 
 
 def _checked_name(name: str) -> str:
@@ -164,7 +181,7 @@ class LanguageModelSettings:
 
     Attributes:
         name: Local directory, or name on the model hub.
-        dtype: Of the weights, and of the cache of keys and values.
+        dtype: Data type of the weights and of the key-value cache.
     """
 
     name: ModelName
@@ -176,16 +193,19 @@ class EngineSettings(LanguageModelSettings):
     """The frozen language model and the engine that runs it.
 
     Attributes:
-        engine: `vllm`, or `transformers`: the slow reference.
-        block_size: Tokens of a cache block; a follow-up rollout recomputes less than one block. None: 32 on CPU, the
-            smallest that its kernels take, and vLLM's default elsewhere.
-        kv_cache_gib: Size of the cache on CPU. On a GPU the cache takes what `gpu_memory_utilization` leaves.
-        gpu_memory_utilization: Share of a GPU's memory that vLLM may take.
-        tensor_parallel_size: GPUs of one node over which the model is split, each with a process of its own.
-        max_num_seqs: Rollouts in one batch.
-        max_num_batched_tokens: Tokens in one engine step; None leaves it to vLLM.
-        quantization: A method that vLLM knows, or None.
-        enable_prefix_caching: Keep the keys and values of prompts that other prompts may begin with.
+        engine: Engine that decodes: `vllm`, or `transformers`, a slow reference.
+        block_size: Number of tokens of a cache block; a follow-up rollout recomputes less than one
+            block. None: 32 on a CPU, the minimum of its kernels, and vLLM's default on a GPU.
+        kv_cache_gib: Size of the key-value cache on a CPU in GiB. On a GPU the cache takes what the
+            model leaves of gpu_memory_utilization.
+        gpu_memory_utilization: Maximum share of a GPU's memory that vLLM uses.
+        tensor_parallel_size: Number of GPUs of one node that the model is split over, with one
+            process for each.
+        max_num_seqs: Maximum number of rollouts in one batch.
+        max_num_batched_tokens: Maximum number of tokens in one engine step; None: vLLM's default.
+        quantization: Name of a quantization method of vLLM; None: no method is passed to vLLM.
+        enable_prefix_caching: Whether the keys and values of prompts are cached for other prompts
+            with the same beginning.
     """
 
     engine: Literal["vllm", "transformers"] = "vllm"
@@ -204,16 +224,18 @@ class RetrievalSettings:
     """Which demonstrations precede a question.
 
     Attributes:
-        num_demonstrations: K; GEMEL uses 16.
-        num_similar_pictures: For a mention with a picture, so many demonstrations stand behind the K, where they weigh
-            most, even if they are among the K: those of the most similar surface form whose pictures are most like its
-            own. The K before them stay the same for all mentions of a surface form, and so in the engine's cache.
-        policy: `similar` takes those whose surface form is most similar, `random` draws them, seeded by the surface
-            form: a baseline.
-        exclude_group: Leave a mention's own group, which may be it alone, out of its demonstrations; for linking the
-            demonstrations' own corpus.
-        mention_encoder: Sentence encoder of surface forms; local directory, or name on the model hub.
-        seed: Of the policy `random`.
+        num_demonstrations: Number K of demonstrations of a question; GEMEL uses 16.
+        num_similar_pictures: Number of further demonstrations for a mention with a picture: those
+            of the most similar surface form whose pictures are most similar to the mention's. They
+            come last, nearest to the question, even if they are among the K. The first K depend on
+            the surface form only, so the engine's cache can reuse them.
+        policy: How the K are chosen: `similar` takes those with the most similar surface forms,
+            `random` draws them, seeded by the surface form, as a baseline.
+        exclude_group: Whether to exclude a mention's own group from its demonstrations; a mention
+            without a group is its own group. Use it to link the corpus of the demonstrations.
+        mention_encoder: Sentence encoder of surface forms: local directory, or name on the model
+            hub.
+        seed: Seed of the policy `random`.
     """
 
     num_demonstrations: CountOrZero = 8
@@ -233,15 +255,16 @@ class RetrievalSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VisionSettings:
-    """How pictures become visual prefixes.
+    """Image encoder and feature mapper, which turn pictures into visual prefixes.
 
     Attributes:
-        image_encoder: An open_clip architecture, or a local directory in open_clip's layout; None ignores pictures,
-            and takes only image features that the mentions bring.
-        pretrained: open_clip's tag of the weights, for an architecture by name.
-        feature_mapper: Directory of the feature mapper between the two models.
-        batch_size: Pictures encoded at once.
-        max_image_pixels: A picture that decodes to more is refused.
+        image_encoder: open_clip architecture, or local directory in open_clip's layout. None:
+            picture files are ignored, and only the column image_features of the mentions is used.
+        pretrained: Name of open_clip's pretrained weights, if image_encoder is an architecture.
+        feature_mapper: Directory of the feature mapper, which maps image features to embeddings of
+            the language model.
+        batch_size: Number of pictures encoded at once.
+        max_image_pixels: Maximum number of pixels of a decoded picture; a larger one is rejected.
         device: torch device of the image encoder.
     """
 
@@ -254,22 +277,24 @@ class VisionSettings:
 
     @property
     def required_columns(self) -> tuple[str, ...]:
-        """Columns that mentions must have: without an image encoder, a feature mapper takes the features they bring."""
+        """Columns that mentions must have: a mapper without an image encoder needs features."""
         return ("image_features",) if self.image_encoder is None and self.feature_mapper is not None else ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolSettings:
-    """A stage's actors and what each of them claims from the cluster.
+    """Number of actors of a stage, and the resources that each of them reserves in the cluster.
 
     Attributes:
-        min_actors: Started at once.
-        max_actors: Upper limit as the stage falls behind.
-        num_cpus: Logical CPUs of one actor.
-        num_gpus: GPUs of one actor, a whole number; or a fraction, for actors that share one.
-        memory_gib: Memory that Ray sets aside for one actor; 0 asks for none. `gemel plan` and `report.json` tell how
-            much one held.
-        num_threads: Threads of one actor's models on CPU; None leaves it to Ray, which gives one below two CPUs.
+        min_actors: Number of actors at the start.
+        max_actors: Maximum number of actors; the stage grows up to it when it falls behind.
+        num_cpus: Number of logical CPUs of one actor.
+        num_gpus: Number of GPUs of one actor: a whole number, or a fraction of one GPU that several
+            actors share.
+        memory_gib: Memory in GiB that Ray reserves for one actor; 0 reserves none. The memory used
+            by an actor is in the output of `gemel plan` and in `report.json`.
+        num_threads: Number of CPU threads of the models in one actor; None: Ray's default, which is
+            one thread for less than two CPUs.
     """
 
     min_actors: Count = 1
@@ -288,7 +313,7 @@ class PoolSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResourceSettings:
-    """The stages' actor pools."""
+    """Actor pools of the stages."""
 
     images: PoolSettings = PoolSettings()
     retrieval: PoolSettings = PoolSettings(num_cpus=0.25)

@@ -1,4 +1,4 @@
-"""Read a configuration: a TOML file, then command-line overrides; a misspelt key fails by its full name."""
+"""Read a configuration: a TOML file, then command-line overrides. Errors name keys in full."""
 
 from __future__ import annotations
 
@@ -23,20 +23,23 @@ def load_config(
 ) -> Config:
     """Read a TOML file and apply overrides such as `--search.objective mean`.
 
-    An override that is unknown or malformed ends the process with code 2 and its reason, as command lines do, and so
-    does `--help` with code 0.
+    An unknown or malformed override prints the reason and ends the process with code 2; `--help`
+    ends it with code 0.
 
     Args:
-        config_type: The configuration.
-        path: The file.
-        overrides: Arguments of a command line.
-        program: What stands before them, for the texts that name it; None: the name of the process.
+        config_type: Type of the configuration.
+        path: Path of the TOML file.
+        overrides: Command-line arguments that override settings.
+        program: Command line before the overrides, for help and error messages; None: the name of
+            the process.
 
     Raises:
-        ConfigurationError: The file can't be read, a key is unknown, or a value is malformed or out of its bounds.
+        ConfigurationError: The file can't be read, a key is unknown, or a value is malformed or out
+            of bounds.
     """
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors write a byte order mark
+        # Some editors write a byte order mark.
+        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigurationError(f"the configuration {path} can't be read: {error}") from error
     except ValueError as error:
@@ -51,10 +54,10 @@ def load_config(
 
 
 def validated(config: Config) -> Config:
-    """Check a configuration that was made in Python, or changed: its parts are not checked when they are made.
+    """Validate a configuration that was created or changed in Python, where values are not checked.
 
     Raises:
-        ConfigurationError: A value is malformed or out of its bounds.
+        ConfigurationError: A value is malformed or out of bounds.
     """
     adapter = TypeAdapter(type(config))
     try:
@@ -64,12 +67,12 @@ def validated(config: Config) -> Config:
 
 
 def config_json(config: object) -> str:
-    """The resolved settings as canonical JSON: what is saved with an output."""
+    """Return the resolved settings as canonical JSON, as stored with an output."""
     return json.dumps(TypeAdapter(type(config)).dump_python(config, mode="json"), indent=2, sort_keys=True)
 
 
 def _describe(error: ValidationError, config_type: type[Any]) -> str:
-    """All faults, each by the full name of its key."""
+    """Describe all faults, each with the full name of its key."""
     faults = []
     for fault in error.errors(include_url=False):
         key = ".".join(map(str, fault["loc"]))
@@ -78,7 +81,7 @@ def _describe(error: ValidationError, config_type: type[Any]) -> str:
             close = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"known keys are {', '.join(known)}"
             faults.append(f"unknown key {key!r}; {hint}")
-        elif fault["type"] == "missing":  # what was found is all of its group
+        elif fault["type"] == "missing":  # its input is the whole group
             faults.append(f"{key}: {fault['msg']}")
         else:
             faults.append(f"{key}: {fault['msg']} (got {_found(fault['input'])})" if key else fault["msg"])
@@ -86,7 +89,7 @@ def _describe(error: ValidationError, config_type: type[Any]) -> str:
 
 
 def _found(value: object) -> str:
-    """Describe a wrong value in a few words, without what may be secret."""
+    """Describe a wrong value briefly, without parts that may be secret."""
     if isinstance(value, str):
         return shown(value)
     is_short = isinstance(value, float) or (isinstance(value, int) and value.bit_length() <= 64)
@@ -94,7 +97,7 @@ def _found(value: object) -> str:
 
 
 def _field_names(config_type: type[Any], location: Sequence[int | str]) -> list[str]:
-    """Names of the settings in the group that `location` leads to."""
+    """Return the names of the settings in the group at `location`."""
     for name in location:
         config_type = get_type_hints(config_type)[str(name)]
     return [item.name for item in dataclasses.fields(config_type)]

@@ -1,4 +1,4 @@
-"""Every setting of every job, as frozen dataclasses that pydantic checks as a whole before any work."""
+"""The settings of all jobs, as frozen dataclasses that pydantic validates before any work."""
 
 from __future__ import annotations
 
@@ -32,27 +32,30 @@ from gemel_engine.config.components import (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobConfig:
-    """What every job over a corpus of mentions is told.
+    """Settings shared by all jobs over a corpus of mentions.
 
     Attributes:
-        output: Directory for what the job makes, local or `s3://`.
-        knowledge_base: Directory made by `gemel build-kb`.
-        demonstrations: Directory made by `gemel build-demonstrations`; None: no demonstrations.
+        output: Output directory of the job, local or s3://bucket/prefix.
+        knowledge_base: Directory written by `gemel build-kb` or `gemel update-kb`, local or
+            s3://bucket/prefix.
+        demonstrations: Directory written by `gemel build-demonstrations`, local or
+            s3://bucket/prefix; None: no demonstrations.
         language_model: The frozen language model.
         retrieval: Which demonstrations precede a question.
-        vision: How pictures become visual prefixes.
-        image_source: Which image addresses may be read.
-        prompt: How prompts are laid out.
-        search: How far decoding searches.
-        resources: The stages' actor pools.
-        rows_per_shard: Rows that are worked on at a time.
-        max_failed_fraction: The job fails when more rows than this end in an `error`; in training, an entity that the
-            knowledge base lacks does not count.
-        verify_artifacts: Check the artifacts' checksums, and that the language model's weights are finite, before
-            starting.
+        vision: Image encoder and feature mapper, which turn pictures into visual prefixes.
+        image_source: Which image addresses may be read, and within which limits.
+        prompt: Layout of the prompts.
+        search: Objective, ranking and budget of the search for names.
+        resources: Actor pools of the stages.
+        rows_per_shard: Maximum number of rows that are processed together, as a shard.
+        max_failed_fraction: Maximum share of rows with an `error` before the job fails. Training
+            does not count rows whose entity the knowledge base lacks.
+        verify_artifacts: Whether to verify, before any work, the checksums of the artifacts and
+            that the weights of the language model are finite.
     """
 
-    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)  # also for the settings within
+    # Also applies to the settings within.
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     output: Address
     knowledge_base: Address
@@ -83,15 +86,20 @@ class JobConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinkConfig(JobConfig):
-    """One run of the linking job; a shard of `rows_per_shard` rows is one output file, which a rerun skips or repeats.
+    """Settings of a linking run.
+
+    Each shard of `rows_per_shard` rows becomes one output file; a rerun links only the shards whose
+    files are missing.
 
     Attributes:
-        input: Parquet file or directory of mentions, local or `s3://`.
+        input: Parquet file or directory of mentions, local or s3://bucket/prefix.
         language_model: The frozen language model and its engine.
-        calibration: Directory made by `gemel calibrate`, for `confidence` and `is_nil`; None: without them.
-        previous: Output of a finished run that this one repeats with a changed knowledge base: only what the change can
-            touch is linked again; None: everything is linked.
-        dry_run: Check everything, say how many rows are to be linked, and do nothing.
+        calibration: Directory written by `gemel calibrate`, for the columns `confidence`
+            and `is_nil`; None: the columns are empty.
+        previous: Output of a finished run over the same input with an older knowledge base: only
+            rows that the change of the knowledge base can affect are linked again. None: all rows
+            are linked.
+        dry_run: Whether to only validate everything and report the number of rows to link.
     """
 
     input: Address
@@ -101,7 +109,7 @@ class LinkConfig(JobConfig):
     dry_run: bool = False
 
     def __post_init__(self) -> None:
-        JobConfig.__post_init__(self)  # super() does not know a class with slots
+        JobConfig.__post_init__(self)  # super() fails in a dataclass with slots
         if self.vision.image_encoder is not None and self.vision.feature_mapper is None:
             raise ValueError("vision.image_encoder needs vision.feature_mapper: set both, or neither")
         if self.previous is not None and (self.search.ranking, self.search.objective) == ("mean", "sum"):
@@ -113,7 +121,10 @@ class LinkConfig(JobConfig):
 
     @staticmethod
     def _check_gpus(engine: EngineSettings, num_gpus: float) -> None:
-        """See that an engine finds its GPUs and their memory in what its actor claims; 0 is an engine on CPUs."""
+        """Raise if the engine needs other GPUs, or more of a GPU, than its actor reserves.
+
+        With `num_gpus` 0 the engine runs on CPUs.
+        """
         if num_gpus and engine.engine == "transformers":
             raise ValueError(f"resources.generation.num_gpus is {num_gpus:g}, but the engine transformers uses no GPU")
         if num_gpus and max(1, num_gpus) != engine.tensor_parallel_size:
@@ -133,26 +144,29 @@ class TrainedModelSettings(LanguageModelSettings):
     """The frozen language model that the feature mapper is trained through.
 
     Attributes:
-        activation_checkpointing: Compute each layer again in the backward pass instead of keeping its activations:
-            less memory, a third more work.
+        activation_checkpointing: Whether to recompute each layer in the backward pass instead of
+            storing its activations: less memory, a third more computation.
     """
 
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # float16 would need its gradients scaled
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # float16 would need gradient scaling
     activation_checkpointing: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MapperSettings:
-    """The feature mapper before its first step; not used where `vision.feature_mapper` names one to start from.
+    """Initial feature mapper. All but `saved_dtype` is ignored if `vision.feature_mapper` is set.
 
     Attributes:
-        prefix_length: P, embeddings that stand for one picture.
-        initialisation: `random` as in GEMEL, or `ridge`: the closed form from a picture's features to the token
-            embeddings of its entity's name.
-        scaling: What is done to image features first; see `MapperMetadata`.
-        ridge_penalty: Of the closed form, in units of the mean variance of a feature.
-        ridge_gain: Of the closed form: factor on what deviates from the mean embedding.
-        saved_dtype: Of the mapper that the run ends with, wherever it started; checkpoints and steps are in float32.
+        prefix_length: Number P of embeddings that represent one picture in the prompt.
+        initialisation: Initial weights: `random` as in GEMEL, or `ridge`, the ridge regression from
+            image features to the token embeddings of entity names.
+        scaling: Scaling of image features: `none`; `z_score`, to mean 0 and deviation 1 over the
+            training pictures; `z_score_norm`, the same and then to norm √C for each picture, where
+            C is the number of features.
+        ridge_penalty: Penalty of the ridge regression, in units of the mean variance of a feature.
+        ridge_gain: Factor by which the ridge regression multiplies deviations from the mean
+            embedding.
+        saved_dtype: Data type of the final mapper. Checkpoints and training steps use float32.
     """
 
     prefix_length: Count = 4
@@ -168,18 +182,19 @@ class OptimisationSettings:
     """AdamW with a linear schedule, with GEMEL's values.
 
     Attributes:
-        epochs: Passes over the training mentions; 0 leaves the mapper as it was initialised.
-        learning_rate: Highest rate, after the warm-up.
-        warmup_fraction: Share of all steps in which the rate rises from 0; it falls to 0 in the others.
-        weight_decay: Decoupled, of weights but not of biases.
-        adam_epsilon: Keeps small second moments from making large steps.
-        max_gradient_norm: A longer gradient is shortened to it.
-        batch_size: Mentions of one step, over all workers.
-        mentions_per_form: At most so many mentions of one surface form stand together in a batch. Demonstrations that
-            they share are computed once for all of them; GEMEL has 1.
-        max_pack_tokens: Tokens of one forward and backward pass; a batch takes as many passes as it needs.
-        max_steps: Stop after so many steps, as if the schedule ended there; None for all epochs.
-        seed: Of the mapper's start and of the order of the mentions.
+        epochs: Number of passes over the training mentions; 0 keeps the initial mapper.
+        learning_rate: Highest learning rate, reached after the warm-up.
+        warmup_fraction: Share of all steps in which the rate rises from 0; then it falls to 0.
+        weight_decay: Decoupled weight decay of weights; biases have none.
+        adam_epsilon: Epsilon of AdamW, added to the denominator of each update.
+        max_gradient_norm: Maximum norm of a gradient; a longer one is clipped to it.
+        batch_size: Number of mentions of one step, over all workers.
+        mentions_per_form: Maximum number of consecutive mentions of one surface form in the order
+            of training. Demonstrations that they share in a batch are computed once; GEMEL uses 1.
+        max_pack_tokens: Maximum number of tokens of one forward and backward pass; a batch takes as
+            many passes as necessary.
+        max_steps: Maximum number of steps, at which the schedule ends, too; None: all epochs.
+        seed: Seed of the initial mapper and of the order of the mentions.
     """
 
     epochs: CountOrZero = 5
@@ -197,11 +212,13 @@ class OptimisationSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ValidationSettings:
-    """Constrained decoding of mentions of the dev split during training.
+    """Validation by constrained decoding of mentions of the dev split during training.
 
     Attributes:
-        num_mentions: Size of the sample, drawn with the training's seed; 0 validates nothing.
-        every_steps: Between two validations; None: at the end of each epoch. The last step always validates.
+        num_mentions: Number of mentions to decode, drawn with the seed of the training; 0 disables
+            validation.
+        every_steps: Number of steps between two validations; None: at the end of each epoch. The
+            last step is always validated.
     """
 
     num_mentions: CountOrZero = 200
@@ -213,14 +230,15 @@ class WorkerSettings:
     """Data-parallel training workers.
 
     Attributes:
-        num_workers: At most so many.
-        min_workers: Training goes on with so many while the cluster has no room for more; None: `num_workers`.
-        num_cpus: Logical CPUs of a worker.
-        use_gpu: Give each worker a GPU.
-        num_threads: Threads of a worker on CPU; None leaves it to Ray.
-        max_failures: Workers that may die before the run fails; -1 for any number.
-        report_every: Steps between two reports of the loss.
-        checkpoint_every: Steps between two checkpoints; a validation always makes one.
+        num_workers: Maximum number of workers.
+        min_workers: Minimum number of workers with which training runs while the cluster has no
+            room for more; None: num_workers.
+        num_cpus: Number of logical CPUs of a worker.
+        use_gpu: Whether each worker gets a GPU.
+        num_threads: Number of CPU threads of a worker; None: Ray's default.
+        max_failures: Maximum number of worker failures before the run fails; -1: no maximum.
+        report_every: Number of steps between two reports of the loss.
+        checkpoint_every: Number of steps between two checkpoints; each validation also writes one.
     """
 
     num_workers: Count = 1
@@ -239,20 +257,24 @@ class WorkerSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig(JobConfig):
-    """One run of the training job; `prompt` is to be the same in linking, and a mention's group never demonstrates it.
+    """Settings of a training run.
+
+    Link with the same `prompt` settings. A mention's own group is always excluded from its
+    demonstrations.
 
     Attributes:
-        train: Parquet file or directory of mentions with `entity_id`, local or `s3://`.
-        dev: The same, to validate on; None to do without.
+        train: Parquet file or directory of mentions with `entity_id`, local or s3://bucket/prefix.
+        dev: Parquet file or directory of mentions to validate on, like `train`; None: no
+            validation.
         language_model: The frozen language model.
-        vision: The image encoder, None for features that the mentions bring; a `feature_mapper` here is where
-            training starts.
-        mapper: The feature mapper before its first step.
+        vision: Image encoder (None: mentions must have image features), and the feature mapper to
+            start from, if any.
+        mapper: Initial feature mapper.
         optimisation: Optimiser and schedule.
-        validation: Decoding of dev mentions during training.
-        workers: Training workers.
-        examples: Directory for the prepared training examples, which runs with the same encoders and retrieval may
-            share; None: in the output.
+        validation: Validation by decoding of dev mentions during training.
+        workers: Data-parallel training workers.
+        examples: Directory for the prepared training examples, which runs with the same encoders
+            and retrieval settings can share; None: a directory in the output.
     """
 
     train: Address

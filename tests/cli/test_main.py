@@ -14,7 +14,7 @@ import pytest
 from support.paths import ROOT
 
 from gemel_engine.cli.artifacts import build_demonstrations
-from gemel_engine.cli.main import PARSED, UNPARSED, main
+from gemel_engine.cli.main import COMMANDS, main
 from gemel_engine.config.components import ImagePolicy, VisionSettings
 from gemel_engine.decoding.language_model import language_model_fingerprint
 from gemel_engine.errors import InputError
@@ -36,7 +36,7 @@ def test_the_list_of_commands_waits_for_no_library() -> None:
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     *listed, imported = finished.stdout.splitlines()
     assert imported == "[]"
-    assert "\n".join(listed).count("•") == len(UNPARSED | PARSED)
+    assert "\n".join(listed).count("•") == len(COMMANDS)
 
 
 def test_the_package_offers_its_public_names_and_waits_for_no_library() -> None:
@@ -50,7 +50,7 @@ print(LinkConfig.__name__, Linker.__name__, load_config.__name__)
     assert finished.stdout.splitlines() == ["[]", "LinkConfig Linker load_config"]
 
 
-@pytest.mark.parametrize("command", UNPARSED | PARSED)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,7 +13,7 @@ from support.corpus import picture, toml
 from support.paths import ROOT
 
 from gemel_engine import errors
-from gemel_engine.cli.main import PARSED, UNPARSED
+from gemel_engine.cli.main import COMMANDS
 from gemel_engine.config.loading import load_config
 from gemel_engine.config.settings import LinkConfig
 from gemel_engine.knowledge_base.build import read_entities
@@ -48,7 +48,7 @@ def test_commands_exist_and_know_their_options(path: Path) -> None:
             for target in re.findall(r"\bmake ([a-z-]+)", command):
                 assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE), line
             for subcommand, converted in re.findall(r"\bgemel ([a-z][a-z-]+)(?: (mapper|mentions)\b)?", command):
-                assert subcommand in PARSED | UNPARSED, line
+                assert subcommand in COMMANDS, line
                 known = OPTION.findall(help_of("-m", "gemel_engine.cli.main", subcommand, *filter(None, [converted])))
                 assert set(OPTION.findall(command.partition(f"gemel {subcommand}")[2])) <= set(known), line
             if scripts := re.findall(r"\bpython (jobs/\w+\.py)", command):
