@@ -41,8 +41,8 @@ class Sample:
     """The measured cost of windows of a corpus, linked by one actor of each stage.
 
     Attributes:
-        rows: Number of rows of each window, in the order in which they were linked. The first window
-            is the warm-up: an engine's first batch takes longer.
+        rows: Number of rows of each window, in the order in which they were linked. The first
+            window is the warm-up: an engine's first batch takes longer.
         stage_seconds: Seconds that the actor of each stage spent on each window.
         first_seconds: Seconds until the first window was done: start of Ray, sort, start of the
             actors, and the window itself.

@@ -158,7 +158,7 @@ class Progress:
         )
 
     def _rows_per_second(self, now: float) -> float | None:
-        """Return the rate since the first receipt, without actor start; None in its first second."""
+        """Return the rate since the first receipt; None in the first second after it."""
         assert self._first is not None, "called when there is a receipt"
         started, rows = self._first
         return (self.tally.rows - rows) / (now - started) if self.tally.rows > rows and now > started + 1 else None

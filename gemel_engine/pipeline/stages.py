@@ -144,7 +144,7 @@ class EncodeImages:
         return _with_use(_with_errors(batch, errors), "image", started, beside_bytes=decoder_peak_bytes())
 
     def _files(self, batch: pa.Table, needed: list[bool]) -> Iterator[bytes | ImageFetchError | None]:
-        """Yield the image file of each row, None if none is needed; fetch those given by address."""
+        """Yield the image file of each row, None if it needs none; fetch those given by address."""
         files = repeat(None) if "image_bytes" not in batch.column_names else (f.as_py() for f in batch["image_bytes"])
         ahead: deque[bytes | Future[bytes | ImageFetchError] | None] = deque()
         with ThreadPoolExecutor(_FETCH_THREADS) as threads:

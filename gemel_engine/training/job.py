@@ -102,8 +102,8 @@ def train_mapper(config: TrainConfig) -> TrainReport:
     fingerprint = None if image_encoder is None else image_encoder.fingerprint
     mention_encoder = None if artifacts.index is None else artifacts.index.metadata.mention_encoder_fingerprint
     contents = run_contents(config, mention_encoder, fingerprint)
-    identity = {split: plan_identity(plan) for split, plan in plans.items()}
-    claim_output(config.output, run_identity(config, identity, contents))
+    shards = {split: plan_identity(plan) for split, plan in plans.items()}
+    claim_output(config.output, run_identity(config, shards, contents))
     connect()
     _check_resources(config)
     prepared = {
