@@ -205,7 +205,7 @@ class _MentionTask:
         generator: The parts of the run.
         mention: The mention to link.
         features: Its image features (C,), None without a picture.
-        demonstrations: Row numbers of its demonstrations, the most similar last.
+        demonstrations: Row numbers of its retrieved demonstrations, the most similar last.
         earlier: Its prediction before names were added; see `EntityNameGenerator.generate`.
 
     Attributes:
@@ -235,11 +235,9 @@ class _MentionTask:
         """Return prompt, search and its trie (None: the engine's); None if no search is needed."""
         search: NameSearch | None = None
         if self._earlier is not None:
-            knowledge_base, objective = (
-                self._generator.artifacts.knowledge_base,
-                self._generator.search_settings.objective,
-            )
-            self._found_before = found = result_of(self._earlier, knowledge_base, objective)
+            knowledge_base = self._generator.artifacts.knowledge_base
+            found = result_of(self._earlier, knowledge_base, self._generator.search_settings.objective)
+            self._found_before = found
             search, self._trie = self._search_added(found), self._generator.added_names
             if search is None:
                 self.prediction = self._predict(found)
@@ -308,11 +306,14 @@ class _MentionTask:
         if self._earlier is not None:
             return {name: getattr(self._earlier, name) for name in _DEMONSTRATION_FIELDS}
         index, used = self._generator.artifacts.index, self._used_rows
-        ids, entity_ids = ((), ()) if index is None else (index.mention_ids(used), index.entity_ids(used))
+        ids: tuple[str, ...] = ()
+        entity_ids: tuple[str, ...] = ()
+        if index is not None:
+            ids, entity_ids = index.mention_ids(used), index.entity_ids(used)
         return dict(zip(_DEMONSTRATION_FIELDS, (ids, entity_ids, len(self._demonstrations) - len(used)), strict=True))
 
 
 def _probability(best: FoundName, result: SearchResult) -> float:
-    """Return the best name's share of all mass, with the unexplored mass at its upper bound."""
+    """Return the best name's share of all names' mass, unexplored mass at its upper bound."""
     log_mass = float(np.logaddexp(result.log_explored_mass, math.log(max(result.unexplored_mass, 1e-300))))
     return math.exp(best.log_prob - log_mass)

@@ -2,7 +2,7 @@
 
 A logits processor (`vllm_mask.py`) applies the prefix trie: it leaves the log-probs of allowed
 tokens only. With `processed_logits`, vLLM takes the best of these and reports the K best. The
-prompt is sent with every rollout of its mention: all but its last block is then in the prefix cache.
+prompt is sent with every rollout of its mention: all but its last block is then a cache hit.
 
 D language-model width, P prefix length, T tokens.
 """
@@ -93,7 +93,7 @@ class VllmEngine:
                 quantization=settings.quantization,
                 enable_prefix_caching=settings.enable_prefix_caching,
                 enforce_eager=on_cpu,
-                async_scheduling=False,  # the logits processor needs each token before the next step
+                async_scheduling=False,  # the logits processor needs each token before the next
                 max_logprobs=num_children,
                 logprobs_mode="processed_logits",
                 logits_processors=processors,
