@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def _without_cycle_search() -> Iterator[None]:
-    """Pause garbage collection: a fifth of the time, and small lists of tokens form no cycles."""
+    """Pause garbage collection, to save a fifth of the time; lists of tokens form no cycles."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
