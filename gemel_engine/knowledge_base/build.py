@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from gemel_engine.config.components import KnowledgeBaseSettings
 from gemel_engine.errors import InputError
+from gemel_engine.knowledge_base.arrays import IntArray
 from gemel_engine.knowledge_base.names import TokenisedNames, count_skipped, reasons_to_skip
 from gemel_engine.knowledge_base.store import (
     ENTITY_COLUMNS,
@@ -24,7 +25,7 @@ from gemel_engine.knowledge_base.store import (
     TRIE_DIRECTORY,
 )
 from gemel_engine.knowledge_base.trie import MANIFEST as TRIE_MANIFEST
-from gemel_engine.knowledge_base.trie import IntArray, PrefixTrie
+from gemel_engine.knowledge_base.trie import PrefixTrie
 from gemel_engine.storage import parquet
 from gemel_engine.storage.manifest import claimed, file_sha256, write_manifest
 from gemel_engine.tokenizer import tokenizer_fingerprint
@@ -32,13 +33,13 @@ from gemel_engine.tokenizer import tokenizer_fingerprint
 
 @dataclass(frozen=True, slots=True)
 class KnowledgeBaseReport:
-    """What a built knowledge base holds.
+    """Counts of a knowledge base that was built.
 
     Attributes:
-        num_entities: Entities kept.
-        num_names: Distinct names among them.
-        longest_name: Tokens of the longest of these names.
-        num_skipped: Entities left out, by reason.
+        num_entities: Number of entities.
+        num_names: Number of distinct names.
+        longest_name: Number of tokens of the longest name.
+        num_skipped: Number of entities left out, by reason.
     """
 
     num_entities: int
@@ -48,10 +49,12 @@ class KnowledgeBaseReport:
 
 
 def read_entities(uri: str, also: Sequence[str] = ()) -> pa.Table:
-    """Read the entities' columns of all Parquet files at an address, and those of `also` that they have.
+    """Read the columns of entities, and those in `also`, from all Parquet files at an address.
+
+    Columns that the files lack are left out.
 
     Raises:
-        InputError: There is no such file, or one is not readable, or has a column of another type.
+        InputError: There is no Parquet file, or one is unreadable or has a column of another type.
     """
     kinds = {name: ENTITY_COLUMNS[name] for name in (*ENTITY_SCHEMA.names, *also)}
     return parquet.read_tables(uri, kinds, list(kinds))
@@ -62,20 +65,21 @@ def build_knowledge_base(
 ) -> KnowledgeBaseReport:
     """Write a knowledge base to a new directory.
 
-    Names are brought to Unicode's form NFC and stripped of white space at their ends. A name is unusable if it is
-    empty, holds control or line-separating characters, U+FFFD or a prompt marker, is too long, or if its tokens hold a
-    special token or do not decode to the name itself.
+    Names are normalised to Unicode's form NFC and stripped of surrounding white space. A name is
+    unusable if it is empty, contains control or line-separating characters, U+FFFD or a prompt
+    marker, is too long, or if its tokens contain a special token or do not decode to the name.
 
     Args:
-        entities: Columns `entity_id` and `name`, and optionally others of `ENTITY_SCHEMA`; other columns are left out.
-        tokenizer: The language model's.
-        directory: Does not exist yet, or is empty.
-        settings: What to do with unusable names.
+        entities: Columns `entity_id` and `name`, and optionally others of `ENTITY_SCHEMA`; other
+            columns are ignored.
+        tokenizer: Tokenizer of the language model.
+        directory: New or empty directory.
+        settings: How to treat unusable names.
 
     Raises:
-        ConfigurationError: The directory holds something, or another command is writing it.
-        InputError: A column is missing or of another type, an id is missing or not unique, text is not UTF-8, or names
-            are unusable (none is left, where they are skipped).
+        ConfigurationError: The directory is not empty, or another command is writing to it.
+        InputError: A column is missing or of another type, an id is missing or not unique, text is
+            not UTF-8, or names are unusable (all of them, if they are skipped).
     """
     with claimed(directory):
         fingerprint = tokenizer_fingerprint(tokenizer)
@@ -97,14 +101,14 @@ def save_knowledge_base(
     manifest: Mapping[str, object],
     num_skipped: dict[str, int],
 ) -> KnowledgeBaseReport:
-    """Write a knowledge base whose names are tokenised.
+    """Write a knowledge base from entities with tokenised names.
 
     Args:
-        directory: Where.
+        directory: Directory to write to.
         entities: Rows of `ENTITY_SCHEMA`, in any order.
-        names: Tokens of each row's name, as `PrefixTrie.build` takes them.
-        manifest: What the manifest says beside the counts and the checksum.
-        num_skipped: Entities left out, by reason.
+        names: Tokens of the rows' names, as `PrefixTrie.build` takes them.
+        manifest: Contents of the manifest besides counts and checksums.
+        num_skipped: Number of entities left out, by reason.
     """
     trie, name_of_row = PrefixTrie.build(*names)
     stored = _sort_entities(entities, name_of_row)
@@ -122,10 +126,11 @@ def save_knowledge_base(
 
 
 def checked_entities(entities: pa.Table) -> pa.Table:
-    """Check ids and types, and normalise names; the result has the columns of `ENTITY_SCHEMA`.
+    """Validate ids and types, and normalise names; return the columns of `ENTITY_SCHEMA`.
 
     Raises:
-        InputError: A column is missing or of another type, an id is missing or not unique, or text is not UTF-8.
+        InputError: A column is missing or of another type, an id is missing or not unique, or text
+            is not UTF-8.
     """
     for required in ("entity_id", "name"):
         if required not in entities.column_names:
@@ -162,7 +167,7 @@ def _check_ids(ids: pa.ChunkedArray) -> None:
 
 
 def _sort_entities(entities: pa.Table, name_of_row: NDArray[np.intp]) -> pa.Table:
-    """Rows of `STORED_SCHEMA`: by name, then popularity descending with unknown ones last, then id."""
+    """Return rows of `STORED_SCHEMA` by name, descending popularity (unknown last), and id."""
     named = entities.append_column("name_index", pa.array(name_of_row.astype(np.uint32)))
     keys = [("name_index", "ascending"), ("popularity", "descending"), ("entity_id", "ascending")]
     ordered = named.take(pc.sort_indices(named, sort_keys=keys))

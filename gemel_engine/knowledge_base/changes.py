@@ -1,4 +1,4 @@
-"""What one knowledge base has that another had not, as far as predictions depend on it."""
+"""The differences between two knowledge bases that can change predictions."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from gemel_engine.storage.parquet import parquet_bytes
 
 @dataclass(frozen=True, slots=True, eq=False)
 class KnowledgeBaseChanges:
-    """What one knowledge base has that another had not, as far as predictions depend on it.
+    """The differences between two knowledge bases that can change predictions.
 
     Attributes:
-        entity_ids: Entities of the old one that the new one lacks, or calls by another name.
-        added_names: Names that only the new one has; None if there are none.
+        entity_ids: Ids of old entities that were retired or renamed.
+        added_names: Trie of the names that only the new knowledge base contains; None if none.
     """
 
     entity_ids: pa.Array
@@ -45,7 +45,7 @@ class KnowledgeBaseChanges:
         )
 
     def save(self, address: str) -> None:
-        """Write them to a directory, local or `s3://`; what is there is replaced by the same."""
+        """Write the differences to a directory, local or `s3://`; existing files are replaced."""
         table = pa.table({"entity_id": self.entity_ids})
         storage.write_bytes(f"{address}/entities.parquet", parquet_bytes(table))
         num_names = 0

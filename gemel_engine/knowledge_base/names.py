@@ -1,4 +1,4 @@
-"""Entity names as tokens, and why some of them cannot be used.
+"""Tokenisation of entity names, and the reasons why a name is unusable.
 
 Shapes: S names, T tokens.
 """
@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerFast
 
 from gemel_engine.errors import InputError
 
-# What delimits the parts of a prompt: a name that holds one would be read as the start of the next part.
+# Delimiters of the parts of a prompt: one in a name would be read as the start of the next part.
 _PROMPT_MARKER = r"\[(?:Text|Question|Answer)\]"
 _CONTROL_OR_SEPARATOR = r"[\p{Cc}\p{Zl}\p{Zp}]"
 _MAX_DEMONSTRATION_CHARACTERS = 1 << 16
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def _without_cycle_search() -> Iterator[None]:
-    """Millions of small lists are made and none is part of a cycle; looking for one takes a fifth of the time."""
+    """Pause garbage collection, to save a fifth of the time; lists of tokens form no cycles."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -51,9 +51,9 @@ class TokenisedNames:
     """The tokens of S names.
 
     Attributes:
-        token_ids: Of all names, one after another; (T,).
-        lengths: Tokens of each name; (S,).
-        is_decodable: Whether a name's tokens decode to the name itself; (S,).
+        token_ids: Concatenated token ids of all names; (T,).
+        lengths: Number of tokens of each name; (S,).
+        is_decodable: Whether the tokens of each name decode to the name itself; (S,).
     """
 
     token_ids: NDArray[np.uint32]
@@ -62,8 +62,8 @@ class TokenisedNames:
 
     @classmethod
     def tokenise(cls, names: pa.ChunkedArray, tokenizer: PreTrainedTokenizerFast) -> Self:
-        """Tokenise names without special tokens; what looks like one in a name becomes ordinary tokens."""
-        # The tokenizer's own library, without the wrapper around it: more than twice as fast.
+        """Tokenise names; the spelling of a special token in a name is encoded as plain text."""
+        # `tokenizers` without the wrapper of transformers is more than twice as fast.
         backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         backend.no_padding()
         backend.no_truncation()
@@ -80,12 +80,12 @@ class TokenisedNames:
         return cls(np.concatenate(token_ids), np.concatenate(lengths), np.concatenate(is_decodable))
 
     def select(self, is_kept: NDArray[np.bool_]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
-        """Token ids of the kept names, and where each starts, then their end."""
+        """Return the token ids of the kept names, and their offsets; (T,) and (S + 1,)."""
         offsets = np.concatenate([[0], np.cumsum(self.lengths[is_kept])])
         return self.token_ids[np.repeat(is_kept, self.lengths)], offsets
 
     def hold_any(self, token_ids: list[int]) -> NDArray[np.bool_]:
-        """Whether each name holds one of `token_ids`; (S,)."""
+        """Return whether each name contains one of `token_ids`; (S,)."""
         row_of_token = np.repeat(np.arange(len(self.lengths)), self.lengths)
         num_found = np.bincount(row_of_token[np.isin(self.token_ids, token_ids)], minlength=len(self.lengths))
         return num_found > 0
@@ -94,7 +94,7 @@ class TokenisedNames:
 def reasons_to_skip(
     texts: pa.ChunkedArray, names: TokenisedNames, tokenizer: PreTrainedTokenizerFast, max_name_tokens: int
 ) -> NDArray[np.object_]:
-    """Why each name is unusable, "" for those that are not; (S,). The first reason that applies counts."""
+    """Return the first reason why each name is unusable, "" for a usable name; (S,)."""
     added_tokens = tokenizer.added_tokens_decoder.items()
     special_ids = {*tokenizer.all_special_ids, *(token_id for token_id, token in added_tokens if token.special)}
     tests = {
@@ -115,7 +115,7 @@ def reasons_to_skip(
 def count_skipped(
     entity_ids: pa.ChunkedArray, reasons: NDArray[np.object_], on_bad_name: Literal["error", "skip"]
 ) -> dict[str, int]:
-    """How many entities are left out for each reason; also logged.
+    """Return and log the number of entities left out for each reason.
 
     Raises:
         InputError: Some names are unusable and `on_bad_name` is "error", or all of them are.
@@ -135,9 +135,10 @@ def count_skipped(
 
 
 def are_demonstrable(texts: pa.Array, mentions: pa.Array, names: pa.Array) -> NDArray[np.bool_]:
-    """Whether each training mention reads as one demonstration: a name of one line, and no prompt marker anywhere.
+    """Return whether each training mention can be a demonstration.
 
-    A text may have several lines, but not a length that only costs time to tokenise.
+    Its name must be a single line, no column may contain a prompt marker, and the text must not be
+    too long to tokenise in reasonable time; the text may have several lines.
 
     Returns:
         Shape (S,).

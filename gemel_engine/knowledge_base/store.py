@@ -1,12 +1,13 @@
-"""The entities that mentions may refer to: their names as a prefix trie, and their records in an Arrow file.
+"""Knowledge bases on disk: entity names as a prefix trie, and entity records in an Arrow file.
 
-    knowledge_base.json     counts, tokenizer fingerprint, checksums of the entities and of trie.json; written last
-    trie/                   the names' tokens, see `prefix_trie`
-    entities.arrow          one record batch: the entities in the order of their names
+    knowledge_base.json     counts, tokenizer fingerprint, checksums of the entities and of
+                            trie.json; written last
+    trie/                   tokens of the names, see `trie.py`
+    entities.arrow          one record batch: entities in the order of their names
 
-Both are mapped into memory, so that opening millions of entities takes little time and processes share the pages; so
-their files must not be written to, or cut off, while a process has them open.
-Entities with equal names share one name and are neighbours. Nothing here knows a language model.
+Both are memory-mapped, so that opening millions of entities takes little time and processes share
+the pages; their files must not be written to or truncated while a process has them open.
+Entities with equal names share one name and are adjacent. No language model is used here.
 
 Shapes: S entities.
 """
@@ -32,7 +33,7 @@ from gemel_engine.storage.manifest import file_sha256, read_manifest
 from gemel_engine.types import BOOLEAN, IDENTIFIER, NUMBER, TEXT, Column
 
 FORMAT_VERSION = 2
-WITHOUT_CHECKSUM = 1  # the format version before, in which nothing said which trie was that of the entities
+WITHOUT_CHECKSUM = 1  # the previous format version, whose manifest lacks the checksum of the trie
 MANIFEST = "knowledge_base.json"
 TRIE_DIRECTORY = "trie"
 
@@ -48,14 +49,14 @@ ENTITY_SCHEMA = pa.schema(
 )
 ENTITY_COLUMNS = {
     "entity_id": IDENTIFIER,
-    "name": IDENTIFIER,  # 1984
+    "name": IDENTIFIER,  # a name may be a number, such as 1984
     "description": TEXT,
     "popularity": NUMBER,
     "image_uri": TEXT,
     "aliases": Column.list_of(IDENTIFIER),
-    "retired": BOOLEAN,  # of updates
+    "retired": BOOLEAN,  # only in updates
 }
-# row_by_id is a second order of the same rows: its i-th value is the row with the i-th smallest entity id.
+# row_by_id sorts the rows by id: its i-th value is the row with the i-th smallest entity id.
 STORED_SCHEMA = pa.schema([*ENTITY_SCHEMA, pa.field("name_index", pa.uint32()), pa.field("row_by_id", pa.uint32())])
 
 
@@ -70,12 +71,12 @@ class Entity:
 
 
 class KnowledgeBase:
-    """A knowledge base on disk, mapped read-only.
+    """A knowledge base on disk, memory-mapped read-only.
 
     Attributes:
-        trie: The names; a number in the trie is a name index here.
+        trie: Prefix trie of the names; its name numbers are the name indexes here.
         trie_directory: Directory of the trie, for processes that map it themselves.
-        tokenizer_fingerprint: `tokenizer_fingerprint` of the tokenizer that it was built with.
+        tokenizer_fingerprint: Fingerprint of the tokenizer that it was built with.
     """
 
     def __init__(
@@ -92,15 +93,16 @@ class KnowledgeBase:
 
     @classmethod
     def open(cls, directory: Path, *, verify: bool = False) -> Self:
-        """Map what `build_knowledge_base` wrote.
+        """Open a knowledge base that `build_knowledge_base` wrote, memory-mapped.
 
         Args:
-            directory: A local directory.
-            verify: Also read every byte: checksums, and that trie and entities are well-formed and fit. Do this once
-                for files from elsewhere.
+            directory: Local directory.
+            verify: Whether to check every byte: checksums, and that trie and entities are
+                well-formed and fit together. Do this once for files from elsewhere.
 
         Raises:
-            ArtifactError: A file is missing, damaged, of another format version, or does not fit the others.
+            ArtifactError: A file is missing, damaged, of another format version, or does not fit
+                the others.
         """
         manifest = read_manifest(directory / MANIFEST, FORMAT_VERSION, without_checksum=WITHOUT_CHECKSUM)
         if "base" in manifest:
@@ -131,14 +133,14 @@ class KnowledgeBase:
 
     @property
     def num_entities(self) -> int:
-        """S; at least the number of names."""
+        """Number of entities, S; at least the number of names."""
         return int(self._entities.num_rows)
 
     def entity(self, row: int) -> Entity:
-        """The record in a row, from 0 to S - 1.
+        """Return the record in a row, from 0 to S - 1.
 
         Raises:
-            ArtifactError: The file is damaged there.
+            ArtifactError: The row is damaged.
         """
         lacks_description = self._entities["description"].slice(row, 1).null_count
         return Entity(
@@ -149,23 +151,28 @@ class KnowledgeBase:
         )
 
     def table(self) -> pa.Table:
-        """All entities in the order of their names: `ENTITY_SCHEMA` and `name_index`.
+        """Return all entities in the order of their names: `ENTITY_SCHEMA` and `name_index`.
 
-        Arrow reads it without a look at where the file says that strings are: open with `verify` first.
+        Arrow does not check the string offsets in the file: open with `verify` first.
         """
         return pa.Table.from_batches([self._entities.select([*ENTITY_SCHEMA.names, "name_index"])])
 
     def records(self, entity_ids: pa.ChunkedArray, names: pa.ChunkedArray) -> pa.Table:
-        """`entity_id`, `name` and `popularity` of the entities with one of these ids or one of these names."""
+        """Return id, name and popularity of the entities with one of these ids or names.
+
+        The columns are `entity_id`, `name` and `popularity`.
+        """
         table = pa.Table.from_batches([self._entities.select(["entity_id", "name", "popularity"])])
         has_id = pc.is_in(table["entity_id"], entity_ids.combine_chunks())
         return table.filter(pc.or_(has_id, pc.is_in(table["name"], names.combine_chunks())))
 
     def entities_of_name(self, name_index: int) -> range:
-        """Rows of the entities of a name: the most popular first, unknown popularity last, ties by id.
+        """Return the rows of the entities of a name.
+
+        They are sorted by descending popularity (unknown last), ties by id.
 
         Raises:
-            ArtifactError: It has none: the file is damaged.
+            ArtifactError: The name has no entity, because the file is damaged.
         """
         rows = range(bisect_left(self._name_index, name_index), bisect_right(self._name_index, name_index))
         if not rows:
@@ -173,11 +180,11 @@ class KnowledgeBase:
         return rows
 
     def names_of_entities(self, entity_ids: Sequence[str]) -> list[int | None]:
-        """Name index of each entity, None for an id that is not in the knowledge base."""
+        """Return the name index of each entity; None for an unknown id."""
         return [self._name_of_entity(entity_id) for entity_id in entity_ids]
 
     def name_tokens(self, name_index: int) -> list[int]:
-        """Tokens of a name, without the terminator."""
+        """Return the tokens of a name, without the terminator."""
         return self.trie.name_tokens(name_index)
 
     def _name_of_entity(self, entity_id: str) -> int | None:
@@ -206,9 +213,10 @@ class KnowledgeBase:
 
 
 class _Strings:
-    """The strings of a column of a mapped file, which Arrow would read from wherever the file says, and crash.
+    """The strings of a column in a mapped file, with checked offsets.
 
-    Only the places of the strings that are asked for are read and checked, so that millions cost nothing to open.
+    Arrow would follow damaged offsets and crash. Only the offsets of requested strings are read and
+    checked, so that opening millions of strings takes no time.
     """
 
     def __init__(self, column: pa.LargeStringArray) -> None:
@@ -230,7 +238,11 @@ class _Strings:
 
 
 def _check_trie(directory: Path, manifest: Mapping[str, object]) -> None:
-    """Raise unless the trie is that of the knowledge base; its manifest has the checksums of its arrays."""
+    """Raise unless the manifest of the trie, which contains its checksums, has the right checksum.
+
+    Raises:
+        ArtifactError: The manifest is missing, or is that of another knowledge base's trie.
+    """
     path = directory / TRIE_DIRECTORY / TRIE_MANIFEST
     try:
         is_same = "trie_sha256" not in manifest or file_sha256(path) == manifest["trie_sha256"]

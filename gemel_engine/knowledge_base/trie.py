@@ -1,41 +1,32 @@
-"""The token sequences that may be generated, as a prefix trie in flat arrays that processes share by memory-mapping.
+"""Prefix trie of the token sequences that may be generated, in flat memory-mapped arrays.
 
 Shapes: N nodes, M distinct names, S sequences, T tokens, B nodes in a batch.
 
-Nodes are numbered breadth-first and siblings by token. The root is node 0, the children of node n are the nodes
-``first_child[n]`` to ``first_child[n + 1] - 1``, and the names are numbered in the order of the nodes that end them.
-The trie knows no tokenizer, and not the terminator: that is one more allowed token wherever `is_terminal`.
+Nodes are numbered breadth-first, siblings in ascending order of their tokens. The root is node 0,
+the children of node n are the nodes ``first_child[n]`` to ``first_child[n + 1] - 1``, and names are
+numbered in the order of their last nodes. The trie contains neither a tokenizer nor the terminator,
+which is an additional allowed token at each node where a name ends (`is_terminal`).
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from tokenize import TokenError
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gemel_engine.errors import ArtifactError
-from gemel_engine.storage.local import open_regular
+from gemel_engine.knowledge_base.arrays import IntArray, UnsignedArray, layout, map_array, smallest
 from gemel_engine.storage.manifest import file_sha256, read_manifest, write_manifest
 
 FORMAT_VERSION = 2
 MANIFEST = "trie.json"
 _WITHOUT_CHECKSUM = 1
-_DTYPES = {
-    "tokens": (np.dtype(np.uint16), np.dtype(np.uint32)),
-    "first_child": (np.dtype(np.uint32),),
-    "heights": (np.dtype(np.uint8), np.dtype(np.uint16), np.dtype(np.uint32)),
-    "terminals": (np.dtype(np.uint32),),
-}
 _PIECE = 1 << 16
-
-UnsignedArray = NDArray[np.unsignedinteger[Any]]
-IntArray = NDArray[np.integer[Any]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,10 +34,12 @@ class PrefixTrie:
     """A set of token sequences; at most 2**32 - 1 nodes.
 
     Attributes:
-        tokens: Token on the edge into each node; (N,), uint16 if every token fits, else uint32. The root's is 0.
-        first_child: First child of each node, then N; (N + 1,) uint32. Non-decreasing.
-        heights: Tokens from each node to the end of the longest name below it; (N,), uint8 where that fits.
-        terminals: Nodes that end a name, ascending; (M,) uint32.
+        tokens: Token on the edge to each node, 0 for the root; (N,), uint16 if every token fits,
+            else uint32.
+        first_child: First child of each node, then N; (N + 1,) uint32, non-decreasing.
+        heights: Number of tokens from each node to the end of the longest name below it; (N,), the
+            smallest sufficient unsigned type.
+        terminals: Nodes where a name ends, ascending; (M,) uint32.
     """
 
     tokens: UnsignedArray
@@ -59,22 +52,23 @@ class PrefixTrie:
         """Build the trie of S sequences, one level at a time; duplicates are allowed.
 
         Args:
-            token_ids: The sequences one after another; (T,), each in [0, 2**32).
-            offsets: Where each sequence starts in `token_ids`, then T; (S + 1,).
+            token_ids: Concatenated sequences; (T,), each token in [0, 2**32).
+            offsets: Start of each sequence in `token_ids`, then T; (S + 1,).
 
         Returns:
-            The trie, and for each sequence the number of its name; (S,). Equal sequences have equal numbers.
+            The trie, and the number of the name of each sequence; (S,). Equal sequences have equal
+            numbers.
 
         Raises:
-            ValueError: There is no sequence, one is empty, the offsets do not span `token_ids`, or a token is out of
-                range.
+            ValueError: There is no sequence, one is empty, the offsets do not span `token_ids`, or
+                a token is out of range.
         """
         lengths = np.diff(offsets.astype(np.int64))
         if not len(lengths) or lengths.min() < 1 or offsets[0] != 0 or offsets[-1] != len(token_ids):
             raise ValueError("a prefix trie needs at least one sequence, none empty, and offsets from 0 to the end")
         if token_ids.min() < 0 or token_ids.max() >= 2**32:
             raise ValueError(f"tokens {token_ids.min()} to {token_ids.max()} are not all in [0, 2**32)")
-        ends = np.zeros(len(lengths), np.uint64)  # the node that each sequence has reached
+        ends = np.zeros(len(lengths), np.uint64)  # last node of each sequence so far
         open_rows = np.arange(len(lengths))
         edges_by_level, heights_by_level, num_nodes = [], [lengths.max(keepdims=True)], 1
         for depth in range(lengths.max()):
@@ -93,7 +87,7 @@ class PrefixTrie:
 
     @classmethod
     def from_sequences(cls, sequences: Sequence[Sequence[int]]) -> tuple[Self, NDArray[np.intp]]:
-        """Same as `build`, quicker for a few short sequences, such as a mention's candidates."""
+        """Build the trie as `build` does, but faster for few short sequences (candidates)."""
         names = [tuple(sequence) for sequence in sequences]
         if not names or () in names:
             raise ValueError("a prefix trie needs at least one sequence, and none empty")
@@ -112,47 +106,54 @@ class PrefixTrie:
     def _from_nodes(
         cls, parents: IntArray, tokens: IntArray, heights: IntArray, ends: IntArray
     ) -> tuple[Self, NDArray[np.intp]]:
-        """Take parents and tokens of nodes 1 to N - 1, heights of all, and the node at the end of each sequence."""
+        """Build a trie from its nodes; return it and the number of the name of each sequence.
+
+        Args:
+            parents: Parent of nodes 1 to N - 1.
+            tokens: Token of nodes 1 to N - 1.
+            heights: Height of each node.
+            ends: Last node of each sequence; (S,).
+        """
         terminals, name_of_sequence = np.unique(ends, return_inverse=True)
         num_children = np.bincount(parents.astype(np.intp), minlength=len(heights))
         trie = cls(
-            tokens=_smallest(np.concatenate([np.zeros(1, tokens.dtype), tokens]), np.uint16),
+            tokens=smallest(np.concatenate([np.zeros(1, tokens.dtype), tokens]), np.uint16),
             first_child=np.concatenate([[1], 1 + np.cumsum(num_children)]).astype(np.uint32),
-            heights=_smallest(heights, np.uint8),
+            heights=smallest(heights, np.uint8),
             terminals=terminals.astype(np.uint32),
         )
         return trie, name_of_sequence
 
     @property
     def num_nodes(self) -> int:
-        """N, the root included."""
+        """Number of nodes including the root, N."""
         return len(self.tokens)
 
     @property
     def num_names(self) -> int:
-        """M, the distinct sequences."""
+        """Number of distinct names, M."""
         return len(self.terminals)
 
     def num_children(self, node: int) -> int:
-        """How many tokens may follow `node`, the terminator not counted."""
+        """Return the number of tokens that may follow `node`, without the terminator."""
         return int(self.first_child[node + 1]) - int(self.first_child[node])
 
     def children(self, node: int) -> tuple[UnsignedArray, int]:
-        """Tokens that may follow `node`, ascending, and the child that the first of them leads to.
+        """Return the tokens that may follow `node`, ascending, and its first child.
 
-        The i-th token leads to the i-th node from there. The tokens are a read-only view where the trie is mapped.
+        The i-th token leads to the i-th child. The tokens of a mapped trie are a read-only view.
         """
         start, stop = int(self.first_child[node]), int(self.first_child[node + 1])
         return self.tokens[start:stop], start
 
     def child(self, node: int, token: int) -> int | None:
-        """The node that `token` leads to from `node`; None where the trie does not allow it."""
+        """Return the child of `node` by `token`; None if the token is not allowed."""
         start, stop = int(self.first_child[node]), int(self.first_child[node + 1])
         child = bisect_left(self.tokens, token, start, stop)
         return child if child < stop and self.tokens[child] == token else None
 
     def walk(self, tokens: Sequence[int]) -> int:
-        """The node at the end of a path from the root.
+        """Return the node at the end of a path from the root.
 
         Raises:
             ValueError: No name starts with `tokens`.
@@ -166,16 +167,16 @@ class PrefixTrie:
         return node
 
     def parent(self, node: int) -> int:
-        """The node that `node` is a child of; undefined for the root."""
+        """Return the parent of `node`; undefined for the root."""
         return bisect_right(self.first_child, node) - 1
 
     def is_terminal(self, node: int) -> bool:
-        """Whether a name ends at `node`; longer names may go on from there."""
+        """Return whether a name ends at `node`; longer names may continue from it."""
         name = bisect_left(self.terminals, node)
         return name < self.num_names and bool(self.terminals[name] == node)
 
     def name_index(self, node: int) -> int:
-        """Number of the name that ends at `node`.
+        """Return the number of the name that ends at `node`.
 
         Raises:
             ValueError: No name ends there.
@@ -185,7 +186,7 @@ class PrefixTrie:
         return bisect_left(self.terminals, node)
 
     def name_tokens(self, name_index: int) -> list[int]:
-        """Tokens of a name, found by climbing from the node that ends it."""
+        """Return the tokens of a name, read from its last node up to the root."""
         node = int(self.terminals[name_index])
         tokens = []
         while node:
@@ -194,15 +195,15 @@ class PrefixTrie:
         return tokens[::-1]
 
     def sequences(self, names: IntArray) -> tuple[UnsignedArray, NDArray[np.int64]]:
-        """Tokens of S names, found for all of them at once: what `build` takes.
+        """Return the tokens of S names at once, as the arguments of `build`.
 
         Args:
-            names: Their numbers; (S,).
+            names: Numbers of the names; (S,).
 
         Returns:
-            The sequences one after another, and where each starts, then their end; (T,) and (S + 1,).
+            The concatenated sequences, and the start of each, then T; (T,) and (S + 1,).
         """
-        parents = np.repeat(np.arange(self.num_nodes, dtype=np.uint32), np.diff(self.first_child))  # of node 1 on
+        parents = np.repeat(np.arange(self.num_nodes, dtype=np.uint32), np.diff(self.first_child))  # from node 1
         nodes, rows = self.terminals[names], np.arange(len(names))
         lengths, climbed = np.zeros(len(names), np.int64), []
         while len(rows):
@@ -217,53 +218,58 @@ class PrefixTrie:
         return token_ids, offsets
 
     def longest(self, node: int) -> int:
-        """Tokens from `node` to the end of the longest name below it, the terminator not counted; 0 for a leaf."""
+        """Return the number of tokens from `node` to the end of the longest name below it.
+
+        The terminator does not count; 0 for a leaf.
+        """
         return int(self.heights[node])
 
     def allowed_tokens(self, nodes: IntArray) -> tuple[UnsignedArray, NDArray[np.int64]]:
-        """Tokens that may follow each of B nodes, without a loop over them.
+        """Return the tokens that may follow each of B nodes, faster than by calling `children`.
 
         Returns:
-            The rows' tokens one after another, ascending in each row, and where each row starts; (B + 1,).
+            The concatenated tokens of the nodes, ascending for each node, and the start of each
+            node's tokens, then their number; (B + 1,).
         """
         starts = self.first_child[nodes].astype(np.int64)
         stops = self.first_child[np.asarray(nodes) + 1].astype(np.int64)
-        # Slices, because some nodes have thousands of children: copying a range is much faster than gathering it, and
-        # slices of a buffer cost half of those of an array.
+        # Slices, because some nodes have thousands of children: copying a range is much faster than
+        # gathering it, and slicing a buffer takes half the time of slicing an array.
         tokens = memoryview(self.tokens)  # type: ignore[arg-type]  # an array is a buffer from Python 3.12 on
         spans = b"".join([tokens[start:stop] for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)])
         row_offsets = np.concatenate([[0], np.cumsum(stops - starts)])
         return np.frombuffer(spans, self.tokens.dtype), row_offsets
 
     def save(self, directory: Path) -> None:
-        """Write one ``.npy`` file for each array, then ``trie.json``; replaces what is there."""
+        """Write or replace a ``.npy`` file for each array, then ``trie.json``."""
         directory.mkdir(parents=True, exist_ok=True)
         files = {}
         for field in fields(self):
             array = getattr(self, field.name)
             path = directory / f"{field.name}.npy"
             np.save(path, array, allow_pickle=False)
-            files[path.name] = _layout(array) | {"sha256": file_sha256(path)}
+            files[path.name] = layout(array) | {"sha256": file_sha256(path)}
         write_manifest(directory / MANIFEST, FORMAT_VERSION, {"files": files})
 
     @classmethod
     def open(cls, directory: Path, *, verify: bool = False) -> Self:
-        """Map a saved trie into memory, read-only; its files must not be written to while it is open.
+        """Open a saved trie, memory-mapped; its files must not be written to while it is open.
 
         Args:
-            directory: What `save` wrote.
-            verify: Also read every byte: checksums, and that the arrays form a trie. Do this once for files from
-                elsewhere; a damaged trie opened without it can give wrong names and false certificates, but every
-                path in it ends and every node is there.
+            directory: Directory that `save` wrote.
+            verify: Whether to check every byte: checksums, and that the arrays form a trie. Do this
+                once for files from elsewhere: without it, a damaged trie can give wrong names and
+                false certificates, but all of its paths end and all of its nodes exist.
 
         Raises:
-            ArtifactError: A file is missing, damaged, of another format version, or does not fit the others.
+            ArtifactError: A file is missing, damaged, of another format version, or does not fit
+                the others.
         """
         path = directory / MANIFEST
         files = read_manifest(path, FORMAT_VERSION, without_checksum=_WITHOUT_CHECKSUM).get("files")
         if not isinstance(files, dict):
             raise ArtifactError(f"{path} lists no files; build the knowledge base again")
-        trie = cls(**{field.name: _map_array(directory / f"{field.name}.npy", files, verify) for field in fields(cls)})
+        trie = cls(**{field.name: map_array(directory / f"{field.name}.npy", files, verify) for field in fields(cls)})
         if not trie._has_consistent_shapes() or not trie._is_safe() or (verify and not trie._is_well_formed()):
             raise ArtifactError(f"the arrays in {directory} do not form a prefix trie; build the knowledge base again")
         return trie
@@ -273,9 +279,10 @@ class PrefixTrie:
         return len(self.first_child) == num_nodes + 1 == len(self.heights) + 1 and 0 < len(self.terminals) < num_nodes
 
     def _is_safe(self) -> bool:
-        """Whether each node's children come behind it, so that no path is endless, and no number leads out of an array.
+        """Return whether all paths end and all node numbers are in range.
 
-        Reads the numbers of nodes in pieces that stay in the processor's cache: 20 ms for 6M names.
+        Children must have larger numbers than their parent. The arrays are read in pieces that fit
+        into the processor's cache: 20 ms for 6M names.
         """
         if self.first_child[0] != 1 or self.first_child[-1] != self.num_nodes:
             return False
@@ -293,7 +300,7 @@ class PrefixTrie:
         return is_ascending and self.terminals[0] > 0 and bool(self.terminals[-1] < self.num_nodes)
 
     def _is_well_formed(self) -> bool:
-        """Whether siblings, heights and terminals of a safe trie are right."""
+        """Return whether siblings, heights and terminals of a safe trie are correct."""
         first_child = self.first_child.astype(np.int64)
         num_children = np.diff(first_child)
         inner = np.flatnonzero(num_children)
@@ -310,40 +317,12 @@ class PrefixTrie:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SavedTrie:
-    """A prefix trie and the directory that it is saved in, for processes that map it themselves."""
+    """A prefix trie and the directory of its files, for processes that map it themselves."""
 
     trie: PrefixTrie
     directory: Path
 
     @classmethod
     def open(cls, directory: Path) -> Self:
-        """Open what `PrefixTrie.save` wrote, as `PrefixTrie.open` does."""
+        """Open a trie that `PrefixTrie.save` wrote, see `PrefixTrie.open`."""
         return cls(PrefixTrie.open(directory), directory)
-
-
-def _smallest(values: IntArray, minimum: type[np.unsignedinteger[Any]]) -> UnsignedArray:
-    """The values in the smallest unsigned type that holds them all and is no smaller than `minimum`."""
-    dtype = np.promote_types(np.min_scalar_type(values.max()), minimum)
-    return values.astype(dtype)
-
-
-def _layout(array: UnsignedArray) -> dict[str, Any]:
-    return {"dtype": array.dtype.str, "shape": list(array.shape)}
-
-
-def _map_array(path: Path, files: Mapping[str, Any], verify: bool) -> UnsignedArray:
-    try:
-        open_regular(path).close()
-        # Unlike np.load this reads no archives; a plain array, because indexing a memmap is slow.
-        array = np.asarray(np.lib.format.open_memmap(path, mode="r"))  # type: ignore[no-untyped-call]
-    except (OSError, ValueError, TypeError, OverflowError, SyntaxError, TokenError) as error:  # a header is a literal
-        raise ArtifactError(f"{path} is missing or damaged ({error}); build the knowledge base again") from error
-    entry = files.get(path.name)
-    if not isinstance(entry, dict) or entry != _layout(array) | {"sha256": entry.get("sha256")} or array.ndim != 1:
-        raise ArtifactError(f"{path} is not the array that trie.json describes; build the knowledge base again")
-    if array.dtype not in _DTYPES[path.stem]:
-        expected = " or ".join(map(str, _DTYPES[path.stem]))
-        raise ArtifactError(f"{path} holds {array.dtype}, not {expected}; build the knowledge base again")
-    if verify and file_sha256(path) != entry["sha256"]:
-        raise ArtifactError(f"the checksum of {path} is not that of trie.json; build the knowledge base again")
-    return array

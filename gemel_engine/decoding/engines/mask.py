@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gemel_engine.knowledge_base.trie import PrefixTrie, UnsignedArray
+from gemel_engine.knowledge_base.arrays import UnsignedArray
+from gemel_engine.knowledge_base.trie import PrefixTrie
 
 _LOWEST_LOG_PROB = -1e9  # lower bound of an allowed token's log-prob; disallowed ones have -inf
 
