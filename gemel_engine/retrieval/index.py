@@ -57,7 +57,7 @@ from gemel_engine.storage.manifest import claimed, file_sha256, parse_manifest, 
 
 FORMAT_VERSION = 3
 _WITHOUT_CHECKSUM = 2
-_METADATA = "index.json"
+MANIFEST = "index.json"
 _TABLE = "demonstrations.parquet"
 _SIMILARITY_DECIMALS = 5
 
@@ -120,7 +120,7 @@ class DemonstrationIndex:
         table = make_table(ordered, embeddings, vision_width)
         path = directory / _TABLE
         with claimed(directory, must_be_empty=False):
-            (directory / _METADATA).unlink(missing_ok=True)
+            (directory / MANIFEST).unlink(missing_ok=True)
             pq.write_table(table, path, compression="zstd", use_dictionary=["mention", "entity_id", "entity_name"])
             metadata = IndexMetadata(
                 num_demonstrations=len(ordered),
@@ -132,7 +132,7 @@ class DemonstrationIndex:
                 image_encoder_fingerprint=image_encoder_fingerprint,
                 table_sha256=file_sha256(path),
             )
-            write_manifest(directory / _METADATA, FORMAT_VERSION, asdict(metadata))
+            write_manifest(directory / MANIFEST, FORMAT_VERSION, asdict(metadata))
         return cls(metadata, table)
 
     @classmethod
@@ -148,12 +148,12 @@ class DemonstrationIndex:
             ArtifactError: A file is missing or damaged, has another format version, or does not
                 match the other.
         """
-        path, manifest = directory / _TABLE, directory / _METADATA
+        path, manifest = directory / _TABLE, directory / MANIFEST
         contents = read_manifest(manifest, FORMAT_VERSION, without_checksum=_WITHOUT_CHECKSUM)
         metadata = parse_manifest(contents, IndexMetadata, manifest)
         try:
             if verify and file_sha256(path) != metadata.table_sha256:
-                raise ArtifactError(f"{path} has another checksum than {_METADATA} gives; build the index again")
+                raise ArtifactError(f"{path} has another checksum than {MANIFEST} gives; build the index again")
             with parquet.open_table(str(path)) as file:
                 table = file.read().combine_chunks()
             table.validate(full=True)
