@@ -50,9 +50,12 @@ class LinkedRun:
         for name in ("_run.json", "report.json"):
             if not storage.exists(f"{output}/{name}"):
                 raise InputError(f"{output} has no {name}: name the output of a linking run that has finished")
-            documents.append(storage.read_json(f"{output}/{name}", "put it back, or link again to a new output"))
+            document = storage.read_json(f"{output}/{name}", "put it back, or link again to a new output")
+            if not isinstance(document, dict):
+                raise InputError(f"{output}/{name} is no JSON object: put it back, or link again to a new output")
+            documents.append(document)
         run, report = documents
-        settings = run.get("settings") if isinstance(run, dict) and isinstance(report, dict) else None
+        settings = run.get("settings")
         if not isinstance(settings, dict) or not all(
             name in settings and isinstance(settings[name], kind) for name, kind in _SETTINGS.items()
         ):

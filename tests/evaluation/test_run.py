@@ -50,7 +50,7 @@ def output(tmp_path: Path, artifacts: dict[str, Path]) -> str:
         "demonstrations": None,
         "image_source": {},
         "language_model": {"name": "models/lm"},
-        "prompt": {},
+        "prompt": {"terminator": "newline"},
         "retrieval": {"num_demonstrations": 2, "mention_encoder": "models/encoder"},
         "search": {"objective": "sum", "width": 4},
     }
@@ -179,7 +179,7 @@ def test_what_is_no_finished_run_is_refused(output: str, tmp_path: Path) -> None
 @pytest.mark.parametrize("content", [b"", b'{"settings"', b"[]", b"\xff", b"[" * 100_000])
 def test_a_document_of_a_run_that_is_none_is_refused_by_its_name(output: str, name: str, content: bytes) -> None:
     Path(output, name).write_bytes(content)
-    with pytest.raises(InputError, match=rf"{name} is (not|no) JSON"):
+    with pytest.raises(InputError, match=rf"{name}'? is (damaged|no JSON object)"):
         LinkedRun.open(output)
 
 

@@ -169,7 +169,7 @@ class Chain:
 def config(artifacts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> LinkConfig:
     directory = tmp_path_factory.mktemp("hostile")
     (directory / "bear.png").write_bytes(encoded(Image.new("RGB", (40, 40), "brown"), "PNG"))
-    (directory / "link.toml").write_text(toml(artifacts, "", directory))
+    (directory / "link.toml").write_text(toml(artifacts, "mentions.parquet", directory))
     config = load_config(LinkConfig, directory / "link.toml")
     return replace(
         config,
