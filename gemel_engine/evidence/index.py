@@ -14,15 +14,17 @@ Shapes: S entities.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import pyarrow as pa
 from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
+from pydantic import ConfigDict, PositiveInt, ValidationError
+from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from gemel_engine.errors import ArtifactError, InputError
 from gemel_engine.evidence.arrays import open_array
@@ -36,6 +38,7 @@ from gemel_engine.types import Features
 
 FORMAT_VERSION = 1
 MANIFEST = "evidence.json"
+_POPULARITY = "popularity.npy"
 _CHUNK = 1 << 13
 
 
@@ -54,6 +57,35 @@ class EntityPictures:
     image_encoder_fingerprint: str
 
 
+@pydantic_dataclass(frozen=True, slots=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
+class EvidenceManifest:
+    """What an index holds; stored beside it as JSON.
+
+    Attributes:
+        knowledge_base: Checksum of the entities that it was built from.
+        num_entities: S.
+        num_names: Names and aliases in the lexical index.
+        num_texts: Embedded names, aliases and descriptions.
+        num_pictures: Pictures of entities.
+        has_popularity: The popularity of any entity is known.
+        mention_encoder_fingerprint: `MentionEncoder.fingerprint`; None without embeddings.
+        image_encoder_fingerprint: The image encoder's; None without pictures.
+        files: Checksum of every other file.
+    """
+
+    knowledge_base: str
+    num_entities: PositiveInt
+    num_names: int
+    num_texts: int
+    num_pictures: int
+    has_popularity: bool
+    mention_encoder_fingerprint: str | None
+    image_encoder_fingerprint: str | None
+    files: dict[str, str]
+    format_version: int = FORMAT_VERSION
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class EvidenceIndex:
     """What is known of the entities of a knowledge base, mapped read-only.
 
@@ -63,43 +95,48 @@ class EvidenceIndex:
         lexical: Entities by the words of their names and aliases.
         texts: Entities by embedding; None if it was built without a mention encoder.
         pictures: Entities by picture; None if it was built without pictures.
+        popularity: Of each entity, 0 where it is unknown, shape (S,); None where none is known.
     """
 
-    def __init__(self, directory: Path, manifest: dict[str, Any]) -> None:
-        self.manifest = manifest
-        self.dictionary = NameDictionary.open(directory / "dictionary")
-        self.lexical = LexicalIndex.open(directory / "lexical")
-        self.texts = DenseIndex.open(directory / "texts") if manifest["num_texts"] else None
-        self.pictures = PictureIndex.open(directory / "pictures") if manifest["num_pictures"] else None
-        self._popularity: NDArray[np.float32] | None = None
-        if manifest["has_popularity"]:
-            self._popularity = open_array(directory / "popularity.npy", np.float32, 1)
+    manifest: EvidenceManifest
+    dictionary: NameDictionary
+    lexical: LexicalIndex
+    texts: DenseIndex | None = None
+    pictures: PictureIndex | None = None
+    popularity: NDArray[np.float32] | None = None
 
     @classmethod
     def open(cls, directory: Path, *, knowledge_base: str | None = None, verify: bool = False) -> Self:
         """Map what `build_evidence` wrote.
 
         Args:
-            directory: A local directory.
+            directory: A local directory; tantivy makes lock files there.
             knowledge_base: Checksum of the entities that it must have been built from.
             verify: Also compare every file with its checksum. Do this once for files from elsewhere.
 
         Raises:
             ArtifactError: A file is missing, damaged, of another format version, or does not fit the others.
         """
-        manifest = read_manifest(directory / MANIFEST, FORMAT_VERSION)
-        if knowledge_base is not None and manifest.get("knowledge_base") != knowledge_base:
-            raise ArtifactError(f"{directory} is the evidence of another knowledge base; build it again")
-        if verify:
-            _check_files(directory, manifest.get("files"))
+        path = directory / MANIFEST
         try:
-            return cls(directory, manifest)
-        except KeyError as error:
-            raise ArtifactError(f"{directory / MANIFEST} lacks {error}; build the evidence index again") from error
-
-    def popularity_of(self, row: int) -> float:
-        """Popularity of an entity, 0 where it is unknown."""
-        return 0.0 if self._popularity is None else float(self._popularity[row])
+            manifest = EvidenceManifest(**read_manifest(path, FORMAT_VERSION))
+        except (TypeError, ValidationError) as error:
+            raise ArtifactError(f"{path} is not the manifest of an evidence index ({error}); build it again") from error
+        if knowledge_base is not None and manifest.knowledge_base != knowledge_base:
+            raise ArtifactError(f"{directory} is the evidence index of another knowledge base; build it again")
+        if verify:
+            _check_files(directory, manifest.files)
+        popularity = open_array(directory / _POPULARITY, np.float32, 1) if manifest.has_popularity else None
+        if popularity is not None and len(popularity) != manifest.num_entities:
+            raise ArtifactError(f"{directory / _POPULARITY} has {len(popularity)} values; build the index again")
+        return cls(
+            manifest,
+            NameDictionary.open(directory / "dictionary"),
+            LexicalIndex.open(directory / "lexical"),
+            DenseIndex.open(directory / "texts") if manifest.num_texts else None,
+            PictureIndex.open(directory / "pictures") if manifest.num_pictures else None,
+            popularity,
+        )
 
 
 def build_evidence(
@@ -137,20 +174,19 @@ def build_evidence(
         PictureIndex.build(directory / "pictures", pictures.features, pictures.rows, len(entities), settings)
     has_popularity = "popularity" in entities.column_names and entities["popularity"].null_count < len(entities)
     if has_popularity:
-        np.save(directory / "popularity.npy", _popularity(entities["popularity"]))
-    manifest = {
-        "format_version": FORMAT_VERSION,
-        "knowledge_base": knowledge_base,
-        "num_entities": len(entities),
-        "num_names": lexical.num_documents,
-        "num_texts": num_texts,
-        "num_pictures": 0 if pictures is None else len(pictures.rows),
-        "has_popularity": has_popularity,
-        "mention_encoder_fingerprint": None if mention_encoder is None else mention_encoder.fingerprint,
-        "image_encoder_fingerprint": None if pictures is None else pictures.image_encoder_fingerprint,
-        "files": {name: file_sha256(directory / name) for name in _files(directory)},
-    }
-    write_manifest(directory / MANIFEST, manifest)
+        np.save(directory / _POPULARITY, _popularity(entities["popularity"]))
+    manifest = EvidenceManifest(
+        knowledge_base=knowledge_base,
+        num_entities=len(entities),
+        num_names=lexical.num_documents,
+        num_texts=num_texts,
+        num_pictures=0 if pictures is None else len(pictures.rows),
+        has_popularity=has_popularity,
+        mention_encoder_fingerprint=None if mention_encoder is None else mention_encoder.fingerprint,
+        image_encoder_fingerprint=None if pictures is None else pictures.image_encoder_fingerprint,
+        files={name: file_sha256(directory / name) for name in _files(directory)},
+    )
+    write_manifest(directory / MANIFEST, asdict(manifest))
     return EvidenceIndex.open(directory)
 
 
@@ -192,8 +228,8 @@ def _files(directory: Path) -> list[str]:
     return sorted(str(path.relative_to(directory)) for path in paths if path.name != MANIFEST)
 
 
-def _check_files(directory: Path, checksums: object) -> None:
-    if not isinstance(checksums, dict) or sorted(checksums) != _files(directory):
+def _check_files(directory: Path, checksums: Mapping[str, str]) -> None:
+    if sorted(checksums) != _files(directory):
         raise ArtifactError(f"the files in {directory} are not those of its {MANIFEST}; build the evidence index again")
     for name, checksum in checksums.items():
         if file_sha256(directory / name) != checksum:

@@ -176,20 +176,20 @@ class CandidatePool:
         if pictures is not None and features is not None:
             yield "picture", pictures.nearest(features, depth)
 
-    def _fuse(self, rankings: Mapping[str, Ranking], group: str | None) -> list[PoolCandidate]:
+    def _fuse(self, rankings: dict[str, Ranking], group: str | None) -> list[PoolCandidate]:
         proposed = sorted({row for ranking in rankings.values() for row, _ in ranking})
+        popularity = self._evidence.popularity
         priors = {
             "frequency": [(row, float(self._forms.frequency(row, group))) for row in proposed],
-            "popularity": [(row, self._evidence.popularity_of(row)) for row in proposed],
+            "popularity": [] if popularity is None else [(row, float(popularity[row])) for row in proposed],
         }
-        scores: dict[int, float] = dict.fromkeys(proposed, 0.0)
+        for source, pairs in priors.items():
+            known = (pair for pair in pairs if pair[1] > 0)
+            rankings[source] = sorted(known, key=lambda pair: (-pair[1], pair[0]))
+        scores = dict.fromkeys(proposed, 0.0)
         reasons: dict[int, dict[str, float]] = {row: {} for row in proposed}
-        ranked = {
-            source: sorted((pair for pair in pairs if pair[1] > 0), key=lambda p: (-p[1], p[0]))
-            for source, pairs in priors.items()
-        }
         for source, weight in self._settings.weights.items():
-            for rank, (row, score) in enumerate(rankings.get(source) or ranked.get(source, [])):
+            for rank, (row, score) in enumerate(rankings.get(source, [])):
                 scores[row] += weight / (self._settings.smoothing + rank + 1)
                 reasons[row][source] = score
         best = sorted(proposed, key=lambda row: (-scores[row], row))[: self._settings.size]
