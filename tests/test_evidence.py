@@ -44,7 +44,7 @@ def test_an_index_knows_its_counts_and_encoders(evidence: EvidenceIndex, encoder
     assert evidence.texts is not None
     assert evidence.pictures is not None
     counts = evidence.manifest.num_entities, evidence.manifest.num_names, evidence.manifest.num_texts
-    assert counts == (5, 9, 11)
+    assert counts == (5, 8, 10)
     assert evidence.manifest.num_pictures == evidence.pictures.num_pictures == 3
     assert evidence.manifest.mention_encoder_fingerprint == encoder.fingerprint
     assert evidence.popularity is not None

@@ -190,7 +190,8 @@ class _Compressed:
         self._index = _untrained(centroids, code_size)
         faiss.copy_array_to_vector(codebooks.ravel(), self._index.pq.centroids)
         self._index.is_trained = True
-        self._index.replace_invlists(_mapped_lists(path, sizes, code_size))
+        self._lists = _mapped_lists(path, sizes, code_size)  # faiss keeps no reference
+        self._index.replace_invlists(self._lists)
         self._index.ntotal = self.num_vectors
         self._index.nprobe = num_probes
 

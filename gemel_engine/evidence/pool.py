@@ -60,7 +60,7 @@ class PoolSettings:
         size: Most candidates of a mention.
         depth: Entities that a source proposes.
         smoothing: Added to each rank; the larger, the less the first places outweigh the others.
-        weights: Weight of each source; a source that is not named has none, and is not asked.
+        weights: Weight of each source; a source that is not named has none.
     """
 
     size: int = 32
