@@ -46,7 +46,7 @@ WEIGHTS: Mapping[str, float] = MappingProxyType(
         "similar_name": 1.0,
         "text_name": 1.0,
         "picture": 1.0,
-        "frequency": 1.0,
+        "frequency": 0.3,
         "popularity": 1.0,
     }
 )
@@ -65,7 +65,7 @@ class PoolSettings:
 
     size: int = 32
     depth: int = 64
-    smoothing: float = 10.0
+    smoothing: float = 1.0
     weights: Mapping[str, float] = field(default_factory=lambda: WEIGHTS)
 
     def __post_init__(self) -> None:
@@ -152,12 +152,13 @@ class CandidatePool:
     def _named_in(self, text: str) -> Ranking:
         """Entities whose whole names occur in a text, longer names first; the score is the number of words."""
         words = text.split()[:_MAX_TEXT_WORDS]
-        found: Ranking = []
+        found: dict[int, float] = {}
         for length in range(min(_LONGEST_NAME, len(words)), 0, -1):
             for start in range(len(words) - length + 1):
-                entities = self._evidence.dictionary.find(" ".join(words[start : start + length]), 2)
-                found += [(row, float(length)) for row, kind in entities if kind != "base_name"]
-        return list({row: (row, score) for row, score in reversed(found)}.values())[::-1][: self._settings.depth]
+                for row, kind in self._evidence.dictionary.find(" ".join(words[start : start + length]), 2):
+                    if kind != "base_name":
+                        found.setdefault(row, float(length))
+        return list(found.items())[: self._settings.depth]
 
     def _by_vectors(
         self,
