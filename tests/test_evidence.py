@@ -53,7 +53,8 @@ def test_an_index_knows_its_counts_and_encoders(evidence: EvidenceIndex, encoder
 
 def test_an_index_of_names_alone_is_searched_without_encoders(tmp_path: Path) -> None:
     evidence = build_evidence(ENTITIES.select(["name"]), tmp_path, knowledge_base="abc")
-    assert evidence.texts is evidence.pictures is None
+    assert evidence.texts is None
+    assert evidence.pictures is None
     assert CandidatePool(evidence).pool([MENTION])[0]
     with pytest.raises(InputError, match="no entities"):
         build_evidence(ENTITIES.slice(0, 0), tmp_path / "none", knowledge_base="abc")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from gemel_engine.errors import ArtifactError, ConfigurationError
 from gemel_engine.evidence.dense import DenseIndex, DenseSettings
@@ -129,9 +130,10 @@ def test_a_directory_that_holds_no_lexical_index_is_refused(tmp_path: Path) -> N
         LexicalIndex.open(tmp_path)
 
 
-def vectors(count: int, width: int = 16, seed: int = 0) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
+def vectors(count: int, width: int = 16, seed: int = 0) -> NDArray[np.float32]:
     values = np.random.default_rng(seed).standard_normal((count, width)).astype(np.float32)
-    return values / np.linalg.norm(values, axis=1, keepdims=True)
+    unit: NDArray[np.float32] = values / np.linalg.norm(values, axis=1, keepdims=True)
+    return unit
 
 
 def test_few_vectors_are_searched_exactly_and_an_entity_comes_once(tmp_path: Path) -> None:

@@ -216,7 +216,7 @@ def _mapped_lists(path: Path, sizes: NDArray[np.uint64], code_size: int) -> fais
     lists.totsize = int(sizes.sum()) * (code_size + _ID_BYTES)
     offset = 0
     for number, size in enumerate(sizes.tolist()):
-        place = lists.lists.at(number)
+        place = lists.lists.at(number)  # type: ignore[attr-defined]  # a vector of C++, which faiss annotates as a list
         place.capacity, place.offset = size, offset
         offset += size * (code_size + _ID_BYTES)
     lists.do_mmap()
@@ -239,10 +239,12 @@ def _write_compressed(directory: Path, vectors: FloatArray, rows: RowArray) -> N
     np.save(directory / "centroids.npy", index.quantizer.reconstruct_n(0, num_lists))
     codebooks = faiss.vector_to_array(index.pq.centroids).reshape(code_size, 256, width // code_size)
     np.save(directory / "codebooks.npy", codebooks)
-    sizes = [index.invlists.list_size(number) for number in range(num_lists)]
+    lists = index.invlists
+    assert lists is not None
+    sizes = [lists.list_size(number) for number in range(num_lists)]
     np.save(directory / "sizes.npy", np.array(sizes, np.uint64))
     with (directory / "lists.bin").open("wb") as file:
-        for part_of_list in _list_bytes(index.invlists, sizes, code_size):
+        for part_of_list in _list_bytes(lists, sizes, code_size):
             file.write(part_of_list)
 
 

@@ -46,7 +46,7 @@ class NameDictionary:
     ) -> None:
         if not len(offsets) - 1 == len(rows) == len(kinds) or offsets[-1] != len(text):
             raise ArtifactError("the dictionary's arrays differ in length; build the evidence index again")
-        self._text, self._offsets, self._rows, self._kinds = memoryview(text), offsets, rows, kinds
+        self._text, self._offsets, self._rows, self._kinds = text, offsets, rows, kinds
 
     @classmethod
     def build(cls, directory: Path, entities: Iterable[tuple[int, str, Iterable[str]]]) -> Self:

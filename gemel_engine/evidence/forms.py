@@ -77,12 +77,14 @@ class FormStatistics:
             return [[] for _ in embeddings]
         groups = [None] * len(embeddings) if excluded is None else excluded
         return [
-            self._nearest(query[None], min(limit, len(self)), group) if query.any() else []
+            self._nearest(query[None], self._embeddings, min(limit, len(self)), group) if query.any() else []
             for query, group in zip(embeddings, groups, strict=True)
         ]
 
-    def _nearest(self, query: FloatArray, limit: int, excluded: str | None) -> list[tuple[int, float]]:
-        similarities, numbers = faiss.knn(query, self._embeddings, limit, metric=faiss.METRIC_INNER_PRODUCT)
+    def _nearest(
+        self, query: FloatArray, known: FloatArray, limit: int, excluded: str | None
+    ) -> list[tuple[int, float]]:
+        similarities, numbers = faiss.knn(query, known, limit, metric=faiss.METRIC_INNER_PRODUCT)
         rounded = np.round(similarities[0], _SIMILARITY_DECIMALS)
         best: dict[int, float] = {}
         for place in np.lexsort((numbers[0], -rounded)).tolist():

@@ -207,7 +207,9 @@ def _build_texts(directory: Path, entities: pa.Table, encoder: MentionEncoder, s
         texts += [(row, text) for row, text in enumerate(entities["description"].to_pylist()) if text]
     directory.mkdir(parents=True, exist_ok=True)
     scratch = directory / "embeddings.tmp"
-    vectors = open_memmap(scratch, "w+", np.float32, (len(texts), encoder.width))
+    vectors: NDArray[np.float32] = open_memmap(  # type: ignore[no-untyped-call]
+        scratch, "w+", np.float32, (len(texts), encoder.width)
+    )
     for start in range(0, len(texts), _CHUNK):
         part = texts[start : start + _CHUNK]
         vectors[start : start + len(part)] = encoder.encode([text for _, text in part])

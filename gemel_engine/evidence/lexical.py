@@ -115,6 +115,8 @@ class LexicalIndex:
         rows = self._searcher.fast_field_values("row", [address for _, address in hits])
         best: dict[int, float] = {}
         for row, (score, _) in zip(rows, hits, strict=True):
+            assert isinstance(row, int)  # every document has one
+            assert isinstance(score, float)  # nothing but BM25 is sorted by
             best.setdefault(row, score)
         return list(best.items())
 
