@@ -122,6 +122,18 @@ def test_initials_find_the_words_they_stand_for(lexical: LexicalIndex) -> None:
     assert lexical.abbreviated("e", 9) == lexical.abbreviated("a very long form indeed", 9) == []
 
 
+def test_a_lexical_index_in_a_read_only_directory_is_opened(tmp_path: Path) -> None:
+    LexicalIndex.build(tmp_path, enumerate(NAMES))
+    before = sorted(tmp_path.iterdir())
+    tmp_path.chmod(0o555)
+    try:
+        assert found(LexicalIndex.open(tmp_path).similar("proton", 9)) == ["Proton"]
+    finally:
+        tmp_path.chmod(0o755)
+    assert sorted(tmp_path.iterdir()) == before
+    assert not list(tmp_path.glob(".*lock"))
+
+
 def test_a_directory_that_holds_no_lexical_index_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="no readable lexical index"):
         LexicalIndex.open(tmp_path)

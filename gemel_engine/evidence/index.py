@@ -110,7 +110,7 @@ class EvidenceIndex:
         """Map what `build_evidence` wrote.
 
         Args:
-            directory: A local directory; tantivy makes lock files there.
+            directory: A local directory; it may be read-only.
             knowledge_base: Checksum of the entities that it must have been built from.
             verify: Also compare every file with its checksum. Do this once for files from elsewhere.
 
@@ -225,9 +225,9 @@ def _popularity(column: pa.ChunkedArray) -> NDArray[np.float32]:
 
 
 def _files(directory: Path) -> list[str]:
-    """Files that an index consists of, relative to its directory; tantivy's locks are none."""
-    paths = (path for path in directory.rglob("*") if path.is_file() and path.suffix != ".lock")
-    return sorted(str(path.relative_to(directory)) for path in paths if path.name != MANIFEST)
+    """Files that an index consists of, relative to its directory."""
+    paths = (path for path in directory.rglob("*") if path.is_file() and path.name != MANIFEST)
+    return sorted(str(path.relative_to(directory)) for path in paths)
 
 
 def _check_files(directory: Path, checksums: Mapping[str, str]) -> None:

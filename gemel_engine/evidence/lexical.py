@@ -9,6 +9,7 @@ come among the best, and words of a context that are too common are left out.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Self
@@ -49,14 +50,15 @@ class LexicalIndex:
             names: Row of the entity, and a name or an alias of it; in the order in which equal scores come.
         """
         directory.mkdir(parents=True, exist_ok=True)
-        index = tantivy.Index(_schema(), path=str(directory))
+        index = tantivy.Index(_schema(), path=str(directory.absolute()))
         writer = index.writer(heap_size=_WRITER_BYTES, num_threads=1)
         for row, name in names:
             writer.add_document(_document(row, normal_form(name).split()))
         writer.commit()
         writer.wait_merging_threads()
-        index.reload()
-        return cls(index)
+        for lock in directory.glob(".*.lock"):
+            lock.unlink()
+        return cls.open(directory)
 
     @classmethod
     def open(cls, directory: Path) -> Self:
@@ -65,11 +67,16 @@ class LexicalIndex:
         Raises:
             ArtifactError: The directory holds no index that this release reads.
         """
+        # tantivy opens an index under a lock file in its directory, which may be read-only: it gets one of links.
         try:
-            index = tantivy.Index.open(str(directory))
+            with tempfile.TemporaryDirectory(prefix="gemel-lexical-") as links:
+                for path in directory.iterdir():
+                    Path(links, path.name).symlink_to(path.absolute())
+                index = tantivy.Index.open(links)
+                index.config_reader(reload_policy="manual")
+                return cls(index)  # has all files mapped
         except (OSError, ValueError) as error:
             raise ArtifactError(f"{directory} is no readable lexical index ({error}); build it again") from error
-        return cls(index)
 
     def similar(self, form: str, limit: int) -> list[tuple[int, float]]:
         """Return the entities whose names share the most telling words with a normal form."""
