@@ -21,6 +21,7 @@ from gemel_engine.evidence.normal_form import normal_form
 
 _BEGINNING = 5  # characters
 _MAX_WORDS = 24  # of a form; a longer one is cut
+_MAX_CONTEXT = 64  # words of a context, likewise
 _MAX_COMMON = 0.01  # share of the documents that have a word, above which it is no context
 _MAX_INITIALS = 8
 # One thread, so that equal documents make an equal index; enough memory for millions of names in one segment.
@@ -107,7 +108,7 @@ class LexicalIndex:
     def _telling(self, context: str) -> list[str]:
         """Words of a context that few documents have."""
         most = max(1, int(_MAX_COMMON * self.num_documents))
-        words = dict.fromkeys(_STEMMER.analyze(context))
+        words = list(dict.fromkeys(_STEMMER.analyze(context)))[:_MAX_CONTEXT]
         return [word for word in words if 0 < self._searcher.doc_freq("words", word) <= most]
 
     def _optional(self, field: str, word: str) -> tuple[tantivy.Occur, tantivy.Query]:
