@@ -67,7 +67,7 @@ def main(
     titles: tyro.conf.Positional[Path],
     *,
     mention_encoder: str,
-    rivals_per_form: int = 32,
+    rivals_per_form: int = 128,
 ) -> None:
     """Measure, and note the results.
 
@@ -78,7 +78,10 @@ def main(
         rivals_per_form: Titles that are embedded for a surface form of dev.
     """
     WORK.mkdir(parents=True, exist_ok=True)
-    command = f"python benchmarks/evidence.py DATA TITLES --mention-encoder {mention_encoder}"
+    command = (
+        f"python benchmarks/evidence.py DATA TITLES --mention-encoder {mention_encoder} "
+        f"--rivals-per-form {rivals_per_form}"
+    )
     results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
 
     def note(values: dict[str, object], what: str) -> None:
@@ -99,7 +102,10 @@ def main(
         note(costs, f"{len(union)} names, one thread, checksums counted, other work on the machine")
     note(query_times(large, data), f"{len(union)} names, 32 candidates for a surface form of dev, files in the cache")
     rivals = sorted(likely_rivals(large, data, rivals_per_form) | set(rows))
-    what = f"WikiDiverse dev, text only, {len(union)} names, {len(rivals)} of them embedded"
+    what = (
+        f"WikiDiverse dev, text only, {len(union)} names, {len(rivals)} of them embedded: the dataset's, and up to "
+        f"{2 * rivals_per_form} likely rivals of a surface form; the others could only take places"
+    )
     recall, size = measured(with_embeddings(large, union, rivals, cache), data, cache)
     note({"pool_recall_union": recall, "pool_size_union": size}, what)
     without, _ = measured(large, data, cache)
