@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pyarrow.fs import FileType
 
 from gemel_engine import storage
@@ -20,6 +19,7 @@ from gemel_engine.errors import InputError, shown
 from gemel_engine.pipeline.corpus import Shard, ids_digest
 from gemel_engine.pipeline.identity import run_digest
 from gemel_engine.pipeline.output import RUN_KEY, RunDirectory, data_files, load_claim
+from gemel_engine.storage import parquet
 from gemel_engine.types import PREDICTION_SCHEMA
 
 _REMEDY = "remove it and run the same command again"
@@ -83,19 +83,19 @@ def _read(output: str, finished: Sequence[Shard], run: str, columns: Sequence[st
 
 def _checked_columns(shard: Shard, output: str, run: str, columns: Sequence[str]) -> pa.Table:
     uri, num_rows = RunDirectory(output).shard(shard.name), shard.stop - shard.start
+    file_system, path = storage.resolve(uri)
+    if file_system.get_file_info(path).type != FileType.File:  # reading a pipe would block
+        raise InputError(f"{shown(uri)} is no file: {_REMEDY}")
     try:
-        file_system, path = storage.resolve(uri)
-        if file_system.get_file_info(path).type != FileType.File:  # reading a pipe would block
-            raise InputError(f"{shown(uri)} is no file: {_REMEDY}")
-        with pq.ParquetFile(path, filesystem=file_system) as parquet:
-            schema = parquet.schema_arrow
-            if schema != PREDICTION_SCHEMA or (schema.metadata or {}).get(RUN_KEY) != run.encode():
-                raise InputError(f"{shown(uri)} is of another run, or was written anew by another program: {_REMEDY}")
-            if (found := parquet.metadata.num_rows) != num_rows:
-                raise InputError(f"{shown(uri)} has {found} of its {num_rows} rows: {_REMEDY}")
-            table = parquet.read(["mention_id", *columns])
-    except (OSError, pa.ArrowException) as error:
+        with parquet.open_table(uri) as table:
+            schema, found = table.stored_schema, table.num_rows
+            rows = table.read(["mention_id", *columns]) if schema == PREDICTION_SCHEMA else None
+    except (OSError, InputError) as error:
         raise InputError(f"{shown(uri)} is damaged ({error}): {_REMEDY}") from error
-    if ids_digest(table["mention_id"]) != shard.ids:
+    if rows is None or (schema.metadata or {}).get(RUN_KEY) != run.encode():
+        raise InputError(f"{shown(uri)} is of another run, or was written anew by another program: {_REMEDY}")
+    if found != num_rows:
+        raise InputError(f"{shown(uri)} has {found} of its {num_rows} rows: {_REMEDY}")
+    if ids_digest(rows["mention_id"]) != shard.ids:
         raise InputError(f"{shown(uri)} holds other rows than those of {shard.name}: {_REMEDY}")
-    return table.select(list(columns))
+    return rows.select(list(columns))

@@ -79,6 +79,11 @@ class Table:
     def __exit__(self, *_: object) -> None:
         self._source.close()
 
+    @property
+    def stored_schema(self) -> pa.Schema:
+        """Return the schema of all columns as they are stored, with the file's own metadata."""
+        return self._schema
+
     def schema(self, columns: Sequence[str]) -> pa.Schema:
         """Return the schema of those of `columns` that the file has, with the types of reading."""
         return pa.schema([self._fields[name] for name in dict.fromkeys(columns) if name in self._fields])

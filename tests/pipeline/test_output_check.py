@@ -14,7 +14,7 @@ import pytest
 
 from gemel_engine import storage
 from gemel_engine.errors import ConfigurationError, InputError
-from gemel_engine.pipeline import output_check as output_check
+from gemel_engine.pipeline import output_check
 from gemel_engine.pipeline.corpus import Shard, plan_shards
 from gemel_engine.pipeline.identity import run_digest
 from gemel_engine.pipeline.output import claim_output, commit_shard, load_plan, save_plan, write_part
@@ -115,7 +115,7 @@ FAULTS: dict[str, tuple[Fault, str]] = {
         "shard-00001.parquet' is dam",
     ),
     "a shard is cut": (cut, r"shard-00001\.parquet' is damaged .*: remove it and run the same command again"),
-    "a shard is a pipe": (with_a_pipe, r"shard-00001\.parquet' is no file"),
+    "a shard is a pipe": (with_a_pipe, r"shard-00001\.parquet' is a pipe"),
     "a shard is a copy of another": (
         lambda data, _: shutil.copy(data / "shard-00000.parquet", data / "shard-00001.parquet"),
         r"shard-00001\.parquet' holds other rows",
@@ -197,3 +197,12 @@ def test_a_plan_comes_back_as_it_was_noted(plan: list[Shard], tmp_path: Path) ->
     assert save_plan(str(tmp_path), plan) == plan
     with pytest.raises(InputError, match="is not the plan of this run's 11 rows"):
         load_plan(str(tmp_path), NUM_ROWS + 1)
+
+
+def test_a_shard_with_an_extension_type_is_refused(output: str, plan: list[Shard]) -> None:
+    """Arrow makes such a type when it opens a file, and some types unpickle what the file holds."""
+    path = Path(output, "data/shard-00001.parquet")
+    planted = pa.ExtensionArray.from_storage(pa.json_(), pa.array(["1"] * ROWS_PER_SHARD))
+    pq.write_table(pq.read_table(path).append_column("planted", planted), path)
+    with pytest.raises(InputError, match=r"shard-00001\.parquet.*extension type"):
+        read(output, plan)
