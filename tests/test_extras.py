@@ -36,10 +36,10 @@ def test_a_package_that_is_there_is_imported() -> None:
 @pytest.mark.parametrize(
     ("module", "package", "name"),
     [
-        ("plots", "matplotlib", "report"),
-        ("report", "jinja2", "report"),
-        ("gemel_files", "h5py", "import"),
-        ("training", "tensorboardX", "train"),
+        ("report.plots", "matplotlib", "report"),
+        ("report.page", "jinja2", "report"),
+        ("gemel_release", "h5py", "import"),
+        ("training.job", "tensorboardX", "train"),
     ],
 )
 def test_a_missing_package_is_named_with_its_extra(

@@ -56,11 +56,7 @@ def change_the_configuration(directory: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"rope_theta": 5000.0}))
 
 
-def add_weights(directory: Path) -> None:
-    (directory / "adapter_model.safetensors").write_bytes(b"")
-
-
-CHANGES = [change_a_weight, change_the_configuration, add_weights]
+CHANGES = [change_a_weight, change_the_configuration]
 
 
 @pytest.mark.parametrize("change", CHANGES)

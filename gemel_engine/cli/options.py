@@ -56,7 +56,8 @@ def run(command: Callable[[], object]) -> None:
     try:
         command()
     except GemelError as error:
-        sys.stderr.write(f"error: {visible(redacted(str(error)))}\n")
+        cause = getattr(error, "cause", error)  # Ray puts its own text around what a task raises
+        sys.stderr.write(f"error: {visible(redacted(str(cause)))}\n")
         sys.exit(error.exit_code)
     except Exception as error:
         sys.stderr.write(f"{redacted(visible_traceback(error))}\n")

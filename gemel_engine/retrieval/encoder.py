@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, get_num_threads, set_num_threads  # vLLM replaces the attribute of `torch` on a CPU
 from tqdm import tqdm
 from transformers import (
     AutoConfig,
@@ -101,18 +101,18 @@ class MentionEncoder:
         row_of = {ids: row for row, ids in enumerate(dict.fromkeys(token_ids.values()))}
         embeddings = np.zeros((len(row_of), self.width), np.float32)
         passes = list(self._passes(row_of))
-        num_threads = torch.get_num_threads()
+        num_threads = get_num_threads()
         num_workers = num_threads if self._model.device.type == "cpu" else 1
         try:
             with (
                 tqdm(total=len(embeddings), desc="embed surface forms", unit=" forms", delay=5) as progress,
-                ThreadPoolExecutor(num_workers, initializer=torch.set_num_threads, initargs=(1,)) as workers,
+                ThreadPoolExecutor(num_workers, initializer=set_num_threads, initargs=(1,)) as workers,
             ):
                 for forms, embedded in zip(passes, workers.map(self._embed, passes), strict=True):
                     embeddings[[row_of[ids] for ids in forms]] = embedded
                     progress.update(len(forms))
         finally:
-            torch.set_num_threads(num_threads)  # else other new threads would start with the workers' number
+            set_num_threads(num_threads)  # else other new threads would start with the workers' number
         return embeddings[np.array([row_of[token_ids[form]] for form in surface_forms], dtype=np.intp)]
 
     def _token_ids(self, surface_forms: Sequence[str]) -> dict[str, TokenIds]:

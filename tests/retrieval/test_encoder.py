@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.models import save_mention_encoder
+from torch import get_num_threads, set_num_threads
 from transformers import (
     AutoModel,
     AutoTokenizer,
@@ -50,13 +51,13 @@ def test_embedding_does_not_depend_on_the_batch(encoder: MentionEncoder, batch: 
 @pytest.mark.parametrize("num_threads", [1, 3])
 def test_embedding_does_not_depend_on_the_number_of_threads(encoder: MentionEncoder, num_threads: int) -> None:
     expected = encoder.encode(FORMS * 3)
-    before = torch.get_num_threads()
-    torch.set_num_threads(num_threads)
+    before = get_num_threads()
+    set_num_threads(num_threads)
     try:
         assert encoder.encode([*reversed(FORMS)])[::-1].tobytes() == expected[: len(FORMS)].tobytes()
-        assert torch.get_num_threads() == num_threads
+        assert get_num_threads() == num_threads
     finally:
-        torch.set_num_threads(before)
+        set_num_threads(before)
 
 
 def save_encoder(directory: Path, config: PreTrainedConfig, **tokenizer_options: object) -> str:

@@ -162,7 +162,7 @@ def test_one_writer_wins_without_hard_links(tmp_path: Path, monkeypatch: pytest.
 
 def test_a_file_system_on_which_two_runs_could_mix_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "link", no_hard_links(errno.EPERM))
-    monkeypatch.setattr(storage, "_RENAME_NOREPLACE", 1 << 30)  # a flag that no file system knows
+    monkeypatch.setattr("gemel_engine.storage.local._RENAME_NOREPLACE", 1 << 30)  # a flag that no file system knows
     with pytest.raises(ConfigurationError, match=r"neither hard links nor .*: choose an output on a local disk"):
         storage.create_exclusive(str(tmp_path / "file"), b"")
     assert os.listdir(tmp_path) == []

@@ -285,7 +285,7 @@ def test_tables_of_other_names_are_read_and_pipes_are_refused(tmp_path: Path) ->
         write(tmp_path / name, {**MENTIONS, "mention_id": [f"{number}{row}" for row in IDS]})
     assert {row["mention_id"][0] for row in read_all(str(tmp_path))} == {"0", "1", "2", "3"}
     os.mkfifo(tmp_path / "f.parquet")
-    with pytest.raises(InputError, match=r"f\.parquet is no regular file"):
+    with pytest.raises(InputError, match=r"f\.parquet'? is a pipe"):
         plan_shards(str(tmp_path), 10)
 
 

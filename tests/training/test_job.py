@@ -130,7 +130,7 @@ def test_a_corpus_or_a_setting_that_is_wrong_stops_the_job_at_once(config_path: 
     with pytest.raises(InputError, match=r"have \d+ mention_id in common, such as '.*': keep the splits apart"):
         train_mapper(replace(config, dev=config.train))
     assert not storage.exists(config.output)
-    with pytest.raises(ConfigurationError, match=r"optimisation\.batch_size: .*greater than 0 \(got 0\)"):
+    with pytest.raises(ConfigurationError, match=r"optimisation\.batch_size: .*greater than or equal to 1 \(got 0\)"):
         load_config(TrainConfig, config_path, ["--optimisation.batch-size", "0"])
 
 
