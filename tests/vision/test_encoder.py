@@ -208,6 +208,7 @@ def test_one_batch_of_many_equals_many_batches_of_one(write_model: Callable[...,
 def test_one_decoded_picture_is_held_at_a_time_whatever_the_batch_size() -> None:
     class WatchingEncoder(ImageEncoder):
         def __init__(self) -> None:
+            self.fingerprint = ""
             self.most_alive, self._pictures = 0, list[weakref.ref[Image.Image]]()
             self.preprocess = self._watch
 
