@@ -125,8 +125,7 @@ def plan_run(
         seed: Seed of the sample.
 
     Raises:
-        GemelError: The configuration, the input or an artifact is unusable, or the corpus or
-            `sample_rows` does not allow such a sample.
+        GemelError: The configuration, the input, an artifact or the sample's size is unusable.
     """
     pools = {name: getattr(config.resources, pool).max_actors for name, pool in _POOLS.items()}
     _check_clusters(actors, price_per_actor_hour)
