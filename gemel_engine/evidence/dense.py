@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 
 from gemel_engine.errors import ArtifactError, ConfigurationError
 from gemel_engine.evidence.arrays import open_array
+from gemel_engine.retrieval.table import FloatArray
 from gemel_engine.storage.manifest import read_manifest, write_manifest
 
 FORMAT_VERSION = 1
@@ -41,7 +42,6 @@ _CHUNK = 1 << 16
 _DIMENSIONS_PER_BYTE = 8
 _SIMILARITY_DECIMALS = 5
 
-FloatArray = NDArray[np.float32]
 RowArray = NDArray[np.uint32]
 
 

@@ -10,11 +10,9 @@ from collections.abc import Sequence
 
 import faiss
 import numpy as np
-from numpy.typing import NDArray
 
 from gemel_engine.evidence.normal_form import normal_form
-
-FloatArray = NDArray[np.float32]
+from gemel_engine.retrieval.table import FloatArray
 
 _SIMILARITY_DECIMALS = 5
 

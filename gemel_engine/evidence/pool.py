@@ -16,16 +16,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-import numpy as np
-from numpy.typing import NDArray
-
 from gemel_engine.errors import ConfigurationError
 from gemel_engine.evidence.forms import FormStatistics
 from gemel_engine.evidence.index import EvidenceIndex
 from gemel_engine.evidence.normal_form import normal_form
+from gemel_engine.retrieval.table import FloatArray
 from gemel_engine.types import Features, Mention
 
-FloatArray = NDArray[np.float32]
 Ranking = list[tuple[int, float]]
 
 _LONGEST_NAME = 6  # greatest number of words of a name that is looked up in a text

@@ -32,7 +32,7 @@ from gemel_engine.extras import require
 from gemel_engine.fingerprints import Contents
 from gemel_engine.linking.incremental import PreviousRun
 from gemel_engine.linking.progress import Progress, Tally
-from gemel_engine.linking.report import LinkReport, _check_failures, _report
+from gemel_engine.linking.report import LinkReport, check_failures, make_report
 from gemel_engine.linking.stages import GenerateEntityNames, read_with_places, write_ordered, write_parts
 from gemel_engine.pipeline import output_check
 from gemel_engine.pipeline.corpus import Shard, count_rows, order_by_surface_form, plan_identity, plan_shards, recut
@@ -84,7 +84,7 @@ def link_corpus(config: LinkConfig) -> LinkReport:
     directory = RunDirectory(config.output)
     for working_files in (directory.parts, directory.marks):  # all shards are complete
         storage.remove_tree(working_files)
-    report = _report(config, artifacts, plan, remaining, tally, rows, time.monotonic() - started)
+    report = make_report(config, artifacts, plan, remaining, tally, rows, time.monotonic() - started)
     if remaining or not storage.exists(directory.report):  # else keep that of the finishing run
         storage.write_bytes(directory.report, json.dumps(asdict(report), indent=2).encode())
         logger.info("linked %s: %s", shown(config.output), report.summary())
@@ -92,7 +92,7 @@ def link_corpus(config: LinkConfig) -> LinkReport:
         logger.info("nothing is left to link: %s has all %d rows", shown(config.output), report.rows)
     if report.carried_over is not None:
         logger.info("carried on %s: %s", shown(str(config.previous)), report.carried_over.summary())
-    _check_failures(config, report)
+    check_failures(config, report)
     return report
 
 

@@ -26,7 +26,14 @@ from gemel_engine.fingerprints import Contents
 from gemel_engine.linking.capacity import ClusterPlan, Estimate, StageCost, Workload, draw_windows
 from gemel_engine.linking.job import checked_plan, ordered_plan, stream_receipts
 from gemel_engine.linking.progress import Tally
-from gemel_engine.pipeline.corpus import Shard, order_by_surface_form, order_within_shards, plan_shards, take_rows
+from gemel_engine.pipeline.corpus import (
+    Shard,
+    count_rows,
+    order_by_surface_form,
+    order_within_shards,
+    plan_shards,
+    take_rows,
+)
 from gemel_engine.pipeline.output import RunDirectory, read_columns
 from gemel_engine.pipeline.ray_data import connect
 from gemel_engine.storage.parquet import parquet_bytes
@@ -131,7 +138,7 @@ def plan_run(
     _check_clusters(actors, price_per_actor_hour)
     started = time.monotonic()
     plan, _, contents = checked_plan(config)
-    num_rows = sum(shard.stop - shard.start for shard in plan)
+    num_rows = count_rows(plan)
     windows = draw_windows(num_rows, sample_rows, seed)
     places = order_by_surface_form(plan)
     order = order_within_shards(plan) if places is None else np.argsort(places)

@@ -104,7 +104,7 @@ class LinkReport:
         )
 
 
-def _report(
+def make_report(
     config: LinkConfig,
     artifacts: Artifacts,
     plan: Sequence[Shard],
@@ -113,6 +113,7 @@ def _report(
     table: pa.Table,
     seconds: float,
 ) -> LinkReport:
+    """Return the report of a run whose output is complete."""
     linked = table.filter(pc.is_null(table["error"]))
     rows_now = count_rows(remaining)
     mapper = artifacts.feature_mapper
@@ -153,7 +154,8 @@ def _incremental_report(config: LinkConfig, tally: Tally) -> IncrementalReport |
     )
 
 
-def _check_failures(config: LinkConfig, report: LinkReport) -> None:
+def check_failures(config: LinkConfig, report: LinkReport) -> None:
+    """Raise if more rows failed than the configuration allows."""
     num_failed = sum(report.errors.values())
     if num_failed > config.max_failed_fraction * report.rows:
         raise TooManyFailuresError(

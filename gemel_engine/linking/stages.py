@@ -20,12 +20,12 @@ from gemel_engine.pipeline.output import write_part
 from gemel_engine.pipeline.stages import (
     COSTS,
     PEAKS,
-    _column,
     _features,
     _keep_previous,
-    _mentions,
     _with_cost,
     _with_use,
+    column_values,
+    mentions_without_error,
 )
 from gemel_engine.storage.parquet import parquet_bytes
 from gemel_engine.types import Prediction, predictions_to_table, row_to_prediction
@@ -83,10 +83,10 @@ class GenerateEntityNames:
     def _generate(self, batch: pa.Table) -> pa.Table:
         started = time.monotonic()
         prompt_tokens, cached_tokens = self._cache_counts()
-        mentions, features = _mentions(batch), _features(batch)
+        mentions, features = mentions_without_error(batch), _features(batch)
         rows = [row for row, mention in enumerate(mentions) if mention is not None]
-        demonstrations = [item or [] for item in _column(batch, "demonstrations")]
-        previous = [None if row is None else row_to_prediction(row) for row in _column(batch, "previous")]
+        demonstrations = [item or [] for item in column_values(batch, "demonstrations")]
+        previous = [None if row is None else row_to_prediction(row) for row in column_values(batch, "previous")]
         try:
             linked = self._generator.generate(
                 [mention for mention in mentions if mention is not None],

@@ -128,7 +128,7 @@ class EncodeImages:
     def _encode(self, batch: pa.Table) -> pa.Table:
         started = time.monotonic()
         errors = batch["error"].to_pylist()
-        features = _column(batch, "image_features")
+        features = column_values(batch, "image_features")
         needed = [
             error is None and item is None and not keeps_previous
             for error, item, keeps_previous in zip(errors, features, _keep_previous(batch), strict=True)
@@ -141,14 +141,14 @@ class EncodeImages:
         columns = ("image_features", *IMAGE_COLUMNS)
         batch = batch.drop_columns([column for column in columns if column in batch.column_names])
         batch = batch.append_column("image_features", pa.array(features, pa.list_(pa.float32())))
-        return _with_use(_with_errors(batch, errors), "image", started, beside_bytes=decoder_peak_bytes())
+        return _with_use(with_errors(batch, errors), "image", started, beside_bytes=decoder_peak_bytes())
 
     def _files(self, batch: pa.Table, needed: list[bool]) -> Iterator[bytes | ImageFetchError | None]:
         """Yield the image file of each row, None if it needs none; fetch those given by address."""
         files = repeat(None) if "image_bytes" not in batch.column_names else (f.as_py() for f in batch["image_bytes"])
         ahead: deque[bytes | Future[bytes | ImageFetchError] | None] = deque()
         with ThreadPoolExecutor(_FETCH_THREADS) as threads:
-            for is_needed, file, uri in zip(needed, files, _column(batch, "image_uri"), strict=False):
+            for is_needed, file, uri in zip(needed, files, column_values(batch, "image_uri"), strict=False):
                 if not is_needed:
                     ahead.append(None)
                 else:
@@ -189,7 +189,7 @@ class RetrieveDemonstrations:
 
     def _retrieve(self, batch: pa.Table) -> pa.Table:
         started = time.monotonic()
-        mentions, features = _mentions(batch), _features(batch)
+        mentions, features = mentions_without_error(batch), _features(batch)
         keep_previous = _keep_previous(batch)
         rows = [row for row, mention in enumerate(mentions) if mention is not None and not keep_previous[row]]
         found = self._retriever.retrieve(
@@ -227,7 +227,7 @@ def _all_mentions(batch: pa.Table) -> Iterator[Mention]:
         yield Mention(**row, candidate_ids=None if candidate_ids is None else tuple(candidate_ids))
 
 
-def _mentions(batch: pa.Table) -> list[Mention | None]:
+def mentions_without_error(batch: pa.Table) -> list[Mention | None]:
     """Return the mention of each row, None for a row with an error."""
     errors = batch["error"].to_pylist()
     return [mention if error is None else None for mention, error in zip(_all_mentions(batch), errors, strict=True)]
@@ -244,19 +244,20 @@ def _features(batch: pa.Table) -> list[Features | None]:
 
 def _keep_previous(batch: pa.Table) -> list[bool]:
     """Return whether each row keeps its previous prediction, so that no model is needed for it."""
-    return [bool(keeps_previous) for keeps_previous in _column(batch, "keeps_previous")]
+    return [bool(keeps_previous) for keeps_previous in column_values(batch, "keeps_previous")]
 
 
 def _result(file: bytes | Future[bytes | ImageFetchError] | None) -> bytes | ImageFetchError | None:
     return file.result() if isinstance(file, Future) else file
 
 
-def _column(batch: pa.Table, name: str) -> list[Any]:
+def column_values(batch: pa.Table, name: str) -> list[Any]:
     """Return the values of a column, None for each row if the batch lacks the column."""
     return batch[name].to_pylist() if name in batch.column_names else [None] * batch.num_rows
 
 
-def _with_errors(batch: pa.Table, errors: list[str | None]) -> pa.Table:
+def with_errors(batch: pa.Table, errors: list[str | None]) -> pa.Table:
+    """Return the batch with other values in its column `error`."""
     return batch.set_column(batch.column_names.index("error"), "error", pa.array(errors, pa.string()))
 
 

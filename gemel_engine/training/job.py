@@ -32,7 +32,7 @@ from gemel_engine.config.settings import TrainConfig
 from gemel_engine.decoding.language_model import DTYPES
 from gemel_engine.errors import ConfigurationError, InputError, shown
 from gemel_engine.extras import extra
-from gemel_engine.pipeline.corpus import plan_identity, plan_shards
+from gemel_engine.pipeline.corpus import count_rows, plan_identity, plan_shards
 from gemel_engine.pipeline.identity import run_identity
 from gemel_engine.pipeline.output import RunDirectory, claim_output, read_columns
 from gemel_engine.pipeline.ray_data import connect
@@ -121,7 +121,7 @@ def train_mapper(config: TrainConfig) -> TrainReport:
     }
     restore_record(config.output)
     result = _trainer(config, settings, datasets).fit()
-    num_examples = sum(shard.stop - shard.start for shard in plans["train"]) - sum(left_out["train"].values())
+    num_examples = count_rows(plans["train"]) - sum(left_out["train"].values())
     report = _keep_best(config, result, num_examples, left_out, time.monotonic() - started)
     storage.write_bytes(RunDirectory(config.output).report, json.dumps(asdict(report), indent=2).encode())
     logger.info("trained the feature_mapper in %s: %s", shown(config.output), report.summary())

@@ -10,7 +10,7 @@ from gemel_engine import storage
 from gemel_engine.config.settings import TrainConfig
 from gemel_engine.errors import MentionError
 from gemel_engine.pipeline.isolation import isolate
-from gemel_engine.pipeline.stages import _column, _mentions, _with_errors
+from gemel_engine.pipeline.stages import column_values, mentions_without_error, with_errors
 from gemel_engine.storage import parquet
 from gemel_engine.types import Mention, check_features
 
@@ -39,8 +39,8 @@ class CheckExamples:
         errors = batch["error"].to_pylist()
         entity_ids = [entity_id or "" for entity_id in batch["entity_id"].to_pylist()]
         names = self._knowledge_base.names_of_entities(entity_ids)
-        features = _column(batch, "image_features")
-        for row, mention in enumerate(_mentions(batch)):
+        features = column_values(batch, "image_features")
+        for row, mention in enumerate(mentions_without_error(batch)):
             if mention is None:
                 continue
             if names[row] is None:
@@ -50,7 +50,7 @@ class CheckExamples:
                 self._check(mention, features[row])
             except MentionError as error:
                 errors[row] = str(error)
-        return _with_errors(batch, errors)
+        return with_errors(batch, errors)
 
     def _check(self, mention: Mention, features: list[float] | None) -> None:
         self._builder.question(mention.text, mention.mention, None if features is None else self._stand_in)
