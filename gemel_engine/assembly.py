@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from gemel_engine import storage
 from gemel_engine.config.components import VisionSettings
 from gemel_engine.config.loading import config_json
 from gemel_engine.config.settings import JobConfig, LinkConfig
@@ -28,15 +29,19 @@ from gemel_engine.decoding.language_model import (
 )
 from gemel_engine.decoding.prompt import PromptBuilder
 from gemel_engine.errors import ArtifactError, ConfigurationError
+from gemel_engine.evidence.index import DIRECTORY as EVIDENCE_DIRECTORY
+from gemel_engine.evidence.index import MANIFEST as EVIDENCE_MANIFEST
+from gemel_engine.evidence.index import open_evidence
+from gemel_engine.evidence.retriever import Retriever
 from gemel_engine.extras import extra
 from gemel_engine.fingerprints import Contents, check_content, checkpoint_fingerprint, read_manifest_at
 from gemel_engine.knowledge_base.store import MANIFEST as KNOWLEDGE_BASE_MANIFEST
 from gemel_engine.knowledge_base.store import KnowledgeBase
 from gemel_engine.knowledge_base.trie import SavedTrie
 from gemel_engine.knowledge_base.update import open_knowledge_base
+from gemel_engine.retrieval.encoder import MentionEncoder
 from gemel_engine.retrieval.index import MANIFEST as INDEX_MANIFEST
 from gemel_engine.retrieval.index import DemonstrationIndex
-from gemel_engine.retrieval.retriever import DemonstrationRetriever
 from gemel_engine.storage.cache import download_directory
 from gemel_engine.tokenizer import check_embedded, load_tokenizer, tokenizer_fingerprint
 from gemel_engine.vision.encoder import ImageEncoder, PictureEncoder
@@ -68,6 +73,7 @@ def open_artifacts(config: JobConfig, *, verify: bool = False) -> Artifacts:
         tokenizer, num_embeddings, config.language_model.name, added=(*builder.beginning, builder.terminator)
     )
     knowledge_base = open_knowledge_base(config.knowledge_base, verify=verify)
+    evidence = open_evidence(knowledge_base.directory, verify=verify) if config.retrieval.num_candidates else None
     index = mapper = None
     if config.demonstrations is not None:
         index = DemonstrationIndex.open(download_directory(config.demonstrations), verify=verify)
@@ -89,7 +95,7 @@ def open_artifacts(config: JobConfig, *, verify: bool = False) -> Artifacts:
     _check_length(config, knowledge_base)
     if mapper is not None:
         _check_mapper(config, mapper, index)
-    return Artifacts(tokenizer, knowledge_base, knowledge_base.trie_directory, index, mapper)
+    return Artifacts(tokenizer, knowledge_base, knowledge_base.trie_directory, index, mapper, evidence)
 
 
 def open_calibration(config: LinkConfig) -> Calibration | None:
@@ -138,6 +144,9 @@ def artifact_manifests(config: JobConfig) -> dict[str, Any]:
         "feature_mapper": config.vision.feature_mapper and f"{config.vision.feature_mapper}/{MAPPER_MANIFEST}",
         "calibration": calibration and f"{calibration}/{CALIBRATION_MANIFEST}",
     }
+    evidence = f"{config.knowledge_base}/{EVIDENCE_DIRECTORY}/{EVIDENCE_MANIFEST}"
+    if config.retrieval.num_candidates and storage.exists(evidence):
+        manifests["evidence"] = evidence
     return {name: read_manifest_at(uri) for name, uri in manifests.items() if uri}
 
 
@@ -148,8 +157,9 @@ def check_contents(began_with: Contents | None, config: JobConfig) -> None:
         ArtifactError: A model or artifact differs, is missing or damaged.
     """
     if began_with is not None:
+        addresses = {"feature_mapper": config.vision.feature_mapper, "evidence": config.knowledge_base}
         for name, manifest in artifact_manifests(config).items():
-            check_content(began_with, name, getattr(config, name, config.vision.feature_mapper), manifest)
+            check_content(began_with, name, addresses.get(name) or getattr(config, name), manifest)
         language_model = config.language_model.name
         check_content(began_with, "language_model", language_model, checkpoint_fingerprint(language_model))
 
@@ -201,6 +211,33 @@ def _check_mapper(config: JobConfig, mapper: FeatureMapper, index: Demonstration
         )
 
 
+def open_retriever(config: JobConfig, contents: Contents | None = None) -> Retriever:
+    """Open what retrieval reads, and load its mention encoder.
+
+    Args:
+        config: Configuration of the run.
+        contents: Fingerprints and manifests that the run began with; None: not compared.
+
+    Raises:
+        ArtifactError: A model or an artifact is missing or damaged, or differs from `contents`.
+    """
+    index = None
+    if (directory := config.demonstrations) is not None:
+        check_content(contents, "demonstrations", directory, read_manifest_at(f"{directory}/{INDEX_MANIFEST}"))
+        index = DemonstrationIndex.open(download_directory(directory))
+    if contents is not None:
+        manifests = artifact_manifests(config)
+        for part in ("knowledge_base", "evidence"):
+            check_content(contents, part, config.knowledge_base, manifests.get(part))
+    knowledge_base = open_knowledge_base(config.knowledge_base)
+    evidence = open_evidence(knowledge_base.directory) if config.retrieval.num_candidates else None
+    device = "cuda" if config.resources.retrieval.num_gpus else "cpu"
+    retriever = Retriever(config.retrieval, knowledge_base, index, evidence, device)
+    if retriever.encoder is not None:
+        check_content(contents, "mention_encoder", config.retrieval.mention_encoder, retriever.encoder.fingerprint)
+    return retriever
+
+
 def start_generator(
     config: LinkConfig, artifacts: Artifacts | None = None, added_names: Path | None = None
 ) -> EntityNameGenerator:
@@ -219,7 +256,6 @@ def start_generator(
         config.prompt,
         config.search,
         max_in_flight=config.language_model.max_num_seqs if config.language_model.engine == "vllm" else 1,
-        num_shared=config.retrieval.num_demonstrations,
         calibration=open_calibration(config),
         added_names=None if added is None else added.trie,
     )
@@ -274,14 +310,31 @@ def check_encoders(config: JobConfig, artifacts: Artifacts) -> ImageEncoder | No
             )
         if index is not None and not _fits(ours, index.metadata.vision_width, index.metadata.image_encoder_fingerprint):
             raise ArtifactError(f"the demonstrations {config.demonstrations} were {remedy} an index built with it")
-    if index is not None:
-        retriever = DemonstrationRetriever(config.retrieval, index)
-        if retriever.encoder.fingerprint != index.metadata.mention_encoder_fingerprint:
-            raise ArtifactError(
-                f"the demonstrations {config.demonstrations} were encoded by another mention encoder than "
-                f"{config.retrieval.mention_encoder}: build the index again with it"
-            )
+        if artifacts.evidence is not None and not _fits(
+            ours, None, artifacts.evidence.manifest.image_encoder_fingerprint
+        ):
+            raise ArtifactError(f"the pictures of {config.knowledge_base} were {remedy} a knowledge base built with it")
+    _check_mention_encoder(config, artifacts)
     return image_encoder
+
+
+def _check_mention_encoder(config: JobConfig, artifacts: Artifacts) -> None:
+    name, index, evidence = config.retrieval.mention_encoder, artifacts.index, artifacts.evidence
+    if name is None or artifacts.mention_encoder_fingerprint is None:
+        return  # without an encoder, nothing is found by embedding
+    of_index = None if index is None else index.metadata.mention_encoder_fingerprint
+    of_evidence = None if evidence is None else evidence.manifest.mention_encoder_fingerprint
+    fingerprint = MentionEncoder(name).fingerprint
+    if of_index not in (None, fingerprint):
+        raise ArtifactError(
+            f"the demonstrations {config.demonstrations} were encoded by another mention encoder than {name}: build "
+            "the index again with it"
+        )
+    if of_evidence not in (None, fingerprint):
+        raise ArtifactError(
+            f"the evidence index of {config.knowledge_base} was encoded by another mention encoder than {name}: build "
+            "the knowledge base again with it"
+        )
 
 
 def _fits(encoder: tuple[int, str], width: int | None, fingerprint: str | None) -> bool:

@@ -13,7 +13,9 @@ from gemel_engine.config.loading import validated
 from gemel_engine.config.settings import LinkConfig
 from gemel_engine.decoding.prompt import Prompt
 from gemel_engine.errors import ConfigurationError, MentionError
-from gemel_engine.retrieval.retriever import DemonstrationRetriever
+from gemel_engine.evidence.cards import Card
+from gemel_engine.evidence.retrieved import PromptItem, Retrieved
+from gemel_engine.evidence.retriever import Retriever
 from gemel_engine.retrieval.table import Demonstration
 from gemel_engine.types import Features, Mention, Prediction, fault_of
 
@@ -27,10 +29,16 @@ class VisualMark:
 
 @dataclass(frozen=True, slots=True)
 class UsedDemonstration:
-    """A demonstration, and the cosine similarity of its surface form to the mention's."""
+    """A demonstration or a card in a prompt.
 
-    demonstration: Demonstration
-    similarity: float
+    Attributes:
+        demonstration: The demonstration, or the card of an entity.
+        similarity: Cosine similarity of a demonstration's surface form to that of the mention; None
+            for a card.
+    """
+
+    demonstration: Demonstration | Card
+    similarity: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +48,8 @@ class Explanation:
     Attributes:
         mention: The linked mention.
         prediction: Its prediction.
-        demonstrations: Demonstrations in the prompt's order, the last right before the question.
+        demonstrations: Demonstrations and cards in the prompt's order, the last right before the
+            question.
         prompt: Input of the language model: text as the tokenizer decodes it, marks of pictures.
         without_picture: Explanation of the same mention without its picture; None if it has none.
     """
@@ -69,15 +78,15 @@ def explain(linker: Linker, mention: Mention, picture: bytes | None = None) -> E
 
 
 def _explain(linker: Linker, mention: Mention, picture: bytes | None) -> Explanation:
-    (features,), (rows,) = linker.prepare([mention], [picture])
+    (features,), (retrieved,) = linker.prepare([mention], [picture])
     if isinstance(features, MentionError):
         raise features
     if picture is not None and features is None:
         raise ConfigurationError("a picture needs vision.image_encoder: set it, or leave the picture out")
     generator = linker.generator
-    prompt, used = generator.prompt(mention, features, rows)
+    prompt, used = generator.prompt(mention, features, retrieved)
     generator.search(mention)  # raises the error that `generate` would put into the prediction
-    (prediction,) = generator.generate([mention], [features], [rows])
+    (prediction,) = generator.generate([mention], [features], [retrieved])
     return Explanation(
         mention=mention,
         prediction=prediction,
@@ -87,11 +96,14 @@ def _explain(linker: Linker, mention: Mention, picture: bytes | None) -> Explana
     )
 
 
-def _demonstrations(linker: Linker, surface_form: str, rows: Sequence[int]) -> Iterator[UsedDemonstration]:
-    index = linker.generator.artifacts.index
-    if index is not None and linker.retriever is not None:
-        for row, similarity in zip(rows, linker.retriever.similarities(surface_form, rows), strict=True):
-            yield UsedDemonstration(index[row], similarity)
+def _demonstrations(linker: Linker, surface_form: str, items: Sequence[PromptItem]) -> Iterator[UsedDemonstration]:
+    rows = [item.row for item in items if not item.is_card]
+    similarities: Iterator[float] = iter(())
+    if rows and linker.retriever.demonstrations is not None:
+        similarities = iter(linker.retriever.demonstrations.similarities(surface_form, rows))
+    for item in items:
+        found = linker.generator.example(item, surface_form)
+        yield UsedDemonstration(found, None if item.is_card else next(similarities))
 
 
 def _pieces(prompt: Prompt, tokenizer: PreTrainedTokenizerFast) -> Iterator[str | VisualMark]:
@@ -118,7 +130,8 @@ class Linker:
         config: Configuration of the run; its input, output and resources are not used.
 
     Attributes:
-        retriever: Retriever of demonstrations; None without demonstrations.
+        config: The validated configuration.
+        retriever: Retriever of demonstrations, cards and candidates.
         generator: The generator with its running engine.
         lock: Lock that each method holds; hold it to use `retriever` or `generator`
             while other threads call methods.
@@ -129,12 +142,11 @@ class Linker:
 
     def __init__(self, config: LinkConfig) -> None:
         self.lock = RLock()
-        config = validated(config)
+        self.config = config = validated(config)
         artifacts = open_artifacts(config, verify=config.verify_artifacts)
         check_encoders(config, artifacts)
         self._pictures = load_picture_encoder(config.vision) if config.vision.image_encoder is not None else None
-        index = artifacts.index
-        self.retriever = None if index is None else DemonstrationRetriever(config.retrieval, index)
+        self.retriever = Retriever(config.retrieval, artifacts.knowledge_base, artifacts.index, artifacts.evidence)
         self.generator = start_generator(config, artifacts)
 
     def link(self, mentions: Sequence[Mention], pictures: Sequence[bytes | None]) -> list[Prediction]:
@@ -148,10 +160,10 @@ class Linker:
             One prediction for each mention, in order.
         """
         with self.lock:
-            encoded, rows = self.prepare(mentions, pictures)
+            encoded, retrieved = self.prepare(mentions, pictures)
             good = {place: item for place, item in enumerate(encoded) if not isinstance(item, MentionError)}
-            asked, demonstrations = [mentions[place] for place in good], [rows[place] for place in good]
-            linked = dict(zip(good, self.generator.generate(asked, list(good.values()), demonstrations), strict=True))
+            asked, found = [mentions[place] for place in good], [retrieved[place] for place in good]
+            linked = dict(zip(good, self.generator.generate(asked, list(good.values()), found), strict=True))
         return [
             linked[row] if row in linked else Prediction(mention.mention_id, error=str(item))
             for row, (mention, item) in enumerate(zip(mentions, encoded, strict=True))
@@ -159,12 +171,12 @@ class Linker:
 
     def prepare(
         self, mentions: Sequence[Mention], pictures: Sequence[bytes | None]
-    ) -> tuple[list[Features | MentionError | None], list[list[int]]]:
+    ) -> tuple[list[Features | MentionError | None], list[Retrieved]]:
         """Return the other inputs of generation for B mentions.
 
         Returns:
             For each mention its image features (C,), None without a picture, or an error if the
-            mention or its picture is bad; and the rows of its demonstrations, most similar last.
+            mention or its picture is bad; and what retrieval finds for it.
         """
         faults = map(fault_of, mentions)
         files = [fault or picture for fault, picture in zip(faults, pictures, strict=True)]
@@ -174,12 +186,11 @@ class Linker:
             else:
                 encoded = [file if isinstance(file, MentionError) else None for file in files]
             good = {place: item for place, item in enumerate(encoded) if not isinstance(item, MentionError)}
-            rows: list[list[int]] = [[] for _ in mentions]
-            if self.retriever is not None:
-                found = self.retriever.retrieve([mentions[place] for place in good], list(good.values()))
-                for place, demonstrations in zip(good, found, strict=True):
-                    rows[place] = demonstrations
-        return encoded, rows
+            retrieved = [Retrieved()] * len(mentions)
+            found = self.retriever.retrieve([mentions[place] for place in good], list(good.values()))
+            for place, item in zip(good, found, strict=True):
+                retrieved[place] = item
+        return encoded, retrieved
 
     def link_one(
         self, text: str, mention: str, picture: bytes | None = None, candidate_ids: Sequence[str] | None = None

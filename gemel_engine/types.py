@@ -180,6 +180,24 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
+class PoolEntity:
+    """An entity of a mention's candidate pool.
+
+    Attributes:
+        entity_id: Identifier in the knowledge base.
+        score: Fused score of its sources; only its order within one pool has a meaning.
+        reasons: Score by each source that proposed the entity, such as a count or a similarity.
+    """
+
+    entity_id: str
+    score: float
+    reasons: Mapping[str, float]
+
+
+CARD_PREFIX = "card:"  # begins the id of a card among `demonstration_ids`
+
+
+@dataclass(frozen=True, slots=True)
 class Prediction:
     """Result of linking one mention.
 
@@ -205,11 +223,14 @@ class Prediction:
         is_nil: Whether the mention refers to no entity of the knowledge base, according to the
             calibration; None if `nil_probability` is None. The best entity is returned in any case.
         candidates: Candidates, the best first; entities that share a name are adjacent.
-        demonstration_ids: Values of `mention_id` of the demonstrations in the prompt, the most
-            similar last.
-        demonstration_entity_ids: Identifiers of the demonstrations' entities, in the same order.
-        num_demonstrations_dropped: Number of demonstrations omitted to keep the prompt within its
-            limit.
+        demonstration_ids: Values of `mention_id` of the demonstrations in the prompt, in its order:
+            the last one is right before the question. A card has the id `card:` and that of its
+            entity.
+        demonstration_entity_ids: Identifiers of the entities of demonstrations and cards, in the
+            same order.
+        num_demonstrations_dropped: Number of demonstrations and cards omitted to keep the prompt
+            within its limit.
+        pool: Candidate pool of the mention, the best first; empty without an evidence index.
         num_rollouts: Number of rollouts that the search requested from the language model,
             including those of the previous run if this prediction continues one of its predictions.
         error: Reason why the mention could not be linked, as `kind: message`; None: it was linked.
@@ -231,6 +252,7 @@ class Prediction:
     demonstration_ids: tuple[str, ...] = ()
     demonstration_entity_ids: tuple[str, ...] = ()
     num_demonstrations_dropped: int | None = None
+    pool: tuple[PoolEntity, ...] = ()
     num_rollouts: int | None = None
     error: str | None = None
 
@@ -305,6 +327,18 @@ PREDICTION_SCHEMA = pa.schema(
         pa.field("demonstration_ids", pa.list_(pa.string())),
         pa.field("demonstration_entity_ids", pa.list_(pa.string())),
         pa.field("num_demonstrations_dropped", pa.int32()),
+        pa.field(
+            "pool",
+            pa.list_(
+                pa.struct(
+                    [
+                        ("entity_id", pa.string()),
+                        ("score", pa.float32()),
+                        ("reasons", pa.map_(pa.string(), pa.float32())),
+                    ]
+                )
+            ),
+        ),
         pa.field("num_rollouts", pa.int32()),
         pa.field("error", pa.string()),
     ]
@@ -317,7 +351,8 @@ def row_to_prediction(row: Mapping[str, Any]) -> Prediction:
     """Convert a row of `PREDICTION_SCHEMA` to a prediction."""
     candidates = [Candidate(item["entity_id"], item["name"], item["log_prob"]) for item in row["candidates"] or ()]
     lists = {name: tuple(row[name] or ()) for name in ("demonstration_ids", "demonstration_entity_ids")}
-    return Prediction(**{**row, **lists, "candidates": tuple(candidates)})
+    pool = [PoolEntity(item["entity_id"], item["score"], dict(item["reasons"])) for item in row["pool"] or ()]
+    return Prediction(**{**row, **lists, "candidates": tuple(candidates), "pool": tuple(pool)})
 
 
 def predictions_to_table(predictions: list[Prediction]) -> pa.Table:
@@ -325,10 +360,14 @@ def predictions_to_table(predictions: list[Prediction]) -> pa.Table:
     columns: dict[str, list[object]] = {
         name: [getattr(prediction, name) for prediction in predictions]
         for name in PREDICTION_SCHEMA.names
-        if name != "candidates"
+        if name not in ("candidates", "pool")
     }
     columns["candidates"] = [
         [{"entity_id": c.entity_id, "name": c.entity_name, "log_prob": c.log_prob} for c in prediction.candidates]
+        for prediction in predictions
+    ]
+    columns["pool"] = [
+        [{"entity_id": e.entity_id, "score": e.score, "reasons": list(e.reasons.items())} for e in prediction.pool]
         for prediction in predictions
     ]
     return pa.Table.from_pydict(columns, schema=PREDICTION_SCHEMA)

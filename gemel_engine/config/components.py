@@ -78,6 +78,9 @@ Terminator = Literal["newline", "eos"]
 GEMEL_TEMPLATE = "[Text]{text}\n[Question]What does {mention} mentioned in the text refer to?\n[Answer]"
 
 
+CardText = Literal["description", "name"]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptSettings:
     """Layout of the prompts.
@@ -95,7 +98,9 @@ class PromptSettings:
         begin_with_bos: Whether a prompt begins with the tokenizer's BOS token; in GEMEL it does
             not.
         demonstration_pictures: Whether demonstrations include the visual prefixes of their
-            pictures, as in GEMEL.
+            pictures, as in GEMEL. The same holds for cards and the pictures of their entities.
+        card_text: Text of a card: the `description` of its entity, or its name if it has none; or
+            always its `name`.
     """
 
     template: str = GEMEL_TEMPLATE
@@ -104,6 +109,7 @@ class PromptSettings:
     query_reserve: Count = 512
     begin_with_bos: bool = False
     demonstration_pictures: bool = True
+    card_text: CardText = "description"
 
 
 Objective = Literal["sum", "mean"]
@@ -221,7 +227,9 @@ class EngineSettings(LanguageModelSettings):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetrievalSettings:
-    """Which demonstrations precede a question.
+    """Which demonstrations and entities precede a question.
+
+    A card is an entity of the knowledge base in the form of a demonstration; see `prompt.card_text`.
 
     Attributes:
         num_demonstrations: Number K of demonstrations of a question; GEMEL uses 16.
@@ -235,6 +243,13 @@ class RetrievalSettings:
             without a group is its own group. Use it to link the corpus of the demonstrations.
         mention_encoder: Sentence encoder of surface forms: local directory, or name on the model
             hub.
+        num_candidates: Maximum number of candidate entities that the evidence index of the
+            knowledge base proposes for a mention; 0: none, and no cards.
+        num_cards: Number of candidates that precede a question as cards, those that its surface
+            form alone proposes. Mentions of a surface form share them in the engine's cache.
+        num_own_cards: Number of further cards, chosen by the mention's text and picture too; they
+            come last, nearest to the question.
+        cards_first: Whether cards come before demonstrations.
         seed: Seed of the policy `random`.
     """
 
@@ -243,7 +258,16 @@ class RetrievalSettings:
     policy: Literal["similar", "random"] = "similar"
     exclude_group: bool = False
     mention_encoder: ModelName | None = None
+    num_candidates: CountOrZero = 32
+    num_cards: CountOrZero = 6
+    num_own_cards: CountOrZero = 2
+    cards_first: bool = False
     seed: Seed = 0
+
+    @property
+    def uses_cards(self) -> bool:
+        """Whether prompts may have cards, so that they depend on the whole knowledge base."""
+        return self.num_candidates > 0 and self.num_cards + self.num_own_cards > 0
 
     def __post_init__(self) -> None:
         if self.num_similar_pictures and (self.policy == "random" or not self.num_demonstrations):

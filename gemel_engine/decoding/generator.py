@@ -28,10 +28,14 @@ from gemel_engine.decoding.resume import merge_results, numbered_in, result_of
 from gemel_engine.decoding.scheduler import run_searches
 from gemel_engine.decoding.search import FoundName, NameSearch, SearchResult
 from gemel_engine.errors import InvalidMentionError, MentionError
+from gemel_engine.evidence.cards import Card, EntityCards
+from gemel_engine.evidence.index import EvidenceIndex
+from gemel_engine.evidence.retrieved import PromptItem, Retrieved
 from gemel_engine.knowledge_base.store import KnowledgeBase
 from gemel_engine.knowledge_base.trie import PrefixTrie
 from gemel_engine.retrieval.index import DemonstrationIndex
-from gemel_engine.types import Candidate, Features, Mention, Prediction, check_features
+from gemel_engine.retrieval.table import Demonstration
+from gemel_engine.types import CARD_PREFIX, Candidate, Features, Mention, PoolEntity, Prediction, check_features
 from gemel_engine.vision.mapper import FeatureMapper
 
 _CACHED_BLOCKS = 1 << 16
@@ -49,6 +53,7 @@ class Artifacts:
         trie_directory: Directory of the prefix trie, for engines that open it in another process.
         index: Demonstration index; None without demonstrations.
         feature_mapper: Mapper of image features to visual prefixes; None without pictures.
+        evidence: Evidence index of the knowledge base; None without one.
     """
 
     tokenizer: PreTrainedTokenizerFast
@@ -56,6 +61,14 @@ class Artifacts:
     trie_directory: Path
     index: DemonstrationIndex | None
     feature_mapper: FeatureMapper | None
+    evidence: EvidenceIndex | None = None
+
+    @property
+    def mention_encoder_fingerprint(self) -> str | None:
+        """Fingerprint of the mention encoder that demonstrations or evidence need; None: none."""
+        if self.index is not None:
+            return self.index.metadata.mention_encoder_fingerprint
+        return None if self.evidence is None else self.evidence.manifest.mention_encoder_fingerprint
 
 
 class EntityNameGenerator:
@@ -67,8 +80,6 @@ class EntityNameGenerator:
         prompt: Layout of prompts.
         search: Limits of the search.
         max_in_flight: Maximum number of mentions searched at once.
-        num_shared: Number of leading demonstrations that all mentions of a surface form have in
-            common; None: all of them.
         calibration: Calibration that sets the confidence of predictions; None sets none.
         added_names: Names added to the knowledge base since the earlier predictions; None if there
             are none.
@@ -81,7 +92,6 @@ class EntityNameGenerator:
         prompt: PromptSettings,
         search: SearchSettings,
         max_in_flight: int = 1,
-        num_shared: int | None = None,
         calibration: Calibration | None = None,
         added_names: PrefixTrie | None = None,
     ) -> None:
@@ -91,16 +101,17 @@ class EntityNameGenerator:
         self.search_settings = search
         self._with_pictures = prompt.demonstration_pictures
         self._max_in_flight = max_in_flight
-        self._num_shared = num_shared
         self._calibration = calibration
         self.added_names = added_names
-        self._demonstration_block = lru_cache(_CACHED_BLOCKS)(self._make_demonstration_block)
+        pictures = None if artifacts.evidence is None or not self._with_pictures else artifacts.evidence.pictures
+        self._cards = EntityCards(artifacts.knowledge_base, pictures, prompt.card_text)
+        self._block = lru_cache(_CACHED_BLOCKS)(self._make_block)
 
     def generate(
         self,
         mentions: Sequence[Mention],
         features: Sequence[Features | None],
-        demonstrations: Sequence[Sequence[int]],
+        retrieved: Sequence[Retrieved],
         earlier: Sequence[Prediction | None] | None = None,
     ) -> list[Prediction]:
         """Link B mentions; a mention that cannot be linked becomes a prediction with an `error`.
@@ -108,19 +119,19 @@ class EntityNameGenerator:
         Args:
             mentions: Mentions to link.
             features: Image features (C,) of each mention, None without a picture.
-            demonstrations: Row numbers in the demonstration index for each mention, the most
-                similar last.
-            earlier: For each mention None, or the prediction that the same prompt gave before names
-                were added. Its candidates must still be in the knowledge base under the same names,
-                and at least `num_to_certify` of them must be certified. Then only the added names
-                are searched, for names that score higher. A mention with its own candidates keeps
-                its prediction; all of them must have been in the knowledge base before.
+            retrieved: Demonstrations, cards and candidates of each mention.
+            earlier: For each mention None, or its prediction from before names were added. Its
+                candidates must still be in the knowledge base under the same names, and at least
+                `num_to_certify` of them must be certified. Then only the added names are searched,
+                for names that score higher. A mention with its own candidates keeps its prediction;
+                all of them must have been in the knowledge base before. The prompt must be the same;
+                see `has_same_prompt`.
 
         Returns:
             One prediction for each mention, in order.
         """
         earlier = earlier or [None] * len(mentions)
-        inputs = zip(mentions, features, demonstrations, earlier, strict=True)
+        inputs = zip(mentions, features, retrieved, earlier, strict=True)
         tasks = [_MentionTask(self, *of_mention) for of_mention in inputs]
         # Prompts and searches are made when the engine has room for them.
         searches = ((task, *prepared) for task in tasks if (prepared := task.prepare()) is not None)
@@ -132,19 +143,47 @@ class EntityNameGenerator:
         return self._calibration.apply(predictions, [mention.mention for mention in mentions])
 
     def prompt(
-        self, mention: Mention, features: Features | None, demonstrations: Sequence[int]
-    ) -> tuple[Prompt, list[int]]:
-        """Return the prompt for a mention, and the rows of the demonstrations that fit into it.
+        self, mention: Mention, features: Features | None, retrieved: Retrieved
+    ) -> tuple[Prompt, tuple[PromptItem, ...]]:
+        """Return the prompt for a mention, and the demonstrations and cards that fit into it.
 
         Raises:
             PromptTooLongError: The mention's own text is too long.
             InvalidMentionError: The image features can't be used with the feature mapper.
         """
         question = self._builder.question(mention.text, mention.mention, self._visual_prefix(features))
-        blocks = [self._demonstration_block(row) for row in demonstrations]
-        places = self._builder.fitting(blocks, self._num_shared, question)
+        items = retrieved.items
+        blocks = [self._block(item, mention.mention if item.is_card else "") for item in items]
+        places = self._builder.fitting(blocks, len(retrieved.shared), question)
         prompt = self._builder.build([blocks[place] for place in places], question)
-        return prompt, [demonstrations[place] for place in places]
+        return prompt, tuple(items[place] for place in places)
+
+    def has_same_prompt(
+        self, mention: Mention, features: Features | None, retrieved: Retrieved, earlier: Prediction
+    ) -> bool:
+        """Return whether a prompt has the demonstrations and cards of an earlier prediction."""
+        try:
+            _, used = self.prompt(mention, features, retrieved)
+        except MentionError:
+            return False  # the mention gets this error when it is linked
+        return self.ids(used)[0] == earlier.demonstration_ids
+
+    def ids(self, items: Sequence[PromptItem]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Return the ids of demonstrations and cards as in predictions, and those of their entities."""
+        ids, entity_ids = [], []
+        for item in items:
+            if item.is_card:
+                entity_id = self.artifacts.knowledge_base.entity_id(item.row)
+                ids.append(f"{CARD_PREFIX}{entity_id}")
+            else:
+                assert self.artifacts.index is not None, "demonstrations without an index"
+                (demonstration_id,), (entity_id,) = (
+                    self.artifacts.index.mention_ids([item.row]),
+                    self.artifacts.index.entity_ids([item.row]),
+                )
+                ids.append(demonstration_id)
+            entity_ids.append(entity_id)
+        return tuple(ids), tuple(entity_ids)
 
     def search(self, mention: Mention) -> tuple[NameSearch, PrefixTrie | None]:
         """Return the search for a mention, and the trie of its own candidates (None: it has none).
@@ -159,11 +198,17 @@ class EntityNameGenerator:
         """Return a search of the names of a trie; `rivals` are scores of names found elsewhere."""
         return NameSearch(trie, self._builder.terminator, self.search_settings, rivals)
 
-    def _make_demonstration_block(self, row: int) -> Block:
+    def example(self, item: PromptItem, surface_form: str) -> Demonstration | Card:
+        """Return a demonstration, or the card of an entity for mentions of a surface form."""
+        if item.is_card:
+            return self._cards.card(item.row, surface_form)
         assert self.artifacts.index is not None, "demonstrations without an index"
-        demonstration = self.artifacts.index[row]
-        prefix = self._visual_prefix(demonstration.features) if self._with_pictures else None
-        return self._builder.demonstration(demonstration.text, demonstration.mention, demonstration.name, prefix)
+        return self.artifacts.index[item.row]
+
+    def _make_block(self, item: PromptItem, surface_form: str) -> Block:
+        found = self.example(item, surface_form)
+        prefix = self._visual_prefix(found.features) if self._with_pictures else None
+        return self._builder.demonstration(found.text, found.mention, found.name, prefix)
 
     @torch.inference_mode()
     def _visual_prefix(self, features: Features | None) -> Tensor | None:
@@ -205,7 +250,7 @@ class _MentionTask:
         generator: The parts of the run.
         mention: The mention to link.
         features: Its image features (C,), None without a picture.
-        demonstrations: Row numbers of its retrieved demonstrations, the most similar last.
+        retrieved: Its demonstrations, cards and candidates.
         earlier: Its prediction before names were added; see `EntityNameGenerator.generate`.
 
     Attributes:
@@ -219,16 +264,16 @@ class _MentionTask:
         generator: EntityNameGenerator,
         mention: Mention,
         features: Features | None,
-        demonstrations: Sequence[int],
+        retrieved: Retrieved,
         earlier: Prediction | None,
     ) -> None:
         self._generator = generator
         self._mention = mention
         self._features = features
-        self._demonstrations = demonstrations
+        self._retrieved = retrieved
         self._earlier = earlier
         self._found_before: SearchResult | None = None
-        self._used_rows: list[int] = []
+        self._used: tuple[PromptItem, ...] = ()
         self._trie: PrefixTrie | None = None
 
     def prepare(self) -> tuple[Prompt, NameSearch, PrefixTrie | None] | None:
@@ -243,7 +288,7 @@ class _MentionTask:
                 self.prediction = self._predict(found)
                 return None
         try:
-            prompt, self._used_rows = self._generator.prompt(self._mention, self._features, self._demonstrations)
+            prompt, self._used = self._generator.prompt(self._mention, self._features, self._retrieved)
             if search is None:
                 search, self._trie = self._generator.search(self._mention)
         except MentionError as error:
@@ -283,17 +328,24 @@ class _MentionTask:
             num_certified=result.num_certified,
             candidates=candidates,
             **self._used_demonstrations(),
+            pool=self._pool(),
             num_rollouts=result.num_rollouts,
         )
 
     def _candidates(self, names: Sequence[FoundName]) -> tuple[Candidate, ...]:
-        """Return the entities of names, only the mention's own candidates if it has any."""
+        """Return the entities of names, only the mention's own candidates if it has any.
+
+        Entities of one name are ordered by the candidate pool, then as in the knowledge base.
+        """
         knowledge_base, own = self._generator.artifacts.knowledge_base, self._mention.candidate_ids
         allowed = None if own is None else set(own)
+        score = {candidate.row: candidate.score for candidate in self._retrieved.candidates}
         entities = (
             (knowledge_base.entity(row), name.log_prob)
             for name in names
-            for row in knowledge_base.entities_of_name(name.name_index)
+            for row in sorted(
+                knowledge_base.entities_of_name(name.name_index), key=lambda row: -score.get(row, -math.inf)
+            )
         )
         return tuple(
             Candidate(entity.entity_id, entity.name, log_prob)
@@ -305,12 +357,15 @@ class _MentionTask:
         """Return the fields about the prompt's demonstrations; `earlier` had the same prompt."""
         if self._earlier is not None:
             return {name: getattr(self._earlier, name) for name in _DEMONSTRATION_FIELDS}
-        index, used = self._generator.artifacts.index, self._used_rows
-        ids: tuple[str, ...] = ()
-        entity_ids: tuple[str, ...] = ()
-        if index is not None:
-            ids, entity_ids = index.mention_ids(used), index.entity_ids(used)
-        return dict(zip(_DEMONSTRATION_FIELDS, (ids, entity_ids, len(self._demonstrations) - len(used)), strict=True))
+        num_dropped = len(self._retrieved.items) - len(self._used)
+        return dict(zip(_DEMONSTRATION_FIELDS, (*self._generator.ids(self._used), num_dropped), strict=True))
+
+    def _pool(self) -> tuple[PoolEntity, ...]:
+        entity_id = self._generator.artifacts.knowledge_base.entity_id
+        return tuple(
+            PoolEntity(entity_id(candidate.row), candidate.score, candidate.reasons)
+            for candidate in self._retrieved.candidates
+        )
 
 
 def _probability(best: FoundName, result: SearchResult) -> float:

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from typing import Self
 
 import faiss
 import numpy as np
 
 from gemel_engine.evidence.normal_form import normal_form
+from gemel_engine.knowledge_base.store import KnowledgeBase
+from gemel_engine.retrieval.index import DemonstrationIndex
 from gemel_engine.retrieval.table import FloatArray
 
 _SIMILARITY_DECIMALS = 5
@@ -44,6 +47,20 @@ class FormStatistics:
         self._forms = sorted(first)
         order = [first[form] for form in self._forms]
         self._embeddings = None if embeddings is None else np.ascontiguousarray(embeddings[order])
+
+    @classmethod
+    def of_index(cls, index: DemonstrationIndex, knowledge_base: KnowledgeBase) -> Self:
+        """Count the demonstrations of an index whose entities are in a knowledge base."""
+        row_of = {entity_id: knowledge_base.row_of_entity(entity_id) for entity_id in set(index.column("entity_id"))}
+        found = [row_of[entity_id] for entity_id in index.column("entity_id")]
+        kept = [number for number, row in enumerate(found) if row is not None]
+        forms, groups = index.column("mention"), index.column("group")
+        return cls(
+            [forms[number] for number in kept],
+            [row for row in found if row is not None],
+            [groups[number] for number in kept],
+            index.surface_embeddings[kept],
+        )
 
     def __len__(self) -> int:
         return len(self._forms)

@@ -32,12 +32,14 @@ from gemel_engine.evidence.dense import DenseIndex, DenseSettings
 from gemel_engine.evidence.dictionary import NameDictionary
 from gemel_engine.evidence.lexical import LexicalIndex
 from gemel_engine.evidence.pictures import PictureIndex
+from gemel_engine.knowledge_base.update_files import read_contents
 from gemel_engine.retrieval.encoder import MentionEncoder
 from gemel_engine.storage.manifest import file_sha256, read_manifest, write_manifest
 from gemel_engine.types import Features
 
 FORMAT_VERSION = 1
 MANIFEST = "evidence.json"
+DIRECTORY = "evidence"  # within the directory of a knowledge base
 _POPULARITY = "popularity.npy"
 _CHUNK = 1 << 13
 
@@ -139,6 +141,23 @@ class EvidenceIndex:
             PictureIndex.open(directory / "pictures") if manifest.num_pictures else None,
             popularity,
         )
+
+
+def open_evidence(knowledge_base: Path, *, verify: bool = False) -> EvidenceIndex | None:
+    """Open the evidence index of a knowledge base; return None if it has none.
+
+    Args:
+        knowledge_base: Local directory of the knowledge base.
+        verify: See `EvidenceIndex.open`.
+
+    Raises:
+        ArtifactError: The index is damaged, or is that of other entities.
+    """
+    directory = knowledge_base / DIRECTORY
+    if not directory.exists():
+        return None
+    entities = read_contents(knowledge_base).get("entities_sha256")
+    return EvidenceIndex.open(directory, knowledge_base=str(entities), verify=verify)
 
 
 def build_evidence(

@@ -71,6 +71,15 @@ class PictureIndex:
         """Number of pictures, N."""
         return self._index.num_vectors
 
+    @property
+    def width(self) -> int:
+        """Vision width, C."""
+        return self._index.width
+
+    def features_of(self, row: int) -> Features | None:
+        """Return the features (C,) of the first picture of an entity; None without a picture."""
+        return None  # replaced when branch kb is merged
+
     def nearest(self, features: Sequence[Features | None], limit: int) -> list[list[tuple[int, float]]]:
         """Return (entity, similarity) pairs of the pictures most similar to each query.
 

@@ -20,10 +20,14 @@ from gemel_engine.errors import ConfigurationError
 from gemel_engine.evidence.forms import FormStatistics
 from gemel_engine.evidence.index import EvidenceIndex
 from gemel_engine.evidence.normal_form import normal_form
+from gemel_engine.evidence.retrieved import PoolCandidate
 from gemel_engine.retrieval.table import FloatArray
 from gemel_engine.types import Features, Mention
 
 Ranking = list[tuple[int, float]]
+
+# Sources that depend on more than the surface form: on the text or the picture.
+_OF_CONTEXT = frozenset({"context", "in_text", "text_name", "picture"})
 
 _LONGEST_NAME = 6  # greatest number of words of a name that is looked up in a text
 _MAX_TEXT_WORDS = 64
@@ -77,18 +81,17 @@ class PoolSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class PoolCandidate:
-    """An entity that a mention may refer to.
+class Pool:
+    """The candidates of a mention.
 
     Attributes:
-        row: Row of the entity in the knowledge base.
-        score: Sum of the weighted reciprocal ranks; only its order is meaningful.
-        reasons: Score by each source that proposed the entity, such as a count or a similarity.
+        candidates: Candidates by all sources, the best first; empty if there are none.
+        of_form: Rows of the candidates by the sources that depend on the surface form alone, the
+            best first; equal for all mentions of a surface form.
     """
 
-    row: int
-    score: float
-    reasons: Mapping[str, float]
+    candidates: tuple[PoolCandidate, ...] = ()
+    of_form: tuple[int, ...] = ()
 
 
 class CandidatePool:
@@ -115,8 +118,8 @@ class CandidatePool:
         features: Sequence[Features | None] | None = None,
         *,
         leave_out_own_group: bool = False,
-    ) -> list[list[PoolCandidate]]:
-        """Return the candidates of each mention, the best first; an empty list if there are none.
+    ) -> list[Pool]:
+        """Return the candidates of each mention.
 
         Args:
             mentions: B mentions.
@@ -131,7 +134,13 @@ class CandidatePool:
         for source, found in self._by_vectors(form_embeddings, text_embeddings, features, groups):
             for ranking, entities in zip(rankings, found, strict=True):
                 ranking[source] = entities
-        return [self._fuse(ranking, group) for ranking, group in zip(rankings, groups, strict=True)]
+        return [self._pool(ranking, group) for ranking, group in zip(rankings, groups, strict=True)]
+
+    def _pool(self, rankings: dict[str, Ranking], group: str | None) -> Pool:
+        of_form = {source: ranking for source, ranking in rankings.items() if source not in _OF_CONTEXT}
+        return Pool(
+            tuple(self._fuse(rankings, group)), tuple(candidate.row for candidate in self._fuse(of_form, group))
+        )
 
     def _by_words(self, mention: Mention, group: str | None) -> dict[str, Ranking]:
         form, text, depth = normal_form(mention.mention), normal_form(mention.text), self._settings.depth
@@ -185,7 +194,7 @@ class CandidatePool:
         }
         for source, pairs in priors.items():
             known = (pair for pair in pairs if pair[1] > 0)
-            rankings[source] = sorted(known, key=lambda pair: (-pair[1], pair[0]))
+            rankings = {**rankings, source: sorted(known, key=lambda pair: (-pair[1], pair[0]))}
         scores = dict.fromkeys(proposed, 0.0)
         reasons: dict[int, dict[str, float]] = {row: {} for row in proposed}
         for source, weight in self._settings.weights.items():

@@ -68,6 +68,7 @@ class Entity:
     name: str
     description: str | None
     popularity: float | None
+    aliases: tuple[str, ...] = ()
 
 
 class KnowledgeBase:
@@ -127,6 +128,11 @@ class KnowledgeBase:
             raise ArtifactError(f"the files in {directory} are damaged or not of one knowledge base; build it again")
         return knowledge_base
 
+    @property
+    def directory(self) -> Path:
+        """Directory of the knowledge base."""
+        return self.trie_directory.parent
+
     def name_of_row(self, row: int) -> int:
         """Return the name index of the entity in a row, from 0 to S - 1."""
         return int(self._name_index[row])
@@ -148,6 +154,7 @@ class KnowledgeBase:
             self._names[row],
             None if lacks_description else self._descriptions[row],
             self._entities["popularity"][row].as_py(),
+            tuple(alias for alias in self._entities["aliases"][row].as_py() or () if alias),
         )
 
     def table(self) -> pa.Table:
@@ -187,12 +194,21 @@ class KnowledgeBase:
         """Return the tokens of a name, without the terminator."""
         return self.trie.name_tokens(name_index)
 
-    def _name_of_entity(self, entity_id: str) -> int | None:
+    def entity_id(self, row: int) -> str:
+        """Return the id of the entity in a row, from 0 to S - 1."""
+        return self._ids[row]
+
+    def row_of_entity(self, entity_id: str) -> int | None:
+        """Return the row of an entity; None for an unknown id."""
         position = bisect_left(self._row_by_id, entity_id, key=self._ids.__getitem__)
         if position == self.num_entities:
             return None
         row = int(self._row_by_id[position])
-        return int(self._name_index[row]) if self._ids[row] == entity_id else None
+        return row if self._ids[row] == entity_id else None
+
+    def _name_of_entity(self, entity_id: str) -> int | None:
+        row = self.row_of_entity(entity_id)
+        return None if row is None else self.name_of_row(row)
 
     def _has_consistent_lengths(self, num_entities: object) -> bool:
         return (

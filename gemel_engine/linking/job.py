@@ -140,7 +140,7 @@ def checked_plan(config: LinkConfig) -> tuple[list[Shard], Artifacts, Contents]:
     open_calibration(config)
     contents = run_contents(
         config,
-        None if artifacts.index is None else artifacts.index.metadata.mention_encoder_fingerprint,
+        artifacts.mention_encoder_fingerprint,
         None if image_encoder is None else image_encoder.fingerprint,
     )
     if (previous := PreviousRun.of(config)) is not None:

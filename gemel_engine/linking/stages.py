@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 from gemel_engine import storage
 from gemel_engine.config.settings import LinkConfig
 from gemel_engine.errors import EngineDiedError, error_kind
+from gemel_engine.evidence.retrieved import row_to_retrieved
 from gemel_engine.fingerprints import Contents
 from gemel_engine.linking.incremental import PreviousRun
 from gemel_engine.pipeline.corpus import SMALL_SCHEMA, Shard, read_rows
@@ -72,6 +73,7 @@ class GenerateEntityNames:
 
         check_contents(contents, config)
         self._output = config.output
+        self._checks_prompts = config.retrieval.uses_cards
         previous = PreviousRun.of(config)
         added_names = None if previous is None else previous.added_names()
         self._generator = start_generator(config, added_names=added_names)
@@ -85,13 +87,19 @@ class GenerateEntityNames:
         prompt_tokens, cached_tokens = self._cache_counts()
         mentions, features = mentions_without_error(batch), _features(batch)
         rows = [row for row, mention in enumerate(mentions) if mention is not None]
-        demonstrations = [item or [] for item in column_values(batch, "demonstrations")]
+        retrieved = [row_to_retrieved(item) for item in column_values(batch, "retrieved")]
         previous = [None if row is None else row_to_prediction(row) for row in column_values(batch, "previous")]
+        if self._checks_prompts:
+            for row in rows:
+                before, mention = previous[row], mentions[row]
+                if before is not None and mention is not None:
+                    is_same = self._generator.has_same_prompt(mention, features[row], retrieved[row], before)
+                    previous[row] = before if is_same else None
         try:
             linked = self._generator.generate(
                 [mention for mention in mentions if mention is not None],
                 [features[row] for row in rows],
-                [demonstrations[row] for row in rows],
+                [retrieved[row] for row in rows],
                 [previous[row] for row in rows],
             )
         except EngineDiedError:
@@ -112,7 +120,8 @@ class GenerateEntityNames:
             for before, after in zip(previous, predictions, strict=True)
             if after.error is None
         )
-        num_kept = sum(_keep_previous(batch))
+        keep_previous = _keep_previous(batch)
+        num_kept = sum(keep_previous[row] and previous[row] is not None for row in range(batch.num_rows))
         costs = {
             "prompt_tokens": now[0] - prompt_tokens,
             "cached_tokens": now[1] - cached_tokens,

@@ -28,7 +28,7 @@ from gemel_engine.display import make_visible
 from gemel_engine.errors import ConfigurationError, redacted, shown
 from gemel_engine.fingerprints import Contents
 from gemel_engine.pipeline.corpus import Shard
-from gemel_engine.pipeline.stages import IMAGE_COLUMNS, Annotate, EncodeImages, RetrieveDemonstrations, read_mentions
+from gemel_engine.pipeline.stages import IMAGE_COLUMNS, Annotate, EncodeImages, Retrieve, read_mentions
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def encode_and_retrieve(
     with_gold: bool = False,
     annotate: Annotate | None = None,
 ) -> Dataset:
-    """Return a dataset of mentions with image features and the rows of their demonstrations.
+    """Return a dataset of mentions with image features, and with what retrieval finds for them.
 
     Args:
         config: The job.
@@ -64,9 +64,9 @@ def encode_and_retrieve(
     if with_pictures:
         pool = actor_pool(config.resources.images)
         dataset = dataset.map_batches(EncodeImages, fn_constructor_args=(config, contents), **pool)
-    if config.demonstrations is not None and config.retrieval.num_demonstrations:
+    if config.retrieval.num_candidates or (config.demonstrations is not None and config.retrieval.num_demonstrations):
         pool = actor_pool(config.resources.retrieval)
-        dataset = dataset.map_batches(RetrieveDemonstrations, fn_constructor_args=(config, contents), **pool)
+        dataset = dataset.map_batches(Retrieve, fn_constructor_args=(config, contents), **pool)
     return dataset
 
 

@@ -25,10 +25,10 @@ import pyarrow as pa
 
 from gemel_engine.config.settings import JobConfig
 from gemel_engine.errors import ImageFetchError, MentionError
-from gemel_engine.fingerprints import Contents, check_content, read_manifest_at
+from gemel_engine.evidence.retrieved import Retrieved, retrieved_to_array
+from gemel_engine.fingerprints import Contents, check_content
 from gemel_engine.pipeline.corpus import Shard, read_rows
 from gemel_engine.pipeline.isolation import isolate
-from gemel_engine.storage.cache import download_directory
 from gemel_engine.types import Features, Mention, fault_of
 from gemel_engine.vision.decode import decoder_peak_bytes
 from gemel_engine.vision.fetch import fetch_image
@@ -118,6 +118,7 @@ class EncodeImages:
 
         self._output = config.output
         self._policy = config.image_source
+        self._skips_kept = not config.retrieval.uses_cards
         self._encoder = load_picture_encoder(config.vision)
         check_content(contents, "image_encoder", config.vision.image_encoder, self._encoder.fingerprint)
 
@@ -130,7 +131,7 @@ class EncodeImages:
         errors = batch["error"].to_pylist()
         features = column_values(batch, "image_features")
         needed = [
-            error is None and item is None and not keeps_previous
+            error is None and item is None and not (keeps_previous and self._skips_kept)
             for error, item, keeps_previous in zip(errors, features, _keep_previous(batch), strict=True)
         ]
         for row, item in enumerate(self._encoder.encode(self._files(batch, needed))):
@@ -164,41 +165,32 @@ class EncodeImages:
             return error
 
 
-class RetrieveDemonstrations:
-    """Adds `demonstrations`: row numbers of the index, the most similar last."""
+class Retrieve:
+    """Adds `retrieved`: demonstrations, cards and candidates, as `RETRIEVED_TYPE`."""
 
     def __init__(self, config: JobConfig, contents: Contents | None = None) -> None:
-        from gemel_engine.retrieval.index import MANIFEST, DemonstrationIndex
-        from gemel_engine.retrieval.retriever import DemonstrationRetriever
+        from gemel_engine.assembly import open_retriever
 
-        directory = config.demonstrations
-        assert directory is not None, "else there is no such stage"
         self._output = config.output
-        check_content(contents, "demonstrations", directory, read_manifest_at(f"{directory}/{MANIFEST}"))
-        self._retriever = DemonstrationRetriever(
-            config.retrieval,
-            DemonstrationIndex.open(download_directory(directory)),
-            device="cuda" if config.resources.retrieval.num_gpus else "cpu",
-        )
-        fingerprint = self._retriever.encoder.fingerprint
-        check_content(contents, "mention_encoder", config.retrieval.mention_encoder, fingerprint)
+        self._skips_kept = not config.retrieval.uses_cards
+        self._retriever = open_retriever(config, contents)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """Retrieve a batch's demonstrations."""
+        """Retrieve for a batch."""
         return isolate(self._retrieve, batch, self._output, "retrieval")
 
     def _retrieve(self, batch: pa.Table) -> pa.Table:
         started = time.monotonic()
         mentions, features = mentions_without_error(batch), _features(batch)
-        keep_previous = _keep_previous(batch)
-        rows = [row for row, mention in enumerate(mentions) if mention is not None and not keep_previous[row]]
+        is_skipped = _keep_previous(batch) if self._skips_kept else [False] * batch.num_rows
+        rows = [row for row, mention in enumerate(mentions) if mention is not None and not is_skipped[row]]
         found = self._retriever.retrieve(
             [mention for row in rows if (mention := mentions[row]) is not None], [features[row] for row in rows]
         )
-        retrieved: list[list[int]] = [[] for _ in mentions]
-        for row, demonstrations in zip(rows, found, strict=True):
-            retrieved[row] = demonstrations
-        batch = batch.append_column("demonstrations", pa.array(retrieved, pa.list_(pa.int32())))
+        retrieved = [Retrieved()] * len(mentions)
+        for row, item in zip(rows, found, strict=True):
+            retrieved[row] = item
+        batch = batch.append_column("retrieved", retrieved_to_array(retrieved))
         return _with_use(batch, "retrieval", started)
 
 

@@ -173,6 +173,16 @@ class DemonstrationIndex:
         features = self._features[row] if self._features is not None and has_features else None
         return Demonstration(mention_id, text, mention, entity_id, name, group, features)
 
+    def column(self, name: str) -> list[str]:
+        """Return a text column of all demonstrations, a name of `TEXT_COLUMNS`, by row number."""
+        values: list[str] = self._table[name].to_pylist()
+        return values
+
+    @property
+    def surface_embeddings(self) -> FloatArray:
+        """Embeddings of the surface forms of all demonstrations, (N, E)."""
+        return as_matrix(self._table["surface_embedding"], self.metadata.surface_width)
+
     def mention_ids(self, rows: Sequence[int]) -> tuple[str, ...]:
         """Return the `mention_id`s of demonstrations, by row number."""
         column = self._table["mention_id"]

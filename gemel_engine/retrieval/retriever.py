@@ -14,11 +14,10 @@ from gemel_engine.types import Features, Mention, are_features
 class DemonstrationRetriever:
     """Finds rows of the demonstration index for mentions."""
 
-    def __init__(self, settings: RetrievalSettings, index: DemonstrationIndex, device: str = "cpu") -> None:
+    def __init__(self, settings: RetrievalSettings, index: DemonstrationIndex, encoder: MentionEncoder) -> None:
         self._settings = settings
         self._index = index
-        assert settings.mention_encoder is not None, "checked by the configuration"
-        self.encoder = MentionEncoder(settings.mention_encoder, device)
+        self.encoder = encoder
 
     def retrieve(self, mentions: Sequence[Mention], features: Sequence[Features | None]) -> list[list[int]]:
         """Return row numbers for each of B mentions, the most similar last.

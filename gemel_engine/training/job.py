@@ -100,8 +100,7 @@ def train_mapper(config: TrainConfig) -> TrainReport:
     artifacts = open_artifacts(config, verify=config.verify_artifacts)
     image_encoder = check_encoders(config, artifacts)
     fingerprint = None if image_encoder is None else image_encoder.fingerprint
-    mention_encoder = None if artifacts.index is None else artifacts.index.metadata.mention_encoder_fingerprint
-    contents = run_contents(config, mention_encoder, fingerprint)
+    contents = run_contents(config, artifacts.mention_encoder_fingerprint, fingerprint)
     shards = {split: plan_identity(plan) for split, plan in plans.items()}
     claim_output(config.output, run_identity(config, shards, contents))
     connect()

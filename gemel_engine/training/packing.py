@@ -40,16 +40,19 @@ class Segment:
         return len(self.token_ids) + (0 if self.picture is None else prefix_length)
 
 
+SegmentKey = tuple[int, bool, str]  # a `PromptItem`, and the surface form that a card is made for
+
+
 class LabelledPrompt(NamedTuple):
     """A question after its demonstrations, with the answer to learn.
 
     Attributes:
-        demonstrations: Rows of the demonstration index, in the order of the prompt.
+        demonstrations: Keys of demonstrations and cards, in the order of the prompt.
         question: The mention's own segment.
         target: Tokens of the entity's name, and the terminator.
     """
 
-    demonstrations: tuple[int, ...]
+    demonstrations: tuple[SegmentKey, ...]
     question: Segment
     target: tuple[int, ...]
 
@@ -115,7 +118,7 @@ class PackedPrompts:
 
 def split_into_packs(
     prompts: Iterable[LabelledPrompt],
-    demonstration: Callable[[int], Segment],
+    demonstration: Callable[[SegmentKey], Segment],
     prefix_length: int,
     max_tokens: int,
 ) -> Iterator[list[LabelledPrompt]]:
@@ -123,12 +126,12 @@ def split_into_packs(
 
     Args:
         prompts: Prompts, best in an order in which neighbours share demonstrations.
-        demonstration: Function that returns the segment of a row of the demonstration index.
+        demonstration: Function that returns the segment of a demonstration or card.
         prefix_length: P, the number of positions of a visual prefix.
         max_tokens: Largest T of a pack.
     """
     pack: list[LabelledPrompt] = []
-    paths: set[tuple[int, ...]] = set()
+    paths: set[tuple[SegmentKey, ...]] = set()
     num_tokens = 0
     for prompt in prompts:
         new = [path for path in _paths(prompt) if path not in paths]
@@ -148,7 +151,7 @@ def split_into_packs(
 
 def pack_prompts(
     prompts: Sequence[LabelledPrompt],
-    demonstration: Callable[[int], Segment],
+    demonstration: Callable[[SegmentKey], Segment],
     prefix_length: int,
     beginning: tuple[int, ...] = (),
 ) -> PackedPrompts:
@@ -156,13 +159,13 @@ def pack_prompts(
 
     Args:
         prompts: Prompts, at least one.
-        demonstration: Function that returns the segment of a row of the demonstration index.
+        demonstration: Function that returns the segment of a demonstration or card.
         prefix_length: P, the number of positions of a visual prefix.
         beginning: Tokens at the start of every prompt.
     """
     layout = _Layout(prefix_length)
     root = layout.add(Segment(beginning), parent=None) if beginning else None
-    numbers: dict[tuple[int, ...], int | None] = {(): root}
+    numbers: dict[tuple[SegmentKey, ...], int | None] = {(): root}
     for prompt in prompts:
         for path in _paths(prompt):
             if path not in numbers:
@@ -225,7 +228,7 @@ class _Layout:
         )
 
 
-def _paths(prompt: LabelledPrompt) -> Iterator[tuple[int, ...]]:
+def _paths(prompt: LabelledPrompt) -> Iterator[tuple[SegmentKey, ...]]:
     """Return the path in the tree to each of a prompt's demonstrations."""
     rows = prompt.demonstrations
     return (rows[: depth + 1] for depth in range(len(rows)))

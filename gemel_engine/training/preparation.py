@@ -1,4 +1,4 @@
-"""Prepares training mentions once: encodes pictures, retrieves demonstrations, counts rejects."""
+"""Prepares training mentions once: encodes pictures, retrieves demonstrations and cards, counts rejects."""
 
 from __future__ import annotations
 

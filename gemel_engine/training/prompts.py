@@ -13,7 +13,10 @@ from torch import Tensor
 from gemel_engine.config.components import PromptSettings
 from gemel_engine.decoding.generator import Artifacts
 from gemel_engine.decoding.prompt import Block, PromptBuilder
-from gemel_engine.training.packing import LabelledPrompt, Segment
+from gemel_engine.evidence.cards import Card, EntityCards
+from gemel_engine.evidence.retrieved import PromptItem, Retrieved, row_to_retrieved
+from gemel_engine.retrieval.table import Demonstration
+from gemel_engine.training.packing import LabelledPrompt, Segment, SegmentKey
 from gemel_engine.types import Features, Mention
 
 
@@ -23,14 +26,13 @@ class TrainingExample:
 
     Attributes:
         features: Image features (C,); None without a picture.
-        demonstrations: Rows of the demonstration index, the most similar last; none of the
-            mention's own group.
+        retrieved: Demonstrations and cards; no demonstration of the mention's own group.
     """
 
     mention: Mention
     entity_id: str
     features: Features | None
-    demonstrations: tuple[int, ...]
+    retrieved: Retrieved
 
 
 def read_examples(tables: Iterable[pa.Table]) -> list[TrainingExample]:
@@ -44,7 +46,7 @@ def read_examples(tables: Iterable[pa.Table]) -> list[TrainingExample]:
                     Mention(row["mention_id"], row["text"], row["mention"]),
                     row["entity_id"],
                     None if features is None else np.array(features, np.float32),
-                    tuple(row.get("demonstrations") or ()),
+                    row_to_retrieved(row.get("retrieved")),
                 )
     return [examples[mention_id] for mention_id in sorted(examples)]
 
@@ -52,14 +54,14 @@ def read_examples(tables: Iterable[pa.Table]) -> list[TrainingExample]:
 class TrainingPrompts:
     """Labelled prompts of examples, and the features of all pictures in them.
 
-    Pictures are numbered: those of the examples first, then those of the demonstration index.
+    Pictures are numbered: those of the examples first, then those of the demonstration index, then
+    those of the entities.
 
     Args:
         examples: Examples whose entities are in the knowledge base.
-        artifacts: Names, demonstrations and tokenizer.
+        artifacts: Names, demonstrations, evidence and tokenizer.
         settings: Layout of prompts.
         prefix_length: P, the number of positions of a visual prefix.
-        num_shared: Number of demonstrations that mentions of a surface form share; None: all.
     """
 
     def __init__(
@@ -68,33 +70,34 @@ class TrainingPrompts:
         artifacts: Artifacts,
         settings: PromptSettings,
         prefix_length: int,
-        num_shared: int | None = None,
     ) -> None:
         self.examples = examples
         self.prefix_length = prefix_length
-        self._num_shared = num_shared
         self.builder = PromptBuilder(artifacts.tokenizer, settings)
         self._index = artifacts.index
         self._names = artifacts.knowledge_base.names_of_entities([example.entity_id for example in examples])
         self._name_tokens = artifacts.knowledge_base.name_tokens
         self._with_pictures = settings.demonstration_pictures
+        self._entity_pictures = None if artifacts.evidence is None else artifacts.evidence.pictures
+        self._cards = EntityCards(artifacts.knowledge_base, self._entity_pictures, settings.card_text)
         self._stand_in = torch.empty(prefix_length, 0)  # as long as the visual prefix of a step
-        self._demonstrations: dict[int, Segment] = {}
+        self._demonstrations: dict[SegmentKey, Segment] = {}
 
     def __getitem__(self, number: int) -> LabelledPrompt:
         """Return the prompt of an example, shortened as in linking."""
         example = self.examples[number]
         picture = None if example.features is None else number
         question = self.builder.question(example.mention.text, example.mention.mention, self._prefix(picture))
-        blocks = [self._block(self.demonstration(row)) for row in example.demonstrations]
-        places = self.builder.fitting(blocks, self._num_shared, question)
-        kept = tuple(example.demonstrations[place] for place in places)
+        keys = self._keys(example)
+        blocks = [self._block(self.demonstration(key)) for key in keys]
+        places = self.builder.fitting(blocks, len(example.retrieved.shared), question)
+        kept = tuple(keys[place] for place in places)
         return LabelledPrompt(kept, Segment(question.token_ids, picture), self.target(number))
 
-    def beginning(self, number: int) -> tuple[str, tuple[int, ...]]:
-        """Return surface form and shared demonstrations; prompts equal in both begin alike."""
+    def beginning(self, number: int) -> tuple[str, tuple[PromptItem, ...]]:
+        """Return surface form and shared items; prompts equal in both begin alike."""
         example = self.examples[number]
-        return example.mention.mention, example.demonstrations[: self._num_shared]
+        return example.mention.mention, example.retrieved.shared
 
     def target(self, number: int) -> tuple[int, ...]:
         """Return the tokens of the name of an example's entity, and the terminator."""
@@ -106,15 +109,21 @@ class TrainingPrompts:
         assert name is not None, "examples of unknown entities are left out when they are read"
         return self._name_tokens(name)
 
-    def demonstration(self, row: int) -> Segment:
-        """Return the segment of a row of the demonstration index."""
-        if row not in self._demonstrations:
-            assert self._index is not None, "demonstrations without an index"
-            item = self._index[row]
-            picture = len(self.examples) + row if self._with_pictures and item.features is not None else None
+    def demonstration(self, key: SegmentKey) -> Segment:
+        """Return the segment of a demonstration or card."""
+        if key not in self._demonstrations:
+            row, is_card, surface_form = key
+            first = len(self.examples)
+            if is_card:
+                item: Demonstration | Card = self._cards.card(row, surface_form)
+                first += 0 if self._index is None else len(self._index)
+            else:
+                assert self._index is not None, "demonstrations without an index"
+                item = self._index[row]
+            picture = first + row if self._with_pictures and item.features is not None else None
             block = self.builder.demonstration(item.text, item.mention, item.name, self._prefix(picture))
-            self._demonstrations[row] = Segment(block.token_ids, picture)
-        return self._demonstrations[row]
+            self._demonstrations[key] = Segment(block.token_ids, picture)
+        return self._demonstrations[key]
 
     def features(self, pictures: Sequence[int]) -> Tensor:
         """Return the image features of numbered pictures, (M, C)."""
@@ -123,11 +132,20 @@ class TrainingPrompts:
     def _features(self, picture: int) -> Features:
         if picture < len(self.examples):
             features = self.examples[picture].features
+            assert features is not None, "only what has features has a picture's number"
+            return features
+        picture -= len(self.examples)
+        if self._index is not None and picture < len(self._index):
+            features = self._index[picture].features
         else:
-            assert self._index is not None, "a demonstration's picture without an index"
-            features = self._index[picture - len(self.examples)].features
+            assert self._entity_pictures is not None, "a card's picture without pictures"
+            features = self._entity_pictures.features_of(picture - (0 if self._index is None else len(self._index)))
         assert features is not None, "only what has features has a picture's number"
         return features
+
+    def _keys(self, example: TrainingExample) -> list[SegmentKey]:
+        form = example.mention.mention
+        return [(item.row, item.is_card, form if item.is_card else "") for item in example.retrieved.items]
 
     def _prefix(self, picture: int | None) -> Tensor | None:
         return None if picture is None else self._stand_in

@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gemel_engine.config.settings import MapperSettings, OptimisationSettings
 from gemel_engine.errors import ArtifactError, ConfigurationError, InputError
+from gemel_engine.evidence.retrieved import PromptItem
 from gemel_engine.storage.local import open_regular
 from gemel_engine.storage.manifest import file_sha256, read_manifest, write_manifest
 from gemel_engine.training.attention import PackedLanguageModel
@@ -279,7 +280,9 @@ def _is_state_of(parameter: Tensor, state: Mapping[str, Tensor]) -> bool:
     )
 
 
-def epoch_order(beginnings: Sequence[tuple[str, tuple[int, ...]]], mentions_per_form: int, seed: str) -> list[int]:
+def epoch_order(
+    beginnings: Sequence[tuple[str, tuple[PromptItem, ...]]], mentions_per_form: int, seed: str
+) -> list[int]:
     """Return a random order of all mentions, with runs of mentions of one surface form.
 
     Mentions of a form with the same demonstrations are neighbours: where groups are left out, a

@@ -50,12 +50,11 @@ class Validation:
             self._engine,
             config.prompt,
             config.search,
-            num_shared=config.retrieval.num_demonstrations,
         )
         predictions = generator.generate(
             [example.mention for example in self._sample],
             [example.features for example in self._sample],
-            [example.demonstrations for example in self._sample],
+            [example.retrieved for example in self._sample],
         )
         names = self._artifacts.knowledge_base.names_of_entities
         gold = names([example.entity_id for example in self._sample])

@@ -43,10 +43,7 @@ def train_worker(settings: dict[str, Any]) -> None:
         activation_checkpointing=language_model.activation_checkpointing,
     )
     mapper, fingerprint = artifacts.feature_mapper, settings["image_encoder_fingerprint"]
-    num_shared = config.retrieval.num_demonstrations
-    prompts = TrainingPrompts(
-        _examples("train"), artifacts, config.prompt, mapper_prefix_length(config, mapper), num_shared
-    )
+    prompts = TrainingPrompts(_examples("train"), artifacts, config.prompt, mapper_prefix_length(config, mapper))
     if mapper is None:
         mapper = initial_mapper(config.mapper, config.optimisation.seed, prompts, model)
     mapper.metadata = replace(

@@ -1,0 +1,174 @@
+"""Accuracy on WikiDiverse dev with entity cards in the prompt, by number and order of cards and demonstrations.
+
+python benchmarks/cards.py DATA --language-model MODEL --mention-encoder MODEL [--num-mentions 400] [--settings ...]
+
+DATA holds `train.parquet`, `dev.parquet` and `entities.parquet` (names alone). Each of the settings, such as
+"num_demonstrations=4 num_cards=4", is linked by one process with one engine; those that
+`benchmarks/results/cards.json` has for the same mentions are skipped. "zero_shot=1" leaves the training mentions out:
+neither demonstrations nor form statistics. All mentions and the default settings without `--settings` give the
+figures `cards` and `zero_shot` of `benchmarks/results/evidence.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import tyro
+from record import record, to_digits
+
+from gemel_engine.config.components import EngineSettings, RetrievalSettings
+from gemel_engine.config.settings import LinkConfig
+from gemel_engine.evidence.index import DIRECTORY, build_evidence
+from gemel_engine.evidence.retriever import Retriever
+from gemel_engine.knowledge_base.build import KnowledgeBaseSettings, build_knowledge_base, read_entities
+from gemel_engine.knowledge_base.store import KnowledgeBase
+from gemel_engine.knowledge_base.update_files import read_contents
+from gemel_engine.linker import Linker
+from gemel_engine.retrieval.encoder import MentionEncoder
+from gemel_engine.retrieval.index import DemonstrationIndex
+from gemel_engine.retrieval.reading import read_demonstrations, read_names
+from gemel_engine.tokenizer import load_tokenizer
+from gemel_engine.types import Mention, Prediction
+
+RESULTS = Path("benchmarks/results/cards.json")
+PUBLISHED = Path("benchmarks/results/evidence.json")
+WORK = Path("build/cards")
+SEED = 0
+
+logger = logging.getLogger("cards")
+
+
+def main(
+    data: tyro.conf.Positional[Path],
+    *,
+    language_model: str,
+    mention_encoder: str,
+    num_mentions: int | None = None,
+    settings: tuple[str, ...] = (),
+) -> None:
+    """Link dev with each of the settings.
+
+    Args:
+        data: Directory of the corpus.
+        language_model: Local directory, or name on the model hub.
+        mention_encoder: Local directory, or name on the model hub.
+        num_mentions: Size of a fixed sample of dev; None: all of it.
+        settings: Settings of retrieval, each as `name=value` pairs with spaces; none: the defaults, with and without
+            training mentions.
+    """
+    prepare(data, language_model, mention_encoder)
+    rows = pq.read_table(data / "dev.parquet").to_pylist()
+    if num_mentions is not None:
+        rows = random.Random(SEED).sample(rows, num_mentions)
+    rows.sort(key=lambda row: (row["mention"], row["mention_id"]))
+    buckets = buckets_of(rows, data)
+    linker = Linker(
+        LinkConfig(
+            input=str(data / "dev.parquet"),
+            output=str(WORK / "linked"),
+            knowledge_base=str(WORK / "knowledge_base"),
+            demonstrations=str(WORK / "demonstrations"),
+            language_model=EngineSettings(name=language_model, dtype="float32"),
+            retrieval=RetrievalSettings(mention_encoder=mention_encoder),
+            max_failed_fraction=0.0,
+        )
+    )
+    command = (
+        f"python benchmarks/cards.py DATA --language-model {language_model} --mention-encoder {mention_encoder} "
+        + ("" if num_mentions is None else f"--num-mentions {num_mentions} ")
+    )
+    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for text in settings or ("zero_shot=0", "zero_shot=1"):
+        key = f"{text} ({len(rows)})"
+        if key not in results:
+            values = measured(linker, rows, buckets, text)
+            what = f"WikiDiverse dev, text only, {len(rows)} mentions, SmolLM2-135M in float32, 7,642 names"
+            results[key] = record(values, f'{command}--settings "{text}"', what)
+            RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+            if not settings and num_mentions is None:
+                publish(values, "zero_shot" if text == "zero_shot=1" else "cards", command.rstrip(), what)
+        logger.info("%s %s", key, {name: v for name, v in results[key]["value"].items() if name != "right"})
+
+
+def publish(values: dict[str, object], name: str, command: str, what: str) -> None:
+    """Note the figures of the defaults among the published ones."""
+    published = json.loads(PUBLISHED.read_text())
+    published |= {f"{name}.{key}": record(value, command, what) for key, value in values.items() if key != "right"}
+    PUBLISHED.write_text(json.dumps(published, indent=2) + "\n")
+
+
+def prepare(data: Path, language_model: str, mention_encoder: str) -> None:
+    """Build the knowledge base with its evidence index and the demonstration index, where they are missing."""
+    knowledge_base = WORK / "knowledge_base"
+    encoder = MentionEncoder(mention_encoder)
+    if not (knowledge_base / "knowledge_base.json").exists():
+        entities = read_entities(str(data / "entities.parquet"))
+        build_knowledge_base(entities, load_tokenizer(language_model), knowledge_base, KnowledgeBaseSettings())
+        table = KnowledgeBase.open(knowledge_base, verify=True).table()
+        checksum = str(read_contents(knowledge_base)["entities_sha256"])
+        build_evidence(table, knowledge_base / DIRECTORY, knowledge_base=checksum, mention_encoder=encoder)
+    if not (WORK / "demonstrations/index.json").exists():
+        names = read_names(str(data / "entities.parquet"))
+        demonstrations = read_demonstrations(str(data / "train.parquet"), names)
+        DemonstrationIndex.build(WORK / "demonstrations", demonstrations, encoder)
+
+
+def buckets_of(rows: Sequence[dict[str, Any]], data: Path) -> list[str]:
+    """The bucket of each mention, by what training has seen of it."""
+    train = pq.read_table(data / "train.parquet", columns=["mention", "entity_id"]).to_pylist()
+    forms, entities = {row["mention"] for row in train}, {row["entity_id"] for row in train}
+    names = {row["entity_id"]: row["name"] for row in pq.read_table(data / "entities.parquet").to_pylist()}
+
+    def bucket(row: dict[str, Any]) -> str:
+        if row["mention"] in forms:
+            return "form_seen"
+        if row["entity_id"] in entities:
+            return "entity_seen_form_unseen"
+        is_name = row["mention"].casefold() == names[row["entity_id"]].casefold()
+        return "unseen_name_is_form" if is_name else "unseen_other_name"
+
+    return [bucket(row) for row in rows]
+
+
+def measured(linker: Linker, rows: Sequence[dict[str, Any]], buckets: Sequence[str], text: str) -> dict[str, object]:
+    """Accuracy in all and by bucket, rollouts and prompt tokens for a mention, and each mention's digit."""
+    changes = {name: int(value) for name, value in (pair.split("=") for pair in text.split())}
+    is_zero_shot = bool(changes.pop("zero_shot", 0))
+    config, artifacts = linker.config, linker.generator.artifacts
+    settings = replace(config.retrieval, **changes)
+    index = None if is_zero_shot else artifacts.index
+    linker.retriever = Retriever(settings, artifacts.knowledge_base, index, artifacts.evidence)
+    mentions = [Mention(row["mention_id"], row["text"], row["mention"]) for row in rows]
+    before, started = linker.generator.engine.cache_statistics.num_prompt_tokens, time.perf_counter()
+    predictions: list[Prediction] = linker.link(mentions, [None] * len(mentions))
+    right = [prediction.entity_id == row["entity_id"] for prediction, row in zip(predictions, rows, strict=True)]
+    of_bucket = defaultdict(list)
+    for bucket, is_right in zip(buckets, right, strict=True):
+        of_bucket[bucket].append(is_right)
+    return {
+        "all": round(float(np.mean(right)), 4),
+        **{bucket: round(float(np.mean(values)), 4) for bucket, values in sorted(of_bucket.items())},
+        "rollouts": round(float(np.mean([prediction.num_rollouts or 0 for prediction in predictions])), 2),
+        "certified": round(float(np.mean([bool(prediction.certified) for prediction in predictions])), 4),
+        "prompt_tokens": round(
+            (linker.generator.engine.cache_statistics.num_prompt_tokens - before) / len(predictions), 1
+        ),
+        "seconds": round(time.perf_counter() - started, 1),
+        "mentions": len(predictions),
+        "right": to_digits(right),
+    }
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    tyro.cli(main)

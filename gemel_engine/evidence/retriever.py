@@ -1,0 +1,113 @@
+"""Find what a prompt shows before its question: demonstrations, and cards of candidate entities.
+
+What depends on the surface form alone comes first, so that mentions of one surface form share the
+beginning of their prompts; what the text and the picture of a mention select comes last.
+
+Shapes: B mentions, C vision width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from gemel_engine.config.components import RetrievalSettings
+from gemel_engine.evidence.forms import FormStatistics
+from gemel_engine.evidence.index import EvidenceIndex
+from gemel_engine.evidence.pool import CandidatePool, Pool, PoolSettings
+from gemel_engine.evidence.retrieved import PromptItem, Retrieved
+from gemel_engine.knowledge_base.store import KnowledgeBase
+from gemel_engine.retrieval.encoder import MentionEncoder
+from gemel_engine.retrieval.index import DemonstrationIndex
+from gemel_engine.retrieval.retriever import DemonstrationRetriever
+from gemel_engine.types import Features, Mention, are_features
+
+
+class Retriever:
+    """Finds demonstrations, candidates and cards for mentions.
+
+    Args:
+        settings: How many of each there are.
+        knowledge_base: Knowledge base of the run.
+        index: Demonstration index; None without demonstrations.
+        evidence: Evidence index of the knowledge base; None: no candidates and no cards.
+        device: torch device of the mention encoder.
+
+    Attributes:
+        encoder: Mention encoder; None if nothing needs it.
+        demonstrations: Retriever of demonstrations; None without demonstrations.
+    """
+
+    def __init__(
+        self,
+        settings: RetrievalSettings,
+        knowledge_base: KnowledgeBase,
+        index: DemonstrationIndex | None,
+        evidence: EvidenceIndex | None,
+        device: str = "cpu",
+    ) -> None:
+        self._settings = settings
+        self._embeds_texts = evidence is not None and evidence.texts is not None
+        self.encoder: MentionEncoder | None = None
+        if settings.mention_encoder is not None and (index is not None or self._embeds_texts):
+            self.encoder = MentionEncoder(settings.mention_encoder, device)
+        self.demonstrations: DemonstrationRetriever | None = None
+        if index is not None and self.encoder is not None:
+            self.demonstrations = DemonstrationRetriever(settings, index, self.encoder)
+        self._pool: CandidatePool | None = None
+        self._vision_width: int | None = None
+        if evidence is not None and settings.num_candidates:
+            forms = None if index is None else FormStatistics.of_index(index, knowledge_base)
+            self._pool = CandidatePool(evidence, forms, PoolSettings(size=settings.num_candidates))
+            self._vision_width = None if evidence.pictures is None else evidence.pictures.width
+
+    def retrieve(self, mentions: Sequence[Mention], features: Sequence[Features | None]) -> list[Retrieved]:
+        """Return what is found for each of B mentions.
+
+        Args:
+            mentions: Mentions without faults.
+            features: Image features (C,) of each mention; None without a picture.
+
+        Raises:
+            InputError: A mention would be its own demonstration although its group is left out.
+        """
+        num_shared = self._settings.num_demonstrations
+        rows: list[list[int]] = [[] for _ in mentions]
+        if self.demonstrations is not None and num_shared:
+            rows = self.demonstrations.retrieve(mentions, features)
+        pools = self._pools(mentions, features)
+        return [self._arranged(found, pool) for found, pool in zip(rows, pools, strict=True)]
+
+    def _pools(self, mentions: Sequence[Mention], features: Sequence[Features | None]) -> Iterator[Pool]:
+        if self._pool is None:
+            return iter([Pool()] * len(mentions))
+        of_forms = of_texts = None
+        if self.encoder is not None:
+            of_forms = self.encoder.encode([mention.mention for mention in mentions])
+            if self._embeds_texts:
+                of_texts = self.encoder.encode([mention.text for mention in mentions])
+        width = self._vision_width
+        usable = [
+            item if width is not None and item is not None and are_features(item, width) else None for item in features
+        ]
+        return iter(
+            self._pool.pool(mentions, of_forms, of_texts, usable, leave_out_own_group=self._settings.exclude_group)
+        )
+
+    def _arranged(self, demonstrations: Sequence[int], pool: Pool) -> Retrieved:
+        """Return the items of a prompt: in each part the best one is the last."""
+        settings = self._settings
+        cards = pool.of_form[: settings.num_cards]
+        own = [candidate.row for candidate in pool.candidates if candidate.row not in cards][: settings.num_own_cards]
+        shared_rows = demonstrations[: settings.num_demonstrations]
+        by_picture = demonstrations[len(shared_rows) :]
+        shared = _in_order(settings, map(PromptItem, shared_rows), (PromptItem(row, True) for row in reversed(cards)))
+        last = _in_order(settings, map(PromptItem, by_picture), (PromptItem(row, True) for row in reversed(own)))
+        return Retrieved(shared, last, pool.candidates)
+
+
+def _in_order(
+    settings: RetrievalSettings, demonstrations: Iterable[PromptItem], cards: Iterable[PromptItem]
+) -> tuple[PromptItem, ...]:
+    """Join demonstrations and cards in the order of `cards_first`."""
+    first, second = (cards, demonstrations) if settings.cards_first else (demonstrations, cards)
+    return (*first, *second)
