@@ -17,7 +17,7 @@ import random
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,11 @@ import pyarrow.parquet as pq
 import tyro
 from record import record, to_digits
 
-from gemel_engine.config.components import EngineSettings, RetrievalSettings
+from gemel_engine.config.components import EngineSettings, KnowledgeBaseSettings, RetrievalSettings
 from gemel_engine.config.settings import LinkConfig
 from gemel_engine.evidence.index import DIRECTORY, build_evidence
 from gemel_engine.evidence.retriever import Retriever
-from gemel_engine.knowledge_base.build import KnowledgeBaseSettings, build_knowledge_base, read_entities
+from gemel_engine.knowledge_base.build import build_knowledge_base, read_entities
 from gemel_engine.knowledge_base.store import KnowledgeBase
 from gemel_engine.knowledge_base.update_files import read_contents
 from gemel_engine.linker import Linker
@@ -145,7 +145,7 @@ def measured(linker: Linker, rows: Sequence[dict[str, Any]], buckets: Sequence[s
     changes = {name: int(value) for name, value in (pair.split("=") for pair in text.split())}
     is_zero_shot = bool(changes.pop("zero_shot", 0))
     config, artifacts = linker.config, linker.generator.artifacts
-    settings = replace(config.retrieval, **changes)
+    settings = RetrievalSettings(**{**asdict(config.retrieval), **changes})
     index = None if is_zero_shot else artifacts.index
     linker.retriever = Retriever(settings, artifacts.knowledge_base, index, artifacts.evidence)
     mentions = [Mention(row["mention_id"], row["text"], row["mention"]) for row in rows]

@@ -69,17 +69,24 @@ class Column:
         accepts: Function that returns whether a stored type, neither null nor a dictionary, can be
             converted to `type`.
         item: Column of the items of a list, used instead of `accepts`; None for other types.
+        takes_one: Whether a list is also read from a single item, as a list of that item.
     """
 
     type: pa.DataType
     expected: str
     accepts: Callable[[pa.DataType], bool] = lambda found: True
     item: Column | None = None
+    takes_one: bool = False
 
     @classmethod
     def list_of(cls, item: Column) -> Column:
         """Return a column of lists of `item`."""
         return cls(pa.list_(item.type), f"list of {item.expected}s", item=item)
+
+    @classmethod
+    def one_or_list_of(cls, item: Column) -> Column:
+        """Return a column of lists of `item`, in which a table may also store one item per row."""
+        return cls(pa.list_(item.type), f"{item.expected} or list of {item.expected}s", item=item, takes_one=True)
 
     @classmethod
     def like(cls, wanted: pa.DataType) -> Column:
@@ -113,7 +120,8 @@ class Column:
         if pa.types.is_null(found):
             return True
         if self.item is not None:
-            return is_any_list(found) and self.item.takes(found.value_type)
+            is_list = is_any_list(found) and self.item.takes(found.value_type)
+            return is_list or (self.takes_one and self.item.takes(found))
         return self.accepts(found)
 
 
@@ -122,6 +130,9 @@ IDENTIFIER = Column(pa.large_string(), "string", _is_identifier)
 BYTES = Column(pa.large_binary(), "binary", _is_bytes)
 NUMBER = Column(pa.float64(), "number", _is_number)
 BOOLEAN = Column(pa.bool_(), "boolean", pa.types.is_boolean)
+
+FEATURES = Column.list_of(Column(pa.float64(), "float", pa.types.is_floating))
+PICTURE = Column(pa.large_binary(), "binary", _is_picture)
 
 MENTION_COLUMNS = {
     "mention_id": IDENTIFIER,
@@ -133,8 +144,8 @@ MENTION_COLUMNS = {
     "candidate_ids": Column.list_of(IDENTIFIER),
     "group": IDENTIFIER,
     "image_uri": TEXT,
-    "image_bytes": Column(pa.large_binary(), "binary", _is_picture),
-    "image_features": Column.list_of(Column(pa.float64(), "float", pa.types.is_floating)),
+    "image_bytes": PICTURE,
+    "image_features": FEATURES,
     "entity_id": IDENTIFIER,
     "entity_name": TEXT,
 }

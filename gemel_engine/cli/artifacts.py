@@ -63,8 +63,8 @@ def build_kb(
 
     Args:
         entities: Parquet file or directory of Parquet files, local or s3://bucket/prefix. Required
-            columns: `entity_id` and `name`; optional columns: `description`, `popularity`,
-            `image_uri`, `aliases`.
+            columns: `entity_id` and `name`; optional columns: `aliases`, `description`,
+            `popularity`, `language` (of name and description), `image_uri`.
         output_dir: New or empty local directory.
         names: Which names are usable.
     """
@@ -76,12 +76,15 @@ def build_kb(
         read_entities(entities), load_tokenizer(names.tokenizer), output_dir, names.settings()
     )
     logger.info(
-        "%s: %d entities, %d names of at most %d tokens, %d entities skipped, in %.1f s",
+        "%s: %d entities, %d names of at most %d tokens, %d entities skipped, %d aliases repeated, %d aliases "
+        "that are names of other entities, in %.1f s",
         output_dir,
         report.num_entities,
         report.num_names,
         report.longest_name,
         sum(report.num_skipped.values()),
+        report.num_repeated_aliases,
+        report.num_aliases_like_names,
         time.perf_counter() - started,
     )
 

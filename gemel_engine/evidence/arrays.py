@@ -1,11 +1,14 @@
-"""Arrays of the evidence index on disk, mapped into memory."""
+"""Arrays of the evidence index on disk, mapped into memory; an array may be larger than the memory."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.lib.format import open_memmap
 from numpy.typing import DTypeLike, NDArray
 
 from gemel_engine.errors import ArtifactError
@@ -25,3 +28,28 @@ def open_array(path: Path, dtype: DTypeLike, num_dimensions: int) -> NDArray[Any
     if array.dtype != dtype or array.ndim != num_dimensions:
         raise ArtifactError(f"{path} holds {array.dtype} of shape {array.shape}; build the evidence index again")
     return array
+
+
+def create_array(path: Path, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Create a file of an array of float32 and map it, to be filled; it begins with zeros."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if 0 in shape:  # nothing to map
+        np.save(path, np.zeros(shape, np.float32))
+        return np.zeros(shape, np.float32)
+    array: NDArray[np.float32] = open_memmap(path, "w+", np.float32, shape)  # type: ignore[no-untyped-call]
+    return array
+
+
+@contextmanager
+def scratch_array(path: Path, shape: tuple[int, ...]) -> Iterator[NDArray[np.float32]]:
+    """Yield a mapped array of float32 whose file is removed at the end."""
+    try:
+        yield create_array(path, shape)
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def chunks(num_rows: int, size: int = 1 << 13) -> Iterator[slice]:
+    """Yield slices that cover `num_rows` rows, `size` at a time."""
+    for start in range(0, num_rows, size):
+        yield slice(start, min(start + size, num_rows))

@@ -7,27 +7,26 @@
     pictures/       features of pictures (see `pictures`), optional
     popularity.npy  popularity of each entity, 0 where it is unknown, optional
 
-An entity is identified by its row in the knowledge base.
+An entity is identified by its row in the knowledge base, in whose directory the index is.
 
 Shapes: S entities.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 import pyarrow as pa
-from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 from pydantic import ConfigDict, PositiveInt, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from gemel_engine.errors import ArtifactError, InputError
-from gemel_engine.evidence.arrays import open_array
+from gemel_engine.evidence.arrays import chunks, open_array, scratch_array
 from gemel_engine.evidence.dense import DenseIndex, DenseSettings
 from gemel_engine.evidence.dictionary import NameDictionary
 from gemel_engine.evidence.lexical import LexicalIndex
@@ -39,7 +38,8 @@ from gemel_engine.types import Features
 
 FORMAT_VERSION = 1
 MANIFEST = "evidence.json"
-DIRECTORY = "evidence"  # within the directory of a knowledge base
+DIRECTORY = "evidence"  # in the directory of the knowledge base
+TEXTS, PICTURES = "texts", "pictures"
 _POPULARITY = "popularity.npy"
 _CHUNK = 1 << 13
 
@@ -51,12 +51,13 @@ class EntityPictures:
     Attributes:
         features: Features of N pictures, shape (N, C).
         rows: Entity of each picture, shape (N,).
-        image_encoder_fingerprint: Fingerprint of the encoder that computed the features.
+        image_encoder_fingerprint: Fingerprint of the encoder that computed the features; None:
+            unknown.
     """
 
     features: Features
     rows: NDArray[np.uint32]
-    image_encoder_fingerprint: str
+    image_encoder_fingerprint: str | None
 
 
 @pydantic_dataclass(frozen=True, slots=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
@@ -64,14 +65,16 @@ class EvidenceManifest:
     """The contents of `evidence.json`.
 
     Attributes:
-        knowledge_base: Checksum of the entities that the index was built from.
+        knowledge_base: Checksum of the entities that the index was built from: the
+            `entities_sha256` of `knowledge_base.json`.
         num_entities: S, the number of entities.
         num_names: Number of names and aliases in the lexical index.
         num_texts: Number of embedded names, aliases and descriptions.
         num_pictures: Number of pictures.
         has_popularity: Whether the popularity of any entity is known.
         mention_encoder_fingerprint: `MentionEncoder.fingerprint`; None without embeddings.
-        image_encoder_fingerprint: Fingerprint of the image encoder; None without pictures.
+        image_encoder_fingerprint: Fingerprint of the image encoder; None without pictures, or if
+            their features were given with the entities.
         files: Checksum of every other file, by its relative path.
     """
 
@@ -137,27 +140,10 @@ class EvidenceIndex:
             manifest,
             NameDictionary.open(directory / "dictionary"),
             LexicalIndex.open(directory / "lexical"),
-            DenseIndex.open(directory / "texts") if manifest.num_texts else None,
-            PictureIndex.open(directory / "pictures") if manifest.num_pictures else None,
+            DenseIndex.open(directory / TEXTS) if manifest.num_texts else None,
+            PictureIndex.open(directory / PICTURES) if manifest.num_pictures else None,
             popularity,
         )
-
-
-def open_evidence(knowledge_base: Path, *, verify: bool = False) -> EvidenceIndex | None:
-    """Open the evidence index of a knowledge base; return None if it has none.
-
-    Args:
-        knowledge_base: Local directory of the knowledge base.
-        verify: See `EvidenceIndex.open`.
-
-    Raises:
-        ArtifactError: The index is damaged, or is that of other entities.
-    """
-    directory = knowledge_base / DIRECTORY
-    if not directory.exists():
-        return None
-    entities = read_contents(knowledge_base).get("entities_sha256")
-    return EvidenceIndex.open(directory, knowledge_base=str(entities), verify=verify)
 
 
 def build_evidence(
@@ -183,33 +169,94 @@ def build_evidence(
     Raises:
         InputError: There are no entities.
     """
+    if mention_encoder is not None:
+        _build_texts(directory / TEXTS, entities, mention_encoder, settings)
+    if pictures is not None and len(pictures.rows):
+        PictureIndex.build(directory / PICTURES, pictures.features, pictures.rows, len(entities), settings)
+    return complete_evidence(
+        entities,
+        directory,
+        knowledge_base=knowledge_base,
+        mention_encoder_fingerprint=None if mention_encoder is None else mention_encoder.fingerprint,
+        image_encoder_fingerprint=None if pictures is None else pictures.image_encoder_fingerprint,
+    )
+
+
+def complete_evidence(
+    entities: pa.Table,
+    directory: Path,
+    *,
+    knowledge_base: str,
+    mention_encoder_fingerprint: str | None,
+    image_encoder_fingerprint: str | None,
+) -> EvidenceIndex:
+    """Write all of an evidence index but embeddings and pictures, which are there if it has any.
+
+    Args:
+        entities: As for `build_evidence`.
+        directory: Output directory, empty but for `texts` and `pictures`.
+        knowledge_base: Checksum of these entities.
+        mention_encoder_fingerprint: Fingerprint of the encoder of `texts`; None without.
+        image_encoder_fingerprint: Fingerprint of the encoder of `pictures`; None if unknown.
+
+    Raises:
+        InputError: There are no entities.
+    """
     if not len(entities):
         raise InputError("there are no entities; give a table with at least one row")
     directory.mkdir(parents=True, exist_ok=True)
     NameDictionary.build(directory / "dictionary", _names_and_aliases(entities))
     names = ((row, text) for row, name, aliases in _names_and_aliases(entities) for text in (name, *aliases))
     lexical = LexicalIndex.build(directory / "lexical", names)
-    num_texts = 0
-    if mention_encoder is not None:
-        num_texts = _build_texts(directory / "texts", entities, mention_encoder, settings)
-    if pictures is not None and len(pictures.rows):
-        PictureIndex.build(directory / "pictures", pictures.features, pictures.rows, len(entities), settings)
     has_popularity = "popularity" in entities.column_names and entities["popularity"].null_count < len(entities)
     if has_popularity:
         np.save(directory / _POPULARITY, _popularity(entities["popularity"]))
+    has_texts, has_pictures = (directory / TEXTS).is_dir(), (directory / PICTURES).is_dir()
     manifest = EvidenceManifest(
         knowledge_base=knowledge_base,
         num_entities=len(entities),
         num_names=lexical.num_documents,
-        num_texts=num_texts,
-        num_pictures=0 if pictures is None else len(pictures.rows),
+        num_texts=DenseIndex.open(directory / TEXTS).num_vectors if has_texts else 0,
+        num_pictures=PictureIndex.open(directory / PICTURES).num_pictures if has_pictures else 0,
         has_popularity=has_popularity,
-        mention_encoder_fingerprint=None if mention_encoder is None else mention_encoder.fingerprint,
-        image_encoder_fingerprint=None if pictures is None else pictures.image_encoder_fingerprint,
+        mention_encoder_fingerprint=mention_encoder_fingerprint,
+        image_encoder_fingerprint=image_encoder_fingerprint,
         files={name: file_sha256(directory / name) for name in _files(directory)},
     )
     write_manifest(directory / MANIFEST, FORMAT_VERSION, asdict(manifest))
     return EvidenceIndex.open(directory)
+
+
+def open_evidence(knowledge_base_directory: Path, *, verify: bool = False) -> EvidenceIndex | None:
+    """Open the evidence index of a knowledge base; None if it was built without one.
+
+    Args:
+        knowledge_base_directory: Local directory of the knowledge base.
+        verify: Whether to compare every file with its checksum, as is due once for files from
+            elsewhere.
+
+    Raises:
+        ArtifactError: The index or the knowledge base is damaged, or the index is that of another
+            knowledge base.
+    """
+    directory = knowledge_base_directory / DIRECTORY
+    if not directory.is_dir():
+        return None
+    return EvidenceIndex.open(directory, knowledge_base=entities_checksum(knowledge_base_directory), verify=verify)
+
+
+def entities_checksum(knowledge_base_directory: Path) -> str:
+    """Return the checksum of a knowledge base's entities, from its manifest.
+
+    Raises:
+        ArtifactError: The manifest is missing or damaged.
+    """
+    return str(read_contents(knowledge_base_directory).get("entities_sha256"))
+
+
+def texts_of(name: str, aliases: Iterable[str | None] | None, description: str | None) -> list[str]:
+    """Return the texts of an entity that are embedded, each once."""
+    return list(dict.fromkeys(text for text in (name, *(aliases or ()), description) if text))
 
 
 def _names_and_aliases(entities: pa.Table) -> Iterator[tuple[int, str, list[str]]]:
@@ -222,27 +269,20 @@ def _names_and_aliases(entities: pa.Table) -> Iterator[tuple[int, str, list[str]
             row += 1
 
 
-def _build_texts(directory: Path, entities: pa.Table, encoder: MentionEncoder, settings: DenseSettings | None) -> int:
-    """Embed and index names, aliases and descriptions; embeddings are kept in a temporary file.
-
-    Returns:
-        Number of embedded texts.
-    """
-    texts = [(row, text) for row, name, aliases in _names_and_aliases(entities) for text in (name, *aliases)]
-    if "description" in entities.column_names:
-        texts += [(row, text) for row, text in enumerate(entities["description"].to_pylist()) if text]
-    directory.mkdir(parents=True, exist_ok=True)
-    scratch = directory / "embeddings.tmp"
-    vectors: NDArray[np.float32] = open_memmap(  # type: ignore[no-untyped-call]
-        scratch, "w+", np.float32, (len(texts), encoder.width)
-    )
-    for start in range(0, len(texts), _CHUNK):
-        part = texts[start : start + _CHUNK]
-        vectors[start : start + len(part)] = encoder.encode([text for _, text in part])
+def _build_texts(directory: Path, entities: pa.Table, encoder: MentionEncoder, settings: DenseSettings | None) -> None:
+    """Embed and index names, aliases and descriptions; embeddings are kept in a temporary file."""
+    has_descriptions = "description" in entities.column_names
+    descriptions = entities["description"].to_pylist() if has_descriptions else [None] * len(entities)
+    texts = [
+        (row, text)
+        for row, name, aliases in _names_and_aliases(entities)
+        for text in texts_of(name, aliases, descriptions[row])
+    ]
     rows = np.array([row for row, _ in texts], np.uint32)
-    DenseIndex.build(directory, vectors, rows, len(entities), settings)
-    scratch.unlink()
-    return len(texts)
+    with scratch_array(directory / "embeddings.tmp", (len(texts), encoder.width)) as vectors:
+        for part in chunks(len(texts)):
+            vectors[part] = encoder.encode([text for _, text in texts[part]])
+        DenseIndex.build(directory, vectors, rows, len(entities), settings)
 
 
 def _popularity(column: pa.ChunkedArray) -> NDArray[np.float32]:

@@ -3,7 +3,12 @@
 The similarity is the cosine of features that are standardised over all entities' pictures, as for
 demonstrations.
 
-Shapes: N pictures, C vision width.
+    features.npy    features as the image encoder computed them, sorted by entity, (N, C) float32
+    entities.npy    entity of each picture, (N,)
+    moments.npy     mean and standard deviation of the features, (2, C)
+    dense.json      and other files of `dense`: the standardised features
+
+Shapes: S entities, N pictures, C vision width.
 """
 
 from __future__ import annotations
@@ -16,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemel_engine.errors import ArtifactError
-from gemel_engine.evidence.arrays import open_array
+from gemel_engine.evidence.arrays import chunks, create_array, open_array, scratch_array
 from gemel_engine.evidence.dense import DenseIndex, DenseSettings
 from gemel_engine.types import Features
 
@@ -24,11 +29,20 @@ _SMALLEST = 1e-6
 
 
 class PictureIndex:
-    """Finds entities by the similarity of their pictures; an entity may have several pictures."""
+    """Finds entities by the similarity of their pictures; an entity may have several pictures.
 
-    def __init__(self, moments: NDArray[np.float32], index: DenseIndex) -> None:
-        self._moments = moments  # mean and standard deviation: (2, C)
-        self._index = index
+    Attributes:
+        features: Features of all pictures, sorted by entity, shape (N, C).
+        entities: Entity of each picture, shape (N,).
+        moments: Mean and standard deviation by which features are standardised, shape (2, C).
+        index: Index of the standardised features.
+    """
+
+    def __init__(
+        self, features: Features, entities: NDArray[np.uint32], moments: NDArray[np.float32], index: DenseIndex
+    ) -> None:
+        self.features, self.entities, self.moments = features, entities, moments
+        self.index = index
 
     @classmethod
     def build(
@@ -43,15 +57,18 @@ class PictureIndex:
 
         Args:
             directory: Output directory, created if it does not exist.
-            features: Features of the pictures, shape (N, C).
-            rows: Entity of each picture, shape (N,).
-            num_rows: Number of entities.
+            features: Features of the pictures, shape (N, C); may be mapped from a file.
+            rows: Entity of each picture, shape (N,); an entity's pictures keep their order.
+            num_rows: Number of entities, S.
             settings: How vectors are stored and searched; None: the defaults.
         """
-        directory.mkdir(parents=True, exist_ok=True)
-        moments = np.stack([features.mean(axis=0), np.maximum(features.std(axis=0), _SMALLEST)]).astype(np.float32)
+        ordered, entities = write_features(directory, features, rows)
+        moments = _moments(ordered)
         np.save(directory / "moments.npy", moments)
-        DenseIndex.build(directory, _standardised(features, moments), rows, num_rows, settings)
+        with scratch_array(directory / "standardised.tmp", ordered.shape) as vectors:
+            for part in chunks(len(ordered)):
+                vectors[part] = standardised(ordered[part], moments)
+            DenseIndex.build(directory, vectors, entities, num_rows, settings)
         return cls.open(directory)
 
     @classmethod
@@ -62,23 +79,29 @@ class PictureIndex:
             ArtifactError: A file is missing, damaged, or does not fit the others.
         """
         moments, index = open_array(directory / "moments.npy", np.float32, 2), DenseIndex.open(directory)
-        if moments.shape != (2, index.width):
-            raise ArtifactError(f"{directory} has moments of shape {moments.shape}; build the evidence index again")
-        return cls(moments, index)
+        features = open_array(directory / "features.npy", np.float32, 2)
+        entities = open_array(directory / "entities.npy", np.uint32, 1)
+        shapes = features.shape, entities.shape, moments.shape
+        if shapes != ((index.num_vectors, index.width), (index.num_vectors,), (2, index.width)):
+            raise ArtifactError(f"the arrays in {directory} have the shapes {shapes}; build the evidence index again")
+        return cls(features, entities, moments, index)
+
+    def features_of(self, row: int) -> Features | None:
+        """Return the features (C,) of an entity's first picture, not standardised; None without."""
+        place = int(np.searchsorted(self.entities, row))
+        if place == len(self.entities) or self.entities[place] != row:
+            return None
+        return np.array(self.features[place])
 
     @property
     def num_pictures(self) -> int:
         """Number of pictures, N."""
-        return self._index.num_vectors
+        return self.index.num_vectors
 
     @property
     def width(self) -> int:
         """Vision width, C."""
-        return self._index.width
-
-    def features_of(self, row: int) -> Features | None:
-        """Return the features (C,) of the first picture of an entity; None without a picture."""
-        return None  # replaced when branch kb is merged
+        return self.index.width
 
     def nearest(self, features: Sequence[Features | None], limit: int) -> list[list[tuple[int, float]]]:
         """Return (entity, similarity) pairs of the pictures most similar to each query.
@@ -87,15 +110,37 @@ class PictureIndex:
             features: Features of each query, shape (C,); None finds nothing.
             limit: Number of nearest pictures per query; an entity with several appears once.
         """
-        queries = np.zeros((len(features), self._index.width), np.float32)
+        queries = np.zeros((len(features), self.index.width), np.float32)
         for number, values in enumerate(features):
             if values is not None:
-                queries[number] = _standardised(values, self._moments)
-        return self._index.nearest(queries, limit)
+                queries[number] = standardised(values, self.moments)
+        return self.index.nearest(queries, limit)
 
 
-def _standardised(features: Features, moments: NDArray[np.float32]) -> NDArray[np.float32]:
+def write_features(
+    directory: Path, features: Features, rows: NDArray[np.uint32]
+) -> tuple[Features, NDArray[np.uint32]]:
+    """Write features (N, C) and their entities (N,) sorted by entity; return both."""
+    order = np.argsort(rows, kind="stable")
+    ordered = create_array(directory / "features.npy", features.shape)
+    for part in chunks(len(order)):
+        ordered[part] = features[order[part]]
+    entities = rows[order]
+    np.save(directory / "entities.npy", entities)
+    return ordered, entities
+
+
+def _moments(features: Features) -> NDArray[np.float32]:
+    """Return mean and standard deviation of features (N, C) as an array (2, C)."""
+    parts = list(chunks(len(features)))
+    mean = sum((features[part].sum(axis=0, dtype=np.float64) for part in parts), np.float64(0)) / len(features)
+    squares = (np.square(features[part] - mean).sum(axis=0) for part in parts)
+    deviation = np.sqrt(sum(squares, np.float64(0)) / len(features))
+    return np.stack([mean, np.maximum(deviation, _SMALLEST)]).astype(np.float32)
+
+
+def standardised(features: Features, moments: NDArray[np.float32]) -> NDArray[np.float32]:
     """Centre features (..., C), scale them, and normalise them to length one."""
     centred = (features - moments[0]) / moments[1]
-    standardised: NDArray[np.float32] = centred / np.maximum(np.linalg.norm(centred, axis=-1, keepdims=True), _SMALLEST)
-    return standardised.astype(np.float32)
+    scaled: NDArray[np.float32] = centred / np.maximum(np.linalg.norm(centred, axis=-1, keepdims=True), _SMALLEST)
+    return scaled.astype(np.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,22 +14,18 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
 from gemel_engine.config.components import KnowledgeBaseSettings
-from gemel_engine.errors import InputError
+from gemel_engine.errors import InputError, shown
 from gemel_engine.knowledge_base.arrays import IntArray
+from gemel_engine.knowledge_base.columns import ENTITY_COLUMNS, ENTITY_SCHEMA, PICTURE_COLUMNS, STORED_SCHEMA, as_lists
 from gemel_engine.knowledge_base.names import TokenisedNames, count_skipped, reasons_to_skip
-from gemel_engine.knowledge_base.store import (
-    ENTITY_COLUMNS,
-    ENTITY_SCHEMA,
-    FORMAT_VERSION,
-    MANIFEST,
-    STORED_SCHEMA,
-    TRIE_DIRECTORY,
-)
+from gemel_engine.knowledge_base.store import FORMAT_VERSION, MANIFEST, TRIE_DIRECTORY
 from gemel_engine.knowledge_base.trie import MANIFEST as TRIE_MANIFEST
 from gemel_engine.knowledge_base.trie import PrefixTrie
 from gemel_engine.storage import parquet
 from gemel_engine.storage.manifest import claimed, file_sha256, write_manifest
 from gemel_engine.tokenizer import tokenizer_fingerprint
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,24 +37,40 @@ class KnowledgeBaseReport:
         num_names: Number of distinct names.
         longest_name: Number of tokens of the longest name.
         num_skipped: Number of entities left out, by reason.
+        num_repeated_aliases: Number of aliases that an earlier row, or the same one, has too.
+        num_aliases_like_names: Number of aliases that are the name of another entity.
     """
 
     num_entities: int
     num_names: int
     longest_name: int
     num_skipped: dict[str, int]
+    num_repeated_aliases: int
+    num_aliases_like_names: int
 
 
 def read_entities(uri: str, also: Sequence[str] = ()) -> pa.Table:
     """Read the columns of entities, and those in `also`, from all Parquet files at an address.
 
-    Columns that the files lack are left out.
+    Columns that the files lack are left out. Pictures are not read. A warning names columns that
+    no command reads.
 
     Raises:
         InputError: There is no Parquet file, or one is unreadable or has a column of another type.
     """
-    kinds = {name: ENTITY_COLUMNS[name] for name in (*ENTITY_SCHEMA.names, *also)}
-    return parquet.read_tables(uri, kinds, list(kinds))
+    known = [*ENTITY_SCHEMA.names, *also]
+    kinds = {name: ENTITY_COLUMNS[name] for name in (*known, *PICTURE_COLUMNS)}
+    unknown: dict[str, None] = {}
+    for table in parquet.open_tables(uri, kinds):
+        unknown |= dict.fromkeys(name for name in table.names if name not in kinds)
+    if unknown:
+        logger.warning(
+            "%s: columns that nothing reads: %s; the columns of entities are %s",
+            shown(uri),
+            ", ".join(unknown),
+            ", ".join(kinds),
+        )
+    return parquet.read_tables(uri, {name: kinds[name] for name in known}, known)
 
 
 def build_knowledge_base(
@@ -116,7 +129,13 @@ def save_knowledge_base(
     path = directory / "entities.arrow"
     with pa.ipc.new_file(str(path), STORED_SCHEMA) as writer:
         writer.write_table(stored.combine_chunks())
-    report = KnowledgeBaseReport(stored.num_rows, trie.num_names, trie.longest(0), num_skipped)
+    report = KnowledgeBaseReport(
+        stored.num_rows,
+        trie.num_names,
+        trie.longest(0),
+        num_skipped,
+        *_count_aliases(stored["aliases"], stored["name"]),
+    )
     checksums = {
         "entities_sha256": file_sha256(path),
         "trie_sha256": file_sha256(directory / TRIE_DIRECTORY / TRIE_MANIFEST),
@@ -141,7 +160,8 @@ def checked_entities(entities: pa.Table) -> pa.Table:
             columns.append(pa.nulls(len(entities), column.type))
             continue
         try:
-            values = entities[column.name].cast(column.type)
+            values = entities[column.name]
+            values = (as_lists(values) if pa.types.is_list(column.type) else values).cast(column.type)
             values.validate(full=True)
         except (KeyError, pa.ArrowException) as error:
             raise InputError(f"column {column.name!r} is not valid {column.type} ({error}); correct it") from error
@@ -164,6 +184,15 @@ def _check_ids(ids: pa.ChunkedArray) -> None:
         raise InputError(
             f"{len(repeated)} entity ids occur more than once, such as {repeated[0].as_py()!r}; merge them"
         )
+
+
+def _count_aliases(aliases: pa.ChunkedArray, names: pa.ChunkedArray) -> tuple[int, int]:
+    """Return the number of repeated aliases, and of those that are names of other entities."""
+    lists = aliases.combine_chunks()
+    flat, own = pc.list_flatten(lists), names.combine_chunks().take(pc.list_parent_indices(lists))
+    is_name = pc.and_(pc.is_in(flat, names.combine_chunks()), pc.not_equal(flat, own))
+    num_repeated = len(flat) - flat.null_count - pc.count_distinct(flat).as_py()
+    return num_repeated, pc.sum(is_name, min_count=0).as_py()
 
 
 def _sort_entities(entities: pa.Table, name_of_row: NDArray[np.intp]) -> pa.Table:

@@ -26,49 +26,47 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from gemel_engine.errors import ArtifactError
+from gemel_engine.knowledge_base.columns import (
+    ENTITY_SCHEMA,
+    STORED_SCHEMA,
+    ListColumn,
+    StringColumn,
+    as_stored,
+    earlier_schema,
+)
 from gemel_engine.knowledge_base.trie import MANIFEST as TRIE_MANIFEST
 from gemel_engine.knowledge_base.trie import PrefixTrie
 from gemel_engine.storage import parquet
 from gemel_engine.storage.manifest import file_sha256, read_manifest
-from gemel_engine.types import BOOLEAN, IDENTIFIER, NUMBER, TEXT, Column
 
 FORMAT_VERSION = 2
 WITHOUT_CHECKSUM = 1  # the previous format version, whose manifest lacks the checksum of the trie
 MANIFEST = "knowledge_base.json"
 TRIE_DIRECTORY = "trie"
-
-ENTITY_SCHEMA = pa.schema(
-    [
-        pa.field("entity_id", pa.large_string()),
-        pa.field("name", pa.large_string()),
-        pa.field("description", pa.large_string()),
-        pa.field("popularity", pa.float64()),
-        pa.field("image_uri", pa.large_string()),
-        pa.field("aliases", pa.list_(pa.large_string())),
-    ]
-)
-ENTITY_COLUMNS = {
-    "entity_id": IDENTIFIER,
-    "name": IDENTIFIER,  # a name may be a number, such as 1984
-    "description": TEXT,
-    "popularity": NUMBER,
-    "image_uri": TEXT,
-    "aliases": Column.list_of(IDENTIFIER),
-    "retired": BOOLEAN,  # only in updates
-}
-# row_by_id sorts the rows by id: its i-th value is the row with the i-th smallest entity id.
-STORED_SCHEMA = pa.schema([*ENTITY_SCHEMA, pa.field("name_index", pa.uint32()), pa.field("row_by_id", pa.uint32())])
+_TEXTS = ("description", "language")
 
 
 @dataclass(frozen=True, slots=True)
 class Entity:
-    """One record of the knowledge base."""
+    """One record of the knowledge base.
+
+    Attributes:
+        entity_id: Identifier, unique in the knowledge base.
+        name: Name, which several entities may share.
+        description: Text about the entity; None: unknown.
+        popularity: Number that is larger for better known entities; None: unknown.
+        language: Language of name and description, as the table of entities has it; None: unknown.
+        aliases: Other names.
+        image_uris: Addresses of pictures.
+    """
 
     entity_id: str
     name: str
     description: str | None
     popularity: float | None
+    language: str | None = None
     aliases: tuple[str, ...] = ()
+    image_uris: tuple[str, ...] = ()
 
 
 class KnowledgeBase:
@@ -87,8 +85,11 @@ class KnowledgeBase:
         self.trie_directory = trie_directory
         self.tokenizer_fingerprint = tokenizer_fingerprint
         self._entities = entities
-        self._ids, self._names = _Strings(entities["entity_id"]), _Strings(entities["name"])
-        self._descriptions = _Strings(entities["description"])
+        self._ids, self._names = StringColumn(entities["entity_id"]), StringColumn(entities["name"])
+        self._texts = {name: StringColumn(entities[name]) for name in _TEXTS if name in entities.schema.names}
+        self._aliases = ListColumn(entities["aliases"])
+        addresses = entities["image_uri"]  # an earlier release has stored one address per entity at most
+        self._image_uris = ListColumn(addresses) if pa.types.is_list(addresses.type) else StringColumn(addresses)
         self._name_index: NDArray[np.uint32] = entities["name_index"].to_numpy()
         self._row_by_id: NDArray[np.uint32] = entities["row_by_id"].to_numpy()
 
@@ -114,7 +115,8 @@ class KnowledgeBase:
         try:
             with parquet.open_arrow(path) as reader:
                 entities = reader.get_batch(0) if reader.num_record_batches == 1 else pa.RecordBatch.from_pylist([])
-                if reader.schema != STORED_SCHEMA or not entities.num_rows:
+                is_known = reader.schema in (STORED_SCHEMA, earlier_schema(STORED_SCHEMA))
+                if not is_known or not entities.num_rows:
                     raise ArtifactError(f"{path} has other columns than a knowledge base; build it again")
             entities.validate(full=verify)
             knowledge_base = cls(trie, directory / TRIE_DIRECTORY, entities, str(manifest.get("tokenizer_fingerprint")))
@@ -148,13 +150,14 @@ class KnowledgeBase:
         Raises:
             ArtifactError: The row is damaged.
         """
-        lacks_description = self._entities["description"].slice(row, 1).null_count
         return Entity(
             self._ids[row],
             self._names[row],
-            None if lacks_description else self._descriptions[row],
+            self._text("description", row),
             self._entities["popularity"][row].as_py(),
-            tuple(alias for alias in self._entities["aliases"][row].as_py() or () if alias),
+            self._text("language", row),
+            self._aliases[row],
+            self._image_uris_of(row),
         )
 
     def table(self) -> pa.Table:
@@ -162,7 +165,8 @@ class KnowledgeBase:
 
         Arrow does not check the string offsets in the file: open with `verify` first.
         """
-        return pa.Table.from_batches([self._entities.select([*ENTITY_SCHEMA.names, "name_index"])])
+        names = [name for name in (*ENTITY_SCHEMA.names, "name_index") if name in self._entities.schema.names]
+        return as_stored(pa.Table.from_batches([self._entities.select(names)]))
 
     def records(self, entity_ids: pa.ChunkedArray, names: pa.ChunkedArray) -> pa.Table:
         """Return id, name and popularity of the entities with one of these ids or names.
@@ -206,6 +210,17 @@ class KnowledgeBase:
         row = int(self._row_by_id[position])
         return row if self._ids[row] == entity_id else None
 
+    def _text(self, name: str, row: int) -> str | None:
+        """Return an optional text of a row; None if it is null, or if the file has no such column."""
+        is_missing = name not in self._texts or self._entities[name].slice(row, 1).null_count
+        return None if is_missing else self._texts[name][row]
+
+    def _image_uris_of(self, row: int) -> tuple[str, ...]:
+        found = self._image_uris[row]
+        if isinstance(found, str):
+            return (found,) if found else ()
+        return found
+
     def _name_of_entity(self, entity_id: str) -> int | None:
         row = self.row_of_entity(entity_id)
         return None if row is None else self.name_of_row(row)
@@ -226,31 +241,6 @@ class KnowledgeBase:
             and np.isin(steps, (0, 1)).all()
             and pc.all(pc.less(ids[:-1], ids[1:]), min_count=0).as_py()
         )
-
-
-class _Strings:
-    """The strings of a column in a mapped file, with checked offsets.
-
-    Arrow would follow damaged offsets and crash. Only the offsets of requested strings are read and
-    checked, so that opening millions of strings takes no time.
-    """
-
-    def __init__(self, column: pa.LargeStringArray) -> None:
-        _, offsets, text = column.buffers()
-        try:
-            self._offsets: NDArray[np.int64] = np.frombuffer(offsets, np.int64, len(column) + 1)
-        except ValueError as error:
-            raise ArtifactError(f"strings of the knowledge base are damaged ({error}); build it again") from error
-        self._text = memoryview(text or b"")
-
-    def __getitem__(self, row: int) -> str:
-        try:
-            start, stop = self._offsets[row : int(row) + 2].tolist()
-            if not 0 <= start <= stop <= len(self._text):
-                raise ValueError(f"a string from {start} to {stop} of {len(self._text)} bytes")
-            return str(self._text[start:stop], "utf-8")
-        except ValueError as error:
-            raise ArtifactError(f"row {row} of the knowledge base is damaged ({error}); build it again") from error
 
 
 def _check_trie(directory: Path, manifest: Mapping[str, object]) -> None:

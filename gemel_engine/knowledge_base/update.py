@@ -28,9 +28,9 @@ from gemel_engine import storage
 from gemel_engine.config.components import KnowledgeBaseSettings
 from gemel_engine.errors import ArtifactError, ConfigurationError, InputError, shown
 from gemel_engine.knowledge_base.build import KnowledgeBaseReport, save_knowledge_base
+from gemel_engine.knowledge_base.columns import ENTITY_SCHEMA
 from gemel_engine.knowledge_base.names import TokenisedNames, count_skipped, reasons_to_skip
 from gemel_engine.knowledge_base.store import (
-    ENTITY_SCHEMA,
     FORMAT_VERSION,
     MANIFEST,
     TRIE_DIRECTORY,

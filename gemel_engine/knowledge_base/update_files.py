@@ -14,7 +14,8 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from gemel_engine.errors import ArtifactError, InputError, shown
 from gemel_engine.knowledge_base.build import checked_entities
-from gemel_engine.knowledge_base.store import ENTITY_SCHEMA, FORMAT_VERSION, MANIFEST, WITHOUT_CHECKSUM
+from gemel_engine.knowledge_base.columns import ENTITY_SCHEMA, as_stored, earlier_schema
+from gemel_engine.knowledge_base.store import FORMAT_VERSION, MANIFEST, WITHOUT_CHECKSUM
 from gemel_engine.storage import parquet
 from gemel_engine.storage.manifest import file_sha256, parse_manifest, read_manifest
 
@@ -52,7 +53,7 @@ class UpdateManifest:
     """
 
     base: Base
-    kept_columns: list[Literal["description", "popularity", "image_uri", "aliases"]]
+    kept_columns: list[Literal["description", "popularity", "language", "image_uri", "aliases"]]
     changes_sha256: str
     tokenizer_fingerprint: str
     num_added: int
@@ -84,7 +85,7 @@ def read_changes(directory: Path, manifest: UpdateManifest) -> pa.Table:
     path = directory / CHANGES
     try:
         with parquet.open_arrow(path) as reader:
-            if reader.schema != CHANGES_SCHEMA:
+            if reader.schema not in (CHANGES_SCHEMA, earlier_schema(CHANGES_SCHEMA)):
                 raise ArtifactError(f"{path} has other columns than an update; write the update again")
             changes = reader.read_all()
         changes.validate(full=True)
@@ -93,7 +94,7 @@ def read_changes(directory: Path, manifest: UpdateManifest) -> pa.Table:
         raise ArtifactError(f"{path} is missing or damaged ({error}); write the update again") from error
     if is_damaged or not _is_well_formed(changes):
         raise ArtifactError(f"{path} is damaged or not of its manifest; write the update again")
-    return changes
+    return as_stored(changes)
 
 
 def _is_well_formed(changes: pa.Table) -> bool:

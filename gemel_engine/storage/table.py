@@ -245,9 +245,10 @@ class Table:
             pictures = columns[_PICTURE]
             columns[_PICTURE] = file = pc.struct_field(pictures, "bytes")
             if _ADDRESS in schema.names and pictures.type.get_field_index("path") >= 0:
-                path = self._convert(pc.struct_field(pictures, "path"), pa.large_string())
-                address = self._convert(columns.get(_ADDRESS, pa.nulls(len(batch))), pa.large_string())
-                columns[_ADDRESS] = pc.coalesce(address, pc.if_else(pc.is_null(file), path, None))
+                kind = schema.field(_ADDRESS).type
+                path = pc.if_else(pc.is_null(file), pc.struct_field(pictures, "path"), None)
+                address = self._convert(columns.get(_ADDRESS, pa.nulls(len(batch))), kind)
+                columns[_ADDRESS] = pc.coalesce(address, self._convert(path, kind))
         nulls = pa.nulls(len(batch))  # addresses, if structs have none
         return pa.table(
             [
@@ -266,6 +267,11 @@ class Table:
                 lengths = pc.binary_length(values.dictionary).take(values.indices)
                 self._check_bytes(pc.sum(lengths.cast(pa.int64())).as_py() or 0, "rows that are read at once")
             return self._convert(values.dictionary, wanted).take(values.indices)  # checks the indices
+        if _depth(values.type) < _depth(wanted) and not pa.types.is_null(values.type):  # one item instead of a list
+            offsets = pa.array(np.concatenate([[0], np.cumsum(pc.is_valid(values).to_numpy(zero_copy_only=False))]))
+            items = self._convert(values.drop_null(), wanted.value_type)
+            mask = pc.is_null(values) if values.null_count else None
+            return pa.ListArray.from_arrays(offsets.cast(pa.int32()), items, wanted, mask=mask)
         if is_any_list(values.type) and is_any_list(wanted):
             lengths = pc.if_else(pc.is_null(values), 0, pc.list_value_length(values)).to_numpy(zero_copy_only=False)
             offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
@@ -277,6 +283,11 @@ class Table:
             items = [self._convert(pc.struct_field(values, field.name), field.type) for field in wanted]
             return pa.StructArray.from_arrays(items, fields=list(wanted), mask=pc.is_null(values))
         return pc.cast(values, options=pc.CastOptions(target_type=wanted, allow_invalid_utf8=True))
+
+
+def _depth(kind: pa.DataType) -> int:
+    """Return how many lists are around a value: 0 for a type that is no list."""
+    return 1 + _depth(kind.value_type) if is_any_list(kind) else 0
 
 
 def check_memory(uri: str, num_bytes: int, stored_bytes: int, what: str) -> None:

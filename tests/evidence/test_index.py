@@ -8,11 +8,21 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from support.tables import make_tokenizer
 
+from gemel_engine.config.components import KnowledgeBaseSettings
 from gemel_engine.errors import ArtifactError, ConfigurationError, InputError
 from gemel_engine.evidence.forms import FormStatistics
-from gemel_engine.evidence.index import MANIFEST, EntityPictures, EvidenceIndex, build_evidence
+from gemel_engine.evidence.index import (
+    MANIFEST,
+    EntityPictures,
+    EvidenceIndex,
+    build_evidence,
+    entities_checksum,
+    open_evidence,
+)
 from gemel_engine.evidence.pool import CandidatePool, PoolSettings
+from gemel_engine.knowledge_base.build import build_knowledge_base
 from gemel_engine.retrieval.encoder import MentionEncoder
 from gemel_engine.types import Mention
 
@@ -124,3 +134,34 @@ def test_impossible_settings_of_a_pool_are_refused() -> None:
         PoolSettings(size=0)
     with pytest.raises(ConfigurationError, match="no source 'guess'"):
         PoolSettings(weights={"guess": 1.0})
+
+
+def test_the_raw_features_of_an_entity_s_first_picture_are_kept(tmp_path: Path) -> None:
+    features = np.random.default_rng(0).normal(3, 5, (4, 6)).astype(np.float32)
+    pictures = EntityPictures(features, np.array([3, 1, 3, 0], np.uint32), None)
+    found = build_evidence(ENTITIES, tmp_path, knowledge_base="abc", pictures=pictures).pictures
+    assert found is not None
+    kept = [found.features_of(row) for row in range(5)]
+    assert [None if values is None else values.tolist() for values in kept] == [
+        features[3].tolist(), features[1].tolist(), None, features[0].tolist(), None,
+    ]  # fmt: skip
+    assert found.nearest([features[2]], 1) == [[(3, 1.0)]]
+    np.testing.assert_allclose(found.moments[0], features.mean(axis=0), rtol=1e-5)
+    np.save(tmp_path / "pictures/features.npy", features[:3])
+    with pytest.raises(ArtifactError, match=r"arrays in .*pictures have the shapes \(\(3, 6\), \(4,\), \(2, 6\)\)"):
+        EvidenceIndex.open(tmp_path)
+
+
+def test_the_evidence_of_a_knowledge_base_lies_in_its_directory(tmp_path: Path) -> None:
+    entities = pa.table({"entity_id": ["Q1", "Q2"], "name": ["Bear", "Zoo"]})
+    directories = [tmp_path / "kb", tmp_path / "other"]
+    for directory, table in zip(directories, (entities, entities.slice(1)), strict=True):
+        build_knowledge_base(table, make_tokenizer(), directory, KnowledgeBaseSettings())
+    assert open_evidence(directories[0]) is None
+    build_evidence(entities, directories[0] / "evidence", knowledge_base=entities_checksum(directories[0]))
+    evidence = open_evidence(directories[0], verify=True)
+    assert evidence is not None
+    assert evidence.manifest.num_entities == 2
+    (directories[0] / "evidence").rename(directories[1] / "evidence")
+    with pytest.raises(ArtifactError, match="is the evidence index of another knowledge base"):
+        open_evidence(directories[1])

@@ -74,6 +74,7 @@ def test_records_come_back_with_normalised_names(built: Path) -> None:
     knowledge_base = KnowledgeBase.open(built)
     entities = {entity.entity_id: entity for entity in map(knowledge_base.entity, range(knowledge_base.num_entities))}
     assert entities["Q1"] == Entity("Q1", "Bear Island", "another", None)
+    assert entities["Q4"] == Entity("Q4", "Bear Island", "an island", 3.0, aliases=("BI",))
     assert entities["Q2"] == Entity("Q2", "Bear Island", "a film", 9.0)
     assert entities["Q0"] == Entity("Q0", "Zoé", "given name", 2.0)
 

@@ -24,7 +24,8 @@ from gemel_engine.cli.main import main
 from gemel_engine.config.components import KnowledgeBaseSettings
 from gemel_engine.errors import ArtifactError, ConfigurationError, InputError
 from gemel_engine.knowledge_base.build import build_knowledge_base
-from gemel_engine.knowledge_base.store import ENTITY_SCHEMA, KnowledgeBase
+from gemel_engine.knowledge_base.columns import ENTITY_SCHEMA
+from gemel_engine.knowledge_base.store import KnowledgeBase
 from gemel_engine.knowledge_base.update import (
     UpdateReport,
     compact_knowledge_base,
