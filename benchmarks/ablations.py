@@ -18,7 +18,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from gemel_engine.config.settings import LinkConfig
 from gemel_engine.decoding.engines.vllm import VllmEngine
 from gemel_engine.errors import MentionError
 from gemel_engine.evaluation.judge import Measured
+from gemel_engine.evidence.retrieved import PromptItem, Retrieved
 from gemel_engine.linker import Linker
 from gemel_engine.types import Features, Mention
 
@@ -190,27 +191,27 @@ def answers(corpus: Corpus, row: Row) -> Answers:
     config = load_config(LinkConfig, corpus.config, (*_BASE, *row.settings))
     linker = Linker(config)
     pictures = [None if row.change == "no pictures" else item.get("image_bytes") for item in sample]
-    encoded, demonstrations = linker.prepare(mentions, pictures)
+    encoded, retrieved = linker.prepare(mentions, pictures)
     features: list[Features | None] = [item for item in encoded if not isinstance(item, MentionError)]
     if row.change == "shuffled":
         random.Random(SEED).shuffle(features)
-        assert linker.retriever is not None, "both corpora have demonstrations"
-        demonstrations = linker.retriever.retrieve(mentions, features)
+        retrieved = linker.retriever.retrieve(mentions, features)
     elif row.change == "most similar first":
-        num_shared = config.retrieval.num_demonstrations  # those repeated for their pictures stay at the end
-        demonstrations = [[*rows[:num_shared][::-1], *rows[num_shared:]] for rows in demonstrations]
+        retrieved = [replace(found, shared=found.shared[::-1]) for found in retrieved]
     elif row.change == "by sentence":
         nearest = by_sentence(linker, mentions, config.retrieval.num_demonstrations)
-        demonstrations = [rows + old[len(rows) :] for rows, old in zip(nearest, demonstrations, strict=True)]
+        retrieved = [
+            replace(found, shared=tuple(map(PromptItem, rows))) for rows, found in zip(nearest, retrieved, strict=True)
+        ]
     if row.change == "free":
-        names = free(linker, mentions, features, demonstrations)
+        names = free(linker, mentions, features, retrieved)
         name_of = names_of_entities(corpus)
         return Answers(equal(names, [name_of[entity_id] for entity_id in gold]))
     if row.change == "beams":
-        inputs = zip(mentions, features, demonstrations, strict=True)
+        inputs = zip(mentions, features, retrieved, strict=True)
         prompts = [linker.generator.prompt(*item)[0] for item in inputs]
         return Answers(equal(Beams(config.language_model, linker.generator).entity_ids(prompts), gold))
-    predictions = linker.generator.generate(mentions, features, demonstrations)
+    predictions = linker.generator.generate(mentions, features, retrieved)
     statistics = linker.generator.engine.cache_statistics
     return Answers(
         equal([prediction.entity_id for prediction in predictions], gold),
@@ -230,7 +231,7 @@ def by_sentence(linker: Linker, mentions: Sequence[Mention], num_demonstrations:
     """The demonstrations whose surface form and text together are most similar, the most similar last."""
     index, retriever = linker.generator.artifacts.index, linker.retriever
     assert index is not None, "both corpora have demonstrations"
-    assert retriever is not None, "they are retrieved"
+    assert retriever.encoder is not None, "they are retrieved"
     shown = [index[row] for row in range(len(index))]
     known = retriever.encoder.encode([f"{item.mention}: {item.text}" for item in shown])  # (N, E)
     asked = retriever.encoder.encode([f"{mention.mention}: {mention.text}" for mention in mentions])  # (B, E)
@@ -243,15 +244,13 @@ def free(
     linker: Linker,
     mentions: Sequence[Mention],
     features: Sequence[Features | None],
-    demonstrations: Sequence[Sequence[int]],
+    retrieved: Sequence[Retrieved],
 ) -> list[str]:
     """What the language model writes without a trie, token by token the most probable."""
     generator, engine = linker.generator, linker.generator.engine
     assert isinstance(engine, VllmEngine), "the configurations' engine"
-    parameters = SamplingParams(
-        temperature=0.0, max_tokens=40, stop_token_ids=[generator._builder.terminator], detokenize=False
-    )
-    for number, inputs in enumerate(zip(mentions, features, demonstrations, strict=True)):
+    parameters = SamplingParams(temperature=0.0, max_tokens=40, stop_token_ids=[generator.terminator], detokenize=False)
+    for number, inputs in enumerate(zip(mentions, features, retrieved, strict=True)):
         prompt = engine._vllm_prompt(generator.prompt(*inputs)[0], ())
         engine._engine.add_request(str(number), prompt, parameters)
     names = [""] * len(mentions)

@@ -111,7 +111,7 @@ def budgets(
     trajectory: dict[int, list[tuple[int, bool]]] = {}
     for position, (mention, rows) in enumerate(zip(mentions, retrieved, strict=True)):
         prompt = ours.generator.prompt(mention, None, rows)[0]
-        searches[position] = prompt, Watched(names.trie, ours.generator._builder.terminator, settings)
+        searches[position] = prompt, Watched(names.trie, ours.generator.terminator, settings)
     started = time.perf_counter()
     queue = ((position, prompt, search, None) for position, (prompt, search) in searches.items())
     for _ in run_searches(ours.generator.engine, queue, ours.config.language_model.max_num_seqs):

@@ -30,7 +30,7 @@ def brute_force(wikidiverse: Path, num_mentions: int) -> dict[str, tuple[Any, st
     systems = Systems(wikidiverse, ranking="objective")
     model = FrozenLanguageModel(systems.config.language_model.name, systems.config.language_model.dtype)
     trie = systems.artifacts.knowledge_base.trie
-    terminator = systems.generator._builder.terminator
+    terminator = systems.generator.terminator
     mentions = systems.sample(2 * num_mentions, seed=1)
     _, predictions = systems.ours(mentions)
     certified = [row for row, prediction in enumerate(predictions) if prediction.certified][:num_mentions]

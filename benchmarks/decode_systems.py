@@ -24,7 +24,7 @@ from gemel_engine.config.settings import LinkConfig
 from gemel_engine.decoding.generator import Artifacts, EntityNameGenerator
 from gemel_engine.decoding.language_model import FrozenLanguageModel
 from gemel_engine.decoding.prompt import Prompt
-from gemel_engine.retrieval.retriever import DemonstrationRetriever
+from gemel_engine.evidence.retriever import Retriever
 from gemel_engine.types import Mention, Prediction
 
 CONFIG = Path("build/wikidiverse/link.toml")
@@ -64,7 +64,9 @@ class Systems:
         self.generator = start_generator(config, self.artifacts)
         self._engine: Any = self.generator.engine
         assert self.artifacts.index is not None, "written by benchmarks/wikidiverse.py"
-        self._retriever = DemonstrationRetriever(config.retrieval, self.artifacts.index)
+        self._retriever = Retriever(
+            config.retrieval, self.artifacts.knowledge_base, self.artifacts.index, self.artifacts.evidence
+        )
         self.dev = pq.read_table(wikidiverse / "dev.parquet").to_pylist()
         self.gold = {row["mention_id"]: row["entity_id"] for row in self.dev}
 
@@ -78,7 +80,7 @@ class Systems:
         """The tokens that every system reads."""
         retrieved = self._retriever.retrieve(mentions, [None] * len(mentions))
         built = [
-            self.generator.prompt(mention, None, rows)[0] for mention, rows in zip(mentions, retrieved, strict=True)
+            self.generator.prompt(mention, None, found)[0] for mention, found in zip(mentions, retrieved, strict=True)
         ]
         return [prompt.token_ids for prompt in built]
 
@@ -120,7 +122,7 @@ class Beams:
 
     def __init__(self, model: LanguageModelSettings, generator: EntityNameGenerator) -> None:
         self._model = FrozenLanguageModel(model.name, model.dtype)
-        self._terminator = generator._builder.terminator
+        self._terminator = generator.terminator
         self._knowledge_base = generator.artifacts.knowledge_base
         self._root: dict[int, Any] = {}
         self._name_of: dict[tuple[int, ...], int] = {}

@@ -32,7 +32,7 @@ from gemel_engine.config.loading import load_config
 from gemel_engine.config.settings import LinkConfig
 from gemel_engine.decoding.generator import Artifacts, EntityNameGenerator
 from gemel_engine.evaluation.judge import Measured
-from gemel_engine.retrieval.retriever import DemonstrationRetriever
+from gemel_engine.evidence.retriever import Retriever
 from gemel_engine.types import Features, Mention
 from gemel_engine.vision.mapper import FeatureMapper
 
@@ -132,7 +132,9 @@ class _Bench:
         self._artifacts = open_artifacts(replace(config, vision=VisionSettings()))  # mappers come one by one
         self._engine = start_generator(config, self._artifacts).engine
         assert self._artifacts.index is not None, "the demo has demonstrations"
-        self._retriever = DemonstrationRetriever(config.retrieval, self._artifacts.index)
+        self._retriever = Retriever(
+            config.retrieval, self._artifacts.knowledge_base, self._artifacts.index, self._artifacts.evidence
+        )
         self._splits: dict[str, Split] = {}
 
     def run(self, run: str, name: str) -> dict[str, str]:
@@ -156,15 +158,13 @@ class _Bench:
     def _right(self, split: Split, mapper: FeatureMapper | None, *, shuffled: bool = False) -> NDArray[np.bool_]:
         artifacts = replace(self._artifacts, feature_mapper=mapper)
         config = self._config
-        max_in_flight, num_shared = config.language_model.max_num_seqs, config.retrieval.num_demonstrations
-        generator = EntityNameGenerator(
-            artifacts, self._engine, config.prompt, config.search, max_in_flight, num_shared
-        )
+        max_in_flight = config.language_model.max_num_seqs
+        generator = EntityNameGenerator(artifacts, self._engine, config.prompt, config.search, max_in_flight)
         features: list[Features | None] = [None if mapper is None else item for item in split.features]
         if shuffled:
             random.Random(0).shuffle(features)
-        demonstrations = self._retriever.retrieve(split.mentions, features)
-        of_all = generator.generate(split.mentions, features, demonstrations)
+        retrieved = self._retriever.retrieve(split.mentions, features)
+        of_all = generator.generate(split.mentions, features, retrieved)
         found = [prediction.entity_id for prediction in of_all]
         # The best of all names, where it is proved and one of the surface form's, is the best of these too.
         rows = [
@@ -175,7 +175,7 @@ class _Bench:
         restricted = generator.generate(
             [replace(split.mentions[row], candidate_ids=split.candidates[row]) for row in rows],
             [features[row] for row in rows],
-            [demonstrations[row] for row in rows],
+            [retrieved[row] for row in rows],
         )
         found_of_form = list(found)
         for row, prediction in zip(rows, restricted, strict=True):

@@ -157,10 +157,10 @@ def measured(evidence: EvidenceIndex, data: Path, cache: EmbeddingCache) -> tupl
     of_forms, of_texts = (cache.encode([row[column] for row in dev]) for column in ("mention", "text"))
     pools = CandidatePool(evidence, forms).pool(mentions, of_forms, of_texts)
     is_found = [
-        row_of[mention["entity_id"]] in {candidate.row for candidate in pool}
+        row_of[mention["entity_id"]] in {candidate.row for candidate in pool.candidates}
         for mention, pool in zip(dev, pools, strict=True)
     ]
-    return round(float(np.mean(is_found)), 4), round(float(np.mean([len(pool) for pool in pools])), 1)
+    return round(float(np.mean(is_found)), 4), round(float(np.mean([len(pool.candidates) for pool in pools])), 1)
 
 
 def query_times(evidence: EvidenceIndex, data: Path) -> dict[str, object]:

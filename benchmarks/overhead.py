@@ -38,13 +38,14 @@ from record import record
 
 from gemel_engine.config.loading import load_config
 from gemel_engine.config.settings import JobConfig, LinkConfig
+from gemel_engine.evidence.retrieved import PromptItem, Retrieved
 from gemel_engine.linking import job as linking
 from gemel_engine.linking.job import describe_run, link_corpus
 from gemel_engine.linking.stages import GenerateEntityNames
 from gemel_engine.pipeline.corpus import plan_shards
 from gemel_engine.pipeline.output import read_columns
 from gemel_engine.pipeline.ray_data import actor_pool, connect
-from gemel_engine.pipeline.stages import IMAGE_COLUMNS, EncodeImages, RetrieveDemonstrations, read_mentions
+from gemel_engine.pipeline.stages import IMAGE_COLUMNS, EncodeImages, Retrieve, read_mentions
 from gemel_engine.types import PREDICTION_SCHEMA, Candidate, Mention, Prediction
 
 System = Literal["ours", "plain"]
@@ -74,16 +75,17 @@ class WaitingEncodeImages(EncodeImages):
             yield None if file is None else np.ones(VISION_WIDTH, np.float32)
 
 
-class WaitingRetrieveDemonstrations(RetrieveDemonstrations):
+class WaitingRetrieve(Retrieve):
     """The stage with an index that only takes its time."""
 
     def __init__(self, config: JobConfig, contents: object = None) -> None:
         self._output, self._retriever = config.output, self  # type: ignore[assignment]
+        self._skips_kept = True
 
-    def retrieve(self, mentions: Sequence[Mention], features: Sequence[object]) -> list[list[int]]:
+    def retrieve(self, mentions: Sequence[Mention], features: Sequence[object]) -> list[Retrieved]:
         """Demonstrations for each mention."""
         time.sleep(SECONDS_PER_ROW["retrieval"] * len(mentions))
-        return [list(range(NUM_DEMONSTRATIONS)) for _ in mentions]
+        return [Retrieved(tuple(map(PromptItem, range(NUM_DEMONSTRATIONS)))) for _ in mentions]
 
 
 class WaitingGenerateEntityNames(GenerateEntityNames):
@@ -93,6 +95,7 @@ class WaitingGenerateEntityNames(GenerateEntityNames):
 
     def __init__(self, config: LinkConfig, contents: object = None) -> None:
         self._output, self._generator = config.output, self  # type: ignore[assignment]
+        self._checks_prompts = False
 
     def generate(self, mentions: Sequence[Mention], *_: object) -> list[Prediction]:
         """A prediction for each mention."""
@@ -120,7 +123,7 @@ class BareEncodeImages(WaitingEncodeImages):
         return self._encode(batch)
 
 
-class BareRetrieveDemonstrations(WaitingRetrieveDemonstrations):
+class BareRetrieve(WaitingRetrieve):
     """The stage without marks."""
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -214,7 +217,7 @@ def seconds_of(system: System, pictures: Pictures) -> dict[str, float]:
     if system == "ours":
         vars(linking).update(
             EncodeImages=WaitingEncodeImages,
-            RetrieveDemonstrations=WaitingRetrieveDemonstrations,
+            Retrieve=WaitingRetrieve,
             GenerateEntityNames=WaitingGenerateEntityNames,
         )
         describe_run(config)
@@ -238,9 +241,7 @@ def plain_pipeline(config: LinkConfig) -> Dataset:
     dataset = dataset.map_batches(read, batch_size=1, batch_format="pyarrow", num_cpus=0.25)
     pools = config.resources
     dataset = dataset.map_batches(BareEncodeImages, fn_constructor_args=(config,), **actor_pool(pools.images))
-    dataset = dataset.map_batches(
-        BareRetrieveDemonstrations, fn_constructor_args=(config,), **actor_pool(pools.retrieval)
-    )
+    dataset = dataset.map_batches(BareRetrieve, fn_constructor_args=(config,), **actor_pool(pools.retrieval))
     dataset = dataset.map_batches(
         BareGenerateEntityNames, fn_constructor_args=(config,), **actor_pool(pools.generation)
     )

@@ -35,7 +35,7 @@ from gemel_engine.assembly import open_artifacts
 from gemel_engine.config.loading import load_config
 from gemel_engine.config.settings import TrainConfig
 from gemel_engine.decoding.generator import Artifacts
-from gemel_engine.retrieval.retriever import DemonstrationRetriever
+from gemel_engine.evidence.retriever import Retriever
 from gemel_engine.training.attention import PackedLanguageModel
 from gemel_engine.training.packing import LabelledPrompt
 from gemel_engine.training.prompts import TrainingExample, TrainingPrompts
@@ -87,7 +87,7 @@ def measure(config: TrainConfig, num_mentions: int, num_rounds: int) -> dict[str
     artifacts = open_artifacts(config)
     model = PackedLanguageModel(config.language_model.name, config.language_model.dtype)
     examples = training_examples(config, artifacts)
-    layout = config.prompt, config.mapper.prefix_length, config.retrieval.num_demonstrations
+    layout = config.prompt, config.mapper.prefix_length
     everything = TrainingPrompts(examples, artifacts, *layout)
     beginnings = [everything.beginning(number) for number in range(len(examples))]
     order = epoch_order(beginnings, config.optimisation.mentions_per_form, "0 0")
@@ -162,10 +162,11 @@ def training_examples(config: TrainConfig, artifacts: Artifacts) -> list[Trainin
     assert index is not None, "the emoji configuration has demonstrations"
     items = [index[row] for row in range(len(index))]
     mentions = [Mention(item.mention_id, item.text, item.mention, group=item.group) for item in items]
-    retriever = DemonstrationRetriever(replace(config.retrieval, exclude_group=True), index)
+    settings = replace(config.retrieval, exclude_group=True)
+    retriever = Retriever(settings, artifacts.knowledge_base, index, artifacts.evidence)
     return [
-        TrainingExample(mention, item.entity_id, item.features, tuple(rows))
-        for mention, item, rows in zip(
+        TrainingExample(mention, item.entity_id, item.features, found)
+        for mention, item, found in zip(
             mentions, items, retriever.retrieve(mentions, [item.features for item in items]), strict=True
         )
     ]

@@ -32,11 +32,13 @@ class UsedDemonstration:
     """A demonstration or a card in a prompt.
 
     Attributes:
+        id: Its id among the prediction's `demonstration_ids`.
         demonstration: The demonstration, or the card of an entity.
         similarity: Cosine similarity of a demonstration's surface form to that of the mention; None
             for a card.
     """
 
+    id: str
     demonstration: Demonstration | Card
     similarity: float | None
 
@@ -101,9 +103,10 @@ def _demonstrations(linker: Linker, surface_form: str, items: Sequence[PromptIte
     similarities: Iterator[float] = iter(())
     if rows and linker.retriever.demonstrations is not None:
         similarities = iter(linker.retriever.demonstrations.similarities(surface_form, rows))
-    for item in items:
-        found = linker.generator.example(item, surface_form)
-        yield UsedDemonstration(found, None if item.is_card else next(similarities))
+    ids, _ = linker.generator.ids(items)
+    for item, example_id in zip(items, ids, strict=True):
+        example = linker.generator.example(item, surface_form)
+        yield UsedDemonstration(example_id, example, None if item.is_card else next(similarities))
 
 
 def _pieces(prompt: Prompt, tokenizer: PreTrainedTokenizerFast) -> Iterator[str | VisualMark]:

@@ -26,7 +26,7 @@ from gemel_engine.linking import job as linking
 from gemel_engine.linking.job import checked_plan, describe_run
 from gemel_engine.linking.stages import GenerateEntityNames
 from gemel_engine.pipeline.output import claim_output
-from gemel_engine.pipeline.stages import EncodeImages, RetrieveDemonstrations
+from gemel_engine.pipeline.stages import EncodeImages, Retrieve
 from gemel_engine.vision.mapper import FeatureMapper
 
 
@@ -112,10 +112,10 @@ def test_an_actor_that_opens_another_artifact_is_refused(
 
 
 def test_an_actor_that_opens_another_mention_encoder_is_refused(config: LinkConfig, contents: Contents) -> None:
-    RetrieveDemonstrations(config, contents)
+    Retrieve(config, contents)
     change_a_weight(Path(str(config.retrieval.mention_encoder)))
     with pytest.raises(ArtifactError, match=r"mention encoder .* is not the one that the run began with"):
-        RetrieveDemonstrations(config, contents)
+        Retrieve(config, contents)
 
 
 def test_an_actor_that_opens_another_image_encoder_is_refused(

@@ -105,6 +105,7 @@ class EntityNameGenerator:
         self.added_names = added_names
         pictures = None if artifacts.evidence is None or not self._with_pictures else artifacts.evidence.pictures
         self._cards = EntityCards(artifacts.knowledge_base, pictures, prompt.card_text)
+        self.terminator = self._builder.terminator
         self._block = lru_cache(_CACHED_BLOCKS)(self._make_block)
 
     def generate(
@@ -196,7 +197,7 @@ class EntityNameGenerator:
 
     def search_of(self, trie: PrefixTrie, rivals: Sequence[float] = ()) -> NameSearch:
         """Return a search of the names of a trie; `rivals` are scores of names found elsewhere."""
-        return NameSearch(trie, self._builder.terminator, self.search_settings, rivals)
+        return NameSearch(trie, self.terminator, self.search_settings, rivals)
 
     def example(self, item: PromptItem, surface_form: str) -> Demonstration | Card:
         """Return a demonstration, or the card of an entity for mentions of a surface form."""

@@ -40,7 +40,18 @@ class Segment:
         return len(self.token_ids) + (0 if self.picture is None else prefix_length)
 
 
-SegmentKey = tuple[int, bool, str]  # a `PromptItem`, and the surface form that a card is made for
+class SegmentKey(NamedTuple):
+    """A demonstration or a card in a prompt.
+
+    Attributes:
+        row: Row of the demonstration index, or of the knowledge base for a card.
+        is_card: Whether it is a card.
+        surface_form: Surface form that a card is made for; empty for a demonstration.
+    """
+
+    row: int
+    is_card: bool = False
+    surface_form: str = ""
 
 
 class LabelledPrompt(NamedTuple):

@@ -145,7 +145,7 @@ class TrainingPrompts:
 
     def _keys(self, example: TrainingExample) -> list[SegmentKey]:
         form = example.mention.mention
-        return [(item.row, item.is_card, form if item.is_card else "") for item in example.retrieved.items]
+        return [SegmentKey(*item, form if item.is_card else "") for item in example.retrieved.items]
 
     def _prefix(self, picture: int | None) -> Tensor | None:
         return None if picture is None else self._stand_in

@@ -21,7 +21,7 @@ from gemel_engine.evidence.index import (
     entities_checksum,
     open_evidence,
 )
-from gemel_engine.evidence.pool import CandidatePool, PoolSettings
+from gemel_engine.evidence.pool import CandidatePool, Pool, PoolSettings
 from gemel_engine.knowledge_base.build import build_knowledge_base
 from gemel_engine.retrieval.encoder import MentionEncoder
 from gemel_engine.types import Mention
@@ -65,7 +65,7 @@ def test_an_index_of_names_alone_is_searched_without_encoders(tmp_path: Path) ->
     evidence = build_evidence(ENTITIES.select(["name"]), tmp_path, knowledge_base="abc")
     assert evidence.texts is None
     assert evidence.pictures is None
-    assert CandidatePool(evidence).pool([MENTION])[0]
+    assert CandidatePool(evidence).pool([MENTION])[0].candidates
     with pytest.raises(InputError, match="no entities"):
         build_evidence(ENTITIES.slice(0, 0), tmp_path / "none", knowledge_base="abc")
 
@@ -91,7 +91,8 @@ def test_each_candidate_has_its_reasons(evidence: EvidenceIndex, encoder: Mentio
     forms = FormStatistics(["Mercury"], [2], ["g"], encoder.encode(["Mercury"]))
     embeddings = encoder.encode(["Mercury"])
     features = [np.eye(4, dtype=np.float32)[2]]
-    candidates = CandidatePool(evidence, forms).pool([MENTION], embeddings, encoder.encode([MENTION.text]), features)[0]
+    of_texts = encoder.encode([MENTION.text])
+    candidates = CandidatePool(evidence, forms).pool([MENTION], embeddings, of_texts, features)[0].candidates
     reasons = {candidate.row: candidate.reasons for candidate in candidates}
     assert candidates[0].row == 2
     assert {"form", "words", "context", "similar_form", "similar_name", "popularity"} <= set(reasons[2])
@@ -102,7 +103,7 @@ def test_each_candidate_has_its_reasons(evidence: EvidenceIndex, encoder: Mentio
 
 
 def test_an_alias_of_several_entities_finds_all_of_them(evidence: EvidenceIndex) -> None:
-    candidates = CandidatePool(evidence).pool([Mention("m", "hermes!", "Hermes")])[0]
+    candidates = CandidatePool(evidence).pool([Mention("m", "hermes!", "Hermes")])[0].candidates
     assert [candidate.row for candidate in candidates if "alias" in candidate.reasons] == [0, 4]
 
 
@@ -114,10 +115,17 @@ def test_a_mention_has_the_same_candidates_in_any_batch(evidence: EvidenceIndex,
     assert together == [pool.pool([mention], embeddings[n : n + 1])[0] for n, mention in enumerate(mentions)]
 
 
+def test_candidates_of_the_form_alone_ignore_text_and_picture(evidence: EvidenceIndex) -> None:
+    mentions = [MENTION, Mention("n", "A ship left Oslo.", "Mercury")]
+    pools = CandidatePool(evidence).pool(mentions, features=[np.eye(4, dtype=np.float32)[2], None])
+    assert pools[0].of_form == pools[1].of_form
+    assert pools[0].candidates != pools[1].candidates
+
+
 def test_a_training_mention_s_own_group_can_be_left_out(evidence: EvidenceIndex) -> None:
     pool = CandidatePool(evidence, FormStatistics(["Mercury"], [3], ["g"]))
-    with_own = pool.pool([MENTION])[0]
-    without = pool.pool([MENTION], leave_out_own_group=True)[0]
+    with_own = pool.pool([MENTION])[0].candidates
+    without = pool.pool([MENTION], leave_out_own_group=True)[0].candidates
     assert any(candidate.reasons.get("form") for candidate in with_own)
     assert not any("form" in candidate.reasons or "frequency" in candidate.reasons for candidate in without)
 
@@ -125,8 +133,8 @@ def test_a_training_mention_s_own_group_can_be_left_out(evidence: EvidenceIndex)
 def test_a_pool_is_empty_where_nothing_is_found_and_never_too_large(evidence: EvidenceIndex) -> None:
     pool = CandidatePool(evidence, settings=PoolSettings(size=2))
     few, none = pool.pool([MENTION, Mention("n", "", "qqq")])
-    assert len(few) == 2
-    assert none == []
+    assert (len(few.candidates), len(few.of_form)) == (2, 2)
+    assert none == Pool()
 
 
 def test_impossible_settings_of_a_pool_are_refused() -> None:

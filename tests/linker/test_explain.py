@@ -63,9 +63,7 @@ def test_it_says_what_linking_says_with_and_without_the_picture(linker: Linker) 
 def test_the_prompt_is_shown_as_it_was_sent(linker: Linker) -> None:
     explanation = explain(linker, Mention("m", TEXT, "brown bear"), picture("red"))
     demonstrations = [used.demonstration for used in explanation.demonstrations]
-    assert tuple(demonstration.mention_id for demonstration in demonstrations) == (
-        explanation.prediction.demonstration_ids
-    )
+    assert tuple(used.id for used in explanation.demonstrations) == explanation.prediction.demonstration_ids
     expected: list[str | VisualMark] = []
     for demonstration in demonstrations:
         if demonstration.features is not None:
@@ -87,7 +85,7 @@ def test_an_equal_surface_form_has_similarity_one(linker: Linker) -> None:
     last = explanation.demonstrations[-1]
     assert last.demonstration.mention == "star"
     assert last.similarity == pytest.approx(1.0, abs=1e-5)
-    assert all(used.similarity <= 1.0 + 1e-5 for used in explanation.demonstrations)
+    assert all((used.similarity or 0.0) <= 1.0 + 1e-5 for used in explanation.demonstrations)
 
 
 def test_text_is_printed_as_text(linker: Linker) -> None:

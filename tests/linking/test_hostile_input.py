@@ -26,7 +26,7 @@ from gemel_engine.errors import MentionError
 from gemel_engine.linker import Linker
 from gemel_engine.linking.stages import GenerateEntityNames, read_with_places, write_ordered
 from gemel_engine.pipeline.corpus import Shard, order_by_surface_form, plan_shards
-from gemel_engine.pipeline.stages import EncodeImages, RetrieveDemonstrations, read_mentions
+from gemel_engine.pipeline.stages import EncodeImages, Retrieve, read_mentions
 from gemel_engine.types import PREDICTION_SCHEMA, Mention
 
 KINDS = {kind.kind for kind in MentionError.__subclasses__()}
@@ -129,7 +129,7 @@ class Chain:
 
     directory: Path
     encode: EncodeImages
-    retrieve: RetrieveDemonstrations
+    retrieve: Retrieve
     generate: GenerateEntityNames
 
     def link(self, rows: Sequence[Mapping[str, Any]], *, ordered: bool) -> list[Row]:
@@ -184,7 +184,7 @@ def chain(config: LinkConfig) -> Chain:
     return Chain(
         Path(config.output),
         EncodeImages(config),
-        RetrieveDemonstrations(config),
+        Retrieve(config),
         GenerateEntityNames(config),
     )
 

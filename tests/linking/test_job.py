@@ -29,6 +29,7 @@ from gemel_engine.config.loading import config_json, load_config
 from gemel_engine.config.settings import LinkConfig
 from gemel_engine.decoding.confidence import EVIDENCE, Calibration, LogisticModel, scoring_settings
 from gemel_engine.errors import ArtifactError, ConfigurationError, GemelError, InputError, TooManyFailuresError
+from gemel_engine.evidence.retrieved import Retrieved
 from gemel_engine.knowledge_base.build import build_knowledge_base
 from gemel_engine.knowledge_base.update import open_knowledge_base
 from gemel_engine.linker import Linker, explain
@@ -36,7 +37,7 @@ from gemel_engine.linking.job import describe_run, link_corpus, ordered_plan
 from gemel_engine.linking.report import LinkReport
 from gemel_engine.pipeline.corpus import plan_shards
 from gemel_engine.pipeline.ray_data import actor_pool, own_errors
-from gemel_engine.pipeline.stages import RetrieveDemonstrations, read_mentions
+from gemel_engine.pipeline.stages import Retrieve, read_mentions
 from gemel_engine.tokenizer import load_tokenizer
 from gemel_engine.types import Features, Mention
 from gemel_engine.vision.mapper import FeatureMapper
@@ -275,24 +276,24 @@ Change = Callable[[LinkConfig, Path], LinkConfig]
 def test_a_row_that_fails_in_retrieval_alone_becomes_an_error(
     config: LinkConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def retrieve(mentions: Sequence[Mention], features: Sequence[Features | None]) -> list[list[int]]:
+    def retrieve(mentions: Sequence[Mention], features: Sequence[Features | None]) -> list[Retrieved]:
         if any(mention.mention_id == "m1" for mention in mentions):
             raise RuntimeError("the expanded size must match")
         return retriever.retrieve(mentions, features)
 
-    stage = RetrieveDemonstrations(config)
+    stage = Retrieve(config)
     retriever = stage._retriever
     monkeypatch.setattr(stage, "_retriever", SimpleNamespace(retrieve=retrieve))
     (shard,) = plan_shards(config.input, 10)
     found = stage(read_mentions(pa.Table.from_pylist([asdict(shard)]), config.output, ()))
     assert found.num_rows == len(mention_rows())
-    for row in found.select(["mention_id", "error", "demonstrations"]).to_pylist():
+    for row in found.select(["mention_id", "error", "retrieved"]).to_pylist():
         if row["mention_id"] == "m1":
             assert row["error"] == (
                 "failed: RuntimeError in stage retrieval, of this row alone: the expanded size must match"
             )
         else:
-            assert (row["error"], len(row["demonstrations"])) == (None, 2)
+            assert (row["error"], len(row["retrieved"]["shared"])) == (None, 2)
 
 
 def with_table(config: LinkConfig, directory: Path, table: pa.Table) -> LinkConfig:

@@ -160,16 +160,12 @@ def test_similar_pictures_equal_brute_force(
     assert values == pytest.approx(sorted(map(likeness, kept))[len(kept) - len(found) :], abs=1e-4)
 
 
-def test_similar_pictures_stand_behind_the_others(
-    mention_encoder_directory: Path, encoder: MentionEncoder, tmp_path: Path
-) -> None:
+def test_similar_pictures_stand_behind_the_others(encoder: MentionEncoder, tmp_path: Path) -> None:
     pictures = [np.array(row, np.float32) for row in ([1, 0, 0], [0, 1, 0], [0, 0, 1], [0, 1, 0.1])]
     rows = [Demonstration(f"m{i}", "text", "bear", f"Q{i}", "name", f"g{i}", item) for i, item in enumerate(pictures)]
     index = DemonstrationIndex.build(tmp_path, rows, encoder)
-    settings = RetrievalSettings(
-        num_demonstrations=2, num_similar_pictures=1, mention_encoder=str(mention_encoder_directory)
-    )
-    retriever = DemonstrationRetriever(settings, index)
+    settings = RetrievalSettings(num_demonstrations=2, num_similar_pictures=1)
+    retriever = DemonstrationRetriever(settings, index, encoder)
     mentions = [Mention(str(i), "text", "bear") for i in range(3)]
     without, like_m1, unfit = retriever.retrieve(mentions, [None, pictures[1], np.zeros(7, np.float32)])
     assert without == unfit == like_m1[:2]
@@ -209,14 +205,12 @@ def test_sample_depends_on_surface_form_and_seed_only(encoder: MentionEncoder, t
 
 @pytest.mark.parametrize("policy", ["similar", "random"])
 def test_a_mention_is_not_shown_its_own_group(
-    mention_encoder_directory: Path, encoder: MentionEncoder, tmp_path: Path, policy: Literal["similar", "random"]
+    encoder: MentionEncoder, tmp_path: Path, policy: Literal["similar", "random"]
 ) -> None:
     rows = demonstrations(["bear", "bear", "bear", "beer"], num_groups=2)
     index = DemonstrationIndex.build(tmp_path, rows, encoder)
-    settings = RetrievalSettings(
-        num_demonstrations=4, policy=policy, exclude_group=True, mention_encoder=str(mention_encoder_directory)
-    )
-    retriever = DemonstrationRetriever(settings, index)
+    settings = RetrievalSettings(num_demonstrations=4, policy=policy, exclude_group=True)
+    retriever = DemonstrationRetriever(settings, index, encoder)
     mentions = [Mention("m000", "text", "bear", group="g0"), Mention("new", "text", "bear")]
     found = retriever.retrieve(mentions, [None, None])
     assert [sorted(ids(index, rows)) for rows in found] == [["m001", "m003"], ["m000", "m001", "m002", "m003"]]

@@ -43,7 +43,7 @@ ROWS_PER_SHARD = 16
 # How the command line of a process begins that does a kind of work.
 _TITLES = {
     "image encoder": r"ray::MapWorker\(.*EncodeImages",
-    "retrieval": r"ray::MapWorker\(.*RetrieveDemonstrations",
+    "retrieval": r"ray::MapWorker\(.*Retrieve",
     "generation": r"ray::MapWorker\(.*GenerateEntityNames",
     "engine worker": "VLLM::Worker",
     "task": r"ray::(MapBatches|commit_shard|IDLE)",  # an idle one has done a task, or is about to

@@ -6,18 +6,26 @@ import torch
 from torch import Tensor
 
 from gemel_engine.decoding.language_model import FrozenLanguageModel
-from gemel_engine.training.packing import LabelledPrompt, Segment
+from gemel_engine.training.packing import LabelledPrompt, Segment, SegmentKey
 
 P, D = 3, 64
 
-DEMONSTRATIONS = [Segment((20 + row, 30, 31, 10 + row), picture=row if row % 2 else None) for row in range(6)]
+DEMONSTRATIONS = {
+    SegmentKey(row): Segment((20 + row, 30, 31, 10 + row), picture=row if row % 2 else None) for row in range(6)
+}
+
+
+def labelled(rows: tuple[int, ...], question: Segment, target: tuple[int, ...]) -> LabelledPrompt:
+    """A prompt with the demonstrations of these rows."""
+    return LabelledPrompt(tuple(map(SegmentKey, rows)), question, target)
+
 
 PROMPTS = [
-    LabelledPrompt((0, 1, 2), Segment((40, 41, 42), picture=6), (50, 51, 9)),
-    LabelledPrompt((0, 1, 2), Segment((43, 44), picture=None), (52, 9)),
-    LabelledPrompt((0, 1, 3), Segment((45,), picture=7), (53, 54, 55, 9)),
-    LabelledPrompt((), Segment((46, 47), picture=8), (9,)),
-    LabelledPrompt((2,), Segment((48, 49), picture=6), (50, 9)),
+    labelled((0, 1, 2), Segment((40, 41, 42), picture=6), (50, 51, 9)),
+    labelled((0, 1, 2), Segment((43, 44), picture=None), (52, 9)),
+    labelled((0, 1, 3), Segment((45,), picture=7), (53, 54, 55, 9)),
+    labelled((), Segment((46, 47), picture=8), (9,)),
+    labelled((2,), Segment((48, 49), picture=6), (50, 9)),
 ]
 
 

@@ -6,9 +6,9 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from support.prompts import DEMONSTRATIONS, PROMPTS, P
+from support.prompts import DEMONSTRATIONS, PROMPTS, P, labelled
 
-from gemel_engine.training.packing import LabelledPrompt, PackedPrompts, Segment, pack_prompts, split_into_packs
+from gemel_engine.training.packing import PackedPrompts, Segment, pack_prompts, split_into_packs
 
 
 def test_a_common_beginning_stands_once() -> None:
@@ -31,7 +31,7 @@ def test_a_common_beginning_stands_once() -> None:
 def test_packs_hold_every_prompt_once_and_keep_their_limit(
     shapes: list[tuple[tuple[int, ...], int, int]], max_tokens: int
 ) -> None:
-    prompts = [LabelledPrompt(rows, Segment((7,) * length), (9,) * answer) for rows, length, answer in shapes]
+    prompts = [labelled(rows, Segment((7,) * length), (9,) * answer) for rows, length, answer in shapes]
     packs = list(split_into_packs(prompts, DEMONSTRATIONS.__getitem__, P, max_tokens))
     assert [prompt for pack in packs for prompt in pack] == prompts
     for pack in packs:

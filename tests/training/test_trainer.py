@@ -23,6 +23,7 @@ from gemel_engine.config.loading import load_config
 from gemel_engine.config.settings import MapperSettings, OptimisationSettings, TrainConfig
 from gemel_engine.decoding.generator import Artifacts
 from gemel_engine.errors import ConfigurationError
+from gemel_engine.evidence.retrieved import PromptItem, Retrieved
 from gemel_engine.knowledge_base.store import KnowledgeBase
 from gemel_engine.retrieval.index import DemonstrationIndex
 from gemel_engine.tokenizer import load_tokenizer
@@ -46,7 +47,7 @@ def make_prompts(
             Mention(f"m{n}", f"They saw the {ENTITY_NAMES[n // 2]} again.", ENTITY_NAMES[n // 2]),
             f"Q{n // 2}",
             generator.normal(size=C).astype(np.float32) if n % 3 else None,
-            (n // 2 + 7, n // 2 + 8, n // 2 + 9 + n % 2),
+            Retrieved(tuple(PromptItem(row) for row in (n // 2 + 7, n // 2 + 8, n // 2 + 9 + n % 2))),
         )
         for n in range(14)
     ]
@@ -156,7 +157,7 @@ def test_a_step_without_any_picture_changes_nothing(artifacts: dict[str, Path]) 
     trainer, _ = make_trainer(artifacts, replace(SETTINGS, batch_size=1, weight_decay=0.0))
     before = weights(trainer)
     trainer._prompts.examples = [
-        replace(example, features=None, demonstrations=()) for example in trainer._prompts.examples
+        replace(example, features=None, retrieved=Retrieved()) for example in trainer._prompts.examples
     ]
     assert trainer.train_step().gradient_norm == 0
     assert all(torch.equal(a, b) for a, b in zip(before, weights(trainer), strict=True))
@@ -185,7 +186,7 @@ def test_three_workers_have_the_loss_curve_of_one(artifacts: dict[str, Path], tm
 
 def test_an_epoch_has_every_mention_once_and_keeps_surface_forms_together() -> None:
     forms = ["a"] * 5 + ["b"] * 3 + ["c"] + ["d"] * 4
-    beginnings = [(form, (number % 2,)) for number, form in enumerate(forms)]
+    beginnings = [(form, (PromptItem(number % 2),)) for number, form in enumerate(forms)]
     order = epoch_order(beginnings, 3, "0 0")
     assert sorted(order) == list(range(len(forms)))
     assert num_runs([forms[number] for number in order]) <= 6
