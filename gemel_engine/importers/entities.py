@@ -80,6 +80,13 @@ class ImportReport:
         if len(self.examples) < _MAX_EXAMPLES:
             self.examples.append(f"{place}: {fault}")
 
+    def add(self, other: ImportReport) -> None:
+        """Add the counts of a later part of the same input."""
+        self.num_entities += other.num_entities
+        self.num_left_out += other.num_left_out
+        self.num_unusable += other.num_unusable
+        self.examples += other.examples[: _MAX_EXAMPLES - len(self.examples)]
+
 
 def check_output(output: Path, inputs: Sequence[str]) -> None:
     """Raise if an output is not named as a Parquet file, or if an import reads it.

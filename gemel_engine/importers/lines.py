@@ -12,7 +12,7 @@ from gemel_engine.config.addresses import local_path
 from gemel_engine.errors import InputError, redacted, shown
 from gemel_engine.storage import resolve
 
-_MAX_LINE_BYTES = 64 << 20  # the largest items of Wikidata have 4 MiB
+_MAX_LINE_BYTES = 64 << 20  # far above the largest item of Wikidata
 _BUFFER_BYTES = 1 << 20
 _LINES_PER_UPDATE = 1 << 12
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"

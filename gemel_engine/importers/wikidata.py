@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
@@ -18,6 +19,7 @@ from gemel_engine.errors import InputError, shown
 from gemel_engine.importers.commons import ThumbnailWidth, picture_address
 from gemel_engine.importers.entities import ImportedEntity, ImportReport, other_names
 from gemel_engine.importers.lines import read_lines
+from gemel_engine.importers.processes import map_in_processes
 
 # Types of items about Wikimedia's own pages: disambiguation pages, categories, list articles, templates, portals,
 # modules, project pages, disambiguation pages of people's names, internal items, and permanent duplicates.
@@ -26,7 +28,9 @@ WIKIMEDIA_PAGES = (
     *("Q15184295", "Q14204246", "Q22808320", "Q17442446", "Q21286738"),
 )
 _DEFAULT_LANGUAGE = "mul"
+_PART_BYTES = 4 << 20
 _Empty = tuple[()]
+_Part = list[tuple[int, bytes]]  # number of a line, one JSON object
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +88,7 @@ def read_wikidata(
 
     The first language with a label, its own or the default for all languages, gives the name and
     the description. Labels in the others, and the aliases of all, are aliases. The popularity is
-    the number of site links.
+    the number of site links. Lines are parsed in a process for each CPU.
 
     Args:
         dump: Address of the dump, plain or compressed.
@@ -96,12 +100,51 @@ def read_wikidata(
     Raises:
         InputError: The dump cannot be read, or is cut off.
     """
-    is_open = False
+    read = partial(
+        _read_part,
+        dump=dump,
+        languages=tuple(languages),
+        left_out_types=frozenset(left_out_types),
+        image_width=image_width,
+    )
+    for entities, counts in map_in_processes(read, _parts(dump)):
+        report.add(counts)
+        yield from entities
+
+
+def _parts(dump: str) -> Iterator[_Part]:
+    """Yield the lines with entities, a few MiB at a time.
+
+    Raises:
+        InputError: The dump cannot be read, or is cut off.
+    """
+    part: _Part = []
+    num_bytes, is_open = 0, False
     for number, line in read_lines(dump):
         is_open = (is_open or line.startswith(b"[")) and not line.endswith(b"]")
         text = line.strip(b"[], \t")  # an object begins and ends with braces
-        if not text:
-            continue
+        if text:
+            part.append((number, text))
+            num_bytes += len(text)
+        if num_bytes >= _PART_BYTES:
+            yield part
+            part, num_bytes = [], 0
+    if is_open:
+        raise InputError(f"{shown(dump)} is cut off: it lacks the ] at its end; download it again")
+    if part:
+        yield part
+
+
+def _read_part(
+    part: _Part,
+    *,
+    dump: str,
+    languages: Sequence[str],
+    left_out_types: Collection[str],
+    image_width: ThumbnailWidth,
+) -> tuple[list[ImportedEntity], ImportReport]:
+    entities, report = [], ImportReport()
+    for number, text in part:
         try:
             item = _ITEM.validate_json(text)
         except ValidationError as error:
@@ -110,11 +153,10 @@ def read_wikidata(
         reason = _reason_to_leave_out(item, left_out_types)
         entity = None if reason else _entity(item, languages, image_width)
         if entity is not None:
-            yield entity
+            entities.append(entity)
         else:
             report.num_left_out[reason or "no label in these languages"] += 1
-    if is_open:
-        raise InputError(f"{shown(dump)} is cut off: it lacks the ] at its end; download it again")
+    return entities, report
 
 
 def _first_fault(error: ValidationError) -> str:

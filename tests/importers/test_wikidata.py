@@ -146,6 +146,16 @@ def test_a_malformed_line_is_reported_with_its_number(tmp_path: Path) -> None:
         assert f"{source!r}, {words}" in example
 
 
+def test_a_large_dump_is_read_in_order_by_several_processes(tmp_path: Path) -> None:
+    labels = terms(en="long", fr="x" * (1 << 20))
+    source = dump(tmp_path, *(item(number, labels=labels) if number % 4 else "{" for number in range(20)))
+    found, report = read(source)
+    assert [entity.entity_id for entity in found] == [f"Q{number}" for number in range(20) if number % 4]
+    assert report.num_unusable == 5
+    for number, example in zip(range(2, 22, 4), report.examples, strict=True):
+        assert f"line {number}: " in example
+
+
 @pytest.mark.parametrize("pack", PACKS.values(), ids=PACKS)
 def test_a_dump_that_is_cut_off_is_refused(tmp_path: Path, pack: Callable[[bytes], bytes]) -> None:
     source = Path(dump(tmp_path, *[PARIS] * 50, pack=pack))
