@@ -14,14 +14,14 @@ import sqlite3
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from enum import IntEnum
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 from urllib.parse import unquote
 
-from gemel_engine.errors import InputError, shown
+from gemel_engine.errors import ConfigurationError, InputError, shown
 from gemel_engine.importers.commons import ThumbnailWidth, resized
 from gemel_engine.importers.entities import ImportedEntity, ImportReport, other_names
 from gemel_engine.importers.lines import read_lines
@@ -36,9 +36,9 @@ _ESCAPE = re.compile(r"\\(?:u([0-9A-Fa-f]{4})|U([0-9A-Fa-f]{8})|(.))")
 _ESCAPED = {"t": "\t", "b": "\b", "n": "\n", "r": "\r", "f": "\f", '"': '"', "'": "'", "\\": "\\"}
 _RESOURCE = re.compile(r"http://(?:[a-z-]+\.)?dbpedia\.org/resource/")
 _ROWS_PER_INSERT = 1 << 14
-_PAGES_PER_INSERT = 1 << 20
+_PAGES_PER_INSERT = 1 << 19
 _MAX_REDIRECT_DOUBLINGS = 6  # chains of up to 64 pages; Wikipedia's robots shorten all chains to one
-_CACHE_KIB = 256 << 10
+_CACHE_KIB = 64 << 10
 
 
 class _Kind(IntEnum):
@@ -99,12 +99,14 @@ def read_dbpedia(
         image_width: Width of the pictures in pixels.
 
     Raises:
+        ConfigurationError: The directory for temporary files has no room.
         InputError: A dump cannot be read, or contains no line of a known kind.
     """
     home = f"http://{'' if languages[0] == 'en' else f'{languages[0]}.'}dbpedia.org/resource/"
     with (
         tempfile.TemporaryDirectory(prefix="gemel-import-") as directory,
         closing(sqlite3.connect(Path(directory) / "facts.sqlite", isolation_level=None)) as database,
+        _explain_full_disk(directory),
     ):
         database.executescript(_SCHEMA)
         store = _Store(database, languages, home)
@@ -116,6 +118,17 @@ def read_dbpedia(
                 yield entity
             else:
                 report.num_left_out[entity] += 1
+
+
+@contextmanager
+def _explain_full_disk(directory: str) -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        raise ConfigurationError(
+            f"the temporary database in {shown(directory)} cannot be written or sorted ({error}): make room, or set "
+            "TMPDIR to a directory with more"
+        ) from error
 
 
 class _Store:

@@ -71,7 +71,7 @@ def read_table(
     else:
         rows = _parquet_rows(source, names.values(), required)
     for place, row in rows:
-        values = {name: row.get(theirs) for name, theirs in names.items()}
+        values: dict[str, Any] = {name: row.get(theirs) for name, theirs in names.items()}
         if extension in _DELIMITERS:
             values |= {name: values[name].split(separator) for name in _LISTS if values[name]}
         try:

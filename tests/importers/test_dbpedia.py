@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from gemel_engine.errors import InputError
+from gemel_engine.errors import ConfigurationError, InputError
+from gemel_engine.importers import dbpedia
 from gemel_engine.importers.dbpedia import read_dbpedia
 from gemel_engine.importers.entities import ImportedEntity, ImportReport
 
@@ -143,3 +144,9 @@ def test_a_dump_that_is_cut_off_is_refused(tmp_path: Path) -> None:
     path.write_bytes(bz2.compress(LABELS.encode() * 100)[:-5])
     with pytest.raises(InputError, match="damaged or cut off"):
         list(read_dbpedia([str(path)], ImportReport(), languages=("en",), image_width=500))
+
+
+def test_a_full_disk_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dbpedia, "_SCHEMA", f"PRAGMA max_page_count = 20; {dbpedia._SCHEMA}")
+    with pytest.raises(ConfigurationError, match=r"database or disk is full\): make room, or set TMPDIR"):
+        read(tmp_path, LABELS * 1000)

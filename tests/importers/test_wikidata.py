@@ -34,7 +34,7 @@ def statement(value: object, rank: str = "normal") -> dict[str, Any]:
 
 
 def item(number: int, **fields: Any) -> dict[str, Any]:
-    empty = {"labels": {}, "descriptions": [], "aliases": [], "claims": [], "sitelinks": {}}
+    empty: dict[str, Any] = {"labels": {}, "descriptions": [], "aliases": [], "claims": [], "sitelinks": {}}
     return {"type": "item", "id": f"Q{number}", "pageid": 1, "ns": 0, **empty, **fields}
 
 
