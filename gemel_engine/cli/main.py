@@ -1,8 +1,8 @@
 """The commands of `gemel`.
 
-A command is a function in `jobs.py` or `artifacts.py` and its line in `COMMANDS`. The function
-imports what it needs when it is called: `gemel --help` does not wait for torch, and a configuration
-is validated before Ray is imported.
+A command is a function in `jobs.py`, `artifacts.py` or `importers.py` and its line in `COMMANDS`.
+The function imports what it needs when it is called: `gemel --help` does not wait for torch, and a
+configuration is validated before Ray is imported.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from importlib.metadata import version
 
 import tyro
 
-from gemel_engine.cli import artifacts, jobs, options
+from gemel_engine.cli import artifacts, importers, jobs, options
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,7 @@ COMMANDS = {
     "plan": Command(jobs.plan, parses_arguments=True),
     "train": Command(jobs.train, parses_arguments=True),
     "explain": Command(jobs.explain, parses_arguments=True),
+    "import": Command(importers.import_entities, parses_arguments=True),
     "import-gemel": Command(artifacts.import_gemel, parses_arguments=True),
     "evaluate": Command(jobs.evaluate),
     "calibrate": Command(jobs.calibrate),

@@ -276,9 +276,8 @@ class Table:
             lengths = pc.if_else(pc.is_null(values), 0, pc.list_value_length(values)).to_numpy(zero_copy_only=False)
             offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
             items = self._convert(values.flatten(), wanted.value_type)
-            return pa.ListArray.from_arrays(
-                offsets, items, wanted, mask=pc.is_null(values) if values.null_count else None
-            )
+            mask = pc.is_null(values) if values.null_count else None
+            return pa.ListArray.from_arrays(offsets, items, pa.list_(wanted.value_field), mask=mask).cast(wanted)
         if pa.types.is_struct(values.type) and pa.types.is_struct(wanted):
             items = [self._convert(pc.struct_field(values, field.name), field.type) for field in wanted]
             return pa.StructArray.from_arrays(items, fields=list(wanted), mask=pc.is_null(values))

@@ -47,7 +47,9 @@ def test_commands_exist_and_know_their_options(path: Path) -> None:
                 assert (ROOT / script).is_file(), line
             for target in re.findall(r"\bmake ([a-z-]+)", command):
                 assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE), line
-            for subcommand, converted in re.findall(r"\bgemel ([a-z][a-z-]+)(?: (mapper|mentions)\b)?", command):
+            for subcommand, converted in re.findall(
+                r"\bgemel ([a-z][a-z-]+)(?: (mapper|mentions|wikidata|dbpedia|table)\b)?", command
+            ):
                 assert subcommand in COMMANDS, line
                 known = OPTION.findall(help_of("-m", "gemel_engine.cli.main", subcommand, *filter(None, [converted])))
                 assert set(OPTION.findall(command.partition(f"gemel {subcommand}")[2])) <= set(known), line
