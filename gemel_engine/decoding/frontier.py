@@ -51,45 +51,67 @@ class FinishedName:
         return self.log_prob / (len(self.path) + 1)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class NameSet:
+    """A prefix trie of names, without the terminator, and an upper bound of their scores."""
+
+    trie: PrefixTrie
+    bound: Bound
+
+
 @dataclass(order=True, slots=True)
 class _OpenItem:
     """A set of unfinished names: all below `path`, except the subtrees of the `excluded` tokens.
 
-    Items are ordered so that a heap returns the highest bound first, ties by path.
+    Items are ordered so that a heap returns the highest bound first, ties by path. A bound of -inf
+    says that the item has no name of the set, or none that is unfinished.
     """
 
-    negative_bound: float
+    negative_bound: float = field(init=False)
     path: tuple[int, ...]
     node: int = field(compare=False)
+    pool_node: int | None = field(compare=False)
     log_prob: float = field(compare=False)
+    bound_in_all: float = field(compare=False)
+    bound_in_pool: float = field(compare=False)
     mass: float = field(compare=False)
     excluded: frozenset[int] = field(compare=False, default=frozenset())
     excluded_mass: float = field(compare=False, default=0.0)
 
+    def __post_init__(self) -> None:
+        self.negative_bound = -self.bound
+
     @property
     def bound(self) -> float:
         """Upper bound of the score of every name in the item."""
-        return -self.negative_bound
+        return max(self.bound_in_all, self.bound_in_pool)
 
 
 class Frontier:
-    """The open items of one trie, and those whose rollouts are in flight.
+    """The open items of a trie, waiting or with a rollout in flight.
+
+    A frontier may have a *pool*: some of the names, to which other bounds apply. Where only names
+    of the pool can matter, a rollout is restricted to them; all other names below its node then
+    stay behind in an item of their own.
 
     Args:
-        trie: Prefix trie of the allowed names, whose tokens don't include the terminator.
+        names: All names.
         terminator: Token that ends a name.
-        bound: Upper bound of the score of the names below a node.
-        are_candidates: Whether rollouts must be restricted to `trie`; false if it is the engine's.
+        pool: Names of the pool; None: there is no pool.
+        are_candidates: Whether rollouts must be restricted to `names`; false if the engine does it.
     """
 
-    def __init__(self, trie: PrefixTrie, terminator: int, bound: Bound, *, are_candidates: bool = False) -> None:
-        self._trie = trie
+    def __init__(
+        self, names: NameSet, terminator: int, pool: NameSet | None = None, *, are_candidates: bool = False
+    ) -> None:
+        self._names = names
+        self._trie = names.trie
         self._terminator = terminator
-        self._bound = bound
-        self._candidates = trie if are_candidates else None
-        self._waiting = [self._item((), 0, 0.0)]
+        self._pool = pool
+        self._candidates = names.trie if are_candidates else None
+        self._waiting = [self._item((), 0, None if pool is None else 0, 0.0, in_all=True)]
         self._in_flight: dict[RolloutRequest, _OpenItem] = {}
-        self._highest_left = -math.inf
+        self._mass_in_pool = 0.0  # of names finished by rollouts in the pool
 
     @property
     def next_bound(self) -> float:
@@ -102,24 +124,19 @@ class Frontier:
         return max([self.next_bound, *(item.bound for item in self._in_flight.values())])
 
     @property
-    def highest_log_prob(self) -> float:
-        """Upper bound of the log-prob of every sequence not finished here, in the trie or not.
-
-        Such a sequence is below an open node, or it left an expanded node by a token that the step
-        did not report: it has at most the probability that the reported tokens left over.
-        """
-        items = itertools.chain(self._waiting, self._in_flight.values())
-        return max([self._highest_left, *(item.log_prob for item in items if not item.excluded)])
-
-    @property
     def mass(self) -> float:
         """Upper bound of the total probability of the unfinished names."""
-        return sum(item.mass for item in itertools.chain(self._waiting, self._in_flight.values()))
+        items = itertools.chain(self._waiting, self._in_flight.values())
+        return min(1.0, max(0.0, sum(item.mass for item in items) - self._mass_in_pool))
 
-    def take(self) -> RolloutRequest:
+    def take(self, score_to_beat: float) -> RolloutRequest:
         """Return the request for the waiting item with the highest bound; it is then in flight."""
-        item = heapq.heappop(self._waiting)
-        request = RolloutRequest(item.path, item.excluded, self._candidates)
+        item, candidates = heapq.heappop(self._waiting), self._candidates
+        if self._pool is not None and item.bound_in_all <= score_to_beat:
+            candidates = self._pool.trie
+            heapq.heappush(self._waiting, replace(item, pool_node=None, bound_in_pool=-math.inf))
+            item = replace(item, bound_in_all=-math.inf, mass=0.0)
+        request = RolloutRequest(item.path, item.excluded, candidates)
         self._in_flight[request] = item
         return request
 
@@ -131,10 +148,11 @@ class Frontier:
         """
         item = self._in_flight.pop(request)
         start_log_prob = None if request.excluded else item.log_prob
+        in_all = self._pool is None or request.candidates is not self._pool.trie
         finished = []
         for tokens, log_probs in zip(rollout.tokens, rollout.log_probs, strict=True):
-            self._open_remainder(item, tokens, log_probs)
-            taken, *others = [self._child(item, *child) for child in zip(tokens, log_probs, strict=True)]
+            self._open_remainder(item, tokens, log_probs, in_all)
+            taken, *others = [self._child(item, *child, in_all) for child in zip(tokens, log_probs, strict=True)]
             for other in others:
                 if isinstance(other, FinishedName):
                     finished.append(other)
@@ -142,44 +160,62 @@ class Frontier:
                     heapq.heappush(self._waiting, other)
             start_log_prob = taken.log_prob if start_log_prob is None else start_log_prob
             if isinstance(taken, FinishedName):
-                return [*finished, replace(taken, start_log_prob=start_log_prob)]
+                finished.append(replace(taken, start_log_prob=start_log_prob))
+                if not in_all:
+                    self._mass_in_pool += math.fsum(math.exp(name.log_prob) for name in finished)
+                return finished
             item = taken
         raise AssertionError("a rollout ends with the terminator")
 
-    def _item(self, path: tuple[int, ...], node: int, log_prob: float) -> _OpenItem:
-        bound = self._bound(log_prob, len(path), node, frozenset())
-        return _OpenItem(-bound, path, node, log_prob, math.exp(log_prob))
+    def _item(
+        self, path: tuple[int, ...], node: int, pool_node: int | None, log_prob: float, in_all: bool
+    ) -> _OpenItem:
+        in_pool = self._bound_in_pool(log_prob, len(path), pool_node, frozenset())
+        bound = self._names.bound(log_prob, len(path), node, frozenset()) if in_all else -math.inf
+        return _OpenItem(path, node, pool_node, log_prob, bound, in_pool, math.exp(log_prob) if in_all else 0.0)
 
-    def _child(self, parent: _OpenItem, token: int, log_prob: float) -> _OpenItem | FinishedName:
+    def _bound_in_pool(self, log_prob: float, depth: int, node: int | None, excluded: frozenset[int]) -> float:
+        return -math.inf if self._pool is None or node is None else self._pool.bound(log_prob, depth, node, excluded)
+
+    def _child(self, parent: _OpenItem, token: int, log_prob: float, in_all: bool) -> _OpenItem | FinishedName:
         """Return the child's open item, or the finished name if the token is the terminator."""
         total = parent.log_prob + log_prob
         if token == self._terminator and self._trie.is_terminal(parent.node):
             return FinishedName(self._trie.name_index(parent.node), parent.path, total, start_log_prob=total)
         node = self._trie.child(parent.node, token)
         assert node is not None, f"token {token} is not allowed after {parent.path}"
-        return self._item((*parent.path, token), node, total)
+        has_pool = self._pool is not None and parent.pool_node is not None
+        pool_node = self._pool.trie.child(parent.pool_node, token) if has_pool else None
+        return self._item((*parent.path, token), node, pool_node, total, in_all)
 
-    def _open_remainder(self, item: _OpenItem, tokens: list[int], log_probs: list[float]) -> None:
+    def _open_remainder(self, item: _OpenItem, tokens: list[int], log_probs: list[float], in_all: bool) -> None:
         """Add the allowed children of `item` that a step did not report, if any, as one item."""
         excluded = item.excluded.union(tokens)
         excluded_mass = item.excluded_mass + math.fsum(map(math.exp, log_probs))
-        not_reported = max(0.0, 1.0 - excluded_mass) + _ROUNDING
-        # A child's log-prob is at most the K-th, and at most the log of the mass left. The second
-        # bound needs all log-probs to be from one step of the model: those of another step at the
-        # same node may differ in the last bits, and the mass left may be as small as these.
-        highest = log_probs[-1]
-        if not item.excluded:
-            highest = min(highest, math.log(not_reported))
-            self._highest_left = max(self._highest_left, item.log_prob + math.log(not_reported))
         num_left = self._trie.num_children(item.node) + self._trie.is_terminal(item.node) - len(excluded)
         if num_left == 0:
             return
+        not_reported = max(0.0, 1.0 - excluded_mass) + _ROUNDING
         mass_left = min(num_left * math.exp(log_probs[-1]), not_reported)
-        bound = self._bound(item.log_prob + highest, len(item.path), item.node, excluded)
-        remainder = _OpenItem(
-            -bound, item.path, item.node, item.log_prob, math.exp(item.log_prob) * mass_left, excluded, excluded_mass
-        )
-        heapq.heappush(self._waiting, remainder)
+        # A child's log-prob is at most the K-th, and at most the log of the mass left. The second
+        # bound needs all log-probs to be from one step of the model: those of another step at the
+        # same node may differ in the last bits, and the mass left may be as small as these.
+        highest = item.log_prob + (log_probs[-1] if item.excluded else min(log_probs[-1], math.log(not_reported)))
+        in_pool = self._bound_in_pool(highest, len(item.path), item.pool_node, excluded)
+        bound = self._names.bound(highest, len(item.path), item.node, excluded) if in_all else -math.inf
+        if in_all or in_pool > -math.inf:
+            mass = math.exp(item.log_prob) * mass_left if in_all else 0.0
+            heapq.heappush(
+                self._waiting,
+                replace(
+                    item,
+                    bound_in_all=bound,
+                    bound_in_pool=in_pool,
+                    mass=mass,
+                    excluded=excluded,
+                    excluded_mass=excluded_mass,
+                ),
+            )
 
 
 class Budget:

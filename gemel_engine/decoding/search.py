@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 from gemel_engine.config.components import SearchSettings
 from gemel_engine.decoding.engines.base import Rollout, RolloutRequest
-from gemel_engine.decoding.frontier import Budget, FinishedName, Frontier, log_sum_exp
+from gemel_engine.decoding.frontier import Budget, FinishedName, Frontier, NameSet, log_sum_exp
 from gemel_engine.knowledge_base.trie import PrefixTrie
 
 
@@ -82,7 +82,7 @@ class NameSearch:
         self._trie = trie
         self._settings = settings
         self._rivals = tuple(rivals)
-        self._frontier = Frontier(trie, terminator, self._bound, are_candidates=are_candidates)
+        self._frontier = Frontier(NameSet(trie, self._bound), terminator, are_candidates=are_candidates)
         self._budget = Budget(settings)
         self._found: list[FinishedName] = []  # in descending order of the score, ties by path
 
@@ -91,7 +91,7 @@ class NameSearch:
         requests = []
         while self._budget.has_room and self._frontier.next_bound > self._score_to_beat:
             self._budget.start()
-            requests.append(self._frontier.take())
+            requests.append(self._frontier.take(self._score_to_beat))
         return requests
 
     def observe(self, request: RolloutRequest, rollout: Rollout) -> None:
@@ -113,7 +113,7 @@ class NameSearch:
             names=tuple(FoundName(name.name_index, name.log_prob, self._score(name)) for name in listed),
             num_certified=min(num_certified, self._settings.num_candidates),
             log_explored_mass=log_sum_exp([name.log_prob for name in self._found]),
-            unexplored_mass=min(1.0, self._frontier.mass),
+            unexplored_mass=self._frontier.mass,
             num_rollouts=self._budget.num_rollouts,
             highest_bound=self._frontier.highest_bound,
         )
