@@ -1,16 +1,12 @@
 """Exact best-first search for the entity with the highest score, from language model and evidence.
 
 The score of an entity is S = weight · log-prob of its best name + bonus. The entities of a mention's
-*pool* have a bonus of any sign, all others have none. Two frontiers are open at once:
+*pool* have a bonus of any sign, all others have none. An open item therefore has two bounds: weight ·
+log-prob for the entities outside the pool, and that plus the largest bonus of its pool entities for
+those. Once neither bound of any open item exceeds the score of the best entity found, that entity is
+the argmax of S over *all* entities.
 
-- the pool's own trie, whose bounds include the largest bonus below a node: it covers the entities
-  of the pool;
-- the trie of all names, whose bounds have no bonus: it covers all other entities.
-
-Every entity that may still score higher has a name in an open item of its frontier, so a found
-entity with at least the highest bound is certified as it is in `search`. The rollouts in the pool
-also bound all names outside it: a name leaves the pool's trie by a token that no rollout reported,
-and has at most the probability left over there. Often no rollout over all names is needed.
+A rollout from an item is restricted to the names of the pool if its first bound can no longer matter.
 """
 
 from __future__ import annotations
@@ -22,7 +18,7 @@ from dataclasses import dataclass
 
 from gemel_engine.config.components import SearchSettings
 from gemel_engine.decoding.engines.base import Rollout, RolloutRequest
-from gemel_engine.decoding.frontier import Budget, Frontier, NameSet, log_sum_exp
+from gemel_engine.decoding.frontier import Frontier, NameSet, log_sum_exp
 from gemel_engine.errors import ConfigurationError
 from gemel_engine.knowledge_base.trie import PrefixTrie
 
@@ -34,7 +30,7 @@ class PoolEntity:
     Attributes:
         row: Row of the entity in the knowledge base.
         bonus: What evidence adds to its score; finite, of any sign.
-        names: Numbers of its names in the trie of all names; at least one.
+        names: Numbers of all its names in the trie of all names; at least one.
     """
 
     row: int
@@ -116,25 +112,20 @@ class EntitySearch:
         self._bonuses = {entity.row: entity.bonus for entity in pool}
         self._weight = weight
         self._settings = settings
-        self._budget = Budget(settings)
         all_names = NameSet(trie, lambda log_prob, _depth, _node, _excluded: weight * log_prob)
-        self._frontier = Frontier(all_names, terminator, _pool_names(trie, pool, weight, terminator) if pool else None)
+        of_pool = _pool_names(trie, pool, weight, terminator) if pool else None
+        self._frontier = Frontier(all_names, terminator, settings, of_pool)
         self._log_probs: list[float] = []  # of finished names
         self._found: dict[int, FoundEntity] = {}  # by row
         self._score_to_beat = -math.inf
 
     def next_requests(self) -> list[RolloutRequest]:
         """Return the next requests: items that could change the certified entities, best first."""
-        requests = []
-        while self._budget.has_room and self._frontier.next_bound > self._score_to_beat:
-            self._budget.start()
-            requests.append(self._frontier.take(self._score_to_beat))
-        return requests
+        return self._frontier.next_requests(self._score_to_beat)
 
     def observe(self, request: RolloutRequest, rollout: Rollout) -> None:
         """Add the answer to a request: the entities of its finished names, and open items."""
-        self._budget.finish(rollout)
-        for finished in self._frontier.expand(request, rollout):
+        for finished in self._frontier.observe(request, rollout):
             self._log_probs.append(finished.log_prob)
             for row in self._entities_of_name(finished.name_index):
                 score = self._weight * finished.log_prob + self._bonuses.get(row, 0.0)
@@ -146,7 +137,7 @@ class EntitySearch:
     @property
     def is_done(self) -> bool:
         """Whether enough entities are certified, nothing is left or the budget is spent."""
-        return self._frontier.highest_bound <= self._score_to_beat or self._budget.is_over
+        return self._frontier.is_done(self._score_to_beat)
 
     def result(self) -> EntitySearchResult:
         """Return the best entities so far; at least one after the first `observe`."""
@@ -159,7 +150,7 @@ class EntitySearch:
             num_certified=sum(found.score >= highest_bound for found in entities),
             log_explored_mass=log_sum_exp(self._log_probs),
             unexplored_mass=self._frontier.mass,
-            num_rollouts=self._budget.num_rollouts,
+            num_rollouts=self._frontier.num_rollouts,
             highest_bound=highest_bound,
         )
 

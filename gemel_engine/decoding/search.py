@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 from gemel_engine.config.components import SearchSettings
 from gemel_engine.decoding.engines.base import Rollout, RolloutRequest
-from gemel_engine.decoding.frontier import Budget, FinishedName, Frontier, NameSet, log_sum_exp
+from gemel_engine.decoding.frontier import FinishedName, Frontier, NameSet, log_sum_exp
 from gemel_engine.knowledge_base.trie import PrefixTrie
 
 
@@ -82,28 +82,22 @@ class NameSearch:
         self._trie = trie
         self._settings = settings
         self._rivals = tuple(rivals)
-        self._frontier = Frontier(NameSet(trie, self._bound), terminator, are_candidates=are_candidates)
-        self._budget = Budget(settings)
+        self._frontier = Frontier(NameSet(trie, self._bound), terminator, settings, are_candidates=are_candidates)
         self._found: list[FinishedName] = []  # in descending order of the score, ties by path
 
     def next_requests(self) -> list[RolloutRequest]:
         """Return the next requests: items that could change the certified names, best first."""
-        requests = []
-        while self._budget.has_room and self._frontier.next_bound > self._score_to_beat:
-            self._budget.start()
-            requests.append(self._frontier.take(self._score_to_beat))
-        return requests
+        return self._frontier.next_requests(self._score_to_beat)
 
     def observe(self, request: RolloutRequest, rollout: Rollout) -> None:
         """Add the answer to a request: its finished names, and the open items off its path."""
-        self._budget.finish(rollout)
-        for finished in self._frontier.expand(request, rollout):
+        for finished in self._frontier.observe(request, rollout):
             insort(self._found, finished, key=lambda name: (-self._score(name), name.path))
 
     @property
     def is_done(self) -> bool:
         """Whether enough names are certified, nothing is left to explore or the budget is spent."""
-        return self._frontier.highest_bound <= self._score_to_beat or self._budget.is_over
+        return self._frontier.is_done(self._score_to_beat)
 
     def result(self) -> SearchResult:
         """Return the best names so far, without rivals; at least one after the first `observe`."""
@@ -114,7 +108,7 @@ class NameSearch:
             num_certified=min(num_certified, self._settings.num_candidates),
             log_explored_mass=log_sum_exp([name.log_prob for name in self._found]),
             unexplored_mass=self._frontier.mass,
-            num_rollouts=self._budget.num_rollouts,
+            num_rollouts=self._frontier.num_rollouts,
             highest_bound=self._frontier.highest_bound,
         )
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from hypothesis import event, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.scorer import PROMPT, TERMINATOR, RandomScorer, problems
 
@@ -153,16 +153,19 @@ def test_without_a_pool_it_is_the_search_for_names(world: World, width: int, bud
 
 
 @settings(max_examples=500)
-@given(world=worlds_of_one_name_each, num_to_certify=st.integers(1, 3))
-def test_a_pool_without_bonuses_costs_at_most_its_own_search(world: World, num_to_certify: int) -> None:
-    one_by_one = SearchSettings(ranking="objective", num_to_certify=num_to_certify, width=1, max_rollouts=10_000)
-    result = world.run(one_by_one)
-    longest = world.run_names(world.trie, one_by_one).num_rollouts
-    event(f"{result.num_rollouts - longest:+d} rollouts against the search for names")
-    if world.pool:
-        names = [world.trie.name_tokens(name) for entity in world.pool for name in entity.names]
-        longest += world.run_names(PrefixTrie.from_sequences(names)[0], one_by_one).num_rollouts
-    assert result.num_rollouts <= longest
+@given(world=worlds_of_one_name_each, width=st.integers(1, 6), num_to_certify=st.integers(1, 3))
+def test_a_pool_without_bonuses_asks_as_the_search_for_names_does(
+    world: World, width: int, num_to_certify: int
+) -> None:
+    limits = SearchSettings(ranking="objective", num_to_certify=num_to_certify, width=width, max_rollouts=10_000)
+    search, names = world.search(limits), NameSearch(world.trie, TERMINATOR, limits)
+    while not names.is_done:
+        requests = names.next_requests()
+        assert search.next_requests() == requests
+        for request in requests:
+            names.observe(request, world.scorer.rollout(request))
+            search.observe(request, world.scorer.rollout(request))
+    assert search.is_done
 
 
 def tree(bonuses: dict[int, float], temperature: float = 1.0) -> World:
@@ -172,27 +175,31 @@ def tree(bonuses: dict[int, float], temperature: float = 1.0) -> World:
     return World(problem, [[]], bonuses, 1.0)
 
 
-def test_a_bonus_that_outweighs_all_names_needs_no_rollout_over_them() -> None:
+def test_a_bonus_that_outweighs_all_names_needs_one_rollout_over_them() -> None:
     world = tree({7: 30.0, 70: 20.0, 71: -5.0})
     search = world.search(SearchSettings())
+    asked = []
     while not search.is_done:
         for request in search.next_requests():
-            assert request.candidates is not None
+            asked.append(request)
             search.observe(request, world.scorer.rollout(request))
     result = search.result()
     assert result.entities[0].row == 7
     assert result.num_certified >= 1
+    assert [request.candidates is None for request in asked] == [True, *[False] * (len(asked) - 1)]
+    assert len(asked) <= 4
 
 
-def test_what_the_pool_leaves_over_bounds_all_other_names() -> None:
-    """A model that is sure of a pool's name leaves too little for any other, so one rollout proves it without bonus."""
-    world = tree({}, temperature=0.1)
-    best = world.truth()[0][1]
-    assert world.log_probs[best] > math.log(0.5)
-    world.pool = [PoolEntity(best, 0.0, (best,))]
-    result = world.run(SearchSettings())
-    assert (result.entities[0].row, result.num_certified, result.num_rollouts) == (best, 1, 1)
-    assert result.unexplored_mass == pytest.approx(1 - math.exp(world.log_probs[best]))
+def test_a_pool_that_the_model_does_not_find_is_found_and_another_name_still_wins_where_it_scores_higher() -> None:
+    world = tree({})
+    best, worst = world.truth()[0], world.truth()[-1]
+    needed = best[0] - worst[0]
+    for bonus, winner in ((needed + 0.1, worst[1]), (needed - 0.1, best[1])):
+        world.pool = [PoolEntity(worst[1], bonus, (worst[1],))]
+        result = world.run(SearchSettings(num_to_certify=2))
+        assert result.num_certified == 2
+        assert result.entities[0].row == winner
+        assert {found.row for found in result.entities[:2]} == {best[1], worst[1]}
 
 
 def test_homonyms_differ_by_their_bonuses_alone() -> None:
