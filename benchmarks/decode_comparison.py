@@ -113,7 +113,7 @@ def budgets(
         prompt = ours.generator.prompt(mention, None, rows)[0]
         searches[position] = prompt, Watched(names.trie, ours.generator.terminator, settings)
     started = time.perf_counter()
-    queue = ((position, prompt, search, None) for position, (prompt, search) in searches.items())
+    queue = ((position, prompt, search) for position, (prompt, search) in searches.items())
     for _ in run_searches(ours.generator.engine, queue, ours.config.language_model.max_num_seqs):
         pass
     logger.info("budgets %s: %.0f s", objective, time.perf_counter() - started)

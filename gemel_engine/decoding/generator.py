@@ -197,7 +197,8 @@ class EntityNameGenerator:
 
     def search_of(self, trie: PrefixTrie, rivals: Sequence[float] = ()) -> NameSearch:
         """Return a search of the names of a trie; `rivals` are scores of names found elsewhere."""
-        return NameSearch(trie, self.terminator, self.search_settings, rivals)
+        are_candidates = trie is not self.artifacts.knowledge_base.trie
+        return NameSearch(trie, self.terminator, self.search_settings, rivals, are_candidates=are_candidates)
 
     def example(self, item: PromptItem, surface_form: str) -> Demonstration | Card:
         """Return a demonstration, or the card of an entity for mentions of a surface form."""
@@ -277,8 +278,8 @@ class _MentionTask:
         self._used: tuple[PromptItem, ...] = ()
         self._trie: PrefixTrie | None = None
 
-    def prepare(self) -> tuple[Prompt, NameSearch, PrefixTrie | None] | None:
-        """Return prompt, search and its trie (None: the engine's); None if no search is needed."""
+    def prepare(self) -> tuple[Prompt, NameSearch] | None:
+        """Return prompt and search; None if no search is needed."""
         search: NameSearch | None = None
         if self._earlier is not None:
             knowledge_base = self._generator.artifacts.knowledge_base
@@ -295,7 +296,7 @@ class _MentionTask:
         except MentionError as error:
             self.prediction = Prediction(self._mention.mention_id, error=str(error))
             return None
-        return prompt, search, self._trie
+        return prompt, search
 
     def finish(self, result: SearchResult) -> None:
         """Turn the result of the search into the prediction."""

@@ -4,50 +4,64 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Hashable, Iterable, Iterator
-from typing import TypeVar
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from typing import Protocol, TypeVar
 
-from gemel_engine.decoding.engines.base import RolloutEngine, RolloutRequest
+from gemel_engine.decoding.engines.base import Rollout, RolloutEngine, RolloutRequest
 from gemel_engine.decoding.prompt import Prompt
-from gemel_engine.decoding.search import NameSearch, SearchResult
 from gemel_engine.errors import GemelError
-from gemel_engine.knowledge_base.trie import PrefixTrie
 
 Key = TypeVar("Key", bound=Hashable)
+Result = TypeVar("Result", covariant=True)
 
 # Ids are never reused: an engine may still have requests of an interrupted call.
 _request_ids = map(str, itertools.count())
 
 
+class Search(Protocol[Result]):
+    """The search for one mention: of names, or of entities."""
+
+    def next_requests(self) -> Sequence[RolloutRequest]:
+        """Return the next requests, no two of them equal."""
+
+    def observe(self, request: RolloutRequest, rollout: Rollout) -> None:
+        """Add the answer to a request."""
+
+    @property
+    def is_done(self) -> bool:
+        """Whether no further rollout is needed or allowed; without requests in flight it must be."""
+
+    def result(self) -> Result:
+        """Return what is found so far."""
+
+
 def run_searches(
-    engine: RolloutEngine,
-    mentions: Iterable[tuple[Key, Prompt, NameSearch, PrefixTrie | None]],
-    max_in_flight: int,
-) -> Iterator[tuple[Key, SearchResult]]:
+    engine: RolloutEngine, mentions: Iterable[tuple[Key, Prompt, Search[Result]]], max_in_flight: int
+) -> Iterator[tuple[Key, Result]]:
     """Run many searches over one engine, started in order; yields each result as it ends.
 
     Args:
         engine: Engine that answers the rollouts.
-        mentions: Key, prompt, search, and trie of the search (None: the engine's) of each mention.
+        mentions: Key, prompt and search of each mention.
         max_in_flight: Maximum number of open searches.
 
     Raises:
         GemelError: A log-prob of the language model is NaN.
     """
     waiting = iter(mentions)
-    open_searches: dict[Key, tuple[Prompt, NameSearch, PrefixTrie | None]] = {}
+    open_searches: dict[Key, tuple[Prompt, Search[Result]]] = {}
     rollouts: dict[str, tuple[Key, RolloutRequest]] = {}
 
     def submit(key: Key) -> None:
-        prompt, search, candidates = open_searches[key]
+        prompt, search = open_searches[key]
         for request in search.next_requests():
             request_id = next(_request_ids)
             rollouts[request_id] = key, request
-            engine.submit(request_id, prompt, request, candidates)
+            engine.submit(request_id, prompt, request)
 
     while True:
-        for key, prompt, search, candidates in itertools.islice(waiting, max_in_flight - len(open_searches)):
-            open_searches[key] = prompt, search, candidates
+        for key, prompt, search in itertools.islice(waiting, max_in_flight - len(open_searches)):
+            open_searches[key] = prompt, search
             submit(key)
         if not rollouts:
             return

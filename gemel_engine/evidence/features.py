@@ -42,7 +42,9 @@ _SMOOTHING = 0.1  # training mentions
 _COMPARED = 80  # number of characters
 
 
-def features_of(form: str, names: Sequence[str], candidates: Sequence[tuple[float, Mapping[str, float]]]) -> NDArray[np.float64]:
+def features_of(
+    form: str, names: Sequence[str], candidates: Sequence[tuple[float, Mapping[str, float]]]
+) -> NDArray[np.float64]:
     """Return the features of the candidates of a mention, (N, F).
 
     Args:

@@ -238,7 +238,7 @@ def test_candidates_restrict_one_request(
 
     def link_with_candidates(engine: RolloutEngine, few: PrefixTrie) -> list[SearchResult]:
         searches = [
-            (i, prompt, NameSearch(few if i % 2 else trie, terminator, EXHAUSTIVE), few if i % 2 else None)
+            (i, prompt, NameSearch(few if i % 2 else trie, terminator, EXHAUSTIVE, are_candidates=bool(i % 2)))
             for i, prompt in enumerate(prompts)
         ]
         results = dict(run_searches(engine, searches, max_in_flight=4))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import deque
 from dataclasses import replace
 from typing import Any
 
@@ -11,10 +10,10 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from support.scorer import PROMPT, TERMINATOR, VOCABULARY, RandomScorer, problems
 
 from gemel_engine.config.components import Objective, SearchSettings
-from gemel_engine.decoding.engines.base import CacheStatistics, Rollout, RolloutRequest, allowed_next_tokens
-from gemel_engine.decoding.prompt import Prompt
+from gemel_engine.decoding.engines.base import RolloutRequest
 from gemel_engine.decoding.resume import merge_results, numbered_in
 from gemel_engine.decoding.scheduler import run_searches
 from gemel_engine.decoding.search import NameSearch, SearchResult
@@ -22,64 +21,6 @@ from gemel_engine.errors import GemelError
 from gemel_engine.knowledge_base.trie import PrefixTrie
 
 pytestmark = pytest.mark.unit
-
-VOCABULARY = 8
-TERMINATOR = 7
-PROMPT = Prompt((), ())
-
-
-class RandomScorer:
-    """A table of random next-token distributions, as sharp or flat as `temperature` says; an engine of width one."""
-
-    def __init__(self, trie: PrefixTrie, seed: int, temperature: float, num_children: int) -> None:
-        self.trie = trie
-        self.seed = seed
-        self.temperature = temperature
-        self.num_children = num_children
-        self.queue: deque[tuple[str, RolloutRequest, PrefixTrie]] = deque()
-        self.cache_statistics = CacheStatistics()
-
-    def log_probs(self, path: tuple[int, ...]) -> np.ndarray:
-        logits = np.random.default_rng([self.seed, *path]).normal(size=VOCABULARY) / self.temperature
-        log_probs: np.ndarray = logits - np.logaddexp.reduce(logits)
-        return log_probs
-
-    def log_prob(self, path: tuple[int, ...]) -> float:
-        return math.fsum(self.log_probs(path[:depth])[token] for depth, token in enumerate(path))
-
-    def name_log_prob(self, tokens: tuple[int, ...]) -> float:
-        return self.log_prob((*tokens, TERMINATOR))
-
-    def submit(self, request_id: str, prompt: Prompt, request: RolloutRequest, candidates: PrefixTrie | None) -> None:
-        self.queue.append((request_id, request, candidates or self.trie))
-
-    def step(self) -> list[tuple[str, Rollout]]:
-        request_id, request, trie = self.queue.popleft()
-        return [(request_id, self.rollout(request, trie))]
-
-    def rollout(self, request: RolloutRequest, trie: PrefixTrie) -> Rollout:
-        path, excluded = request.path, request.excluded
-        rollout = Rollout([], [])
-        while True:
-            allowed = allowed_next_tokens(trie, trie.walk(path), TERMINATOR, excluded)
-            log_probs = self.log_probs(path)[allowed]
-            best = np.argsort(-log_probs)[: self.num_children]
-            rollout.tokens.append(allowed[best].tolist())
-            rollout.log_probs.append(log_probs[best].tolist())
-            if allowed[best[0]] == TERMINATOR:
-                return rollout
-            path, excluded = (*path, int(allowed[best[0]])), frozenset()
-
-
-names = st.lists(st.integers(0, TERMINATOR - 1), min_size=1, max_size=5).map(tuple)
-problems = st.fixed_dictionaries(
-    {
-        "names": st.lists(names, min_size=1, max_size=60, unique=True),
-        "seed": st.integers(0, 2**32 - 1),
-        "temperature": st.sampled_from([0.2, 0.5, 1.0, 3.0]),
-        "num_children": st.integers(1, VOCABULARY),
-    }
-)
 
 
 def solve(
@@ -94,7 +35,7 @@ def solve(
         score = log_prob if search_settings.objective == "sum" else log_prob / (len(name) + 1)
         truth.append((score, int(number)))
     search = NameSearch(trie, TERMINATOR, search_settings)
-    ((_, result),) = run_searches(scorer, [("key", PROMPT, search, None)], max_in_flight=1)
+    ((_, result),) = run_searches(scorer, [("key", PROMPT, search)], max_in_flight=1)
     return sorted(truth, reverse=True), result, scorer
 
 
@@ -163,7 +104,7 @@ def test_ranked_by_the_mean_come_the_names_that_any_proof_meets(
     while not search.is_done:
         requests += search.next_requests()
         request = requests.pop(-1 if newest_first else 0)
-        search.observe(request, scorer.rollout(request, trie))
+        search.observe(request, scorer.rollout(request))
     result = search.result()
 
     score_of = {name: scorer.name_log_prob(name) for name in problem["names"]}
@@ -171,7 +112,7 @@ def test_ranked_by_the_mean_come_the_names_that_any_proof_meets(
     needed = {best}
     for prefix in {name[:length] for name in score_of for length in range(1, len(name) + 1)}:
         if scorer.log_prob(prefix) > score_of[best]:
-            rollout = scorer.rollout(RolloutRequest(prefix), trie)
+            rollout = scorer.rollout(RolloutRequest(prefix))
             needed.add((*prefix, *(tokens[0] for tokens in rollout.tokens[:-1])))
     by_score = sorted(score_of, key=lambda name: -score_of[name])
     expected = sorted(needed, key=lambda name: -score_of[name] / (len(name) + 1))
@@ -185,7 +126,7 @@ def test_ranked_by_the_mean_come_the_names_that_any_proof_meets(
 @given(problem=problems)
 def test_one_rollout_of_greedy_decoding_comes_first(problem: dict[str, Any]) -> None:
     _, result, scorer = solve(problem, SearchSettings(max_rollouts=1))
-    greedy = scorer.rollout(RolloutRequest(()), scorer.trie)
+    greedy = scorer.rollout(RolloutRequest(()))
     node = scorer.trie.walk([step[0] for step in greedy.tokens[:-1]])
     assert scorer.trie.name_index(node) in {name.name_index for name in result.names}
 
@@ -195,7 +136,7 @@ def test_the_token_budget_ends_a_search_after_the_rollout_that_spends_it() -> No
     trie, _ = PrefixTrie.from_sequences(sequences)
     scorer = RandomScorer(trie, seed=0, temperature=5.0, num_children=3)
     limited = SearchSettings(max_rollouts=1000, max_tokens=10, width=1)
-    ((_, result),) = run_searches(scorer, [("key", PROMPT, NameSearch(trie, TERMINATOR, limited), None)], 1)
+    ((_, result),) = run_searches(scorer, [("key", PROMPT, NameSearch(trie, TERMINATOR, limited))], 1)
     # A first rollout is of three tokens and the terminator, the others of what is left of that.
     assert result.num_certified == 0
     assert 3 <= result.num_rollouts <= 10
@@ -211,7 +152,7 @@ def test_speculation_grows_with_the_search() -> None:
     while not search.is_done and (requests := search.next_requests()):
         waves.append(len(requests))
         for request in requests:
-            search.observe(request, scorer.rollout(request, trie))
+            search.observe(request, scorer.rollout(request))
     assert waves[:5] == [1, 1, 2, 4, 4]
     assert max(waves) == 4
 
@@ -226,8 +167,9 @@ def test_many_searches_share_an_engine() -> None:
         (
             position,
             PROMPT,
-            NameSearch(few if position % 2 else trie, TERMINATOR, search_settings),
-            few if position % 2 else None,
+            NameSearch(few, TERMINATOR, search_settings, are_candidates=True)
+            if position % 2
+            else NameSearch(trie, TERMINATOR, search_settings),
         )
         for position in range(20)
     ]
@@ -246,14 +188,14 @@ def test_a_call_after_an_interrupted_one_takes_no_answer_of_that() -> None:
     scorer = RandomScorer(trie, 1, 1.0, 3)
 
     def search(names: PrefixTrie) -> NameSearch:
-        return NameSearch(names, TERMINATOR, SearchSettings())
+        return NameSearch(names, TERMINATOR, SearchSettings(), are_candidates=names is few)
 
-    ((_, expected),) = run_searches(scorer, [("key", PROMPT, search(trie), None)], max_in_flight=1)
-    interrupted = run_searches(scorer, [(n, PROMPT, search(few), few) for n in range(3)], max_in_flight=3)
+    ((_, expected),) = run_searches(scorer, [("key", PROMPT, search(trie))], max_in_flight=1)
+    interrupted = run_searches(scorer, [(n, PROMPT, search(few)) for n in range(3)], max_in_flight=3)
     next(interrupted)
     del interrupted
     assert scorer.queue
-    ((_, result),) = run_searches(scorer, [("key", PROMPT, search(trie), None)], max_in_flight=1)
+    ((_, result),) = run_searches(scorer, [("key", PROMPT, search(trie))], max_in_flight=1)
     assert result == expected
 
 
@@ -265,7 +207,7 @@ def test_log_probs_that_are_not_numbers() -> None:
     scorer = BrokenScorer(PrefixTrie.from_sequences([[0], [1]])[0], 1, 1.0, 3)
     search = NameSearch(scorer.trie, TERMINATOR, SearchSettings())
     with pytest.raises(GemelError, match="not numbers: use dtype bfloat16 or float32"):
-        list(run_searches(scorer, [("key", PROMPT, search, None)], max_in_flight=1))
+        list(run_searches(scorer, [("key", PROMPT, search)], max_in_flight=1))
 
 
 def test_probability_mass_is_complete_when_everything_is_explored() -> None:
@@ -312,7 +254,7 @@ def test_searching_added_names_alone_gives_the_best_of_all(
     )
     old_trie, _ = PrefixTrie.from_sequences(before)
     scorer = RandomScorer(old_trie, problem["seed"], problem["temperature"], problem["num_children"])
-    ((_, first),) = run_searches(scorer, [(0, PROMPT, NameSearch(old_trie, TERMINATOR, every_name), None)], 1)
+    ((_, first),) = run_searches(scorer, [(0, PROMPT, NameSearch(old_trie, TERMINATOR, every_name))], 1)
     assert first.num_certified >= num_to_certify
     listed = {tuple(old_trie.name_tokens(name.name_index)) for name in first.names}
     retired = [name for name in before if name not in listed][:num_retired]
@@ -322,8 +264,9 @@ def test_searching_added_names_alone_gives_the_best_of_all(
     stored = numbered_in(trie, as_stored(first), old_trie)
     added_trie, _ = PrefixTrie.from_sequences(added)
     limited = replace(every_name, max_rollouts=budget)
-    search = NameSearch(added_trie, TERMINATOR, limited, [name.score for name in stored.names])
-    ((_, second),) = run_searches(scorer, [(0, PROMPT, search, added_trie)], 1)
+    rivals = [name.score for name in stored.names]
+    search = NameSearch(added_trie, TERMINATOR, limited, rivals, are_candidates=True)
+    ((_, second),) = run_searches(scorer, [(0, PROMPT, search)], 1)
     merged = merge_results(stored, numbered_in(trie, second, added_trie), num_candidates=60)
 
     def score(name: tuple[int, ...]) -> float:
@@ -345,7 +288,7 @@ def test_a_search_with_better_rivals_ends_after_one_rollout_or_before() -> None:
     trie, _ = PrefixTrie.from_sequences(sequences)
     scorer = RandomScorer(trie, seed=0, temperature=5.0, num_children=3)
     search = NameSearch(trie, TERMINATOR, SearchSettings(), rivals=[-0.01])
-    ((_, result),) = run_searches(scorer, [("key", PROMPT, search, None)], 1)
+    ((_, result),) = run_searches(scorer, [("key", PROMPT, search)], 1)
     assert result.num_rollouts == 1
     assert result.highest_bound < -0.01
     assert NameSearch(trie, TERMINATOR, SearchSettings(), rivals=[0.0]).is_done

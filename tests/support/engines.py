@@ -49,6 +49,6 @@ def link(
     max_in_flight: int,
     settings: SearchSettings = EXHAUSTIVE,
 ) -> list[SearchResult]:
-    searches = [(i, prompt, NameSearch(trie, terminator, settings), None) for i, prompt in enumerate(prompts)]
+    searches = [(i, prompt, NameSearch(trie, terminator, settings)) for i, prompt in enumerate(prompts)]
     results = dict(run_searches(engine, searches, max_in_flight))
     return [results[i] for i in range(len(prompts))]

@@ -13,10 +13,17 @@ from gemel_engine.knowledge_base.trie import PrefixTrie
 
 @dataclass(frozen=True, slots=True)
 class RolloutRequest:
-    """Greedy decoding from the trie node at `path`; the first token may not be in `excluded`."""
+    """Greedy decoding from a node of a prefix trie.
+
+    Attributes:
+        path: Tokens from the root to the node.
+        excluded: Tokens that may not be taken first.
+        candidates: Trie of the allowed names; None: the engine's.
+    """
 
     path: tuple[int, ...]
     excluded: frozenset[int] = frozenset()
+    candidates: PrefixTrie | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +57,8 @@ class RolloutEngine(Protocol):
 
     cache_statistics: CacheStatistics
 
-    def submit(self, request_id: str, prompt: Prompt, request: RolloutRequest, candidates: PrefixTrie | None) -> None:
-        """Queue a rollout under `candidates`; None: under the engine's trie."""
+    def submit(self, request_id: str, prompt: Prompt, request: RolloutRequest) -> None:
+        """Queue a rollout."""
 
     def step(self) -> list[tuple[str, Rollout]]:
         """Run one step, blocking; returns the finished rollouts with their request ids."""

@@ -40,20 +40,21 @@ class TransformersEngine:
         self._terminator = terminator
         self._num_children = num_children
         self.cache_statistics = CacheStatistics()
-        self._queue: deque[tuple[str, Prompt, RolloutRequest, PrefixTrie]] = deque()
+        self._queue: deque[tuple[str, Prompt, RolloutRequest]] = deque()
         self._prefilled: tuple[Prompt, DynamicCache, Tensor] | None = None
 
-    def submit(self, request_id: str, prompt: Prompt, request: RolloutRequest, candidates: PrefixTrie | None) -> None:
-        """Queue a rollout under `candidates`; None: under the engine's trie."""
-        self._queue.append((request_id, prompt, request, candidates or self._trie))
+    def submit(self, request_id: str, prompt: Prompt, request: RolloutRequest) -> None:
+        """Queue a rollout."""
+        self._queue.append((request_id, prompt, request))
 
     def step(self) -> list[tuple[str, Rollout]]:
         """Answer the oldest request; returns its rollout with its id."""
-        request_id, prompt, request, trie = self._queue.popleft()
-        return [(request_id, self._rollout(prompt, request, trie))]
+        request_id, prompt, request = self._queue.popleft()
+        return [(request_id, self._rollout(prompt, request))]
 
     @torch.inference_mode()
-    def _rollout(self, prompt: Prompt, request: RolloutRequest, trie: PrefixTrie) -> Rollout:
+    def _rollout(self, prompt: Prompt, request: RolloutRequest) -> Rollout:
+        trie = request.candidates or self._trie
         cache, logits = self._prefill(prompt)
         if request.path:
             logits = self._advance(cache, list(request.path))

@@ -105,8 +105,9 @@ class VllmEngine:
         if not os.path.isdir(settings.name):
             check_language_model(settings.name)  # they may just have been downloaded
 
-    def submit(self, request_id: str, prompt: Prompt, request: RolloutRequest, candidates: PrefixTrie | None) -> None:
-        """Queue a rollout under `candidates`; None: under the engine's trie."""
+    def submit(self, request_id: str, prompt: Prompt, request: RolloutRequest) -> None:
+        """Queue a rollout."""
+        candidates = request.candidates
         trie = candidates or self._trie
         are_common = candidates is not None and candidates is self._common_candidates
         are_sent = candidates is not None and not are_common
