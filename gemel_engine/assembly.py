@@ -33,6 +33,9 @@ from gemel_engine.evidence.index import DIRECTORY as EVIDENCE_DIRECTORY
 from gemel_engine.evidence.index import MANIFEST as EVIDENCE_MANIFEST
 from gemel_engine.evidence.index import open_evidence
 from gemel_engine.evidence.retriever import Retriever
+from gemel_engine.evidence.weights import MANIFEST as WEIGHTS_MANIFEST
+from gemel_engine.evidence.weights import SHIPPED as SHIPPED_WEIGHTS
+from gemel_engine.evidence.weights import ScoreWeights
 from gemel_engine.extras import extra
 from gemel_engine.fingerprints import Contents, check_content, checkpoint_fingerprint, read_manifest_at
 from gemel_engine.knowledge_base.store import MANIFEST as KNOWLEDGE_BASE_MANIFEST
@@ -112,6 +115,27 @@ def open_calibration(config: LinkConfig) -> Calibration | None:
     return calibration
 
 
+def open_weights(config: JobConfig) -> ScoreWeights | None:
+    """Open the weights of a run's score; None if the language model ranks alone.
+
+    Raises:
+        ArtifactError: They are missing or damaged.
+        ConfigurationError: No probability keeps the accepted risk.
+    """
+    settings = config.score
+    if settings.kind == "language_model":
+        return None
+    weights = ScoreWeights.open(None if settings.weights is None else download_directory(settings.weights))
+    if settings.risk and weights.threshold(settings.risk) is None:
+        raise ConfigurationError(
+            f"score.risk is {settings.risk:g}, and no mentions that the weights were fitted on were so surely right by "
+            f"evidence alone: accept a larger risk, up to {weights.risks[-1][1]:g}, or 0"
+            if weights.risks
+            else f"score.risk is {settings.risk:g}, but the weights have no measured risks: set it to 0"
+        )
+    return weights
+
+
 def run_contents(config: JobConfig, mention_encoder: str | None, image_encoder: str | None) -> Contents:
     """Return the fingerprint or manifest of each model and artifact of a run, by name.
 
@@ -144,6 +168,8 @@ def artifact_manifests(config: JobConfig) -> dict[str, Any]:
         "feature_mapper": config.vision.feature_mapper and f"{config.vision.feature_mapper}/{MAPPER_MANIFEST}",
         "calibration": calibration and f"{calibration}/{CALIBRATION_MANIFEST}",
     }
+    if config.score.kind == "combined":
+        manifests["weights"] = f"{config.score.weights or SHIPPED_WEIGHTS}/{WEIGHTS_MANIFEST}"
     evidence = f"{config.knowledge_base}/{EVIDENCE_DIRECTORY}/{EVIDENCE_MANIFEST}"
     if config.retrieval.num_candidates and storage.exists(evidence):
         manifests["evidence"] = evidence
@@ -158,6 +184,7 @@ def check_contents(began_with: Contents | None, config: JobConfig) -> None:
     """
     if began_with is not None:
         addresses = {"feature_mapper": config.vision.feature_mapper, "evidence": config.knowledge_base}
+        addresses["weights"] = config.score.weights or "of the package"
         for name, manifest in artifact_manifests(config).items():
             check_content(began_with, name, addresses.get(name) or getattr(config, name), manifest)
         language_model = config.language_model.name
@@ -258,6 +285,8 @@ def start_generator(
         max_in_flight=config.language_model.max_num_seqs if config.language_model.engine == "vllm" else 1,
         calibration=open_calibration(config),
         added_names=None if added is None else added.trie,
+        weights=open_weights(config) if artifacts.evidence is not None else None,
+        risk=config.score.risk,
     )
 
 

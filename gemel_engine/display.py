@@ -91,14 +91,14 @@ def percent(share: float | None, nothing: str = "-") -> str:
     return nothing if share is None else f"{100 * share:.1f}%"
 
 
-def shares(probability: float | None, log_probs: Sequence[float]) -> list[float]:
+def shares(probability: float | None, log_probs: Sequence[float | None]) -> list[float]:
     """Return a lower bound of each name's share of the probability of all names.
 
     Args:
         probability: Share of the first name; None means 0.
-        log_probs: Log-probabilities of the names in nats.
+        log_probs: Log-probabilities of the names in nats; None if the model was not asked.
     """
-    if not probability:
+    if not probability or log_probs[0] is None:
         return [0.0] * len(log_probs)
     log_mass = log_probs[0] - math.log(probability)
-    return [math.exp(min(0.0, log_prob - log_mass)) for log_prob in log_probs]
+    return [0.0 if log_prob is None else math.exp(min(0.0, log_prob - log_mass)) for log_prob in log_probs]

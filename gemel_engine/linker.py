@@ -87,7 +87,7 @@ def _explain(linker: Linker, mention: Mention, picture: bytes | None) -> Explana
         raise ConfigurationError("a picture needs vision.image_encoder: set it, or leave the picture out")
     generator = linker.generator
     prompt, used = generator.prompt(mention, features, retrieved)
-    generator.search(mention)  # raises the error that `generate` would put into the prediction
+    generator.scope(mention)  # raises the error that `generate` would put into the prediction
     (prediction,) = generator.generate([mention], [features], [retrieved])
     return Explanation(
         mention=mention,

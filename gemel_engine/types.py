@@ -6,7 +6,7 @@ This module depends on no model, not on Ray, and reads no files.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import numpy as np
@@ -90,7 +90,10 @@ class Column:
 
     @classmethod
     def like(cls, wanted: pa.DataType) -> Column:
-        """Return a column that accepts a type and the types that differ from it only in width."""
+        """Return a column that accepts a type and the types that differ from it only in width.
+
+        A struct may lack fields, which are null then.
+        """
         if pa.types.is_string(wanted):
             return cls(wanted, "string", _is_text)
         if pa.types.is_list(wanted):
@@ -106,7 +109,7 @@ class Column:
                 lambda found: (
                     pa.types.is_struct(found)
                     and all(
-                        found.get_field_index(name) >= 0 and item.takes(found.field(name).type)
+                        found.get_field_index(name) < 0 or item.takes(found.field(name).type)
                         for name, item in items.items()
                     )
                 ),
@@ -182,12 +185,18 @@ class Candidate:
     Attributes:
         entity_id: Identifier in the knowledge base.
         entity_name: Generated name, which several entities may share.
-        log_prob: Sum of the log-probabilities of the name's tokens and its terminator, in nats.
+        log_prob: Sum of the log-probabilities of the name's tokens and its terminator, in nats;
+            None if the language model was not asked for it.
+        bonus: What evidence adds to the score; 0 for an entity outside the candidate pool, None if
+            the language model ranks alone.
+        score: Score of the entity, from log-prob and bonus; None if either is None.
     """
 
     entity_id: str
     entity_name: str
-    log_prob: float
+    log_prob: float | None
+    bonus: float | None = None
+    score: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,10 +228,14 @@ class Prediction:
         entity_id: Identifier of the best entity.
         entity_name: Name of the best entity.
         log_prob: Log-probability of the best name in nats: the sum over its tokens and the
-            terminator.
+            terminator; None if evidence decided alone.
+        score: Score of the best entity from language model and evidence; None if one of them
+            decided alone.
+        decided_by: `score`, `language_model` or `evidence`.
         probability: Lower bound of the best name's share of the probability mass of all names;
             unexplored mass counts against it. Not calibrated.
-        confidence: Probability that the entity is correct; None without a calibration.
+        confidence: Probability that the entity is correct, by the calibration, or else by score or
+            evidence; None without any of them.
         nil_probability: Probability that the knowledge base lacks the mention's entity; None
             without a calibration, or if it was fitted without such mentions.
         unexplored_mass: Upper bound of the probability of all names that the search did not reach.
@@ -251,6 +264,8 @@ class Prediction:
     entity_id: str | None = None
     entity_name: str | None = None
     log_prob: float | None = None
+    score: float | None = None
+    decided_by: str | None = None
     probability: float | None = None
     confidence: float | None = None
     nil_probability: float | None = None
@@ -323,6 +338,8 @@ PREDICTION_SCHEMA = pa.schema(
         pa.field("entity_id", pa.string()),
         pa.field("entity_name", pa.string()),
         pa.field("log_prob", pa.float64()),
+        pa.field("score", pa.float64()),
+        pa.field("decided_by", pa.string()),
         pa.field("probability", pa.float64()),
         pa.field("confidence", pa.float64()),
         pa.field("nil_probability", pa.float64()),
@@ -333,7 +350,17 @@ PREDICTION_SCHEMA = pa.schema(
         pa.field("is_nil", pa.bool_()),
         pa.field(
             "candidates",
-            pa.list_(pa.struct([("entity_id", pa.string()), ("name", pa.string()), ("log_prob", pa.float64())])),
+            pa.list_(
+                pa.struct(
+                    [
+                        ("entity_id", pa.string()),
+                        ("name", pa.string()),
+                        ("log_prob", pa.float64()),
+                        ("bonus", pa.float64()),
+                        ("score", pa.float64()),
+                    ]
+                )
+            ),
         ),
         pa.field("demonstration_ids", pa.list_(pa.string())),
         pa.field("demonstration_entity_ids", pa.list_(pa.string())),
@@ -355,12 +382,14 @@ PREDICTION_SCHEMA = pa.schema(
     ]
 )
 
+_CANDIDATE = PREDICTION_SCHEMA.field("candidates").type.value_type
+
 PREDICTION_COLUMNS = {field.name: Column.like(field.type) for field in PREDICTION_SCHEMA}
 
 
 def row_to_prediction(row: Mapping[str, Any]) -> Prediction:
     """Convert a row of `PREDICTION_SCHEMA` to a prediction."""
-    candidates = [Candidate(item["entity_id"], item["name"], item["log_prob"]) for item in row["candidates"] or ()]
+    candidates = [Candidate(*(item[field.name] for field in _CANDIDATE)) for item in row["candidates"] or ()]
     lists = {name: tuple(row[name] or ()) for name in ("demonstration_ids", "demonstration_entity_ids")}
     pool = [PoolEntity(item["entity_id"], item["score"], dict(item["reasons"])) for item in row["pool"] or ()]
     return Prediction(**{**row, **lists, "candidates": tuple(candidates), "pool": tuple(pool)})
@@ -374,7 +403,7 @@ def predictions_to_table(predictions: list[Prediction]) -> pa.Table:
         if name not in ("candidates", "pool")
     }
     columns["candidates"] = [
-        [{"entity_id": c.entity_id, "name": c.entity_name, "log_prob": c.log_prob} for c in prediction.candidates]
+        [dict(zip(_CANDIDATE.names, astuple(candidate), strict=True)) for candidate in prediction.candidates]
         for prediction in predictions
     ]
     columns["pool"] = [

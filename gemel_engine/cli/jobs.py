@@ -233,6 +233,26 @@ def calibrate(
     logger.info("%s: %s", calibration, ", ".join(f"{name} {value:.3g}" for name, value in fitted.fitted_on.items()))
 
 
+def fit_score(output: Output, weights: OutputDir, *, gold: str | None = None) -> None:
+    """Fit the weights of the score to a finished run with gold labels.
+
+    Linking with `score.weights` ranks entities by these weights, and measures risks with them.
+
+    Args:
+        output: Output of the run, local or s3://bucket/prefix, with the score or without. A run over
+            training mentions needs `retrieval.exclude_group`.
+        weights: Local directory for the weights.
+        gold: Parquet file or directory with the columns `mention_id` and `entity_id`. Default: the
+            input of the run.
+    """
+    from gemel_engine.evaluation.fit_score import fit_score_of_run
+    from gemel_engine.evaluation.run import LinkedRun
+
+    fitted = fit_score_of_run(LinkedRun.open(output), gold=gold)
+    fitted.save(weights)
+    logger.info("%s: %s; language model %.3g", weights, fitted.features, fitted.language_model)
+
+
 def _asked(
     options_type: type[Options], config_type: type[Config], command: str, arguments: Sequence[str]
 ) -> tuple[Options, Config]:

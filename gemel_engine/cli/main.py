@@ -41,6 +41,7 @@ COMMANDS = {
     "import-gemel": Command(artifacts.import_gemel, parses_arguments=True),
     "evaluate": Command(jobs.evaluate),
     "calibrate": Command(jobs.calibrate),
+    "fit-score": Command(jobs.fit_score),
     "build-kb": Command(artifacts.build_kb),
     "update-kb": Command(artifacts.update_kb),
     "compact-kb": Command(artifacts.compact_kb),

@@ -25,6 +25,7 @@ from gemel_engine.config.components import (
     PromptSettings,
     ResourceSettings,
     RetrievalSettings,
+    ScoreSettings,
     SearchSettings,
     VisionSettings,
 )
@@ -46,6 +47,7 @@ class JobConfig:
         image_source: Which image addresses may be read, and within which limits.
         prompt: Layout of the prompts.
         search: Objective, ranking and budget of the search for names.
+        score: How entities are ranked.
         resources: Actor pools of the stages.
         rows_per_shard: Maximum number of rows that are processed together, as a shard.
         max_failed_fraction: Maximum share of rows with an `error` before the job fails. Training
@@ -66,6 +68,7 @@ class JobConfig:
     image_source: ImagePolicy = field(default_factory=ImagePolicy)
     prompt: PromptSettings = field(default_factory=PromptSettings)
     search: SearchSettings = field(default_factory=SearchSettings)
+    score: ScoreSettings = field(default_factory=ScoreSettings)
     resources: ResourceSettings = field(default_factory=ResourceSettings)
     rows_per_shard: Count = 1024
     max_failed_fraction: Fraction = 0.01

@@ -117,8 +117,8 @@ class Calibration:
             raise ValueError(f"scoring must have settings of {', '.join(_SECTIONS)}")
 
     def apply(self, predictions: Sequence[Prediction], surface_forms: Sequence[str]) -> list[Prediction]:
-        """Return predictions with `confidence` and the NIL fields, unless they have an error."""
-        has_answer = [prediction.error is None for prediction in predictions]
+        """Return predictions with `confidence` and the NIL fields, where the language model was asked."""
+        has_answer = [prediction.log_prob is not None for prediction in predictions]
         usable = list(compress(predictions, has_answer))
         evidence = evidence_of(predictions_to_table(usable), list(compress(surface_forms, has_answer)))
         right = self.right(evidence).tolist()
@@ -132,7 +132,10 @@ class Calibration:
             )
             for prediction, confidence, nil_probability in zip(usable, right, nil, strict=True)
         )
-        return [next(judged) if prediction.error is None else prediction for prediction in predictions]
+        return [
+            next(judged) if is_asked else prediction
+            for prediction, is_asked in zip(predictions, has_answer, strict=True)
+        ]
 
     def save(self, directory: Path) -> None:
         """Write `calibration.json`."""

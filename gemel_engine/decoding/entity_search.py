@@ -84,12 +84,13 @@ class EntitySearch:
     Of the settings only the limits count; the objective is the score, and so is the ranking.
 
     Args:
-        trie: Prefix trie of all names, which is the engine's; without the terminator.
+        trie: Prefix trie of all allowed names, without the terminator.
         entities_of_name: Function that returns the rows of the entities of a name.
         pool: Entities with a bonus; may be empty.
         weight: Weight of the log-prob in the score, above 0.
         terminator: Token that ends a name.
         settings: Limits of the search.
+        are_candidates: Whether rollouts must be restricted to `trie`; false if it is the engine's.
 
     Raises:
         ConfigurationError: The weight or a bonus is not finite, or the weight is not above 0.
@@ -103,6 +104,8 @@ class EntitySearch:
         weight: float,
         terminator: int,
         settings: SearchSettings,
+        *,
+        are_candidates: bool = False,
     ) -> None:
         wrong = next((entity for entity in pool if not math.isfinite(entity.bonus)), None)
         if wrong is not None or not 0 < weight < math.inf:
@@ -114,7 +117,7 @@ class EntitySearch:
         self._settings = settings
         all_names = NameSet(trie, lambda log_prob, _depth, _node, _excluded: weight * log_prob)
         of_pool = _pool_names(trie, pool, weight, terminator) if pool else None
-        self._frontier = Frontier(all_names, terminator, settings, of_pool)
+        self._frontier = Frontier(all_names, terminator, settings, of_pool, are_candidates=are_candidates)
         self._log_probs: list[float] = []  # of finished names
         self._found: dict[int, FoundEntity] = {}  # by row
         self._score_to_beat = -math.inf

@@ -8,8 +8,7 @@ B mentions, C vision width, P prefix length, D language-model width.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -24,22 +23,22 @@ from gemel_engine.config.components import PromptSettings, SearchSettings
 from gemel_engine.decoding.confidence import Calibration
 from gemel_engine.decoding.engines.base import RolloutEngine
 from gemel_engine.decoding.prompt import Block, Prompt, PromptBuilder
-from gemel_engine.decoding.resume import merge_results, numbered_in, result_of
 from gemel_engine.decoding.scheduler import run_searches
-from gemel_engine.decoding.search import FoundName, NameSearch, SearchResult
+from gemel_engine.decoding.search import NameSearch
+from gemel_engine.decoding.tasks import MentionTask, NameTask, Scope, ScoreTask
 from gemel_engine.errors import InvalidMentionError, MentionError
 from gemel_engine.evidence.cards import Card, EntityCards
 from gemel_engine.evidence.index import EvidenceIndex
 from gemel_engine.evidence.retrieved import PromptItem, Retrieved
+from gemel_engine.evidence.weights import ScoreWeights
 from gemel_engine.knowledge_base.store import KnowledgeBase
 from gemel_engine.knowledge_base.trie import PrefixTrie
 from gemel_engine.retrieval.index import DemonstrationIndex
 from gemel_engine.retrieval.table import Demonstration
-from gemel_engine.types import CARD_PREFIX, Candidate, Features, Mention, PoolEntity, Prediction, check_features
+from gemel_engine.types import CARD_PREFIX, Features, Mention, Prediction, check_features
 from gemel_engine.vision.mapper import FeatureMapper
 
 _CACHED_BLOCKS = 1 << 16
-_DEMONSTRATION_FIELDS = ("demonstration_ids", "demonstration_entity_ids", "num_demonstrations_dropped")
 _LARGEST_EMBEDDING = 1e4  # token embeddings are around 1; much larger ones make log-probs NaN
 
 
@@ -83,6 +82,8 @@ class EntityNameGenerator:
         calibration: Calibration that sets the confidence of predictions; None sets none.
         added_names: Names added to the knowledge base since the earlier predictions; None if there
             are none.
+        weights: Weights of the score; None: the language model ranks alone.
+        risk: Share of wrong answers accepted where evidence decides alone; 0: it never does.
     """
 
     def __init__(
@@ -94,6 +95,8 @@ class EntityNameGenerator:
         max_in_flight: int = 1,
         calibration: Calibration | None = None,
         added_names: PrefixTrie | None = None,
+        weights: ScoreWeights | None = None,
+        risk: float = 0.0,
     ) -> None:
         self.artifacts = artifacts
         self.engine = engine
@@ -103,6 +106,8 @@ class EntityNameGenerator:
         self._max_in_flight = max_in_flight
         self._calibration = calibration
         self.added_names = added_names
+        self._weights = weights
+        self._threshold = None if weights is None or not risk else weights.threshold(risk)
         pictures = None if artifacts.evidence is None or not self._with_pictures else artifacts.evidence.pictures
         self._cards = EntityCards(artifacts.knowledge_base, pictures, prompt.card_text)
         self.terminator = self._builder.terminator
@@ -133,15 +138,23 @@ class EntityNameGenerator:
         """
         earlier = earlier or [None] * len(mentions)
         inputs = zip(mentions, features, retrieved, earlier, strict=True)
-        tasks = [_MentionTask(self, *of_mention) for of_mention in inputs]
+        tasks = [self._task(*of_mention) for of_mention in inputs]
         # Prompts and searches are made when the engine has room for them.
         searches = ((task, *prepared) for task in tasks if (prepared := task.prepare()) is not None)
-        for task, result in run_searches(self.engine, searches, self._max_in_flight):
+        finished: Iterator[tuple[MentionTask[Any], Any]] = run_searches(self.engine, searches, self._max_in_flight)
+        for task, result in finished:
             task.finish(result)
         predictions = [task.prediction for task in tasks]
         if self._calibration is None:
             return predictions
         return self._calibration.apply(predictions, [mention.mention for mention in mentions])
+
+    def _task(
+        self, mention: Mention, features: Features | None, retrieved: Retrieved, earlier: Prediction | None
+    ) -> NameTask | ScoreTask:
+        if self._weights is None or not retrieved.candidates:
+            return NameTask(self, mention, features, retrieved, earlier)
+        return ScoreTask(self, mention, features, retrieved, self._weights, self._threshold)
 
     def prompt(
         self, mention: Mention, features: Features | None, retrieved: Retrieved
@@ -186,14 +199,28 @@ class EntityNameGenerator:
             entity_ids.append(entity_id)
         return tuple(ids), tuple(entity_ids)
 
-    def search(self, mention: Mention) -> tuple[NameSearch, PrefixTrie | None]:
-        """Return the search for a mention, and the trie of its own candidates (None: it has none).
+    def scope(self, mention: Mention) -> Scope:
+        """Return the names that a mention may be linked to.
 
         Raises:
             InvalidMentionError: A candidate is not in the knowledge base, or the list is empty.
         """
-        trie = None if mention.candidate_ids is None else self._candidate_trie(mention.candidate_ids)
-        return self.search_of(trie or self.artifacts.knowledge_base.trie), trie
+        knowledge_base = self.artifacts.knowledge_base
+        if mention.candidate_ids is None:
+            return Scope(knowledge_base, knowledge_base.trie)
+        known = {entity_id: knowledge_base.row_of_entity(entity_id) for entity_id in mention.candidate_ids}
+        unknown = [entity_id[:50] for entity_id, row in known.items() if row is None]
+        if unknown or not known:
+            raise InvalidMentionError(
+                f"candidate_ids {unknown[:3]} are not in the knowledge base: remove them"
+                if unknown
+                else "candidate_ids is empty: list at least one entity, or leave it null to search the knowledge base"
+            )
+        rows = frozenset(row for row in known.values() if row is not None)
+        names = sorted({knowledge_base.name_of_row(row) for row in rows})
+        trie, numbers = PrefixTrie.from_sequences([knowledge_base.name_tokens(name) for name in names])
+        in_order = sorted(zip(numbers, names, strict=True))
+        return Scope(knowledge_base, trie, tuple(name for _, name in in_order), rows)
 
     def search_of(self, trie: PrefixTrie, rivals: Sequence[float] = ()) -> NameSearch:
         """Return a search of the names of a trie; `rivals` are scores of names found elsewhere."""
@@ -230,147 +257,3 @@ class EntityNameGenerator:
                 "give those of the image encoder that the feature mapper was trained for"
             )
         return prefix
-
-    def _candidate_trie(self, entity_ids: Sequence[str]) -> PrefixTrie:
-        knowledge_base = self.artifacts.knowledge_base
-        known = dict(zip(entity_ids, knowledge_base.names_of_entities(entity_ids), strict=True))
-        unknown = [entity_id[:50] for entity_id, name in known.items() if name is None]
-        if unknown or not known:
-            raise InvalidMentionError(
-                f"candidate_ids {unknown[:3]} are not in the knowledge base: remove them"
-                if unknown
-                else "candidate_ids is empty: list at least one entity, or leave it null to search the knowledge base"
-            )
-        names = {name for name in known.values() if name is not None}
-        return PrefixTrie.from_sequences([knowledge_base.name_tokens(name) for name in names])[0]
-
-
-class _MentionTask:
-    """The work for one mention: its prompt and search, then its prediction.
-
-    Args:
-        generator: The parts of the run.
-        mention: The mention to link.
-        features: Its image features (C,), None without a picture.
-        retrieved: Its demonstrations, cards and candidates.
-        earlier: Its prediction before names were added; see `EntityNameGenerator.generate`.
-
-    Attributes:
-        prediction: Set by `prepare` if it returns None, otherwise by `finish`.
-    """
-
-    prediction: Prediction
-
-    def __init__(
-        self,
-        generator: EntityNameGenerator,
-        mention: Mention,
-        features: Features | None,
-        retrieved: Retrieved,
-        earlier: Prediction | None,
-    ) -> None:
-        self._generator = generator
-        self._mention = mention
-        self._features = features
-        self._retrieved = retrieved
-        self._earlier = earlier
-        self._found_before: SearchResult | None = None
-        self._used: tuple[PromptItem, ...] = ()
-        self._trie: PrefixTrie | None = None
-
-    def prepare(self) -> tuple[Prompt, NameSearch] | None:
-        """Return prompt and search; None if no search is needed."""
-        search: NameSearch | None = None
-        if self._earlier is not None:
-            knowledge_base = self._generator.artifacts.knowledge_base
-            found = result_of(self._earlier, knowledge_base, self._generator.search_settings.objective)
-            self._found_before = found
-            search, self._trie = self._search_added(found), self._generator.added_names
-            if search is None:
-                self.prediction = self._predict(found)
-                return None
-        try:
-            prompt, self._used = self._generator.prompt(self._mention, self._features, self._retrieved)
-            if search is None:
-                search, self._trie = self._generator.search(self._mention)
-        except MentionError as error:
-            self.prediction = Prediction(self._mention.mention_id, error=str(error))
-            return None
-        return prompt, search
-
-    def finish(self, result: SearchResult) -> None:
-        """Turn the result of the search into the prediction."""
-        if self._trie is not None:
-            result = numbered_in(self._generator.artifacts.knowledge_base.trie, result, self._trie)
-        if self._found_before is not None:
-            result = merge_results(self._found_before, result, self._generator.search_settings.num_candidates)
-        self._trie = self._found_before = None  # a call may have many mentions
-        self.prediction = self._predict(result)
-
-    def _search_added(self, found: SearchResult) -> NameSearch | None:
-        """Return the search for added names that score higher than `found`; None if none can."""
-        added = self._generator.added_names
-        if added is None or self._mention.candidate_ids is not None:
-            return None
-        search = self._generator.search_of(added, [name.score for name in found.names])
-        return None if search.is_done else search
-
-    def _predict(self, result: SearchResult) -> Prediction:
-        """Return the prediction for a result whose names are numbered as in the knowledge base."""
-        names, candidates = result.names, self._candidates(result.names)
-        return Prediction(
-            mention_id=self._mention.mention_id,
-            entity_id=candidates[0].entity_id,
-            entity_name=candidates[0].entity_name,
-            log_prob=names[0].log_prob,
-            probability=_probability(names[0], result),
-            unexplored_mass=result.unexplored_mass,
-            margin=names[0].score - names[1].score if len(names) > 1 else None,
-            certified=result.num_certified > 0,
-            num_certified=result.num_certified,
-            candidates=candidates,
-            **self._used_demonstrations(),
-            pool=self._pool(),
-            num_rollouts=result.num_rollouts,
-        )
-
-    def _candidates(self, names: Sequence[FoundName]) -> tuple[Candidate, ...]:
-        """Return the entities of names, only the mention's own candidates if it has any.
-
-        Entities of one name are ordered by the candidate pool, then as in the knowledge base.
-        """
-        knowledge_base, own = self._generator.artifacts.knowledge_base, self._mention.candidate_ids
-        allowed = None if own is None else set(own)
-        score = {candidate.row: candidate.score for candidate in self._retrieved.candidates}
-        entities = (
-            (knowledge_base.entity(row), name.log_prob)
-            for name in names
-            for row in sorted(
-                knowledge_base.entities_of_name(name.name_index), key=lambda row: -score.get(row, -math.inf)
-            )
-        )
-        return tuple(
-            Candidate(entity.entity_id, entity.name, log_prob)
-            for entity, log_prob in entities
-            if allowed is None or entity.entity_id in allowed
-        )
-
-    def _used_demonstrations(self) -> dict[str, Any]:
-        """Return the fields about the prompt's demonstrations; `earlier` had the same prompt."""
-        if self._earlier is not None:
-            return {name: getattr(self._earlier, name) for name in _DEMONSTRATION_FIELDS}
-        num_dropped = len(self._retrieved.items) - len(self._used)
-        return dict(zip(_DEMONSTRATION_FIELDS, (*self._generator.ids(self._used), num_dropped), strict=True))
-
-    def _pool(self) -> tuple[PoolEntity, ...]:
-        entity_id = self._generator.artifacts.knowledge_base.entity_id
-        return tuple(
-            PoolEntity(entity_id(candidate.row), candidate.score, candidate.reasons)
-            for candidate in self._retrieved.candidates
-        )
-
-
-def _probability(best: FoundName, result: SearchResult) -> float:
-    """Return the best name's share of all names' mass, unexplored mass at its upper bound."""
-    log_mass = float(np.logaddexp(result.log_explored_mass, math.log(max(result.unexplored_mass, 1e-300))))
-    return math.exp(best.log_prob - log_mass)

@@ -22,8 +22,8 @@ def result_of(prediction: Prediction, knowledge_base: KnowledgeBase, objective: 
     """Return the result of the search behind a prediction, as far as the prediction contains it.
 
     Args:
-        prediction: Its first name is certified, and each candidate is still in the knowledge base
-            under the same name.
+        prediction: The language model ranked alone, its first name is certified, and each candidate
+            is still in the knowledge base under the same name.
         knowledge_base: The current knowledge base, which numbers the names of the result.
         objective: Objective of the search.
     """
@@ -34,6 +34,7 @@ def result_of(prediction: Prediction, knowledge_base: KnowledgeBase, objective: 
     names = []
     for name_index, candidate in zip(found, first_of_name.values(), strict=True):
         assert name_index is not None, f"{candidate.entity_id} is still in the knowledge base"
+        assert candidate.log_prob is not None, "the language model ranked alone"
         num_tokens = len(knowledge_base.name_tokens(name_index)) + 1 if objective == "mean" else 1
         names.append(FoundName(name_index, candidate.log_prob, candidate.log_prob / num_tokens))
     assert prediction.num_certified, "nothing is known of what an unproved search did not find"

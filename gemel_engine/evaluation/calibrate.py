@@ -46,7 +46,7 @@ def fit_calibration(
     """Fit a calibration to the predictions of a run.
 
     Args:
-        predictions: N rows of `PREDICTION_SCHEMA`; rows with an error are ignored.
+        predictions: N rows of `PREDICTION_SCHEMA`; rows without a log-prob are ignored.
         surface_forms: Surface forms of the mentions (N). Mentions of one form share their
             demonstrations, so cross-validation keeps them in one fold.
         is_right: Whether each answer is right (N,).
@@ -58,7 +58,7 @@ def fit_calibration(
         InputError: An outcome has too few mentions, or they have too few surface forms.
         ConfigurationError: No threshold reaches the required precision.
     """
-    usable = np.array(predictions["error"].is_null())
+    usable = np.array(predictions["log_prob"].is_valid())
     surface_forms = list(compress(surface_forms, usable))
     evidence, forms = evidence_of(predictions.filter(usable), surface_forms), np.unique_inverse(surface_forms)[1]
     is_right, is_nil = is_right[usable], is_nil[usable]

@@ -1,7 +1,7 @@
 """Describe the candidates of a mention by numbers, from the reasons of the candidate pool.
 
-Every feature is 0 or smallest where nothing is known of a candidate, so that a source that a
-knowledge base or a mention lacks, such as pictures, has no effect.
+Every feature is 0 where nothing is known of a candidate, so that a source that a knowledge base or
+a mention lacks, such as pictures, has no effect, and entities outside the pool score 0.
 
 Shapes: N candidates, F features.
 """
@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 from gemel_engine.evidence.normal_form import normal_form, without_qualifier
 
 FEATURES = (
-    "form_prior",  # log of the share of the form's training mentions that mean the entity, smoothed
+    "form_prior",  # log of the number of the form's training mentions that mean the entity, smoothed
     "equal_name",
     "equal_alias",
     "equal_base_name",  # the name without its qualifier
     "initials",
     "likeness",  # share of characters in common blocks of form and name without its qualifier
-    "words_of_form",  # share of the form's words that the name or an alias has
+    "words_of_form",  # share of the form's words that the name has
     "words_of_name",  # share of the name's words that the form has
     "similar_form",  # cosine with the most similar form of training that means the entity
     "similar_name",  # cosine of form and name, alias or description
@@ -32,7 +32,7 @@ FEATURES = (
     "context",  # BM25 of form and text, share of the highest of the pool
     "lexical",  # BM25 of the form, share of the highest of the pool
     "in_text",  # whether the whole name occurs in the text
-    "popularity",  # log of the popularity, less the highest of the pool
+    "popularity",  # log of the popularity
     "frequency",  # log of the number of training mentions
     "picture",  # cosine of the pictures
     "pool_score",  # share of the highest fused score
@@ -53,10 +53,9 @@ def features_of(
         candidates: Score and reasons of each candidate in the pool.
     """
     words = normal_form(form).split()
-    total = sum(reasons.get("form", 0.0) for _, reasons in candidates)
     highest = {
         source: max((reasons.get(source, 0.0) for _, reasons in candidates), default=0.0)
-        for source in ("context", "words", "popularity")
+        for source in ("context", "words")
     }
     best_score = max((score for score, _ in candidates), default=1.0)
     rows = []
@@ -65,7 +64,7 @@ def features_of(
         of_name = set(normal_form(name).split())
         rows.append(
             [
-                math.log((reasons.get("form", 0.0) + _SMOOTHING) / (total + 1.0)),
+                math.log1p(reasons.get("form", 0.0) / _SMOOTHING),
                 reasons.get("name", 0.0),
                 reasons.get("alias", 0.0),
                 reasons.get("base_name", 0.0),
@@ -79,7 +78,7 @@ def features_of(
                 reasons.get("context", 0.0) / (highest["context"] or 1.0),
                 reasons.get("words", 0.0) / (highest["words"] or 1.0),
                 float("in_text" in reasons),
-                math.log1p(reasons.get("popularity", 0.0)) - math.log1p(highest["popularity"]),
+                math.log1p(reasons.get("popularity", 0.0)),
                 math.log1p(reasons.get("frequency", 0.0)),
                 reasons.get("picture", 0.0),
                 score / (best_score or 1.0),

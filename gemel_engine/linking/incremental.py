@@ -4,8 +4,9 @@
     OUTPUT/_changes/entities.parquet        ids of the entities that were retired or renamed
     OUTPUT/_changes/added_names/            prefix trie of the added names, if there are any
 
-A row is linked in full if one of its candidates was retired or renamed, or if the previous search
-certified too few names. Every other row keeps what was proved about the old names; only the added
+A row is linked in full if one of its candidates was retired or renamed, if the previous search
+certified too few names, if evidence took part in the previous answer, or if its prompt has other
+demonstrations or cards than before. Every other row keeps what was proved about the old names; only the added
 names are searched for a better one. This module uses neither Ray nor a model.
 """
 
@@ -155,7 +156,8 @@ class PreviousRun:
             has_candidates = column.is_valid().to_numpy()
             is_touched |= _has_any(column, pc.list_flatten(column), changed)
         is_proved = pc.fill_null(pc.greater_equal(stored["num_certified"], self.num_to_certify), False).to_numpy()
-        uses_previous = is_proved & ~is_touched
+        is_by_model = pc.fill_null(pc.equal(stored["decided_by"], "language_model"), False).to_numpy()
+        uses_previous = is_proved & ~is_touched & is_by_model
         keeps_previous = uses_previous & (has_candidates | (self.counts()["num_added_names"] == 0))
         place = pa.array(np.arange(len(stored)), mask=~uses_previous)
         nullable = pa.schema([field.with_nullable(True) for field in PREDICTION_SCHEMA])

@@ -1,0 +1,362 @@
+"""The work for one mention: its prompt and search, then its prediction.
+
+A mention is ranked by the language model alone (`NameTask`), or by the score of language model and
+evidence (`ScoreTask`).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemel_engine.decoding.entity_search import EntitySearch, EntitySearchResult
+from gemel_engine.decoding.entity_search import PoolEntity as BonusEntity
+from gemel_engine.decoding.prompt import Prompt
+from gemel_engine.decoding.resume import merge_results, numbered_in, result_of
+from gemel_engine.decoding.scheduler import Search
+from gemel_engine.decoding.search import FoundName, NameSearch, SearchResult
+from gemel_engine.errors import MentionError
+from gemel_engine.evidence.retrieved import PoolCandidate, PromptItem, Retrieved
+from gemel_engine.evidence.weights import ScoreWeights, softmax
+from gemel_engine.knowledge_base.store import KnowledgeBase
+from gemel_engine.knowledge_base.trie import PrefixTrie
+from gemel_engine.types import Candidate, Features, Mention, PoolEntity, Prediction
+
+if TYPE_CHECKING:
+    from gemel_engine.decoding.generator import EntityNameGenerator
+
+Result = TypeVar("Result", SearchResult, EntitySearchResult)
+
+_DEMONSTRATION_FIELDS = ("demonstration_ids", "demonstration_entity_ids", "num_demonstrations_dropped")
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """The names that a mention may be linked to.
+
+    Attributes:
+        knowledge_base: Knowledge base of the entities.
+        trie: Prefix trie of the names.
+        names: Number in the knowledge base of each name of the trie; None: they are the same.
+        rows: Rows of the allowed entities; None: all.
+    """
+
+    knowledge_base: KnowledgeBase
+    trie: PrefixTrie
+    names: tuple[int, ...] | None = None
+    rows: frozenset[int] | None = None
+
+    def entities(self, number: int) -> list[int]:
+        """Return the rows of the allowed entities of a name of the trie."""
+        found = self.knowledge_base.entities_of_name(number if self.names is None else self.names[number])
+        return [row for row in found if self.rows is None or row in self.rows]
+
+    def number(self, row: int) -> int | None:
+        """Return the number in the trie of an entity's name; None if it is not allowed."""
+        if self.rows is not None and row not in self.rows:
+            return None
+        name = self.knowledge_base.name_of_row(row)
+        return name if self.names is None else self.names.index(name)
+
+
+class MentionTask(ABC, Generic[Result]):
+    """The work for one mention.
+
+    Args:
+        generator: The parts of the run.
+        mention: The mention to link.
+        features: Its image features (C,), None without a picture.
+        retrieved: Its demonstrations, cards and candidates.
+
+    Attributes:
+        prediction: Set by `prepare` if it returns None, otherwise by `finish`.
+    """
+
+    prediction: Prediction
+
+    def __init__(
+        self, generator: EntityNameGenerator, mention: Mention, features: Features | None, retrieved: Retrieved
+    ) -> None:
+        self._generator = generator
+        self._mention = mention
+        self._features = features
+        self._retrieved = retrieved
+        self._used: tuple[PromptItem, ...] = ()
+
+    @abstractmethod
+    def prepare(self) -> tuple[Prompt, Search[Result]] | None:
+        """Return prompt and search; None if no search is needed."""
+
+    @abstractmethod
+    def finish(self, result: Result) -> None:
+        """Turn the result of the search into the prediction."""
+
+    def _fail(self, error: MentionError) -> None:
+        self.prediction = Prediction(self._mention.mention_id, error=str(error))
+
+    def _used_demonstrations(self) -> dict[str, Any]:
+        """Return the fields about the prompt's demonstrations and cards."""
+        num_dropped = len(self._retrieved.items) - len(self._used)
+        return dict(zip(_DEMONSTRATION_FIELDS, (*self._generator.ids(self._used), num_dropped), strict=True))
+
+    def _pool(self) -> tuple[PoolEntity, ...]:
+        entity_id = self._generator.artifacts.knowledge_base.entity_id
+        return tuple(
+            PoolEntity(entity_id(candidate.row), candidate.score, candidate.reasons)
+            for candidate in self._retrieved.candidates
+        )
+
+
+class NameTask(MentionTask[SearchResult]):
+    """Ranks names by the language model alone.
+
+    Args:
+        generator: The parts of the run.
+        mention: The mention to link.
+        features: Its image features (C,), None without a picture.
+        retrieved: Its demonstrations, cards and candidates.
+        earlier: Its prediction before names were added; see `EntityNameGenerator.generate`.
+    """
+
+    def __init__(
+        self,
+        generator: EntityNameGenerator,
+        mention: Mention,
+        features: Features | None,
+        retrieved: Retrieved,
+        earlier: Prediction | None,
+    ) -> None:
+        super().__init__(generator, mention, features, retrieved)
+        self._earlier = earlier
+        self._found_before: SearchResult | None = None
+        self._trie: PrefixTrie | None = None
+
+    def prepare(self) -> tuple[Prompt, NameSearch] | None:
+        """Return prompt and search; None if no search is needed."""
+        search: NameSearch | None = None
+        if self._earlier is not None:
+            knowledge_base = self._generator.artifacts.knowledge_base
+            found = result_of(self._earlier, knowledge_base, self._generator.search_settings.objective)
+            self._found_before = found
+            search, self._trie = self._search_added(found), self._generator.added_names
+            if search is None:
+                self.prediction = self._predict(found)
+                return None
+        try:
+            prompt, self._used = self._generator.prompt(self._mention, self._features, self._retrieved)
+            if search is None:
+                scope = self._generator.scope(self._mention)
+                self._trie = None if scope.names is None else scope.trie
+                search = self._generator.search_of(scope.trie)
+        except MentionError as error:
+            self._fail(error)
+            return None
+        return prompt, search
+
+    def finish(self, result: SearchResult) -> None:
+        """Turn the result of the search into the prediction."""
+        if self._trie is not None:
+            result = numbered_in(self._generator.artifacts.knowledge_base.trie, result, self._trie)
+        if self._found_before is not None:
+            result = merge_results(self._found_before, result, self._generator.search_settings.num_candidates)
+        self._trie = self._found_before = None  # a call may have many mentions
+        self.prediction = self._predict(result)
+
+    def _search_added(self, found: SearchResult) -> NameSearch | None:
+        """Return the search for added names that score higher than `found`; None if none can."""
+        added = self._generator.added_names
+        if added is None or self._mention.candidate_ids is not None:
+            return None
+        search = self._generator.search_of(added, [name.score for name in found.names])
+        return None if search.is_done else search
+
+    def _predict(self, result: SearchResult) -> Prediction:
+        """Return the prediction for a result whose names are numbered as in the knowledge base."""
+        names, candidates = result.names, self._candidates(result.names)
+        return Prediction(
+            mention_id=self._mention.mention_id,
+            entity_id=candidates[0].entity_id,
+            entity_name=candidates[0].entity_name,
+            log_prob=names[0].log_prob,
+            decided_by="language_model",
+            probability=_probability(names[0].log_prob, result),
+            unexplored_mass=result.unexplored_mass,
+            margin=names[0].score - names[1].score if len(names) > 1 else None,
+            certified=result.num_certified > 0,
+            num_certified=result.num_certified,
+            candidates=candidates,
+            **self._used_demonstrations(),
+            pool=self._pool(),
+            num_rollouts=result.num_rollouts,
+        )
+
+    def _candidates(self, names: Sequence[FoundName]) -> tuple[Candidate, ...]:
+        """Return the entities of names, only the mention's own candidates if it has any.
+
+        Entities of one name are ordered by the candidate pool, then as in the knowledge base.
+        """
+        knowledge_base, own = self._generator.artifacts.knowledge_base, self._mention.candidate_ids
+        allowed = None if own is None else set(own)
+        score = {candidate.row: candidate.score for candidate in self._retrieved.candidates}
+        entities = (
+            (knowledge_base.entity(row), name.log_prob)
+            for name in names
+            for row in sorted(
+                knowledge_base.entities_of_name(name.name_index), key=lambda row: -score.get(row, -math.inf)
+            )
+        )
+        return tuple(
+            Candidate(entity.entity_id, entity.name, log_prob)
+            for entity, log_prob in entities
+            if allowed is None or entity.entity_id in allowed
+        )
+
+    def _used_demonstrations(self) -> dict[str, Any]:
+        if self._earlier is not None:  # which had the same prompt
+            return {name: getattr(self._earlier, name) for name in _DEMONSTRATION_FIELDS}
+        return super()._used_demonstrations()
+
+
+class ScoreTask(MentionTask[EntitySearchResult]):
+    """Ranks entities by the score of language model and evidence, or by evidence alone.
+
+    Args:
+        generator: The parts of the run.
+        mention: The mention to link.
+        features: Its image features (C,), None without a picture.
+        retrieved: Its demonstrations, cards and candidates; at least one candidate.
+        weights: Weights of the score.
+        threshold: Lowest probability by evidence alone at which the language model is not asked;
+            None: it is always asked.
+    """
+
+    def __init__(
+        self,
+        generator: EntityNameGenerator,
+        mention: Mention,
+        features: Features | None,
+        retrieved: Retrieved,
+        weights: ScoreWeights,
+        threshold: float | None,
+    ) -> None:
+        super().__init__(generator, mention, features, retrieved)
+        self._weights = weights
+        self._threshold = threshold
+        self._bonuses: dict[int, float] = {}  # of the allowed candidates, by row, the highest first
+
+    def prepare(self) -> tuple[Prompt, EntitySearch] | None:
+        """Return prompt and search; None if evidence decides alone."""
+        generator = self._generator
+        try:
+            scope = generator.scope(self._mention)
+            numbers = {candidate.row: scope.number(candidate.row) for candidate in self._retrieved.candidates}
+            allowed = [candidate for candidate in self._retrieved.candidates if numbers[candidate.row] is not None]
+            self._bonuses = self._bonuses_of(allowed)
+            prompt, self._used = generator.prompt(self._mention, self._features, self._retrieved)
+        except MentionError as error:
+            self._fail(error)
+            return None
+        if self._is_plain():
+            self._used = ()
+            self.prediction = self._predict_alone()
+            return None
+        pool = [
+            BonusEntity(row, bonus, (number,))
+            for row, bonus in self._bonuses.items()
+            if (number := numbers[row]) is not None
+        ]
+        search = EntitySearch(
+            scope.trie,
+            scope.entities,
+            pool,
+            self._weights.language_model,
+            generator.terminator,
+            generator.search_settings,
+            are_candidates=scope.names is not None,
+        )
+        return prompt, search
+
+    def finish(self, result: EntitySearchResult) -> None:
+        """Turn the result of the search into the prediction."""
+        best, *others = result.entities
+        candidates = [
+            self._candidate(found.row, found.log_prob, self._bonuses.get(found.row, 0.0), found.score)
+            for found in result.entities
+        ]
+        found_rows = {found.row for found in result.entities}
+        rest = [row for row in self._bonuses if row not in found_rows]
+        # An entity that the search did not reach scores at most its bonus, and at most the bound.
+        scores = [found.score for found in result.entities]
+        scores += [min(self._bonuses[row], result.highest_bound) for row in rest]
+        num_left = self._generator.search_settings.num_candidates - len(candidates)
+        candidates += [self._candidate(row, None, self._bonuses[row], None) for row in rest[: max(0, num_left)]]
+        self.prediction = Prediction(
+            mention_id=self._mention.mention_id,
+            entity_id=candidates[0].entity_id,
+            entity_name=candidates[0].entity_name,
+            log_prob=best.log_prob,
+            score=best.score,
+            decided_by="score",
+            probability=_probability(best.log_prob, result),
+            confidence=float(softmax(np.array(scores))[0]),
+            unexplored_mass=result.unexplored_mass,
+            margin=best.score - others[0].score if others else None,
+            certified=result.num_certified > 0,
+            num_certified=result.num_certified,
+            candidates=tuple(candidates),
+            **self._used_demonstrations(),
+            pool=self._pool(),
+            num_rollouts=result.num_rollouts,
+        )
+
+    def _bonuses_of(self, candidates: Sequence[PoolCandidate]) -> dict[int, float]:
+        """Return the bonus of each candidate by its row, the highest first."""
+        if not candidates:
+            return {}
+        entity = self._generator.artifacts.knowledge_base.entity
+        names = [entity(candidate.row).name for candidate in candidates]
+        described = [(candidate.score, candidate.reasons) for candidate in candidates]
+        bonuses: NDArray[np.float64] = self._weights.bonuses(self._mention.mention, names, described)
+        pairs: Iterable[tuple[PoolCandidate, float]] = zip(candidates, bonuses.tolist(), strict=True)
+        return dict(sorted(((item.row, bonus) for item, bonus in pairs), key=lambda pair: -pair[1]))
+
+    def _is_plain(self) -> bool:
+        """Return whether evidence is certain enough to decide alone."""
+        return bool(self._bonuses) and self._threshold is not None and self._certainty() >= self._threshold
+
+    def _certainty(self) -> float:
+        return float(softmax(np.array(list(self._bonuses.values())))[0])
+
+    def _predict_alone(self) -> Prediction:
+        num_candidates = self._generator.search_settings.num_candidates
+        best = list(self._bonuses.items())[:num_candidates]
+        candidates = tuple(self._candidate(row, None, bonus, None) for row, bonus in best)
+        return Prediction(
+            mention_id=self._mention.mention_id,
+            entity_id=candidates[0].entity_id,
+            entity_name=candidates[0].entity_name,
+            decided_by="evidence",
+            confidence=self._certainty(),
+            certified=False,
+            num_certified=0,
+            candidates=candidates,
+            num_demonstrations_dropped=0,
+            pool=self._pool(),
+            num_rollouts=0,
+        )
+
+    def _candidate(self, row: int, log_prob: float | None, bonus: float, score: float | None) -> Candidate:
+        entity = self._generator.artifacts.knowledge_base.entity(row)
+        return Candidate(entity.entity_id, entity.name, log_prob, bonus, score)
+
+
+def _probability(log_prob: float, result: SearchResult | EntitySearchResult) -> float:
+    """Return a name's share of all names' mass, unexplored mass at its upper bound."""
+    log_mass = float(np.logaddexp(result.log_explored_mass, math.log(max(result.unexplored_mass, 1e-300))))
+    return math.exp(log_prob - log_mass)
