@@ -114,10 +114,11 @@ def _demonstrations(linker: Linker, surface_form: str, items: Sequence[PromptIte
 
 
 def _entities(prediction: Prediction, knowledge_base: KnowledgeBase) -> Iterator[tuple[str, Entity]]:
-    for item in (*prediction.candidates, *prediction.pool):
-        row = knowledge_base.row_of_entity(item.entity_id)
+    found = [item.entity_id for item in prediction.candidates] + [item.entity_id for item in prediction.pool]
+    for entity_id in dict.fromkeys(found):
+        row = knowledge_base.row_of_entity(entity_id)
         assert row is not None, "an answer that is not in the knowledge base"
-        yield item.entity_id, knowledge_base.entity(row)
+        yield entity_id, knowledge_base.entity(row)
 
 
 def _pieces(prompt: Prompt, tokenizer: PreTrainedTokenizerFast) -> Iterator[str | VisualMark]:

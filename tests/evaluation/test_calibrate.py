@@ -52,14 +52,14 @@ def calibration() -> Calibration:
 def test_evidence_is_read_from_the_rows() -> None:
     shown = ("Q2", "Q1", "Q2", "Q1")
     ids = ("a", "b", "c", "d")
-    with_cards = {
-        "demonstration_ids": ("card:Q1", *ids, "card:Q3"),
-        "demonstration_entity_ids": ("Q1", *shown, "Q3"),
-    }
     rows = [
         replace(PREDICTIONS[0], probability=0.5, log_prob=-2.0, unexplored_mass=0.0, margin=None),
         replace(PREDICTIONS[2], demonstration_ids=ids, demonstration_entity_ids=shown),
-        replace(PREDICTIONS[2], **with_cards),
+        replace(
+            PREDICTIONS[2],
+            demonstration_ids=("card:Q1", *ids, "card:Q3"),
+            demonstration_entity_ids=("Q1", *shown, "Q3"),
+        ),
         replace(PREDICTIONS[2], demonstration_ids=("card:Q1",), demonstration_entity_ids=("Q1",)),
     ]
     evidence = evidence_of(predictions_to_table(rows), ["A BEAR", "bee", "bee", "bee"])

@@ -132,15 +132,16 @@ def test_the_candidate_pool_has_its_reasons_and_cards_are_told_apart(proposing: 
     explanation = explain(proposing, Mention("m", TEXT, "brown bear"), picture("red"))
     prediction = explanation.prediction
     assert prediction.pool[0].reasons["name"] == 1.0
-    assert explanation.entities.keys() == {item.entity_id for item in (*prediction.candidates, *prediction.pool)}
+    pool_ids = {found.entity_id for found in prediction.pool}
+    assert explanation.entities.keys() == pool_ids | {item.entity_id for item in prediction.candidates}
     output = printed(explanation, width=1000)
     _, candidates, pool, demonstrations, _ = output.split(" \u2500\u2500")
     for item in prediction.candidates:
         assert f"entity number {item.entity_id[1:]} of many" in candidates
     assert len(pool.splitlines()) == len(prediction.pool) + 3
-    for item in prediction.pool:
-        assert "; ".join(in_words(item.reasons)) in pool
-        assert f"entity number {item.entity_id[1:]} of many" in pool
+    for found in prediction.pool:
+        assert "; ".join(in_words(found.reasons)) in pool
+        assert f"entity number {found.entity_id[1:]} of many" in pool
     assert "in the text, words: 2" in pool
     is_card = [isinstance(used.demonstration, Card) for used in explanation.demonstrations]
     assert is_card == [used.id.startswith(CARD_PREFIX) for used in explanation.demonstrations]
