@@ -105,7 +105,7 @@ _NOTHING = "–"
 
 
 def print_explanation(explanation: Explanation, console: Console) -> None:
-    """Print answer, ranking with and without the picture, candidate pool, demonstrations and prompt."""
+    """Print answer, rankings with and without the picture, pool, demonstrations and prompt."""
     console.print(_answer(explanation))
     console.print(Rule("candidates", align="left"))
     console.print(_candidates(explanation))

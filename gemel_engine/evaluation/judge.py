@@ -153,9 +153,9 @@ class Judge:
         """Join the gold mentions that are not NIL with their predictions, in the order of the gold.
 
         Returns:
-            The columns of both tables but `pool`, `answer` and `wanted` (ids, or names in the protocol
-            `name`), and `rank`: the rank of the wanted entity among the candidates, from 1; 0 if it
-            is not among them.
+            The columns of both tables except `pool`; `answer` and `wanted` (ids, or names in the
+            protocol `name`); and `rank`: the rank of the wanted entity among the candidates, from
+            1; 0 if it is not among them.
 
         Raises:
             InputError: A mention has no prediction, or there is nothing to judge.
