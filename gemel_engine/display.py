@@ -64,6 +64,11 @@ def cut(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1] + ELLIPSIS
 
 
+def on_one_line(text: str, length: int) -> str:
+    """Return a text with single spaces between its words, shortened as `cut` does."""
+    return cut(" ".join(text[: 4 * length].split()), length)
+
+
 def excerpt(text: str, surface_form: str, start: int | None, context: int) -> tuple[str, str, str]:
     """Return the text before a surface form, the surface form, and the text after it.
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from threading import RLock
 
 from transformers import PreTrainedTokenizerFast
@@ -16,6 +16,7 @@ from gemel_engine.errors import ConfigurationError, MentionError
 from gemel_engine.evidence.cards import Card
 from gemel_engine.evidence.retrieved import PromptItem, Retrieved
 from gemel_engine.evidence.retriever import Retriever
+from gemel_engine.knowledge_base.store import Entity, KnowledgeBase
 from gemel_engine.retrieval.table import Demonstration
 from gemel_engine.types import Features, Mention, Prediction, fault_of
 
@@ -53,6 +54,7 @@ class Explanation:
         demonstrations: Demonstrations and cards in the prompt's order, the last right before the
             question.
         prompt: Input of the language model: text as the tokenizer decodes it, marks of pictures.
+        entities: Records of the prediction's candidates and of its candidate pool, by id.
         without_picture: Explanation of the same mention without its picture; None if it has none.
     """
 
@@ -60,6 +62,7 @@ class Explanation:
     prediction: Prediction
     demonstrations: tuple[UsedDemonstration, ...]
     prompt: tuple[str | VisualMark, ...]
+    entities: Mapping[str, Entity] = field(default_factory=dict)
     without_picture: Explanation | None = None
 
 
@@ -94,6 +97,7 @@ def _explain(linker: Linker, mention: Mention, picture: bytes | None) -> Explana
         prediction=prediction,
         demonstrations=tuple(_demonstrations(linker, mention.mention, used)),
         prompt=tuple(_pieces(prompt, generator.artifacts.tokenizer)),
+        entities=dict(_entities(prediction, generator.artifacts.knowledge_base)),
         without_picture=None if picture is None else _explain(linker, mention, None),
     )
 
@@ -107,6 +111,14 @@ def _demonstrations(linker: Linker, surface_form: str, items: Sequence[PromptIte
     for item, example_id in zip(items, ids, strict=True):
         example = linker.generator.example(item, surface_form)
         yield UsedDemonstration(example_id, example, None if item.is_card else next(similarities))
+
+
+def _entities(prediction: Prediction, knowledge_base: KnowledgeBase) -> Iterator[tuple[str, Entity]]:
+    found = [item.entity_id for item in prediction.candidates] + [item.entity_id for item in prediction.pool]
+    for entity_id in dict.fromkeys(found):
+        row = knowledge_base.row_of_entity(entity_id)
+        assert row is not None, "an answer that is not in the knowledge base"
+        yield entity_id, knowledge_base.entity(row)
 
 
 def _pieces(prompt: Prompt, tokenizer: PreTrainedTokenizerFast) -> Iterator[str | VisualMark]:

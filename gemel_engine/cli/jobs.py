@@ -161,6 +161,7 @@ def evaluate(
     against: str | None = None,
     protocol: Literal["entity", "name", "candidates"] = "entity",
     write_to: str | None = None,
+    entities: str | None = None,
     gallery_size: CountOrZero = 60,
     allowed_image_prefixes: tuple[str, ...] = (),
     max_image_bytes: int = 20_000_000,
@@ -181,6 +182,9 @@ def evaluate(
             entity name (GEMEL's protocol); `candidates`: the same identifier, among the mention's
             own candidates only.
         write_to: Directory for the files. Default: `evaluation` in the output of the run.
+        entities: Parquet file or directory with the pictures of entities: the columns `entity_id`,
+            and `image_bytes` or `image_uri`, as for `gemel build-kb`. Default: the addresses in the
+            knowledge base of the run.
         gallery_size: Number of mentions shown in the report.
         allowed_image_prefixes: Allowed prefixes of an `image_uri` whose picture the report shows:
             absolute local directories, s3://bucket/prefix, https://host/path. The prefixes allowed
@@ -204,7 +208,9 @@ def evaluate(
         Console().print(as_table(judged))
         storage.write_bytes(f"{directory}/metrics.json", judged.to_json())
         logger.info("%s/metrics.json", directory)
-    page = report_of(linked, judged, training=train, gallery_size=gallery_size, image_source=image_source)
+    page = report_of(
+        linked, judged, training=train, gallery_size=gallery_size, entities=entities, image_source=image_source
+    )
     storage.write_bytes(f"{directory}/report.html", page.encode())
     logger.info("%s/report.html", directory)
 

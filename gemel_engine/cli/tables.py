@@ -5,7 +5,7 @@ Text from a corpus is printed literally: nothing in it acts as markup or as a te
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.bar import Bar
 from rich.console import Console, Group, RenderableType
@@ -13,12 +13,15 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from gemel_engine.display import cut, excerpt, percent, shares, visible
+from gemel_engine.display import cut, excerpt, on_one_line, percent, shares, visible
 from gemel_engine.evaluation.judge import Measured
 from gemel_engine.evaluation.run import JudgedRun
+from gemel_engine.evidence.cards import Card
+from gemel_engine.evidence.reasons import in_words
+from gemel_engine.knowledge_base.store import Entity
 from gemel_engine.linker import Explanation, UsedDemonstration, VisualMark
 from gemel_engine.linking.plan import RunPlan, format_size
-from gemel_engine.types import Candidate, Prediction
+from gemel_engine.types import Candidate, PoolEntity, Prediction
 
 
 def as_table(judged: JudgedRun) -> Table:
@@ -37,6 +40,8 @@ def as_table(judged: JudgedRun) -> Table:
         add("accuracy without a model", evaluation.baseline)
     add("gold among the first 5", evaluation.hits_at_5)
     add("mean reciprocal rank", evaluation.mean_reciprocal_rank)
+    if evaluation.pool_recall is not None:
+        add("pool recall", evaluation.pool_recall)
     add("certified", evaluation.certified_share)
     for kind, figures in evaluation.buckets.items():
         table.add_section()
@@ -94,17 +99,21 @@ def as_tables(plan: RunPlan) -> list[Table]:
 _CONTEXT = 200
 _DEMONSTRATION_CONTEXT = 40
 _MAX_NAME = 60
+_MAX_DESCRIPTION = 80
 _BAR_WIDTH = 16
 _NOTHING = "–"
 
 
 def print_explanation(explanation: Explanation, console: Console) -> None:
-    """Print answer, ranking with and without the picture, demonstrations and prompt."""
+    """Print answer, rankings with and without the picture, pool, demonstrations and prompt."""
     console.print(_answer(explanation))
     console.print(Rule("candidates", align="left"))
-    console.print(_candidates(explanation.prediction, explanation.without_picture))
+    console.print(_candidates(explanation))
+    if explanation.prediction.pool:
+        console.print(Rule("candidate pool", align="left"))
+        console.print(_pool(explanation.prediction.pool, explanation.entities))
     if explanation.demonstrations:
-        console.print(Rule("demonstrations, the last right before the question", align="left"))
+        console.print(Rule("demonstrations and cards, the last right before the question", align="left"))
         console.print(_demonstrations(explanation.demonstrations))
     console.print(Rule("prompt", align="left"))
     console.print(_prompt(explanation.prompt))
@@ -134,14 +143,17 @@ def _search(prediction: Prediction) -> str:
     )
 
 
-def _candidates(prediction: Prediction, without: Explanation | None) -> Table:
+def _candidates(explanation: Explanation) -> Table:
     """Return a table of all candidates of both rankings; each share is a lower bound."""
+    prediction, without = explanation.prediction, explanation.without_picture
+    entities = {**(without.entities if without else {}), **explanation.entities}
     table = _table("", "entity", "id", "log-prob", "share", "")
     ranked = _ranked(prediction)
     others = {} if without is None else _ranked(without.prediction)
     if without is not None:
         for header in ("without picture", "log-prob", "share"):
             table.add_column(header, justify="right")
+    table.add_column("description")
     for entity_id in dict.fromkeys([*ranked, *others]):
         candidate = (ranked.get(entity_id) or others[entity_id])[1]
         place, *scores = _ranking_cells(ranked.get(entity_id))
@@ -153,6 +165,7 @@ def _candidates(prediction: Prediction, without: Explanation | None) -> Table:
             *scores,
             Bar(1.0, 0.0, share, width=_BAR_WIDTH),
             *(_ranking_cells(others.get(entity_id)) if without is not None else ()),
+            Text(_description(entities.get(entity_id))),
         )
     return table
 
@@ -175,13 +188,29 @@ def _ranking_cells(ranked: tuple[int, Candidate, float] | None) -> list[Text]:
     return [Text(str(place)), Text(_number(candidate.log_prob)), Text(percent(share, _NOTHING))]
 
 
+def _pool(pool: Sequence[PoolEntity], entities: Mapping[str, Entity]) -> Table:
+    table = _table("", "entity", "id", "score", "reasons", "description")
+    for place, item in enumerate(pool, 1):
+        entity = entities.get(item.entity_id)
+        table.add_row(
+            Text(str(place)),
+            Text(_name(None if entity is None else entity.name)),
+            Text(_name(item.entity_id), "dim"),
+            Text(_number(item.score)),
+            Text(visible("; ".join(in_words(item.reasons)))),
+            Text(_description(entity)),
+        )
+    return table
+
+
 def _demonstrations(used: Sequence[UsedDemonstration]) -> Table:
-    table = _table("", "similarity", "entity", "picture", "text")
+    table = _table("", "kind", "similarity", "entity", "picture", "text")
     for place, item in enumerate(used, 1):
         demonstration = item.demonstration
         before, surface_form, after = excerpt(demonstration.text, demonstration.mention, None, _DEMONSTRATION_CONTEXT)
         table.add_row(
             Text(str(place)),
+            Text("card" if isinstance(demonstration, Card) else "mention"),
             Text(_number(item.similarity)),
             Text(_name(demonstration.name)),
             Text("no" if demonstration.features is None else "yes"),
@@ -203,12 +232,18 @@ def _prompt(pieces: Sequence[str | VisualMark]) -> Text:
 def _table(*headers: str) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for header in headers:
-        table.add_column(header, justify="right" if header in ("", "log-prob", "share", "similarity") else "left")
+        table.add_column(
+            header, justify="right" if header in ("", "log-prob", "share", "similarity", "score") else "left"
+        )
     return table
 
 
 def _name(name: str | None) -> str:
     return _NOTHING if name is None else visible(cut(name, _MAX_NAME))
+
+
+def _description(entity: Entity | None) -> str:
+    return visible(on_one_line((entity and entity.description) or "", _MAX_DESCRIPTION))
 
 
 def _number(value: float | None) -> str:

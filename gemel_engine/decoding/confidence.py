@@ -28,7 +28,7 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from gemel_engine.errors import ConfigurationError
 from gemel_engine.storage.manifest import claimed, parse_manifest, read_manifest, write_manifest
-from gemel_engine.types import Prediction, predictions_to_table
+from gemel_engine.types import CARD_PREFIX, Prediction, predictions_to_table
 
 FORMAT_VERSION = 3
 EVIDENCE = (
@@ -38,7 +38,7 @@ EVIDENCE = (
     "margin",
     "has_margin",
     "log_name_length",
-    # Demonstrations in the prompt: the share with the answer's entity, whether any and whether the
+    # Demonstrations in the prompt, without cards: the share with the answer's entity, whether any and whether the
     # last one has it, and the number of different entities per demonstration.
     "supporting_share",
     "is_supported",
@@ -187,7 +187,7 @@ def evidence_of(predictions: pa.Table, surface_forms: Sequence[str]) -> Numbers:
     unexplored = np.clip(np.array(predictions["unexplored_mass"].to_numpy(), np.float64), 1e-9, 1.0)
     margin = np.array(predictions["margin"].to_numpy(), np.float64)  # NaN for a single name
     has_margin = ~np.isnan(margin)
-    shown = [ids or [] for ids in predictions["demonstration_entity_ids"].to_pylist()]
+    shown = _demonstrated(predictions)
     answers = predictions["entity_id"].to_pylist()
     names = predictions["entity_name"].to_pylist()
     lengths = np.array([len(name) for name in names], np.float64)
@@ -206,6 +206,19 @@ def evidence_of(predictions: pa.Table, surface_forms: Sequence[str]) -> Numbers:
             [_similarity(form, name) for form, name in zip(surface_forms, names, strict=True)],
         ]
     ).reshape(-1, len(EVIDENCE))
+
+
+def _demonstrated(predictions: pa.Table) -> list[list[str]]:
+    """Return the entities of the demonstrations in each prompt; a card supports no answer."""
+    columns = (predictions[name].to_pylist() for name in ("demonstration_ids", "demonstration_entity_ids"))
+    return [
+        [
+            entity_id
+            for shown_id, entity_id in zip(ids or (), entity_ids or (), strict=False)  # an old output has no entities
+            if not shown_id.startswith(CARD_PREFIX)
+        ]
+        for ids, entity_ids in zip(*columns, strict=True)
+    ]
 
 
 def _similarity(form: str, name: str) -> float:

@@ -24,6 +24,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import binomtest
 
 from gemel_engine.errors import InputError
+from gemel_engine.evaluation.pool import are_in_pools
 
 EvaluationProtocol = Literal["entity", "name", "candidates"]
 
@@ -69,6 +70,8 @@ class Evaluation:
         mean_reciprocal_rank: Mean of 1 / rank of the gold entity among the candidates; 0 where it
             is not among them.
         certified_share: Share of answers that are proved to be the best of all names.
+        pool_recall: Share of mentions with the gold entity, by its id, in the candidate pool; None
+            if the run has no pools.
         baseline: Accuracy without a model: the most frequent training entity of the surface form,
             else the entity of that name; None without a training split.
         buckets: Accuracy by division of the mentions, then by kind, where the given tables allow
@@ -84,6 +87,7 @@ class Evaluation:
     hits_at_5: Measured
     mean_reciprocal_rank: Measured
     certified_share: Measured
+    pool_recall: Measured | None
     baseline: Measured | None
     buckets: dict[str, dict[str, Measured]]
 
@@ -149,14 +153,15 @@ class Judge:
         """Join the gold mentions that are not NIL with their predictions, in the order of the gold.
 
         Returns:
-            The columns of both tables, `answer` and `wanted` (ids, or names in the protocol
-            `name`), and `rank`: the rank of the wanted entity among the candidates, from 1; 0 if it
-            is not among them.
+            The columns of both tables except `pool`; `answer` and `wanted` (ids, or names in the
+            protocol `name`); and `rank`: the rank of the wanted entity among the candidates, from
+            1; 0 if it is not among them.
 
         Raises:
             InputError: A mention has no prediction, or there is nothing to judge.
         """
-        predicted = checked_frame(predictions, ("mention_id", "entity_id", "candidates", "error"), "predictions")
+        small = predictions.select([name for name in predictions.column_names if name != "pool"])
+        predicted = checked_frame(small, ("mention_id", "entity_id", "candidates", "error"), "predictions")
         judged = self._gold[self._gold["entity_id"].notna()].merge(
             predicted, on="mention_id", how="left", suffixes=("_gold", ""), indicator=True
         )
@@ -222,6 +227,7 @@ class Judge:
         right = judged["rank"] == 1
         found = judged["rank"].to_numpy()
         guesses = self._guesses(judged)
+        in_pool = are_in_pools(predictions, judged["mention_id"].to_list(), judged["entity_id_gold"].to_list())
         return Evaluation(
             protocol=self.protocol,
             num_mentions=len(judged),
@@ -232,6 +238,7 @@ class Judge:
             hits_at_5=Measured.of((found >= 1) & (found <= 5)),
             mean_reciprocal_rank=Measured.of(np.divide(1.0, found, where=found > 0, out=np.zeros(len(found)))),
             certified_share=Measured.of(judged["certified"].fillna(False).astype(bool)),
+            pool_recall=None if in_pool is None else Measured.of(in_pool),
             baseline=None if guesses is None else Measured.of(guesses.to_numpy() == judged["wanted"].to_numpy()),
             buckets={
                 kind: {str(label): Measured.of(of_label) for label, of_label in right.groupby(kinds, observed=True)}

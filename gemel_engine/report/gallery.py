@@ -5,10 +5,9 @@ Only the row groups that contain a drawn mention are read in full, and only draw
 
 from __future__ import annotations
 
-import io
 from collections.abc import Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -17,33 +16,18 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from gemel_engine.config.components import ImagePolicy
-from gemel_engine.errors import InputError, MentionError
+from gemel_engine.errors import InputError
+from gemel_engine.knowledge_base.store import KnowledgeBase
+from gemel_engine.report.entities import ShownEntity, shown_entities
+from gemel_engine.report.pictures import SMALL_EDGE, Thumbnail, read_rows, thumbnails
 from gemel_engine.retrieval.index import DemonstrationIndex
 from gemel_engine.retrieval.table import Demonstration
-from gemel_engine.storage import parquet
-from gemel_engine.types import MENTION_COLUMNS, Mention
-from gemel_engine.vision.decode import decode_image
-from gemel_engine.vision.fetch import fetch_image
+from gemel_engine.types import CARD_PREFIX, MENTION_COLUMNS, Mention
 
 _COLUMNS = ("mention_id", "text", "mention", "mention_start", "image_bytes", "image_uri")
 _KINDS = ("right", "certified", "is_nil")
-_FETCH_THREADS = 16
-_MAX_PIXELS = 50_000_000
-_MAX_THUMBNAIL_BYTES = 20_000
-_MENTION_EDGE, _DEMONSTRATION_EDGE = 256, 80  # pixels, twice those of the page, for dense displays
-
-
-@dataclass(frozen=True, slots=True)
-class Thumbnail:
-    """A small picture, or the reason why it is missing.
-
-    Attributes:
-        data: WebP file of at most 20 kB; None if there is no picture, or it can't be shown.
-        fault: Reason why the picture can't be shown; None if it can, or if there is none.
-    """
-
-    data: bytes | None = None
-    fault: str | None = None
+_MENTION_EDGE = 256  # pixels, twice those of the page, for dense displays
+_MAX_PICTURED = 10  # number of candidates of a mention whose pictures are shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +49,10 @@ class GalleryItem:
         gold_id: Gold entity; None for NIL, or if unknown.
         gold_name: Name of the gold entity; None if unknown.
         right: Whether the answer is right; None if it was not judged.
-        demonstrations: Demonstrations in the order of the prompt, the last one before the question.
+        demonstrations: Demonstrations, and entities of cards, in the order of the prompt, the last
+            one before the question.
+        entities: Entities by id, among them the mention's candidates and its candidate pool where
+            the knowledge base knows them.
     """
 
     mention: Mention
@@ -74,7 +61,12 @@ class GalleryItem:
     gold_id: str | None = None
     gold_name: str | None = None
     right: bool | None = None
-    demonstrations: tuple[ShownDemonstration, ...] = ()
+    demonstrations: tuple[ShownDemonstration | ShownEntity, ...] = ()
+    entities: Mapping[str, ShownEntity] = field(default_factory=dict)
+
+    def entity(self, entity_id: str) -> ShownEntity:
+        """Return an entity by its id; without a record if it is unknown."""
+        return self.entities.get(entity_id, ShownEntity(entity_id))
 
 
 def gallery_items(
@@ -86,6 +78,8 @@ def gallery_items(
     seed: int = 0,
     judged: pa.Table | None = None,
     training: str | None = None,
+    knowledge_base: KnowledgeBase | None = None,
+    entities: str | None = None,
     image_source: ImagePolicy | None = None,
 ) -> list[GalleryItem]:
     """Draw mentions of a run, the same number of each kind as far as possible.
@@ -101,6 +95,9 @@ def gallery_items(
         judged: Verdicts (see `Judge.verdicts`) on any of the mentions: columns `mention_id`,
             `entity_id` (gold, null for NIL), `entity_name` and `right` (both nullable).
         training: Parquet file or directory with the pictures of the demonstrations; None: without.
+        knowledge_base: Knowledge base of the run; None: entities without names and descriptions.
+        entities: Parquet file or directory with the pictures of entities; None: only addresses in
+            the knowledge base.
         image_source: Policy for reading image addresses; None: no address is read.
 
     Raises:
@@ -110,8 +107,12 @@ def gallery_items(
     drawn = _draw(predictions.append_column("right", judged["right"]), size, seed)
     rows, gold = predictions.take(drawn).to_pylist(), judged.take(drawn).to_pylist()
     corpus = read_drawn_mentions(mentions, {row["mention_id"] for row in rows})
-    pictures = _thumbnails(corpus, image_source, _MENTION_EDGE)
-    shown = _shown_demonstrations(index, rows, training, image_source)
+    pictures = thumbnails(corpus, image_source, _MENTION_EDGE)
+    known: dict[str, ShownEntity] = {}
+    if knowledge_base is not None:
+        asked, pictured = _entities_of(rows)
+        known = shown_entities(knowledge_base, asked, pictured, table=entities, image_source=image_source)
+    shown = _shown_demonstrations(index, rows, training, image_source) | _shown_cards(rows, known)
     return [
         GalleryItem(
             mention=_mention(corpus[row["mention_id"]]),
@@ -123,25 +124,10 @@ def gallery_items(
             demonstrations=tuple(
                 shown[mention_id] for mention_id in row["demonstration_ids"] or () if mention_id in shown
             ),
+            entities=known,
         )
         for row, truth in zip(rows, gold, strict=True)
     ]
-
-
-def shrink(data: bytes, edge: int) -> bytes:
-    """Shrink an untrusted picture to a WebP file of at most `edge` x `edge` pixels and 20 kB.
-
-    Raises:
-        ImageError: The data is not a picture.
-    """
-    image = decode_image(data, _MAX_PIXELS)
-    image.thumbnail((edge, edge))
-    while True:
-        buffer = io.BytesIO()
-        image.save(buffer, "WEBP", quality=75)
-        if buffer.tell() <= _MAX_THUMBNAIL_BYTES:
-            return buffer.getvalue()
-        image = image.reduce(2)
 
 
 def _of_the_same_rows(judged: pa.Table | None, mention_ids: pa.ChunkedArray) -> pa.Table:
@@ -169,24 +155,37 @@ def _draw(predictions: pa.Table, size: int, seed: int) -> NDArray[np.intp]:
 
 
 def read_drawn_mentions(uri: str, mention_ids: Collection[str], *, complete: bool = True) -> dict[str, dict[str, Any]]:
-    """Read rows of a corpus by `mention_id`: first all ids, then the row groups that contain them.
+    """Read rows of a corpus by `mention_id`; see `read_rows`.
 
     Raises:
         InputError: The corpus can't be read, or `complete` is set and a mention is missing.
     """
-    wanted = pa.array(sorted(mention_ids), pa.large_string())
-    found: dict[str, dict[str, Any]] = {}
-    kinds = {name: MENTION_COLUMNS[name] for name in _COLUMNS}
-    for table in parquet.open_tables(uri, kinds, ["mention_id"]) if len(wanted) else ():
-        is_wanted = [
-            pc.is_in(piece["mention_id"], value_set=wanted).to_numpy() for piece in table.pieces(["mention_id"])
-        ]
-        rows = np.flatnonzero(np.concatenate(is_wanted)) if is_wanted else np.empty(0, np.int64)
-        found |= {row["mention_id"]: row for row in table.take(_COLUMNS, rows).to_pylist()}
+    found = read_rows(uri, {name: MENTION_COLUMNS[name] for name in _COLUMNS}, mention_ids)
     missing = set(mention_ids) - found.keys() if complete else ()
     if missing:
         raise InputError(f"{uri} has no mention {min(missing)!r}: give the mentions that the run linked")
     return found
+
+
+def _entities_of(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[str]]:
+    """Return the ids of the entities that rows show: of all, and of those with pictures."""
+    candidates = [[item["entity_id"] for item in row["candidates"] or ()] for row in rows]
+    pictured = [entity_id for entity_ids in candidates for entity_id in entity_ids[:_MAX_PICTURED]]
+    pictured += [shown_id.removeprefix(CARD_PREFIX) for shown_id in _cards(rows)]
+    pools = [item["entity_id"] for row in rows for item in row.get("pool") or ()]
+    return [*chain.from_iterable(candidates), *pools, *pictured], list(dict.fromkeys(pictured))
+
+
+def _cards(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [shown_id for row in rows for shown_id in row["demonstration_ids"] or () if shown_id.startswith(CARD_PREFIX)]
+
+
+def _shown_cards(
+    rows: Sequence[Mapping[str, Any]], known: Mapping[str, ShownEntity]
+) -> dict[str, ShownDemonstration | ShownEntity]:
+    """Return the entities of the cards of all rows, by the ids of the cards."""
+    ids = {shown_id: shown_id.removeprefix(CARD_PREFIX) for shown_id in _cards(rows)}
+    return {shown_id: known.get(entity_id, ShownEntity(entity_id)) for shown_id, entity_id in ids.items()}
 
 
 def _shown_demonstrations(
@@ -194,13 +193,14 @@ def _shown_demonstrations(
     rows: Sequence[Mapping[str, Any]],
     training: str | None,
     image_source: ImagePolicy | None,
-) -> dict[str, ShownDemonstration]:
+) -> dict[str, ShownDemonstration | ShownEntity]:
     """Return the demonstrations of all rows with their pictures, by `mention_id`."""
     if index is None:
         return {}
-    mention_ids = list(dict.fromkeys(mention_id for row in rows for mention_id in row["demonstration_ids"] or ()))
+    shown_ids = dict.fromkeys(shown_id for row in rows for shown_id in row["demonstration_ids"] or ())
+    mention_ids = [shown_id for shown_id in shown_ids if not shown_id.startswith(CARD_PREFIX)]
     pictured = {} if training is None else read_drawn_mentions(training, mention_ids, complete=False)
-    pictures = _thumbnails(pictured, image_source, _DEMONSTRATION_EDGE)
+    pictures = thumbnails(pictured, image_source, SMALL_EDGE)
     return {
         mention_id: ShownDemonstration(index[row], pictures.get(mention_id, Thumbnail()))
         for mention_id, row in zip(mention_ids, index.rows(mention_ids), strict=True)
@@ -209,21 +209,3 @@ def _shown_demonstrations(
 
 def _mention(row: Mapping[str, Any]) -> Mention:
     return Mention(row["mention_id"], row["text"] or "", row["mention"] or "", row.get("mention_start"))
-
-
-def _thumbnails(
-    rows: Mapping[str, Mapping[str, Any]], image_source: ImagePolicy | None, edge: int
-) -> dict[str, Thumbnail]:
-    """Shrink the pictures of rows of a corpus; one that can't be shown does not stop the others."""
-
-    def thumbnail(row: Mapping[str, Any]) -> Thumbnail:
-        data, uri = row.get("image_bytes"), row.get("image_uri")
-        try:
-            if data is None and uri and image_source is not None:
-                data = fetch_image(uri, image_source)
-            return Thumbnail() if data is None else Thumbnail(shrink(data, edge))
-        except MentionError as error:
-            return Thumbnail(fault=str(error))
-
-    with ThreadPoolExecutor(_FETCH_THREADS) as threads:
-        return dict(zip(rows, threads.map(thumbnail, rows.values()), strict=True))

@@ -26,9 +26,12 @@ from gemel_engine.evaluation.judge import Comparison, Evaluation, Measured
 from gemel_engine.evaluation.leaks import LeakAudit
 from gemel_engine.evaluation.quality import ConfidenceQuality
 from gemel_engine.evaluation.run import JudgedRun, LinkedRun
+from gemel_engine.evidence.reasons import in_words
 from gemel_engine.extras import extra
 from gemel_engine.report import plots
+from gemel_engine.report.entities import ShownEntity
 from gemel_engine.report.gallery import GalleryItem, ShownDemonstration, gallery_items
+from gemel_engine.report.pictures import Thumbnail
 from gemel_engine.retrieval.index import DemonstrationIndex
 from gemel_engine.storage.cache import download_directory
 
@@ -38,6 +41,7 @@ with extra("report"):
 NOTHING = "–"
 _CONTEXT = 240  # characters on each side of a surface form
 _MAX_NAME, _MAX_ERROR = 120, 400
+_POOL_SHOWN = 8  # number of entities of a candidate pool that need no unfolding
 _PROTOCOLS = {
     "entity": "the entity’s id, of all entities",
     "name": "the entity’s name, of all names",
@@ -107,6 +111,7 @@ def report_of(
     *,
     training: str | None,
     gallery_size: int,
+    entities: str | None = None,
     image_source: ImagePolicy | None = None,
 ) -> str:
     """Render the report of a finished run.
@@ -116,6 +121,8 @@ def report_of(
         judged: Results of judging the run; None without gold labels.
         training: Parquet file or directory with the pictures of the demonstrations; None: without.
         gallery_size: Number of mentions to show.
+        entities: Parquet file or directory with the pictures of entities; None: only addresses in
+            the run's knowledge base.
         image_source: Policy for reading image addresses, independent of the run's own; None: no
             address is read.
     """
@@ -129,6 +136,8 @@ def report_of(
         size=gallery_size,
         judged=None if judged is None else judged.verdicts,
         training=training,
+        knowledge_base=linked.open_knowledge_base(),
+        entities=entities,
         image_source=image_source,
     )
     page = partial(
@@ -157,6 +166,14 @@ class _Text:
         return cls(*excerpt(text, surface_form, start, _CONTEXT))
 
 
+@dataclass(frozen=True, slots=True)
+class _Proposed:
+    """An entity of a candidate pool, and why it is there."""
+
+    entity: ShownEntity
+    reasons: list[str]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Card:
     """A gallery item, prepared for the template.
@@ -166,15 +183,22 @@ class _Card:
         text: Excerpt of the text around the mention.
         flags: Filters that show the item.
         candidates: Candidates, each with a lower bound of its share of the probability of all
-            names.
-        demonstrations: Demonstrations, each with an excerpt of its text.
+            names, and its entity.
+        are_pictured: Whether a candidate has a picture, be it one that can't be shown.
+        pool: The candidate pool in two parts: what is shown, and what is folded.
+        pool_lacks_gold: Whether there is a pool, and the gold entity is not in it.
+        demonstrations: Demonstrations, each with an excerpt of its text, and entities of cards,
+            each with None.
     """
 
     item: GalleryItem
     text: _Text
     flags: list[str]
-    candidates: list[tuple[Mapping[str, Any], float]]
-    demonstrations: list[tuple[_Text, ShownDemonstration]]
+    candidates: list[tuple[Mapping[str, Any], float, ShownEntity]]
+    are_pictured: bool
+    pool: tuple[list[_Proposed], list[_Proposed]]
+    pool_lacks_gold: bool
+    demonstrations: list[tuple[_Text | None, ShownDemonstration | ShownEntity]]
 
     @classmethod
     def of(cls, item: GalleryItem) -> _Card:
@@ -188,18 +212,29 @@ class _Card:
             "error": row["error"] is not None,
         }
         candidates = row["candidates"] or []
+        entities = [item.entity(candidate["entity_id"]) for candidate in candidates]
+        pool = [
+            _Proposed(item.entity(found["entity_id"]), in_words(dict(found["reasons"] or ())))
+            for found in row.get("pool") or ()
+        ]
         return cls(
             item=item,
             text=_Text.of(mention.text, mention.mention, mention.mention_start),
             flags=[flag for flag, holds in is_set.items() if holds],
             candidates=list(
-                zip(candidates, shares(row["probability"], [c["log_prob"] for c in candidates]), strict=True)
+                zip(candidates, shares(row["probability"], [c["log_prob"] for c in candidates]), entities, strict=True)
             ),
-            demonstrations=[
-                (_Text.of(shown.demonstration.text, shown.demonstration.mention), shown)
-                for shown in item.demonstrations
-            ],
+            are_pictured=any(entity.picture != Thumbnail() for entity in entities),
+            pool=(pool[:_POOL_SHOWN], pool[_POOL_SHOWN:]),
+            pool_lacks_gold=bool(pool) and item.gold_id not in (None, *(found.entity.entity_id for found in pool)),
+            demonstrations=[(_text_of(shown), shown) for shown in item.demonstrations],
         )
+
+
+def _text_of(shown: ShownDemonstration | ShownEntity) -> _Text | None:
+    if isinstance(shown, ShownEntity):
+        return None
+    return _Text.of(shown.demonstration.text, shown.demonstration.mention)
 
 
 def _shares(predictions: pa.Table) -> dict[str, float | None]:

@@ -46,8 +46,8 @@ from gemel_engine.retrieval.table import (
     FloatArray,
     IndexMetadata,
     as_matrix,
+    check_ids,
     check_table,
-    check_unique,
     make_table,
     shuffled_by_form,
     vision_width_of,
@@ -108,13 +108,13 @@ class DemonstrationIndex:
 
         Raises:
             ConfigurationError: Another command is writing there.
-            InputError: There are no demonstrations, a `mention_id` is not unique, or image features
-                differ in width.
+            InputError: There are no demonstrations, a `mention_id` is not unique or begins with
+                `CARD_PREFIX`, or image features differ in width.
         """
         ordered = sorted(demonstrations, key=shuffled_by_form)
         if not ordered:
             raise InputError("there are no demonstrations; give training mentions whose entities have names")
-        check_unique(ordered)
+        check_ids(ordered)
         vision_width = vision_width_of(ordered)
         embeddings = mention_encoder.encode([demonstration.mention for demonstration in ordered])
         table = make_table(ordered, embeddings, vision_width)

@@ -18,7 +18,7 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from gemel_engine.errors import ArtifactError, InputError
 from gemel_engine.knowledge_base.names import are_demonstrable
-from gemel_engine.types import are_features
+from gemel_engine.types import CARD_PREFIX, are_features
 
 TEXT_COLUMNS = ("mention_id", "text", "mention", "entity_id", "entity_name", "group")
 
@@ -127,12 +127,15 @@ def vision_width_of(demonstrations: Sequence[Demonstration]) -> int | None:
     return next(iter(widths), None)
 
 
-def check_unique(demonstrations: Sequence[Demonstration]) -> None:
-    """Raise InputError if a `mention_id` is not unique."""
+def check_ids(demonstrations: Sequence[Demonstration]) -> None:
+    """Raise InputError if a `mention_id` is not unique, or could be that of a card."""
     counts = Counter(demonstration.mention_id for demonstration in demonstrations)
     for mention_id, count in counts.most_common(1):
         if count > 1:
             raise InputError(f"mention_id {mention_id!r} occurs {count} times; give every mention its own")
+    for mention_id in counts:
+        if mention_id.startswith(CARD_PREFIX):
+            raise InputError(f"mention_id {mention_id!r} begins with {CARD_PREFIX!r}, as ids of cards do: rename it")
 
 
 def check_table(table: pa.Table, metadata: IndexMetadata, path: Path) -> None:
@@ -149,6 +152,8 @@ def check_table(table: pa.Table, metadata: IndexMetadata, path: Path) -> None:
         raise ArtifactError(f"{path} is not sorted by mention; build the index again")
     if pc.count_distinct(table["mention_id"]).as_py() < len(table):
         raise ArtifactError(f"{path} repeats a mention_id; build the index again")
+    if pc.any(pc.starts_with(table["mention_id"], CARD_PREFIX)).as_py():
+        raise ArtifactError(f"{path} has a mention_id that begins with {CARD_PREFIX!r}; build the index again")
     for column in table.schema.names[len(TEXT_COLUMNS) :]:
         values = table[column].drop_null().combine_chunks().flatten().to_numpy(zero_copy_only=False)
         if len(values) and not are_features(values, len(values)):

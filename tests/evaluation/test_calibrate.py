@@ -51,14 +51,23 @@ def calibration() -> Calibration:
 
 def test_evidence_is_read_from_the_rows() -> None:
     shown = ("Q2", "Q1", "Q2", "Q1")
+    ids = ("a", "b", "c", "d")
     rows = [
         replace(PREDICTIONS[0], probability=0.5, log_prob=-2.0, unexplored_mass=0.0, margin=None),
-        replace(PREDICTIONS[2], demonstration_entity_ids=shown),
+        replace(PREDICTIONS[2], demonstration_ids=ids, demonstration_entity_ids=shown),
+        replace(
+            PREDICTIONS[2],
+            demonstration_ids=("card:Q1", *ids, "card:Q3"),
+            demonstration_entity_ids=("Q1", *shown, "Q3"),
+        ),
+        replace(PREDICTIONS[2], demonstration_ids=("card:Q1",), demonstration_entity_ids=("Q1",)),
     ]
-    evidence = evidence_of(predictions_to_table(rows), ["A BEAR", "bee"])
+    evidence = evidence_of(predictions_to_table(rows), ["A BEAR", "bee", "bee", "bee"])
     assert evidence[0] == pytest.approx([0.0, -2.0, np.log(1e-9), 0.0, 0.0, np.log(6), 0.0, 0.0, 0.0, 0.0, 1.0])
     assert evidence[1, 3:5] == pytest.approx([1.5, 1.0])
     assert evidence[1, 6:] == pytest.approx([0.5, 1.0, 1.0, 0.5, 2 * 2 / 9])
+    assert evidence[2].tolist() == evidence[1].tolist()
+    assert evidence[3, 6:10].tolist() == [0.0] * 4
     assert evidence_of(predictions_to_table([]), []).shape == (0, len(EVIDENCE))
 
 

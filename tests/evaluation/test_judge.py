@@ -68,6 +68,24 @@ def test_accuracy_hits_and_ranks_are_those_counted_by_hand() -> None:
     assert found.buckets["popularity of the entity"]["unknown"].num_mentions == 2
 
 
+def test_the_recall_of_pools_counts_ids_and_every_judged_mention() -> None:
+    pools = {"b": ["Q3", "Q1"], "c": ["Q3"], "d": ["Q4"], "e": ["Q4", "Q4"], "extra": ["Q1"]}
+    rows = [
+        {**row, "pool": [{"entity_id": entity_id, "score": 1.0, "reasons": [("name", 1.0)]} for entity_id in pool]}
+        for row in RUN.to_pylist()
+        for pool in [pools.get(row["mention_id"], [])]
+    ]
+    table = pa.Table.from_pylist(rows, schema=RUN.schema)
+    found = Judge(GOLD, entities=ENTITIES).evaluate(table).pool_recall
+    assert found is not None
+    assert found.value == pytest.approx(3 / 5)
+    assert found.num_mentions == 5
+    assert Judge(GOLD, entities=ENTITIES, protocol="name").evaluate(table).pool_recall == found
+    assert Judge(GOLD).evaluate(pa.concat_tables([table.slice(0, 2), table.slice(2)])).pool_recall == found
+    assert Judge(GOLD).evaluate(RUN).pool_recall is None
+    assert Judge(GOLD).evaluate(RUN.drop_columns(["pool"])).pool_recall is None
+
+
 def test_names_and_candidates_are_protocols_of_their_own() -> None:
     assert Judge(GOLD, entities=ENTITIES, protocol="name").evaluate(RUN).accuracy.value == pytest.approx(3 / 5)
     with pytest.raises(InputError, match="needs the entities' names"):

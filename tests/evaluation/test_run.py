@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +25,7 @@ from gemel_engine.evaluation.run import LinkedRun, judge_run
 from gemel_engine.pipeline.output import claim_output
 from gemel_engine.report.page import report_of
 from gemel_engine.storage.parquet import parquet_bytes
-from gemel_engine.types import Candidate, Prediction, predictions_to_table
+from gemel_engine.types import PREDICTION_SCHEMA, Candidate, Prediction, predictions_to_table
 
 NUM_MENTIONS = 200
 RNG = np.random.default_rng(0)
@@ -104,6 +106,43 @@ def test_a_report_shows_a_run_with_and_without_judgement(output: str) -> None:
     assert page.count('class="card"') == 10
     assert "Accuracy by kind of mention" in page
     assert "Accuracy" not in report_of(linked, None, training=None, gallery_size=3)
+
+
+def test_the_recall_of_pools_is_measured_where_there_are_pools(
+    output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(buffer, "PNG")
+    entities = {"entity_id": [f"Q{n}" for n in range(20)], "image_bytes": [buffer.getvalue()] * 20}
+    pq.write_table(pa.table(entities), tmp_path / "entities.parquet")
+
+    def evaluated() -> tuple[dict[str, Any], str, str]:
+        options = ["--gallery-size", "5", "--entities", str(tmp_path / "entities.parquet")]
+        monkeypatch.setattr("sys.argv", ["gemel", "evaluate", output, *options])
+        main()
+        directory = Path(output, "evaluation")
+        metrics = json.loads((directory / "metrics.json").read_text())
+        return metrics, (directory / "report.html").read_text(), capsys.readouterr().out
+
+    metrics, page, printed = evaluated()
+    assert metrics["evaluation"]["pool_recall"] is None
+    assert "andidate pool" not in page
+    assert "pool recall" not in printed
+    assert "Picture of the entity" in page
+    for shard in Path(output, "data").iterdir():  # each pool has the answer, so the right ones have the gold entity
+        rows = pq.read_table(shard).to_pylist()
+        for row in rows:
+            reasons = [("name", 1.0)]
+            row["pool"] = (
+                [{"entity_id": row["entity_id"], "score": 1.0, "reasons": reasons}] if row["entity_id"] else []
+            )
+        pq.write_table(pa.Table.from_pylist(rows, schema=PREDICTION_SCHEMA), shard)
+    metrics, page, printed = evaluated()
+    assert metrics["evaluation"]["pool_recall"] == metrics["evaluation"]["accuracy"]
+    assert "Gold in the candidate pool" in page
+    assert "Candidate pool (1)" in page
+    assert "equal name" in page
+    assert "pool recall" in printed
 
 
 def test_a_run_is_compared_with_another_and_its_split_with_training(output: str) -> None:

@@ -6,6 +6,7 @@ import io
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from PIL import Image
 from rich.console import Console
@@ -14,12 +15,18 @@ from support.names import ENTITY_NAMES
 
 from gemel_engine.cli.main import main
 from gemel_engine.cli.tables import print_explanation
-from gemel_engine.config.components import GEMEL_TEMPLATE
+from gemel_engine.config.components import GEMEL_TEMPLATE, KnowledgeBaseSettings
 from gemel_engine.config.loading import load_config
 from gemel_engine.config.settings import LinkConfig
 from gemel_engine.errors import ConfigurationError, ImageError, InvalidMentionError
+from gemel_engine.evidence.cards import Card
+from gemel_engine.evidence.index import DIRECTORY, build_evidence, entities_checksum
+from gemel_engine.evidence.reasons import in_words
+from gemel_engine.knowledge_base.build import build_knowledge_base
+from gemel_engine.knowledge_base.store import KnowledgeBase
 from gemel_engine.linker import Explanation, Linker, VisualMark, explain
-from gemel_engine.types import Mention
+from gemel_engine.tokenizer import load_tokenizer
+from gemel_engine.types import CARD_PREFIX, Mention
 
 TEXT = "Look at the brown bear over there."
 HOSTILE = "[bold]a[/bold] :bear: \x1b]0;title\x07 [link=http://x]y"
@@ -35,6 +42,26 @@ def config(artifacts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
 @pytest.fixture(scope="module")
 def linker(config: LinkConfig) -> Linker:
     return Linker(config)
+
+
+@pytest.fixture(scope="module")
+def proposing(config: LinkConfig, tmp_path_factory: pytest.TempPathFactory) -> Linker:
+    """A linker whose knowledge base has descriptions and an evidence index."""
+    directory = tmp_path_factory.mktemp("with_evidence") / "knowledge_base"
+    numbers = range(len(ENTITY_NAMES))
+    table = {
+        "entity_id": [f"Q{n}" for n in numbers],
+        "name": ENTITY_NAMES,
+        "description": [f"{HOSTILE}\nentity number {n} {'of many ' * 20}" for n in numbers],
+    }
+    build_knowledge_base(
+        pa.table(table), load_tokenizer(config.language_model.name), directory, KnowledgeBaseSettings()
+    )
+    entities = KnowledgeBase.open(directory).table()
+    build_evidence(entities, directory / DIRECTORY, knowledge_base=entities_checksum(directory))
+    retrieval = replace(config.retrieval, num_cards=2, num_own_cards=1)
+    prompt = replace(config.prompt, max_prompt_tokens=950)
+    return Linker(replace(config, knowledge_base=str(directory), retrieval=retrieval, prompt=prompt))
 
 
 def printed(explanation: Explanation, width: int = 200) -> str:
@@ -101,6 +128,36 @@ def test_text_is_printed_as_text(linker: Linker) -> None:
     assert output.count("[bold]a[/bold] :bear: ␛]0;title␇ [link=http://x]y") >= 2 + 2 * len(demonstrations)
 
 
+def test_the_candidate_pool_has_its_reasons_and_cards_are_told_apart(proposing: Linker) -> None:
+    explanation = explain(proposing, Mention("m", TEXT, "brown bear"), picture("red"))
+    prediction = explanation.prediction
+    assert prediction.pool[0].reasons["name"] == 1.0
+    pool_ids = {found.entity_id for found in prediction.pool}
+    assert explanation.entities.keys() == pool_ids | {item.entity_id for item in prediction.candidates}
+    output = printed(explanation, width=1000)
+    _, candidates, pool, demonstrations, _ = output.split(" \u2500\u2500")
+    for item in prediction.candidates:
+        assert f"entity number {item.entity_id[1:]} of many" in candidates
+    assert len(pool.splitlines()) == len(prediction.pool) + 3
+    for found in prediction.pool:
+        assert "; ".join(in_words(found.reasons)) in pool
+        assert f"entity number {found.entity_id[1:]} of many" in pool
+    assert "in the text, words: 2" in pool
+    is_card = [isinstance(used.demonstration, Card) for used in explanation.demonstrations]
+    assert is_card == [used.id.startswith(CARD_PREFIX) for used in explanation.demonstrations]
+    kinds = ["card" if card else "mention" for card in is_card]
+    assert [line.split()[1] for line in demonstrations.splitlines()[2:-1]] == kinds
+    assert set(kinds) == {"card", "mention"}
+    assert "\x1b" not in output
+    assert "\x07" not in output
+
+
+def test_without_an_evidence_index_there_is_no_pool(linker: Linker) -> None:
+    explanation = explain(linker, Mention("m", TEXT, "brown bear"))
+    assert explanation.prediction.pool == ()
+    assert "candidate pool" not in printed(explanation)
+
+
 def test_what_cannot_be_linked_is_an_error(linker: Linker, config: LinkConfig) -> None:
     with pytest.raises(ImageError):
         explain(linker, Mention("m", TEXT, "brown bear"), b"no picture")
@@ -129,7 +186,7 @@ def test_the_job_takes_overrides_and_candidates(
     output = capsys.readouterr().out
     assert all(name in output for name in ENTITY_NAMES[:2])
     assert not any(name in output for name in ENTITY_NAMES[4:8])
-    assert "demonstrations, the last" not in output
+    assert "demonstrations and cards" not in output
     monkeypatch.setattr("sys.argv", ["explain.py", str(path), "--text", TEXT])
     with pytest.raises(SystemExit, match="2"):
         main("explain")

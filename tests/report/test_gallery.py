@@ -13,10 +13,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from support.tables import make_tokenizer
 
-from gemel_engine.config.components import ImagePolicy
+from gemel_engine.config.components import ImagePolicy, KnowledgeBaseSettings
 from gemel_engine.errors import ImageError, InputError
-from gemel_engine.report.gallery import gallery_items, shrink
+from gemel_engine.knowledge_base.build import build_knowledge_base
+from gemel_engine.knowledge_base.store import KnowledgeBase
+from gemel_engine.report.entities import ShownEntity
+from gemel_engine.report.gallery import GalleryItem, ShownDemonstration, gallery_items
+from gemel_engine.report.pictures import shrink
 from gemel_engine.retrieval.encoder import MentionEncoder
 from gemel_engine.retrieval.index import DemonstrationIndex
 from gemel_engine.retrieval.table import Demonstration
@@ -149,12 +154,88 @@ def test_demonstrations_come_in_the_order_of_the_prompt_with_their_pictures(
     table = predictions(demonstration_ids=[["t3", "t0", "t3"]] * SIZE)
     corpus = write_corpus(tmp_path / "mentions")
     (item,) = gallery_items(table, corpus, index, size=1, training=training)
-    assert [shown.demonstration.name for shown in item.demonstrations] == ["wolf 3", "wolf 0", "wolf 3"]
+    assert names(item) == ["wolf 3", "wolf 0", "wolf 3"]
     assert [shown.picture.data for shown in item.demonstrations] == [shrink(picture(n), 80) for n in (3, 0, 3)]
     (item,) = gallery_items(table, corpus, index, size=1)
     assert {shown.picture.data for shown in item.demonstrations} == {None}
     with pytest.raises(InputError, match=r"the index has no demonstration 't7'"):
         gallery_items(predictions(demonstration_ids=[["t7"]] * SIZE), corpus, index, size=1)
+
+
+def names(item: GalleryItem) -> list[str]:
+    """The names of what the prompt showed, those of cards in brackets."""
+    return [
+        shown.demonstration.name if isinstance(shown, ShownDemonstration) else f"[{shown.name}]"
+        for shown in item.demonstrations
+    ]
+
+
+@pytest.fixture
+def knowledge_base(tmp_path: Path) -> KnowledgeBase:
+    """Three bears: with a picture in a file that may be read, in one that may not, and without any."""
+    (tmp_path / "allowed").mkdir()
+    for number, path in enumerate((tmp_path / "allowed/0.png", tmp_path / "1.png")):
+        path.write_bytes(picture(number))
+    entities = {
+        "entity_id": ["Q0", "Q1", "Q2"],
+        "name": ["brown bear", "polar bear", "koala"],
+        "description": [" a\nbear ", "x " * 1000, None],
+        "image_uri": [[str(tmp_path / "allowed/0.png"), "/elsewhere"], [str(tmp_path / "1.png")], None],
+    }
+    build_knowledge_base(pa.table(entities), make_tokenizer(), tmp_path / "kb", KnowledgeBaseSettings())
+    return KnowledgeBase.open(tmp_path / "kb")
+
+
+def with_entities(*demonstration_ids: str) -> pa.Table:
+    """Rows whose candidates, pool and cards have entities that are known, and one that is not."""
+    ids = ["Q1", "Q0", "gone", "Q2"]
+    candidates = [{"entity_id": entity_id, "name": f"name of {entity_id}", "log_prob": -1.0} for entity_id in ids]
+    pool = [{"entity_id": entity_id, "score": 1.0, "reasons": [("name", 1.0)]} for entity_id in ("Q2", "lost")]
+    columns: dict[str, Any] = {"candidates": candidates, "pool": pool, "demonstration_ids": list(demonstration_ids)}
+    return predictions(**{name: [value] * SIZE for name, value in columns.items()})
+
+
+def test_entities_have_their_descriptions_and_pictures(tmp_path: Path, knowledge_base: KnowledgeBase) -> None:
+    corpus, table = write_corpus(tmp_path / "mentions"), with_entities()
+    policy = ImagePolicy(allowed_prefixes=(str(tmp_path / "allowed"),))
+    (item,) = gallery_items(table, corpus, size=1, knowledge_base=knowledge_base, image_source=policy)
+    brown, polar, koala, gone = (item.entity(entity_id) for entity_id in ("Q0", "Q1", "Q2", "gone"))
+    assert (brown.name, brown.description, brown.picture.data) == ("brown bear", "a bear", shrink(picture(0), 80))
+    assert len(polar.description) == 160
+    assert "under none of allowed_prefixes" in (polar.picture.fault or "")
+    assert (koala.description, koala.picture.data, koala.picture.fault) == ("", None, None)
+    assert gone == ShownEntity("gone")
+    assert gone.name == "gone"
+
+    (item,) = gallery_items(table, corpus, size=1, knowledge_base=knowledge_base, image_source=ImagePolicy())
+    assert {item.entity(f"Q{n}").picture for n in range(3)} == {koala.picture}  # nothing may be read
+    stored = {"entity_id": ["Q2", "Q1", "other"], "image_bytes": [[None, picture(2)], [b"no picture"], [picture(3)]]}
+    pq.write_table(pa.table(stored), tmp_path / "entities.parquet")
+    (item,) = gallery_items(
+        table, corpus, size=1, knowledge_base=knowledge_base, entities=str(tmp_path / "entities.parquet")
+    )
+    assert item.entity("Q2").picture.data == shrink(picture(2), 80)
+    assert "10 bytes are not a picture" in (item.entity("Q1").picture.fault or "")
+    assert item.entity("Q0").picture.data is None
+    assert gallery_items(table, corpus, size=1)[0].entities == {}
+
+
+def test_cards_stand_among_the_demonstrations(
+    tmp_path: Path, encoder: MentionEncoder, knowledge_base: KnowledgeBase
+) -> None:
+    demonstrations = [Demonstration(f"t{n}", f"Wolf {n}.", "Wolf", f"Q{n}", f"wolf {n}", f"t{n}") for n in range(2)]
+    index = DemonstrationIndex.build(tmp_path / "index", demonstrations, encoder)
+    corpus, table = write_corpus(tmp_path / "mentions"), with_entities("t1", "card:Q2", "t0", "card:gone")
+    (item,) = gallery_items(table, corpus, index, size=1, knowledge_base=knowledge_base)
+    assert names(item) == ["wolf 1", "[koala]", "wolf 0", "[gone]"]
+    (item,) = gallery_items(table, corpus, size=1, knowledge_base=knowledge_base)
+    assert names(item) == ["[koala]", "[gone]"]
+
+
+def test_an_output_from_before_pools_is_shown(tmp_path: Path, knowledge_base: KnowledgeBase) -> None:
+    table = with_entities().drop_columns(["pool"])
+    (item,) = gallery_items(table, write_corpus(tmp_path / "mentions"), size=1, knowledge_base=knowledge_base)
+    assert item.entity("Q2").name == "koala"
 
 
 def test_refuses_another_corpus(tmp_path: Path) -> None:

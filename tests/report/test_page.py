@@ -17,8 +17,11 @@ from gemel_engine.display import cut, excerpt, shares, visible
 from gemel_engine.evaluation.judge import Comparison, Measured
 from gemel_engine.evaluation.leaks import LeakAudit
 from gemel_engine.evaluation.quality import ConfidenceQuality
-from gemel_engine.report.gallery import GalleryItem, ShownDemonstration, Thumbnail
+from gemel_engine.knowledge_base.store import Entity
+from gemel_engine.report.entities import ShownEntity
+from gemel_engine.report.gallery import GalleryItem, ShownDemonstration
 from gemel_engine.report.page import render_report
+from gemel_engine.report.pictures import Thumbnail
 from gemel_engine.retrieval.table import Demonstration
 from gemel_engine.types import PREDICTION_SCHEMA, Mention
 
@@ -77,13 +80,21 @@ def gallery(word: str = "bear") -> list[GalleryItem]:
         {"entity_id": word, "name": word, "log_prob": -0.5},
         {"entity_id": "Q2", "name": word, "log_prob": -1.5},
     ]
+    pool = [
+        {"entity_id": entity_id, "score": 1.0, "reasons": [("form", 3.0), (word, 0.5)]}
+        for entity_id in ("Q2", *(f"Q{n}" for n in range(10, 18)), word)
+    ]
     answer = {"entity_id": word, "entity_name": word, "probability": 0.6, "candidates": candidates, "num_rollouts": 2}
+    answer["pool"] = pool
+    entity = ShownEntity(word, Entity(word, word, f"About {word}.", None), Thumbnail(fault=word))
+    pictured = ShownEntity("Q2", Entity("Q2", word, f"About {word}.", None), Thumbnail(b"webp"))
     demonstration = Demonstration(word, f"A {word} dances.", word, word, word, word)
     mention = Mention(word, f"A {word} plays.", word, 2)
     common: dict[str, Any] = {
         "mention": mention,
         "picture": Thumbnail(b"webp"),
-        "demonstrations": (ShownDemonstration(demonstration, Thumbnail(fault=word)),),
+        "demonstrations": (ShownDemonstration(demonstration, Thumbnail(fault=word)), entity),
+        "entities": {word: entity, "Q2": pictured},
     }
     return [
         GalleryItem(
@@ -183,6 +194,33 @@ def test_everything_that_is_drawn_has_a_name(harmless: Page) -> None:
 
 def test_equal_input_gives_equal_bytes() -> None:
     assert render_report(**everything()) == render_report(**everything())
+
+
+def test_candidates_the_pool_and_cards_have_their_entities(harmless: Page) -> None:
+    classes = [attributes.get("class") for _, attributes in harmless.elements]
+    assert classes.count("entity") == 4  # two candidates of two mentions
+    titles = [attributes["title"] for _, attributes in harmless.elements if "title" in attributes]
+    assert titles == ["bear"] * 2 * 3  # a candidate, a demonstration and a card, whose pictures have a fault
+    starts = [attributes["start"] for tag, attributes in harmless.elements if tag == "ol" and "start" in attributes]
+    assert starts == ["1", "9"] * 2
+    text = " ".join(harmless.text.split())
+    assert text.count("Candidate pool (10)") == 2
+    assert text.count("Candidate pool (10), without the gold entity") == 1
+    assert "2 more" in text
+    assert "training mentions of this form: 3; bear 0.50" in text
+    assert "card: bear gold About bear." in text
+    assert "Q17" in text
+
+
+def test_an_output_without_pools_has_no_pool() -> None:
+    items = gallery()
+    for item in items:
+        assert isinstance(item.prediction, dict)
+        item.prediction.pop("pool")
+    arguments = everything() | {"gallery": items, "evaluation": replace(evaluation(), pool_recall=None)}
+    text = Page(render_report(**arguments)).text
+    assert "andidate pool" not in text
+    assert "Gold in the candidate pool" in Page(render_report(**everything())).text
 
 
 def test_what_is_known_with_gold(harmless: Page) -> None:

@@ -264,9 +264,12 @@ def test_build_twice_gives_the_same_bytes(encoder: MentionEncoder, tmp_path: Pat
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
-def test_repeated_mention_id_and_empty_split_are_refused(encoder: MentionEncoder, tmp_path: Path) -> None:
+def test_bad_mention_ids_and_an_empty_split_are_refused(encoder: MentionEncoder, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="m000"):
         DemonstrationIndex.build(tmp_path, demonstrations(["a"]) + demonstrations(["b"]), encoder)
+    card = Demonstration("card:Q1", "about a", "a", "Q1", "name", "g")
+    with pytest.raises(InputError, match="'card:Q1' begins with 'card:', as ids of cards do: rename it"):
+        DemonstrationIndex.build(tmp_path, [card], encoder)
     with pytest.raises(InputError, match="no demonstrations"):
         DemonstrationIndex.build(tmp_path, [], encoder)
 
@@ -366,9 +369,10 @@ def test_tampered_table_is_refused(encoder: MentionEncoder, tmp_path: Path) -> N
         ("text", b"x\n[Question]", "prompt markers"),
         ("text", b"\xed\xa0\x80", "UTF8"),
         ("entity_id", b"\xff", "UTF8"),
+        ("mention_id", b"card:Q1", "begins with 'card:'"),
     ],
 )
-def test_text_that_does_not_belong_in_a_prompt_is_refused(
+def test_text_that_does_not_belong_in_an_index_is_refused(
     encoder: MentionEncoder, tmp_path: Path, column: str, text: bytes, message: str
 ) -> None:
     build_with_features(tmp_path, encoder)

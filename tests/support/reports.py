@@ -46,6 +46,7 @@ def evaluation(word: str = "bear", figure: Measured = Measured(0.5, 0.25, 0.75, 
         hits_at_5=figure,
         mean_reciprocal_rank=figure,
         certified_share=figure,
+        pool_recall=figure,
         baseline=figure,
         buckets={word: {word: figure, "none": NOTHING}},
     )
