@@ -1,0 +1,102 @@
+"""Fitting the weights of the score to labelled predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from scipy.special import log_softmax
+
+from gemel_engine.errors import InputError
+from gemel_engine.evaluation.fit_score import LabelledPools, _conditional_logit, fit_score
+from gemel_engine.types import Candidate, PoolEntity, Prediction, predictions_to_table
+
+NAMES = {f"Q{n}": f"name {n}" for n in range(6)}
+
+
+class Names:
+    """Entities by id, as much of a knowledge base as fitting needs."""
+
+    def row_of_entity(self, entity_id: str) -> int | None:
+        return list(NAMES).index(entity_id) if entity_id in NAMES else None
+
+    def entity(self, row: int) -> SimpleNamespace:
+        return SimpleNamespace(name=list(NAMES.values())[row])
+
+
+def labelled(num_mentions: int, seed: int = 0) -> tuple[list[Prediction], list[str], list[str | None]]:
+    """Mentions whose entity has the most training mentions in four of five cases, and is the model's in the others."""
+    rng = np.random.default_rng(seed)
+    predictions, forms, gold = [], [], []
+    for number in range(num_mentions):
+        counts = rng.permutation([9.0, 1.0, 0.0])
+        ids = rng.permutation(list(NAMES))[:3].tolist()
+        best = int(counts.argmax()) if number % 5 else int(counts.argmin())
+        pool = tuple(
+            PoolEntity(entity, 1.0, {"form": count, "popularity": 5.0} if count else {"popularity": 5.0})
+            for entity, count in zip(ids, counts.tolist(), strict=True)
+        )
+        candidates = tuple(
+            Candidate(entity, NAMES[entity], -1.0 if place == best else -6.0) for place, entity in enumerate(ids)
+        )
+        predictions.append(Prediction(str(number), candidates=candidates, pool=pool))
+        forms.append(f"form {number % 40}")
+        gold.append(ids[best])
+    return predictions, forms, gold
+
+
+def test_weights_follow_what_decides() -> None:
+    predictions, forms, gold = labelled(300)
+    weights = fit_score(predictions_to_table(predictions), forms, gold, Names())  # type: ignore[arg-type]
+    assert weights.features["form_prior"] > 0.1
+    assert weights.features["popularity"] == pytest.approx(0.0, abs=1e-6)  # the same for all
+    assert weights.language_model > 0.2
+    assert weights.fitted_on["accuracy_of_evidence_alone"] == pytest.approx(0.8, abs=0.01)
+    assert weights.fitted_on["num_mentions_with_log_probs"] == 300
+    risks = dict(weights.risks)
+    assert all(0 <= risk <= 0.3 for risk in risks.values())
+    again = fit_score(predictions_to_table(predictions), forms, gold, Names())  # type: ignore[arg-type]
+    assert again == weights
+
+
+def test_without_log_probs_the_language_model_keeps_a_small_weight() -> None:
+    predictions, forms, gold = labelled(60)
+    silent = [Prediction(item.mention_id, pool=item.pool) for item in predictions]
+    weights = fit_score(predictions_to_table(silent), forms, gold, Names())  # type: ignore[arg-type]
+    assert weights.language_model == 0.01
+    assert weights.fitted_on["num_mentions_with_log_probs"] == 0
+
+
+def test_an_entity_outside_its_pool_counts_as_wrong_and_teaches_nothing() -> None:
+    predictions, forms, gold = labelled(60)
+    lost: Sequence[str | None] = [None if number % 3 == 0 else item for number, item in enumerate(gold)]
+    table = predictions_to_table(predictions)
+    pools = LabelledPools.of(table, forms, lost, Names())  # type: ignore[arg-type]
+    assert (pools.gold == -1).sum() == 20
+    assert fit_score(table, forms, lost, Names()).fitted_on["pool_recall"] == pytest.approx(2 / 3)  # type: ignore[arg-type]
+    some = pools.select(np.array([1, 3, 4]))
+    assert (some.gold >= 0).tolist() == [True, False, True]
+    np.testing.assert_array_equal(some.features[some.gold[0]], pools.features[pools.gold[1]])
+
+
+def test_too_few_mentions_are_refused() -> None:
+    predictions, forms, gold = labelled(10)
+    with pytest.raises(InputError, match="10 labelled mentions have candidates: fitting needs at least 20"):
+        fit_score(predictions_to_table(predictions), forms, gold, Names())  # type: ignore[arg-type]
+    empty = [Prediction(str(number)) for number in range(30)]
+    with pytest.raises(InputError, match="0 labelled mentions"):
+        fit_score(predictions_to_table(empty), ["x"] * 30, [None] * 30, Names())  # type: ignore[arg-type]
+
+
+def test_the_conditional_logit_finds_the_weights_of_a_simulation(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    truth = np.array([1.5, 0.5])
+    features = rng.normal(size=(4000, 3, 2))
+    scores = log_softmax(features @ truth, axis=1)
+    chosen = np.array([rng.choice(3, p=np.exp(row)) for row in scores])
+    starts = np.arange(0, 12001, 3)
+    found = _conditional_logit(features.reshape(-1, 2), starts, starts[:-1] + chosen, penalty=0.0)
+    np.testing.assert_allclose(found, truth, atol=0.1)
