@@ -33,6 +33,7 @@ from gemel_engine.evidence.index import DIRECTORY as EVIDENCE_DIRECTORY
 from gemel_engine.evidence.index import MANIFEST as EVIDENCE_MANIFEST
 from gemel_engine.evidence.index import open_evidence
 from gemel_engine.evidence.retriever import Retriever
+from gemel_engine.evidence.update import open_knowledge_base
 from gemel_engine.evidence.weights import MANIFEST as WEIGHTS_MANIFEST
 from gemel_engine.evidence.weights import SHIPPED as SHIPPED_WEIGHTS
 from gemel_engine.evidence.weights import ScoreWeights
@@ -41,7 +42,6 @@ from gemel_engine.fingerprints import Contents, check_content, checkpoint_finger
 from gemel_engine.knowledge_base.store import MANIFEST as KNOWLEDGE_BASE_MANIFEST
 from gemel_engine.knowledge_base.store import KnowledgeBase
 from gemel_engine.knowledge_base.trie import SavedTrie
-from gemel_engine.knowledge_base.update import open_knowledge_base
 from gemel_engine.retrieval.encoder import MentionEncoder
 from gemel_engine.retrieval.index import MANIFEST as INDEX_MANIFEST
 from gemel_engine.retrieval.index import DemonstrationIndex

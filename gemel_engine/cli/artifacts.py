@@ -5,141 +5,23 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated
 
 import tyro
-from tyro.conf import OmitArgPrefixes, Positional, arg
+from tyro.conf import Positional, arg
 
 from gemel_engine.config.bounds import Count, NumBytes, NumPixels, Seed
 from gemel_engine.errors import InputError
 
-if TYPE_CHECKING:
-    from gemel_engine.config.components import KnowledgeBaseSettings
-
-
 Entities = Annotated[Positional[str], arg(metavar="ENTITIES")]
-KnowledgeBase = Annotated[Positional[str], arg(metavar="KNOWLEDGE_BASE")]
-Changes = Annotated[Positional[str], arg(metavar="CHANGES")]
 Mentions = Annotated[Positional[str], arg(metavar="MENTIONS")]
 InputDir = Annotated[Positional[Path], arg(metavar="INPUT_DIR")]
 OutputDir = Annotated[Positional[Path], arg(metavar="OUTPUT_DIR")]
 Checkpoint = Annotated[Positional[Path], arg(metavar="CHECKPOINT")]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NameOptions:
-    """Which entity names are usable, and what happens to rows with unusable names.
-
-    Attributes:
-        tokenizer: Language model whose tokenizer splits the names: local directory, or name on the
-            model hub.
-        max_name_tokens: Maximum number of tokens of a name; a longer name is unusable.
-        on_bad_name: What to do with an unusable name: `error` rejects the whole table, `skip`
-            leaves the row out.
-    """
-
-    tokenizer: str
-    max_name_tokens: Count = 32
-    on_bad_name: Literal["error", "skip"] = "error"
-
-    def settings(self) -> KnowledgeBaseSettings:
-        """Return the settings that a knowledge base is built with."""
-        from gemel_engine.config.components import KnowledgeBaseSettings
-
-        return KnowledgeBaseSettings(max_name_tokens=self.max_name_tokens, on_bad_name=self.on_bad_name)
-
-
-def build_kb(
-    entities: Entities,
-    output_dir: OutputDir,
-    *,
-    names: OmitArgPrefixes[NameOptions],
-) -> None:
-    """Build a knowledge base from a table of entities.
-
-    Args:
-        entities: Parquet file or directory of Parquet files, local or s3://bucket/prefix. Required
-            columns: `entity_id` and `name`; optional columns: `aliases`, `description`,
-            `popularity`, `language` (of name and description), `image_uri`.
-        output_dir: New or empty local directory.
-        names: Which names are usable.
-    """
-    from gemel_engine.knowledge_base.build import build_knowledge_base, read_entities
-    from gemel_engine.tokenizer import load_tokenizer
-
-    started = time.perf_counter()
-    report = build_knowledge_base(
-        read_entities(entities), load_tokenizer(names.tokenizer), output_dir, names.settings()
-    )
-    logger.info(
-        "%s: %d entities, %d names of at most %d tokens, %d entities skipped, %d aliases repeated, %d aliases "
-        "that are names of other entities, in %.1f s",
-        output_dir,
-        report.num_entities,
-        report.num_names,
-        report.longest_name,
-        sum(report.num_skipped.values()),
-        report.num_repeated_aliases,
-        report.num_aliases_like_names,
-        time.perf_counter() - started,
-    )
-
-
-def update_kb(
-    knowledge_base: KnowledgeBase,
-    changes: Changes,
-    output_dir: OutputDir,
-    *,
-    names: OmitArgPrefixes[NameOptions],
-) -> None:
-    """Add, rename and retire entities of a knowledge base, by writing an update next to it.
-
-    The update can be used wherever a knowledge base can; it refers to its base, which must be kept.
-
-    Args:
-        knowledge_base: Directory of the base: a knowledge base or an update, local or
-            s3://bucket/prefix. Do not move or delete it afterwards.
-        changes: Parquet file or directory of Parquet files with the columns of `gemel build-kb` and
-            `retired`. A row whose `entity_id` exists in the base replaces that entity; columns that
-            the table lacks keep their values.
-        output_dir: New or empty local directory.
-        names: Which names are usable.
-    """
-    from gemel_engine.knowledge_base.build import read_entities
-    from gemel_engine.knowledge_base.update import update_knowledge_base
-    from gemel_engine.tokenizer import load_tokenizer
-
-    started = time.perf_counter()
-    table = read_entities(changes, also=("retired",))
-    report = update_knowledge_base(knowledge_base, table, load_tokenizer(names.tokenizer), output_dir, names.settings())
-    logger.info(
-        "%s: %d entities added, %d replaced, %d retired, %d changes skipped, in %.1f s",
-        output_dir,
-        report.num_added,
-        report.num_replaced,
-        report.num_retired,
-        sum(report.num_skipped.values()),
-        time.perf_counter() - started,
-    )
-
-
-def compact_kb(knowledge_base: KnowledgeBase, output_dir: OutputDir) -> None:
-    """Merge an update and its base into a knowledge base that depends on neither.
-
-    Args:
-        knowledge_base: Directory written by `gemel update-kb`, local or s3://bucket/prefix.
-        output_dir: New or empty local directory.
-    """
-    from gemel_engine.knowledge_base.update import compact_knowledge_base
-
-    started = time.perf_counter()
-    report = compact_knowledge_base(knowledge_base, output_dir)
-    seconds = time.perf_counter() - started
-    logger.info("%s: %d entities, %d names, in %.1f s", output_dir, report.num_entities, report.num_names, seconds)
 
 
 def build_demonstrations(

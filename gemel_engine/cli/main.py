@@ -1,8 +1,8 @@
 """The commands of `gemel`.
 
-A command is a function in `jobs.py`, `artifacts.py` or `importers.py` and its line in `COMMANDS`.
-The function imports what it needs when it is called: `gemel --help` does not wait for torch, and a
-configuration is validated before Ray is imported.
+A command is a function in another module of this package and its line in `COMMANDS`. The function
+imports what it needs when it is called: `gemel --help` does not wait for torch, and a configuration
+is validated before Ray is imported.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from importlib.metadata import version
 
 import tyro
 
-from gemel_engine.cli import artifacts, importers, jobs, options
+from gemel_engine.cli import artifacts, importers, jobs, knowledge_bases, options
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +42,9 @@ COMMANDS = {
     "evaluate": Command(jobs.evaluate),
     "calibrate": Command(jobs.calibrate),
     "fit-score": Command(jobs.fit_score),
-    "build-kb": Command(artifacts.build_kb),
-    "update-kb": Command(artifacts.update_kb),
-    "compact-kb": Command(artifacts.compact_kb),
+    "build-kb": Command(knowledge_bases.build_kb),
+    "update-kb": Command(knowledge_bases.update_kb),
+    "compact-kb": Command(knowledge_bases.compact_kb),
     "build-demonstrations": Command(artifacts.build_demonstrations),
     "init-mapper": Command(artifacts.init_mapper),
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -53,3 +53,22 @@ def chunks(num_rows: int, size: int = 1 << 13) -> Iterator[slice]:
     """Yield slices that cover `num_rows` rows, `size` at a time."""
     for start in range(0, num_rows, size):
         yield slice(start, min(start + size, num_rows))
+
+
+def fill_places(
+    target: NDArray[np.float32],
+    places: NDArray[np.int64],
+    sources: Sequence[tuple[NDArray[np.float32], NDArray[np.int64]]],
+) -> None:
+    """Copy chosen rows of arrays, one array after the other, to places of a target.
+
+    Args:
+        target: Array to fill, shape (N, E).
+        places: Row of `target` of each chosen row, shape (N,).
+        sources: Arrays of width E, each with the numbers of its chosen rows.
+    """
+    start = 0
+    for vectors, chosen in sources:
+        for part in chunks(len(chosen)):
+            target[places[start : start + len(chosen)][part]] = vectors[chosen[part]]
+        start += len(chosen)

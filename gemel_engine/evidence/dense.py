@@ -20,7 +20,7 @@ Shapes: N vectors, E vector width, L lists, B queries.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol, Self
@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemel_engine.errors import ArtifactError, ConfigurationError
-from gemel_engine.evidence.arrays import open_array
+from gemel_engine.evidence.arrays import chunks, fill_places, open_array, scratch_array
 from gemel_engine.retrieval.table import FloatArray
 from gemel_engine.storage.manifest import read_manifest, write_manifest
 
@@ -76,10 +76,12 @@ class DenseIndex:
     Attributes:
         num_vectors: N, the number of vectors.
         width: E, the width of a vector.
+        settings: How vectors are stored and searched.
     """
 
-    def __init__(self, num_vectors: int, width: int, num_rows: int, search: _Search) -> None:
+    def __init__(self, num_vectors: int, width: int, num_rows: int, settings: DenseSettings, search: _Search) -> None:
         self.num_vectors, self.width = num_vectors, width
+        self.settings = settings
         self._num_rows = num_rows
         self._search = search
 
@@ -114,6 +116,51 @@ class DenseIndex:
         return cls.open(directory)
 
     @classmethod
+    def merge(
+        cls,
+        directory: Path,
+        base: Path,
+        new_rows: NDArray[np.int64],
+        vectors: FloatArray,
+        rows: RowArray,
+        num_rows: int,
+    ) -> Self:
+        """Write the index of an index's vectors and further ones, and open it.
+
+        The vectors of a compressed index keep their codes, and further ones are coded alike.
+
+        Args:
+            directory: Output directory, created if it does not exist.
+            base: Directory of an index.
+            new_rows: New row of each entity of that index; -1: its vectors are left out.
+            vectors: Further vectors, of the same width, shape (M, E).
+            rows: Entity of each further vector, shape (M,).
+            num_rows: Number of entities.
+        """
+        old = cls.open(base)
+        if isinstance(old._search, _Exact):
+            kept = new_rows[old._search.rows]
+            sources = [(old._search.vectors, np.flatnonzero(kept >= 0)), (vectors, np.arange(len(rows)))]
+            all_rows = np.concatenate([kept[kept >= 0], rows]).astype(np.uint32)
+            order = np.argsort(all_rows, kind="stable")
+            with scratch_array(directory / "merged.tmp", (len(order), old.width)) as merged:
+                fill_places(merged, np.argsort(order), sources)
+                return cls.build(directory, merged, all_rows[order], num_rows, old.settings)
+        directory.mkdir(parents=True, exist_ok=True)
+        assert isinstance(old._search, _Compressed)
+        num_vectors = old._search.write_merged(directory, new_rows, vectors, rows)
+        for name in ("centroids.npy", "codebooks.npy"):
+            shutil.copyfile(base / name, directory / name)
+        counts = {"num_vectors": num_vectors, "width": old.width, "num_rows": num_rows, "is_exact": False}
+        write_manifest(directory / _MANIFEST, FORMAT_VERSION, {**counts, **asdict(old.settings)})
+        return cls.open(directory)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the vectors are stored as they are."""
+        return isinstance(self._search, _Exact)
+
+    @classmethod
     def open(cls, directory: Path) -> Self:
         """Map what `build` wrote.
 
@@ -122,8 +169,8 @@ class DenseIndex:
         """
         manifest = read_manifest(directory / _MANIFEST, FORMAT_VERSION)
         try:
-            num_vectors, width, num_rows, num_probes = (
-                int(manifest[key]) for key in ("num_vectors", "width", "num_rows", "num_probes")
+            num_vectors, width, num_rows, exact_up_to, num_probes = (
+                int(manifest[key]) for key in ("num_vectors", "width", "num_rows", "exact_up_to", "num_probes")
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ArtifactError(f"{directory / _MANIFEST} lacks counts ({error!r}); build it again") from error
@@ -131,7 +178,7 @@ class DenseIndex:
         search = _Exact(directory) if manifest.get("is_exact") else _Compressed(directory, num_probes)
         if (search.num_vectors, search.width) != (num_vectors, width):
             raise ArtifactError(f"the vectors in {directory} are not those of its manifest; build them again")
-        return cls(num_vectors, width, num_rows, search)
+        return cls(num_vectors, width, num_rows, DenseSettings(exact_up_to=exact_up_to, num_probes=num_probes), search)
 
     def nearest(self, queries: FloatArray, limit: int) -> list[list[tuple[int, float]]]:
         """Return (entity, similarity) pairs of each query, by falling similarity, then by row.
@@ -152,9 +199,7 @@ class DenseIndex:
         similarities, rows = (result[0] for result in self._search(query, limit))
         is_found = rows != -1  # faiss pads with -1
         similarities, rows = np.round(similarities[is_found], _SIMILARITY_DECIMALS), rows[is_found]
-        if len(rows) and not 0 <= rows.min() <= rows.max() < self._num_rows:
-            raise ArtifactError(f"vectors of entity {rows.max()} of {self._num_rows}: build the evidence index again")
-        order = np.lexsort((rows, -similarities))
+        order = np.lexsort((_checked(rows, self._num_rows), -similarities))
         best: dict[int, float] = {}
         for row, similarity in zip(rows[order].tolist(), similarities[order].tolist(), strict=True):
             best.setdefault(row, similarity)
@@ -163,17 +208,15 @@ class DenseIndex:
 
 class _Exact:
     def __init__(self, directory: Path) -> None:
-        self._vectors = open_array(directory / "vectors.npy", np.float32, 2)
-        self._rows = open_array(directory / "rows.npy", np.uint32, 1)
-        self.num_vectors, self.width = self._vectors.shape
-        if len(self._rows) != self.num_vectors:
-            raise ArtifactError(
-                f"{directory} has {len(self._rows)} rows for {self.num_vectors} vectors; build it again"
-            )
+        self.vectors = open_array(directory / "vectors.npy", np.float32, 2)
+        self.rows = open_array(directory / "rows.npy", np.uint32, 1)
+        self.num_vectors, self.width = self.vectors.shape
+        if len(self.rows) != self.num_vectors:
+            raise ArtifactError(f"{directory} has {len(self.rows)} rows for {self.num_vectors} vectors; build it again")
 
     def __call__(self, queries: FloatArray, limit: int) -> tuple[FloatArray, NDArray[np.int64]]:
-        similarities, numbers = faiss.knn(queries, self._vectors, limit, metric=faiss.METRIC_INNER_PRODUCT)
-        return similarities, self._rows[numbers].astype(np.int64)
+        similarities, numbers = faiss.knn(queries, self.vectors, limit, metric=faiss.METRIC_INNER_PRODUCT)
+        return similarities, self.rows[numbers].astype(np.int64)
 
 
 class _Compressed:
@@ -191,9 +234,7 @@ class _Compressed:
         fits = num_words == 256 and code_size * dimensions == self.width and len(sizes) == num_lists
         if not fits or not path.is_file() or path.stat().st_size != num_bytes or sizes.max() > self.num_vectors:
             raise ArtifactError(f"{path} is missing, or does not fit the arrays beside it; build the index again")
-        self._index = _untrained(centroids, code_size)
-        faiss.copy_array_to_vector(codebooks.ravel(), self._index.pq.centroids)
-        self._index.is_trained = True
+        self._index = _trained(centroids, codebooks)
         self._lists = _mapped_lists(path, sizes, code_size)  # faiss keeps no reference
         self._index.replace_invlists(self._lists)
         self._index.ntotal = self.num_vectors
@@ -203,14 +244,41 @@ class _Compressed:
         similarities, rows = self._index.search(queries, limit)
         return similarities, rows
 
+    def write_merged(self, directory: Path, new_rows: NDArray[np.int64], vectors: FloatArray, rows: RowArray) -> int:
+        """Write `sizes.npy` and `lists.bin` of the kept and of further vectors; return their number."""
+        centroids = self._index.quantizer.reconstruct_n(0, self._index.nlist)
+        codebooks = faiss.vector_to_array(self._index.pq.centroids).reshape(self._index.pq.M, 256, -1)
+        added = _trained(centroids, codebooks)
+        _add(added, vectors, rows)
+        assert added.invlists is not None
+        sizes = []
+        with (directory / "lists.bin").open("wb") as file:
+            for number in range(self._index.nlist):
+                codes, entities = _list(self._lists, number, self._index.code_size)
+                kept = new_rows[_checked(entities, len(new_rows))]
+                more_codes, more_entities = _list(added.invlists, number, self._index.code_size)
+                file.write(codes[kept >= 0].tobytes() + more_codes.tobytes())
+                file.write(kept[kept >= 0].tobytes() + more_entities.tobytes())
+                sizes.append(int((kept >= 0).sum()) + len(more_entities))
+        np.save(directory / "sizes.npy", np.array(sizes, np.uint64))
+        return sum(sizes)
 
-def _untrained(centroids: FloatArray, code_size: int) -> faiss.IndexIVFPQ:
+
+def _trained(centroids: FloatArray, codebooks: FloatArray) -> faiss.IndexIVFPQ:
     num_lists, width = centroids.shape
+    code_size = len(codebooks)
     quantiser = faiss.IndexFlatIP(width)
     quantiser.add(np.ascontiguousarray(centroids))
     index = faiss.IndexIVFPQ(quantiser, width, num_lists, code_size, 8, faiss.METRIC_INNER_PRODUCT)
     index.verbose = False
+    faiss.copy_array_to_vector(codebooks.ravel(), index.pq.centroids)
+    index.is_trained = True
     return index
+
+
+def _add(index: faiss.IndexIVFPQ, vectors: FloatArray, rows: RowArray) -> None:
+    for part in chunks(len(vectors), _CHUNK):
+        index.add_with_ids(np.ascontiguousarray(vectors[part]), rows[part].astype(np.int64))
 
 
 def _mapped_lists(path: Path, sizes: NDArray[np.uint64], code_size: int) -> faiss.OnDiskInvertedLists:
@@ -237,9 +305,7 @@ def _write_compressed(directory: Path, vectors: FloatArray, rows: RowArray) -> N
     num_samples = min(num_vectors, max(_SAMPLES_PER_LIST * num_lists, 1 << 15))
     chosen = np.sort(np.random.default_rng(0).choice(num_vectors, num_samples, replace=False))
     index.train(np.ascontiguousarray(vectors[chosen]))
-    for start in range(0, num_vectors, _CHUNK):
-        part = slice(start, start + _CHUNK)
-        index.add_with_ids(np.ascontiguousarray(vectors[part]), rows[part].astype(np.int64))
+    _add(index, vectors, rows)
     np.save(directory / "centroids.npy", index.quantizer.reconstruct_n(0, num_lists))
     codebooks = faiss.vector_to_array(index.pq.centroids).reshape(code_size, 256, width // code_size)
     np.save(directory / "codebooks.npy", codebooks)
@@ -248,12 +314,21 @@ def _write_compressed(directory: Path, vectors: FloatArray, rows: RowArray) -> N
     sizes = [lists.list_size(number) for number in range(num_lists)]
     np.save(directory / "sizes.npy", np.array(sizes, np.uint64))
     with (directory / "lists.bin").open("wb") as file:
-        for part_of_list in _list_bytes(lists, sizes, code_size):
-            file.write(part_of_list)
+        for number in range(num_lists):
+            for part in _list(lists, number, code_size):
+                file.write(part.tobytes())
 
 
-def _list_bytes(lists: faiss.InvertedLists, sizes: list[int], code_size: int) -> Iterator[bytes]:
-    for number, size in enumerate(sizes):
-        if size:
-            yield faiss.rev_swig_ptr(lists.get_codes(number), size * code_size).tobytes()
-            yield faiss.rev_swig_ptr(lists.get_ids(number), size).tobytes()
+def _list(lists: faiss.InvertedLists, number: int, code_size: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Return codes (n, bytes per code) and entities (n,) of a list."""
+    size = lists.list_size(number)
+    if not size:  # faiss has no address of an empty list
+        return np.zeros((0, code_size), np.uint8), np.zeros(0, np.int64)
+    codes = faiss.rev_swig_ptr(lists.get_codes(number), size * code_size).reshape(size, code_size)
+    return codes, faiss.rev_swig_ptr(lists.get_ids(number), size)
+
+
+def _checked(entities: NDArray[np.int64], num_rows: int) -> NDArray[np.int64]:
+    if len(entities) and not 0 <= entities.min() <= entities.max() < num_rows:
+        raise ArtifactError(f"vectors of entity {entities.max()} of {num_rows}: build the evidence index again")
+    return entities

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemel_engine.errors import ArtifactError
-from gemel_engine.evidence.arrays import chunks, create_array, open_array, scratch_array
+from gemel_engine.evidence.arrays import chunks, create_array, fill_places, open_array, scratch_array
 from gemel_engine.evidence.dense import DenseIndex, DenseSettings
 from gemel_engine.types import Features
 
@@ -85,6 +85,42 @@ class PictureIndex:
         if shapes != ((index.num_vectors, index.width), (index.num_vectors,), (2, index.width)):
             raise ArtifactError(f"the arrays in {directory} have the shapes {shapes}; build the evidence index again")
         return cls(features, entities, moments, index)
+
+    @classmethod
+    def merge(
+        cls,
+        directory: Path,
+        base: Path,
+        new_rows: NDArray[np.int64],
+        features: Features,
+        rows: NDArray[np.uint32],
+        num_rows: int,
+    ) -> Self:
+        """Write the index of an index's pictures and further ones, and open it.
+
+        It equals one built anew from all features, unless the index is compressed: then features
+        are standardised as before, and its vectors keep their codes.
+
+        Args:
+            directory: Output directory, created if it does not exist.
+            base: Directory of an index.
+            new_rows: New row of each entity of that index; -1: its pictures are left out.
+            features: Features of further pictures, of the same width, shape (M, C).
+            rows: Entity of each further picture, shape (M,).
+            num_rows: Number of entities, S.
+        """
+        old = cls.open(base)
+        kept = new_rows[old.entities]
+        sources = [(old.features, np.flatnonzero(kept >= 0)), (features, np.arange(len(rows)))]
+        all_rows = np.concatenate([kept[kept >= 0], rows]).astype(np.uint32)
+        with scratch_array(directory / "merged.tmp", (len(all_rows), old.index.width)) as merged:
+            fill_places(merged, np.arange(len(all_rows)), sources)
+            if old.index.is_exact:
+                return cls.build(directory, merged, all_rows, num_rows, old.index.settings)
+            write_features(directory, merged, all_rows)
+        np.save(directory / "moments.npy", old.moments)
+        DenseIndex.merge(directory, base, new_rows, standardised(features, old.moments), rows, num_rows)
+        return cls.open(directory)
 
     def features_of(self, row: int) -> Features | None:
         """Return the features (C,) of an entity's first picture, not standardised; None without."""

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
 from gemel_engine.errors import ArtifactError
 from gemel_engine.types import BOOLEAN, FEATURES, IDENTIFIER, NUMBER, PICTURE, TEXT, Column
@@ -122,10 +122,10 @@ class ListColumn:
         return tuple(string for string in map(self._strings.__getitem__, range(start, stop)) if string)
 
 
-def _numbers(buffer: pa.Buffer | None, dtype: DTypeLike, count: int) -> NDArray[Any]:
+def _numbers(buffer: pa.Buffer | None, dtype: type[np.int32] | type[np.int64], count: int) -> NDArray[Any]:
     if count == 1 and not buffer:  # Arrow may leave out the one offset of no values
         return np.zeros(1, dtype)
     try:
-        return np.frombuffer(buffer, dtype, count)  # type: ignore[call-overload]
-    except (TypeError, ValueError) as error:
+        return np.frombuffer(memoryview(buffer or b""), dtype, count)
+    except ValueError as error:
         raise ArtifactError(f"strings of the knowledge base are damaged ({error}); build it again") from error

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +33,11 @@ _CHUNK_SIZE = 65_536
 _NUM_EXAMPLES = 5
 
 logger = logging.getLogger(__name__)
+
+
+def normalised_name(name: str) -> str:
+    """Return a name as a knowledge base stores it: in Unicode's form NFC, without white space around."""
+    return unicodedata.normalize("NFC", name).strip()
 
 
 @contextmanager

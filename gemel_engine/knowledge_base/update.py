@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -71,6 +72,21 @@ class UpdateReport:
     num_skipped: dict[str, int]
 
 
+@dataclass(frozen=True, slots=True)
+class Companion:
+    """What else lies in the directories of knowledge bases and updates, and is merged with them.
+
+    Attributes:
+        merge: Function that merges it: from the directories of an update, of its base (a knowledge
+            base) and of the merged knowledge base.
+        version: Function that returns a string that changes with what `merge` reads of an update
+            and its base; empty if there is nothing to merge.
+    """
+
+    merge: Callable[[Path, Path, Path], object]
+    version: Callable[[Path, Path], str]
+
+
 def open_knowledge_base(uri: str, *, verify: bool = False) -> KnowledgeBase:
     """Open a knowledge base or an update, local or `s3://`; see `local_knowledge_base`.
 
@@ -84,17 +100,24 @@ def open_knowledge_base(uri: str, *, verify: bool = False) -> KnowledgeBase:
     return KnowledgeBase.open(local_knowledge_base(uri), verify=verify)
 
 
-def local_knowledge_base(uri: str, cache_dir: str | os.PathLike[str] = storage.ARTIFACT_CACHE) -> Path:
+def local_knowledge_base(
+    uri: str, cache_dir: str | os.PathLike[str] = storage.ARTIFACT_CACHE, companion: Companion | None = None
+) -> Path:
     """Return a local directory for `KnowledgeBase.open`.
 
     A directory in S3 is downloaded, and an update is merged with its base; both are done once on
     each node and kept in `cache_dir`.
 
+    Args:
+        uri: Address of the directory.
+        cache_dir: Directory for downloads and merged knowledge bases.
+        companion: What is merged beside the entities; None: nothing.
+
     Raises:
         ArtifactError: There is no knowledge base at the address, it is damaged, or its base is not
             the one that it was written for.
     """
-    return _merged(storage.download_directory(uri, cache_dir), Path(cache_dir))
+    return _merged(storage.download_directory(uri, cache_dir), Path(cache_dir), companion)
 
 
 def update_knowledge_base(
@@ -103,6 +126,7 @@ def update_knowledge_base(
     tokenizer: PreTrainedTokenizerFast,
     directory: Path,
     settings: KnowledgeBaseSettings,
+    companion: Companion | None = None,
 ) -> UpdateReport:
     """Write an update of a knowledge base to a new directory.
 
@@ -116,6 +140,7 @@ def update_knowledge_base(
         tokenizer: Tokenizer of the language model.
         directory: New or empty directory.
         settings: How to treat unusable names; a skipped change leaves its entity unchanged.
+        companion: See `local_knowledge_base`; it is merged if the base is itself an update.
 
     Raises:
         ArtifactError: The base is unusable, or was built with another tokenizer.
@@ -124,7 +149,7 @@ def update_knowledge_base(
             entity would remain.
     """
     with claimed(directory):
-        return _write_update(base, changes, tokenizer, directory, settings)
+        return _write_update(base, changes, tokenizer, directory, settings, companion)
 
 
 def _write_update(
@@ -133,9 +158,10 @@ def _write_update(
     tokenizer: PreTrainedTokenizerFast,
     directory: Path,
     settings: KnowledgeBaseSettings,
+    companion: Companion | None,
 ) -> UpdateReport:
     source = storage.download_directory(base)
-    knowledge_base = KnowledgeBase.open(_merged(source, storage.ARTIFACT_CACHE))
+    knowledge_base = KnowledgeBase.open(_merged(source, storage.ARTIFACT_CACHE, companion))
     if knowledge_base.tokenizer_fingerprint != tokenizer_fingerprint(tokenizer):
         raise ArtifactError(
             f"the knowledge base {shown(base)} was built with another tokenizer than {tokenizer.name_or_path!r}: give "
@@ -176,8 +202,13 @@ def _write_update(
     return report
 
 
-def compact_knowledge_base(update: str, directory: Path) -> KnowledgeBaseReport:
+def compact_knowledge_base(update: str, directory: Path, companion: Companion | None = None) -> KnowledgeBaseReport:
     """Merge an update with its base into a new directory: a knowledge base that needs neither.
+
+    Args:
+        update: Address of the update.
+        directory: New or empty directory.
+        companion: See `local_knowledge_base`.
 
     Raises:
         ArtifactError: The update or its base is unusable.
@@ -189,11 +220,12 @@ def compact_knowledge_base(update: str, directory: Path) -> KnowledgeBaseReport:
         if "base" not in read_contents(source):
             raise ConfigurationError(f"{shown(update)} is no update but a knowledge base: there is nothing to merge")
         manifest = read_update_manifest(source)
-        base = _merged(_download_base(source, manifest.base, storage.ARTIFACT_CACHE), storage.ARTIFACT_CACHE)
-        return _merge(source, manifest, base, directory)
+        cache_dir = storage.ARTIFACT_CACHE
+        base = _merged(_download_base(source, manifest.base, cache_dir), cache_dir, companion)
+        return _merge(source, manifest, base, companion, directory)
 
 
-def _merged(directory: Path, cache_dir: Path) -> Path:
+def _merged(directory: Path, cache_dir: Path, companion: Companion | None) -> Path:
     """Return the directory of a knowledge base, or of an update merged with its base in the cache.
 
     A chain of updates is merged from the oldest to the newest.
@@ -204,29 +236,29 @@ def _merged(directory: Path, cache_dir: Path) -> Path:
         updates.append((directory, manifest))
         directory = _download_base(directory, manifest.base, cache_dir)
     for update, manifest in reversed(updates):
-        content = json.dumps(asdict(manifest) | {"base": manifest.base.sha256}, sort_keys=True)
+        version = "" if companion is None else companion.version(update, directory)
+        companions = {"companion": version} if version else {}
+        content = json.dumps(asdict(manifest) | {"base": manifest.base.sha256} | companions, sort_keys=True)
         target = cache_dir / f"{update.name}-merged-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
-        directory = storage.made_once(target, partial(_merge, update, manifest, directory))
+        directory = storage.made_once(target, partial(_merge, update, manifest, directory, companion))
     return directory
 
 
-def _merge(directory: Path, manifest: UpdateManifest, base_directory: Path, target: Path) -> KnowledgeBaseReport:
+def _merge(
+    directory: Path, manifest: UpdateManifest, base_directory: Path, companion: Companion | None, target: Path
+) -> KnowledgeBaseReport:
     """Apply the changes of an update to its base, a knowledge base, and write the result."""
     base, changes = KnowledgeBase.open(base_directory, verify=True), read_changes(directory, manifest)
     if base.tokenizer_fingerprint != manifest.tokenizer_fingerprint:
         raise ArtifactError(f"the update {directory} and its base are of two tokenizers; write the update again")
     entities = base.table()
     kept = entities.filter(pc.invert(pc.is_in(entities["entity_id"], changes["entity_id"].combine_chunks())))
-    new = changes.filter(pc.invert(changes["is_retired"]))
-    if manifest.kept_columns:
-        place = pc.index_in(new["entity_id"], entities["entity_id"].combine_chunks())  # null for an added entity
-        for name in manifest.kept_columns:
-            new = new.set_column(new.column_names.index(name), ENTITY_SCHEMA.field(name), entities[name].take(place))
+    new = _with_kept_columns(changes.filter(pc.invert(changes["is_retired"])), manifest, entities)
     kept_tokens, kept_offsets = base.trie.sequences(kept["name_index"].to_numpy())
     new_tokens = new["token_ids"].combine_chunks()
     new_ends = kept_offsets[-1] + np.cumsum(pc.list_value_length(new_tokens).to_numpy())
     columns = ENTITY_SCHEMA.names
-    return save_knowledge_base(
+    report = save_knowledge_base(
         target,
         pa.concat_tables([kept.select(columns), new.select(columns)]),
         (np.concatenate([kept_tokens, new_tokens.flatten().to_numpy()]), np.concatenate([kept_offsets, new_ends])),
@@ -236,6 +268,34 @@ def _merge(directory: Path, manifest: UpdateManifest, base_directory: Path, targ
         },
         manifest.num_skipped,
     )
+    if companion is not None:
+        companion.merge(directory, base_directory, target)
+    return report
+
+
+def changed_records(directory: Path, base: KnowledgeBase) -> pa.Table:
+    """Return the entities that an update adds or replaces as they are after it: `ENTITY_SCHEMA`.
+
+    Args:
+        directory: Local directory of the update.
+        base: Its base, if need be merged.
+
+    Raises:
+        ArtifactError: The update is damaged.
+    """
+    manifest = read_update_manifest(directory)
+    changes = read_changes(directory, manifest)
+    new = _with_kept_columns(changes.filter(pc.invert(changes["is_retired"])), manifest, base.table())
+    return new.select(ENTITY_SCHEMA.names)
+
+
+def _with_kept_columns(changed: pa.Table, manifest: UpdateManifest, base: pa.Table) -> pa.Table:
+    """Return changed entities with the base's values in the columns that the changes lacked."""
+    place = pc.index_in(changed["entity_id"], base["entity_id"].combine_chunks())  # null for an added entity
+    for name in manifest.kept_columns:
+        position = changed.column_names.index(name)
+        changed = changed.set_column(position, ENTITY_SCHEMA.field(name), base[name].take(place))
+    return changed
 
 
 def _download_base(directory: Path, base: Base, cache_dir: Path) -> Path:

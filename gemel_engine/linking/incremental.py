@@ -106,7 +106,7 @@ class PreviousRun:
 
     def note_changes(self, knowledge_base: str) -> None:
         """Compare the previous knowledge base with `knowledge_base` and save the changes, once."""
-        from gemel_engine.knowledge_base.update import open_knowledge_base
+        from gemel_engine.evidence.update import open_knowledge_base
 
         if not storage.exists(f"{self.changes}/changes.json"):
             before = open_knowledge_base(self._run()["settings"]["knowledge_base"], verify=True)

@@ -39,7 +39,7 @@ class Shard:
     Attributes:
         index: Position in the plan, from 0.
         uri: Address of the file.
-        version: Version of the file, see `_version`.
+        version: Version of the file, see `version_of`.
         start: First row.
         stop: Row after the last.
         ids: `ids_digest` of its mentions; empty if the digest is not checked.
@@ -78,7 +78,7 @@ def plan_shards(input_uri: str, rows_per_shard: int, also_required: Sequence[str
             ids.add(piece["mention_id"])
             chunks += piece["mention_id"].chunks
         of_file = pa.chunked_array(chunks, pa.large_string())
-        cut = _cut(table.file.uri, _version(table.file), table.num_rows, rows_per_shard, len(shards))
+        cut = cut_file(table.file.uri, version_of(table.file), table.num_rows, rows_per_shard, len(shards))
         shards += [replace(shard, ids=ids_digest(of_file[shard.start : shard.stop])) for shard in cut]
     ids.check()
     return shards
@@ -132,7 +132,7 @@ def recut(plan: Sequence[Shard], rows_per_shard: int) -> list[Shard]:
     """Return the same rows in the same order, in shards of another size."""
     recut: list[Shard] = []
     for (uri, version), of_file in groupby(plan, key=lambda shard: (shard.uri, shard.version)):
-        recut += _cut(uri, version, list(of_file)[-1].stop, rows_per_shard, len(recut))
+        recut += cut_file(uri, version, list(of_file)[-1].stop, rows_per_shard, len(recut))
     return recut
 
 
@@ -147,11 +147,11 @@ def read_rows(shard: Shard, columns: Sequence[str]) -> pa.Table:
     Raises:
         InputError: The file has changed since the run was planned.
     """
-    _check_version(shard)
+    check_version(shard)
     kinds = {name: MENTION_COLUMNS[name] for name in columns}
     with parquet.open_table(shard.uri, kinds, MENTION_REQUIRED_COLUMNS[:1]) as table:
         rows = table.read(columns, range(shard.start, shard.stop))
-    _check_version(shard)  # the file may have been replaced during the read
+    check_version(shard)  # the file may have been replaced during the read
     if shard.ids and "mention_id" in rows.column_names and ids_digest(rows["mention_id"]) != shard.ids:
         raise _changed(shard)
     return rows
@@ -174,7 +174,7 @@ def ids_digest(ids: pa.ChunkedArray) -> str:
     return digest.hexdigest()
 
 
-def _version(file: storage.InputFile) -> str:
+def version_of(file: storage.InputFile) -> str:
     """Return a string that changes with a file's content, without reading the whole file.
 
     For a local file this is its version with a hash of its Parquet footer, which contains sizes,
@@ -190,9 +190,10 @@ def _version(file: storage.InputFile) -> str:
         return f"{file.version}-{hashlib.blake2b(stream.read(), digest_size=16).hexdigest()}"
 
 
-def _check_version(shard: Shard) -> None:
+def check_version(shard: Shard) -> None:
+    """Raise InputError if the file of a shard has changed since the run was planned."""
     try:
-        versions = [_version(file) for file in storage.list_parquet(shard.uri)]
+        versions = [version_of(file) for file in storage.list_parquet(shard.uri)]
     except FileNotFoundError:
         versions = []
     if versions != [shard.version]:
@@ -203,7 +204,8 @@ def _changed(shard: Shard) -> InputError:
     return InputError(f"{shown(shard.uri)} has changed since the run was planned: link it again to a new output")
 
 
-def _cut(uri: str, version: str, num_rows: int, rows_per_shard: int, first_index: int) -> list[Shard]:
+def cut_file(uri: str, version: str, num_rows: int, rows_per_shard: int, first_index: int) -> list[Shard]:
+    """Return the shards of a file, of at most `rows_per_shard` rows, numbered from `first_index`."""
     return [
         Shard(index, uri, version, start, min(start + rows_per_shard, num_rows))
         for index, start in enumerate(range(0, num_rows, rows_per_shard), first_index)

@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -68,6 +68,31 @@ def encode_and_retrieve(
         pool = actor_pool(config.resources.retrieval)
         dataset = dataset.map_batches(Retrieve, fn_constructor_args=(config, contents), **pool)
     return dataset
+
+
+def run_each(
+    items: Sequence[Mapping[str, Any]], stage: type, arguments: tuple[Any, ...], *, num_cpus: int, num_gpus: int
+) -> None:
+    """Call a stage of actors once for each item, a table of one row, with all resources of the cluster.
+
+    Args:
+        items: The rows.
+        stage: Class of the actors.
+        arguments: Arguments of its constructor.
+        num_cpus: Number of logical CPUs, and of threads, of one actor.
+        num_gpus: Number of GPUs of one actor.
+    """
+    connect()
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    most = resources.get("GPU", 0) // num_gpus if num_gpus else resources.get("CPU", 0) // num_cpus
+    settings = PoolSettings(
+        max_actors=max(1, min(len(items), int(most))), num_cpus=num_cpus, num_gpus=num_gpus, num_threads=num_cpus
+    )
+    dataset: Dataset = ray.data.from_items([dict(item) for item in items], override_num_blocks=len(items))
+    dataset = dataset.map_batches(stage, fn_constructor_args=arguments, **actor_pool(settings))
+    with own_errors():
+        for _ in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+            pass
 
 
 def connect() -> None:

@@ -12,9 +12,7 @@ from __future__ import annotations
 import logging
 import resource
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from itertools import repeat
@@ -31,7 +29,7 @@ from gemel_engine.pipeline.corpus import Shard, read_rows
 from gemel_engine.pipeline.isolation import isolate
 from gemel_engine.types import Features, Mention, fault_of
 from gemel_engine.vision.decode import decoder_peak_bytes
-from gemel_engine.vision.fetch import fetch_image
+from gemel_engine.vision.fetch import fetch_images
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +37,6 @@ Annotate = Callable[[pa.Table, Shard], pa.Table]  # adds columns to all rows of 
 
 _COLUMNS = ("mention_id", "text", "mention", "mention_start", "candidate_ids", "group")
 IMAGE_COLUMNS = ("image_bytes", "image_uri")
-_FETCH_THREADS = 16
-_FETCHED_AHEAD = 64  # maximum number of image files in memory
 # Columns with the seconds that each stage spent.
 STAGE_SECONDS = {"image": "image_seconds", "retrieval": "retrieval_seconds", "generation": "generation_seconds"}
 # Columns with the largest memory of the stage's process up to the time when it finished a row.
@@ -147,22 +143,9 @@ class EncodeImages:
     def _files(self, batch: pa.Table, needed: list[bool]) -> Iterator[bytes | ImageFetchError | None]:
         """Yield the image file of each row, None if it needs none; fetch those given by address."""
         files = repeat(None) if "image_bytes" not in batch.column_names else (f.as_py() for f in batch["image_bytes"])
-        ahead: deque[bytes | Future[bytes | ImageFetchError] | None] = deque()
-        with ThreadPoolExecutor(_FETCH_THREADS) as threads:
-            for is_needed, file, uri in zip(needed, files, column_values(batch, "image_uri"), strict=False):
-                if not is_needed:
-                    ahead.append(None)
-                else:
-                    ahead.append(threads.submit(self._fetch, uri) if file is None and uri else file)
-                if len(ahead) == _FETCHED_AHEAD:
-                    yield _result(ahead.popleft())
-            yield from map(_result, ahead)
-
-    def _fetch(self, uri: str) -> bytes | ImageFetchError:
-        try:
-            return fetch_image(uri, self._policy)
-        except ImageFetchError as error:
-            return error
+        rows = zip(needed, files, column_values(batch, "image_uri"), strict=False)
+        pictures = ((uri or None if file is None else file) if is_needed else None for is_needed, file, uri in rows)
+        return fetch_images(pictures, self._policy)
 
 
 class Retrieve:
@@ -237,10 +220,6 @@ def _features(batch: pa.Table) -> list[Features | None]:
 def _keep_previous(batch: pa.Table) -> list[bool]:
     """Return whether each row keeps its previous prediction, so that no model is needed for it."""
     return [bool(keeps_previous) for keeps_previous in column_values(batch, "keeps_previous")]
-
-
-def _result(file: bytes | Future[bytes | ImageFetchError] | None) -> bytes | ImageFetchError | None:
-    return file.result() if isinstance(file, Future) else file
 
 
 def column_values(batch: pa.Table, name: str) -> list[Any]:

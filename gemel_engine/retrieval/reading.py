@@ -6,7 +6,6 @@ Shapes: C vision width.
 from __future__ import annotations
 
 import logging
-import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import compress
 from typing import Any
@@ -17,7 +16,7 @@ from tqdm import tqdm
 
 from gemel_engine.config.components import ImagePolicy
 from gemel_engine.errors import ImageFetchError, InputError, MentionError
-from gemel_engine.knowledge_base.names import are_demonstrable
+from gemel_engine.knowledge_base.names import are_demonstrable, normalised_name
 from gemel_engine.retrieval.table import Demonstration
 from gemel_engine.storage import parquet
 from gemel_engine.types import IDENTIFIER, MENTION_COLUMNS, Features, are_features
@@ -73,7 +72,7 @@ def read_names(entities_uri: str) -> dict[str, str]:
         InputError: There is no such table, or it lacks a column.
     """
     batches = _read_batches(entities_uri, _ENTITIES_PER_READ, ("entity_id", "name"))
-    return {row["entity_id"]: _normalised(row["name"]) for rows in batches for row in rows if row["name"]}
+    return {row["entity_id"]: normalised_name(row["name"]) for rows in batches for row in rows if row["name"]}
 
 
 def read_demonstrations(
@@ -103,7 +102,7 @@ def read_demonstrations(
     with tqdm(desc="read demonstrations", unit=" mentions", delay=5) as progress:
         for rows in batches:
             for row in rows:
-                row["name"] = names.get(row["entity_id"]) or _normalised(row.get("entity_name") or "")
+                row["name"] = names.get(row["entity_id"]) or normalised_name(row.get("entity_name") or "")
             kept = [row for row in rows if row["entity_id"] and row["name"] and row["mention"]]
             parts = [pa.array([row[part] or "" for row in kept], pa.string()) for part in ("text", "mention", "name")]
             kept = list(compress(kept, are_demonstrable(*parts)))
@@ -153,7 +152,3 @@ def _read_batches(
                 yield piece.to_pylist()
             except UnicodeDecodeError as error:
                 raise InputError(f"{table.file.uri} has text that is not UTF-8 ({error}): write it again") from error
-
-
-def _normalised(name: str) -> str:
-    return unicodedata.normalize("NFC", name).strip()

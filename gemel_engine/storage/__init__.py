@@ -1,7 +1,7 @@
 """Files on a local disk or in S3, tables in Parquet, and manifests of artifact directories."""
 
 from gemel_engine.config.addresses import local_path
-from gemel_engine.storage.cache import ARTIFACT_CACHE, download_directory, made_once
+from gemel_engine.storage.cache import ARTIFACT_CACHE, download_directory, made_once, publish_directory
 from gemel_engine.storage.files import (
     InputFile,
     check_apart,
@@ -33,6 +33,7 @@ __all__ = [
     "made_once",
     "open_regular",
     "partition_keys",
+    "publish_directory",
     "read_bytes",
     "read_json",
     "remove_tree",

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from gemel_engine.config.addresses import local_path
 from gemel_engine.errors import ArtifactError, ConfigurationError, shown
 from gemel_engine.storage import s3
 from gemel_engine.storage.files import InputFile, normalised_uri, relative_path, walk_files
@@ -52,6 +53,29 @@ def download_directory(uri: str, cache_dir: str | os.PathLike[str] = ARTIFACT_CA
                 copy.result()
 
     return made_once(target, download)
+
+
+def publish_directory(directory: Path, uri: str, last: str) -> None:
+    """Move the contents of a local directory to an address.
+
+    Args:
+        directory: Directory; on the same file system, if the address is local.
+        uri: Address of a directory, local or `s3://`.
+        last: Name of the file that is moved last, whose presence marks a complete directory.
+    """
+    target = local_path(uri)
+    if target is not None:
+        for path in sorted(directory.iterdir(), key=lambda path: (path.name == last, path.name)):
+            path.rename(target / path.name)
+        return
+    root = normalised_uri(uri)
+    names = [str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()]
+    with ThreadPoolExecutor() as pool:
+        for copy in [
+            pool.submit(s3.copy_from_local, directory / name, f"{root}/{name}") for name in names if name != last
+        ]:
+            copy.result()
+    s3.copy_from_local(directory / last, f"{root}/{last}")
 
 
 def made_once(target: Path, make: Callable[[Path], object]) -> Path:

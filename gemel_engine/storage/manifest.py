@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import socket
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -92,11 +94,14 @@ def write_manifest(path: Path, format_version: int, contents: Mapping[str, Any])
 def claimed(directory: Path, *, must_be_empty: bool = True) -> Iterator[None]:
     """Claim a directory while an artifact is written to it; a missing directory is created.
 
+    The claim of a killed process of this machine is void.
+
     Raises:
         ConfigurationError: The path is a file, the directory is not empty although it must be, or
             another process has claimed it.
     """
     claim, is_new = directory / _CLAIM, not directory.exists()
+    _remove_if_left_behind(claim)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with claim.open("x", encoding="utf-8") as file:
@@ -129,6 +134,24 @@ def file_sha256(path: Path) -> str:
 
 def _digest(contents: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
+
+
+def _remove_if_left_behind(claim: Path) -> None:
+    """Remove the claim of a process of this machine that has ended."""
+    found = re.fullmatch(r"process (\d+) on (.*)", _owner(claim), re.DOTALL)
+    if found is None or found[2] != socket.gethostname():
+        return
+    try:
+        os.kill(int(found[1]), 0)  # sends nothing
+    except ProcessLookupError:
+        taken = claim.with_name(f"{_CLAIM}-{uuid.uuid4().hex}")
+        with suppress(FileNotFoundError):  # another command has removed it
+            claim.rename(taken)
+            if _owner(taken) != found[0]:  # the new claim of another command
+                taken.rename(claim)
+            taken.unlink(missing_ok=True)
+    except OSError:  # a process of another user
+        return
 
 
 def _owner(claim: Path) -> str:

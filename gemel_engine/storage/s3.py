@@ -82,6 +82,12 @@ def copy_to_local(uri: str, etag: str, path: Path) -> None:
         raise OSError(f"{shown(uri)} was replaced while it was read: run the job again")
 
 
+def copy_from_local(path: Path, uri: str) -> None:
+    """Copy a local file into an object, or replace it; a large one is sent in pieces."""
+    with _builtin_errors(uri):
+        _client().put_file(str(path), uri)
+
+
 def write_bytes(uri: str, data: bytes) -> None:
     """Write or replace an object."""
     with _builtin_errors(uri):

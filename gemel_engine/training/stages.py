@@ -22,7 +22,7 @@ class CheckExamples:
         import torch
 
         from gemel_engine.decoding.prompt import PromptBuilder
-        from gemel_engine.knowledge_base.update import open_knowledge_base
+        from gemel_engine.evidence.update import open_knowledge_base
         from gemel_engine.tokenizer import load_tokenizer
 
         self._output = config.output

@@ -13,6 +13,9 @@ import io
 import os
 import socket
 import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import TYPE_CHECKING, Any
@@ -33,6 +36,8 @@ if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
 
+_THREADS = 16
+_FETCHED_AHEAD = 64  # maximum number of image files in memory
 _MAX_REDIRECTS = 3
 _FIRST_PAUSE_SECONDS = 0.2
 _CHUNK_BYTES = 1 << 16
@@ -65,6 +70,35 @@ def fetch_image(uri: str, policy: ImagePolicy) -> bytes:
         raise ImageFetchError(f"{shown(uri)}: cannot be read: {redacted(str(error), uri)}") from error
     _check_size(uri, len(data), policy)
     return data
+
+
+def fetch_images(
+    pictures: Iterable[bytes | str | None], policy: ImagePolicy
+) -> Iterator[bytes | ImageFetchError | None]:
+    """Yield image files in the order given; several are fetched at the same time.
+
+    Args:
+        pictures: Image files, addresses, or None where there is no picture.
+        policy: Which addresses may be read.
+    """
+
+    def fetched(uri: str) -> bytes | ImageFetchError:
+        try:
+            return fetch_image(uri, policy)
+        except ImageFetchError as error:
+            return error
+
+    ahead: deque[bytes | Future[bytes | ImageFetchError] | None] = deque()
+    with ThreadPoolExecutor(_THREADS) as threads:
+        for picture in pictures:
+            ahead.append(threads.submit(fetched, picture) if isinstance(picture, str) else picture)
+            if len(ahead) == _FETCHED_AHEAD:
+                yield _result(ahead.popleft())
+        yield from map(_result, ahead)
+
+
+def _result(file: bytes | Future[bytes | ImageFetchError] | None) -> bytes | ImageFetchError | None:
+    return file.result() if isinstance(file, Future) else file
 
 
 def _allowed(uri: str, policy: ImagePolicy) -> str:

@@ -204,3 +204,37 @@ def test_the_counts_of_a_group_can_be_left_out() -> None:
     assert (forms.frequency(1), forms.frequency(1, "a"), forms.frequency(9)) == (2, 1, 0)
     assert [row for row, _ in forms.nearest(vectors(4)[3:], 9)[0]] == [3, 1, 2]
     assert [row for row, _ in forms.nearest(vectors(4)[3:], 9, ["c"])[0]] == [1, 2]
+
+
+@pytest.mark.parametrize("exact_up_to", [0, 200_000])
+def test_an_index_merged_finds_what_one_built_anew_finds(tmp_path: Path, exact_up_to: int) -> None:
+    settings, generator = DenseSettings(exact_up_to=exact_up_to, num_probes=64), np.random.default_rng(1)
+    features = generator.normal(size=(1000, 16)).astype(np.float32)
+    rows = np.repeat(np.arange(500, dtype=np.uint32), 2)
+    more, of_more = generator.normal(size=(10, 16)).astype(np.float32), np.arange(490, 500, dtype=np.uint32)
+    new_rows = np.arange(500) - 10  # the first ten entities go
+    new_rows[:10] = -1
+    base = PictureIndex.build(tmp_path / "base", features, rows, 500, settings)
+    assert base.index.is_exact == (exact_up_to > 0)
+    merged = PictureIndex.merge(tmp_path / "merged", tmp_path / "base", new_rows, more, of_more, 500)
+    everything, of_all = np.concatenate([features[20:], more]), np.concatenate([rows[20:] - 10, of_more])
+    anew = PictureIndex.build(tmp_path / "anew", everything, of_all.astype(np.uint32), 500, settings)
+    assert merged.num_pictures == anew.num_pictures == 990
+    queries, expected = [*features[100:110], *more], [*(rows[100:110] - 10).tolist(), *of_more.tolist()]
+    found = [[row for row, _ in of_query] for of_query in merged.nearest(queries, 20)]
+    assert all(row in of_query for row, of_query in zip(expected, found, strict=True))
+    if exact_up_to:
+        assert merged.nearest(queries, 20) == anew.nearest(queries, 20)
+    assert [merged.features_of(row) is None for row in (0, 499, 500)] == [False, False, True]
+    np.testing.assert_array_equal(merged.features, anew.features)
+
+
+def test_a_merged_index_without_further_vectors_or_kept_ones_is_searched(tmp_path: Path) -> None:
+    settings = DenseSettings(exact_up_to=0, num_probes=64)
+    known, rows = vectors(300), np.arange(300, dtype=np.uint32)
+    DenseIndex.build(tmp_path / "base", known, rows, 300, settings)
+    nothing = np.zeros((0, known.shape[1]), np.float32), np.zeros(0, np.uint32)
+    same = DenseIndex.merge(tmp_path / "same", tmp_path / "base", np.arange(300), *nothing, 300)
+    assert same.nearest(known[:3], 1) == DenseIndex.open(tmp_path / "base").nearest(known[:3], 1)
+    other = DenseIndex.merge(tmp_path / "other", tmp_path / "base", np.full(300, -1), known[:2], rows[:2], 2)
+    assert [[row for row, _ in found] for found in other.nearest(known[:2], 1)] == [[0], [1]]

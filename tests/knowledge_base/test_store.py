@@ -446,9 +446,14 @@ def test_the_job_reads_a_directory_of_parquet_files(
 
 
 def test_the_job_exits_with_the_error_s_own_code(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
     with pytest.raises(SystemExit) as exit_info:
-        run_job(monkeypatch, tmp_path / "none.parquet", tmp_path / "kb", "--tokenizer", tmp_path)
+        run_job(monkeypatch, tmp_path / "none.parquet", tmp_path / "kb", "--tokenizer", tmp_path / "tokenizer")
+    assert not (tmp_path / "kb").exists()
     assert exit_info.value.code == InputError.exit_code
     assert "none.parquet" in capsys.readouterr().err
