@@ -1,4 +1,4 @@
-"""Build the emoji corpus: one entity drawn by six artists, mentioned by a tag that several entities share.
+"""Build the emoji corpus: one entity drawn in six styles, mentioned by a tag that several entities share.
 
     python examples/emoji/build_corpus.py
 
