@@ -150,8 +150,8 @@ $(MODELS): examples/demo_models.py | $(INSTALLED)
 
 $(KNOWLEDGE_BASE): examples/emoji/entities.parquet $(MODELS)
 	rm -rf $(basename $@)
-	$(BIN)/gemel build-kb examples/emoji/entities.parquet $(basename $@) \
-		--tokenizer build/models/smollm2-135m
+	$(BIN)/gemel build-kb examples/emoji/entities.parquet $(basename $@) --tokenizer build/models/smollm2-135m \
+		--mention-encoder build/models/minilm --image-encoder build/models/efficientnet-lite2
 	touch $@
 
 $(GAZETTEER): examples/gazetteer/build_corpus.py examples/gazetteer/sentences.txt $(MODELS)
