@@ -15,6 +15,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 MODELS := build/models.stamp
 KNOWLEDGE_BASE := build/emoji/knowledge_base.stamp
+GAZETTEER := build/gazetteer/knowledge_base.stamp
 DEMONSTRATIONS := build/emoji/demonstrations.stamp
 # In what this machine trains fast: CPUs without these instructions are up to a hundred times slower in bfloat16.
 TRAINING_DTYPE := $(shell grep -qsE 'amx_bf16|avx512_bf16' /proc/cpuinfo && echo bfloat16 || echo float32)
@@ -30,8 +31,8 @@ export VLLM_NO_USAGE_STATS = 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo train-demo cluster-trial test test-unit test-pythons gpu-check test-all test-chaos check format \
-	lint hygiene types bench bench-decode ablations requirements dist clean
+.PHONY: help install demo gazetteer-demo train-demo cluster-trial test test-unit test-pythons gpu-check test-all test-chaos \
+	check format lint hygiene types bench bench-decode ablations requirements dist clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' Makefile
@@ -40,6 +41,11 @@ install: $(INSTALLED) ## create .venv with the pinned requirements and this proj
 
 demo: $(KNOWLEDGE_BASE) $(DEMONSTRATIONS) ## link a few mentions of emoji, pictures and text, with real models
 	$(BIN)/python examples/demo.py
+
+gazetteer-demo: $(GAZETTEER) ## link names of places that several places have, by the text alone
+	rm -rf build/gazetteer/linked
+	$(BIN)/gemel link examples/gazetteer/link.toml
+	$(BIN)/gemel evaluate build/gazetteer/linked
 
 train-demo: $(KNOWLEDGE_BASE) $(DEMONSTRATIONS) ## make the demo's feature mapper anew
 	rm -rf build/emoji/training build/emoji/examples
@@ -144,7 +150,14 @@ $(MODELS): examples/demo_models.py | $(INSTALLED)
 
 $(KNOWLEDGE_BASE): examples/emoji/entities.parquet $(MODELS)
 	rm -rf $(basename $@)
-	$(BIN)/gemel build-kb examples/emoji/entities.parquet $(basename $@) \
+	$(BIN)/gemel build-kb examples/emoji/entities.parquet $(basename $@) --tokenizer build/models/smollm2-135m \
+		--mention-encoder build/models/minilm --image-encoder build/models/efficientnet-lite2
+	touch $@
+
+$(GAZETTEER): examples/gazetteer/build_corpus.py examples/gazetteer/sentences.txt $(MODELS)
+	$(BIN)/python examples/gazetteer/build_corpus.py --output-dir build/gazetteer
+	rm -rf $(basename $@)
+	$(BIN)/gemel build-kb build/gazetteer/entities.parquet $(basename $@) \
 		--tokenizer build/models/smollm2-135m
 	touch $@
 

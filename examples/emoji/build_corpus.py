@@ -1,11 +1,13 @@
-"""Build the emoji corpus: one entity drawn by five artists, mentioned by a tag that several entities share.
+"""Build the emoji corpus: one entity drawn in six styles, mentioned by a tag that several entities share.
 
     python examples/emoji/build_corpus.py
 
 A text such as "I searched for bear and saved the first result." fits the bear, the panda and the teddy bear; only the
 picture decides. Train, dev and test are drawn by different artists and worded with different sentences (dev and test
-share theirs), and the entities of ``test_unseen`` occur in no other split. Pictures, names and tags come from npm
-packages of fixed versions, fetched with ``npm`` into a temporary directory; everything else is decided by one seed.
+share theirs), and the entities of ``test_unseen`` occur in no other split. The knowledge base has a picture of each
+entity that no split uses, and other names of it in six languages: its tags and what that language calls it. Pictures,
+names and tags come from npm packages of fixed versions, fetched with ``npm`` into a temporary directory; everything
+else is decided by one seed.
 
 Left out of the knowledge base, because a picture could not decide or the tags would not be words:
 
@@ -27,7 +29,7 @@ import subprocess
 import tempfile
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,24 +57,28 @@ PACKAGES = {
     "@iconify-json/fxemoji": "1.2.2",
     "@iconify-json/fluent-emoji-flat": "1.2.6",
     "@iconify-json/emojione": "1.2.3",
+    "@iconify-json/noto-v1": "1.2.5",
     "emojibase-data": "17.0.0",
 }
 TRAIN_ARTISTS = ("noto", "twemoji", "fxemoji")
 DEV_ARTIST = "fluent-emoji-flat"
 TEST_ARTIST = "emojione"
+# Google's first drawings: other ones than those of noto, by which Google has replaced them.
+KNOWLEDGE_BASE_ARTIST = "noto-v1"
 # fxemoji names its drawings of a face "mouse", "tiger", "cat" and "pig", and of a piano "keyboard".
-# emojione names a bat and a ball "cricket".
-MISNAMED = {"fxemoji": {"1F401", "1F405", "1F408", "1F416", "2328"}, "emojione": {"1F997"}}
-# fxemoji drew half of the entities; the others have to be complete.
+# emojione names a bat and a ball "cricket". noto-v1 names a revolver "water pistol".
+MISNAMED = {
+    "fxemoji": {"1F401", "1F405", "1F408", "1F416", "2328"},
+    "emojione": {"1F997"},
+    "noto-v1": {"1F52B"},
+}
+# fxemoji drew half of the entities, noto-v1 all but two; the others have to be complete.
 REQUIRED_ARTISTS = ("noto", "twemoji", DEV_ARTIST, TEST_ARTIST)
 
-GROUPS = {
-    3: "animals and nature",
-    4: "food and drink",
-    5: "travel and places",
-    6: "activities",
-    7: "objects",
-}
+# Of emojibase-data: animals and nature, food and drink, travel and places, activities, objects.
+GROUPS = (3, 4, 5, 6, 7)
+# Directories of emojibase-data. Mentions and names are in the first language.
+LANGUAGES = ("en", "de", "es", "hi", "ja", "ru")
 CLOCK_FACE = re.compile(r"o’clock$|-thirty$")
 WORD = re.compile(r"[a-z][a-z' -]{2,}")
 NOT_NAMES = {"behind", "done", "down", "drove", "hump", "moo", "not", "over", "tbt", "where", "woohoo", "yolo"}
@@ -81,7 +87,8 @@ ENTITY_SCHEMA = pa.schema(
     [
         pa.field("entity_id", pa.string(), nullable=False),
         pa.field("name", pa.string(), nullable=False),
-        pa.field("description", pa.string()),
+        pa.field("aliases", pa.list_(pa.string()), nullable=False),
+        pa.field("image_bytes", pa.binary()),
     ]
 )
 MENTION_SCHEMA = pa.schema(
@@ -99,11 +106,11 @@ MENTION_SCHEMA = pa.schema(
 
 @dataclass(frozen=True, slots=True)
 class Emoji:
-    """One entity: its code point in hexadecimal, its name, the tags that others share, a PNG by artist."""
+    """One entity: its code point in hexadecimal, its names, the tags that others share, a PNG by artist."""
 
     entity_id: str
     name: str
-    group: int
+    aliases: tuple[str, ...]
     tags: tuple[str, ...]
     pictures: Mapping[str, bytes]
 
@@ -164,12 +171,15 @@ def render(svg: str) -> bytes:
 
 def read_emoji(packages: Path) -> list[Emoji]:
     """Read the entities of `GROUPS` that every required artist drew and that share at least one tag."""
-    icon_sets = {
-        artist: IconSet(packages / "@iconify-json" / artist) for artist in (*TRAIN_ARTISTS, DEV_ARTIST, TEST_ARTIST)
-    }
-    drawn: list[tuple[dict[str, Any], str, dict[str, str]]] = []
-    for entry in _read_json(packages / "emojibase-data" / "en" / "data.json"):
-        entity_id = entry["hexcode"].removesuffix("-FE0F")
+    artists = (*TRAIN_ARTISTS, DEV_ARTIST, TEST_ARTIST, KNOWLEDGE_BASE_ARTIST)
+    icon_sets = {artist: IconSet(packages / "@iconify-json" / artist) for artist in artists}
+    in_languages = [
+        {entry["hexcode"]: entry for entry in _read_json(packages / "emojibase-data" / language / "data.json")}
+        for language in LANGUAGES
+    ]
+    drawn: dict[str, dict[str, str]] = {}
+    for hexcode, entry in in_languages[0].items():
+        entity_id = hexcode.removesuffix("-FE0F")
         if entry.get("group") not in GROUPS or "-" in entity_id or CLOCK_FACE.search(entry["label"]):
             continue
         found = {artist: icons.find(entity_id, entry["label"]) for artist, icons in icon_sets.items()}
@@ -179,27 +189,38 @@ def read_emoji(packages: Path) -> list[Emoji]:
             if svg is not None and entity_id not in MISNAMED.get(artist, ())
         }
         if svgs.keys() >= set(REQUIRED_ARTISTS):
-            drawn.append((entry, entity_id, svgs))
+            drawn[hexcode] = svgs
 
-    shared = shared_tags(entry["tags"] for entry, _, _ in drawn)
+    entries = [[entries[hexcode] for hexcode in drawn] for entries in in_languages]
+    names = [distinguishing_tags(entry["tags"] for entry in in_language) for in_language in entries]
+    names[0] = {tag: count for tag, count in names[0].items() if WORD.fullmatch(tag) and tag not in NOT_NAMES}
+    shared = {tag for tag, count in names[0].items() if count >= 2}
     return [
         Emoji(
-            entity_id=entity_id,
-            name=entry["label"],
-            group=entry["group"],
-            tags=tuple(tag for tag in entry["tags"] if tag in shared),
+            entity_id=hexcode.removesuffix("-FE0F"),
+            name=translations[0]["label"],
+            aliases=aliases(translations, names),
+            tags=tuple(tag for tag in translations[0]["tags"] if tag in shared),
             pictures={artist: render(svg) for artist, svg in svgs.items()},
         )
-        for entry, entity_id, svgs in drawn
-        if shared.intersection(entry["tags"])
+        for (hexcode, svgs), *translations in zip(drawn.items(), *entries, strict=True)
+        if shared.intersection(translations[0]["tags"])
     ]
 
 
-def shared_tags(tags_of_entities: Iterable[Iterable[str]]) -> set[str]:
-    """Return the tags that are words and belong to several entities, but not to very many."""
+def distinguishing_tags(tags_of_entities: Iterable[Iterable[str]]) -> dict[str, int]:
+    """Return the tags that do not belong to very many entities, with the number of their entities."""
     counts = Counter(tag for tags in tags_of_entities for tag in set(tags))
-    words = {tag for tag, count in counts.items() if 2 <= count <= MAX_ENTITIES_PER_TAG and WORD.fullmatch(tag)}
-    return words - NOT_NAMES
+    return {tag: count for tag, count in counts.items() if count <= MAX_ENTITIES_PER_TAG}
+
+
+def aliases(translations: Iterable[Mapping[str, Any]], names: Iterable[Container[str]]) -> tuple[str, ...]:
+    """Return what an entity is called in each language: its label, and those of its tags that are `names`."""
+    spellings: dict[str, str] = {}  # of names that differ in case alone, the first
+    for entry, names_of_language in zip(translations, names, strict=True):
+        for name in (entry["label"], *(tag for tag in entry["tags"] if tag in names_of_language)):
+            spellings.setdefault(name.casefold(), name)
+    return tuple(spellings.values())[1:]  # the very first is the label in English, which is the entity's name
 
 
 def split_mentions(emoji: list[Emoji], sentences: list[str]) -> dict[str, list[dict[str, Any]]]:
@@ -254,12 +275,14 @@ def write_corpus(emoji: list[Emoji], sentences: list[str], output_dir: Path) -> 
         {
             "entity_id": entity.entity_id,
             "name": entity.name,
-            "description": f"{GROUPS[entity.group]}: {', '.join(entity.tags)}",
+            "aliases": entity.aliases,
+            "image_bytes": entity.pictures.get(KNOWLEDGE_BASE_ARTIST),
         }
         for entity in emoji
     ]
     pq.write_table(pa.Table.from_pylist(entities, ENTITY_SCHEMA), output_dir / "entities.parquet", compression="zstd")
-    LOGGER.info("entities: %d", len(entities))
+    without = [entity.name for entity in emoji if KNOWLEDGE_BASE_ARTIST not in entity.pictures]
+    LOGGER.info("entities: %d, without a picture: %s", len(entities), ", ".join(without) or "none")
     for split, rows in split_mentions(emoji, sentences).items():
         table = pa.Table.from_pylist(rows, MENTION_SCHEMA)
         # The default limit of 1 MiB would end the dictionary early, and every mention would carry its own picture.

@@ -192,9 +192,8 @@ def test_bounds_stay_bounds(
         generator = start_generator(config, added_names=tmp_path / "changes/added_names")
         found = generator.generate(mentions, pictures, rows, previous)
         for prediction, best in zip(found, truth, strict=True):
-            mass = sum(
-                math.exp(item.log_prob) for item in {item.entity_name: item for item in best.candidates}.values()
-            )
+            log_probs = {item.entity_name: item.log_prob for item in best.candidates}
+            mass = sum(math.exp(log_prob) for log_prob in log_probs.values() if log_prob is not None)
             assert prediction.certified
             assert best.log_prob is not None
             assert (prediction.entity_id, prediction.entity_name) == (best.entity_id, best.entity_name)

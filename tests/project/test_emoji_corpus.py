@@ -1,3 +1,4 @@
+import unicodedata
 from collections import defaultdict
 from typing import Any
 
@@ -41,7 +42,7 @@ def test_sizes(entities: dict[str, dict[str, Any]], splits: dict[str, list[dict[
     assert {split: len(rows) for split, rows in splits.items()}.items() >= {"sample": NUM_SAMPLE_MENTIONS}.items()
     assert min(len(splits["train"]), len(splits["dev"]), len(splits["test"])) >= 500
     assert len(splits["test_unseen"]) >= 150
-    assert sum(file.stat().st_size for file in EMOJI.rglob("*") if file.is_file()) <= 10_000_000
+    assert sum(file.stat().st_size for file in EMOJI.rglob("*") if file.is_file()) <= 12_000_000
 
 
 def test_entities_and_names_and_mentions_are_unique(
@@ -57,11 +58,31 @@ def test_entities_and_names_and_mentions_are_unique(
 def test_text_alone_cannot_decide(entities: dict[str, dict[str, Any]], splits: dict[str, list[dict[str, Any]]]) -> None:
     entities_of_tag = defaultdict(set)
     for entity in entities.values():
-        for tag in entity["description"].partition(": ")[2].split(", "):
-            entities_of_tag[tag].add(entity["entity_id"])
-    assert min(map(len, entities_of_tag.values())) >= 2
+        for name in (entity["name"], *entity["aliases"]):
+            entities_of_tag[name].add(entity["entity_id"])
     for split in SPLITS:
-        assert all(row["entity_id"] in entities_of_tag[row["mention"]] for row in splits[split])
+        for row in splits[split]:
+            assert row["entity_id"] in entities_of_tag[row["mention"]]
+            assert len(entities_of_tag[row["mention"]]) >= 2
+
+
+def test_entities_have_aliases_in_several_scripts(entities: dict[str, dict[str, Any]]) -> None:
+    for entity in entities.values():
+        names = [entity["name"], *entity["aliases"]]
+        assert all(name and name == name.strip() for name in names)
+        assert len({name.casefold() for name in names}) == len(names)
+        letters = "".join(names)
+        scripts = {unicodedata.name(letter, "").partition(" ")[0] for letter in letters if letter.isalpha()}
+        assert scripts >= {"LATIN", "CYRILLIC", "DEVANAGARI"}
+        assert scripts & {"HIRAGANA", "KATAKANA", "CJK"}
+
+
+def test_entities_have_a_picture_that_no_mention_has(
+    entities: dict[str, dict[str, Any]], splits: dict[str, list[dict[str, Any]]]
+) -> None:
+    pictures = [entity["image_bytes"] for entity in entities.values() if entity["image_bytes"] is not None]
+    assert len(pictures) >= 0.97 * len(entities)
+    assert {row["image_bytes"] for split in SPLITS for row in splits[split]}.isdisjoint(pictures)
 
 
 def test_each_split_has_its_own_artists(splits: dict[str, list[dict[str, Any]]]) -> None:
@@ -110,7 +131,7 @@ def test_sample_is_part_of_test(splits: dict[str, list[dict[str, Any]]]) -> None
     assert all(test[row["mention_id"]] == row for row in splits["sample"])
 
 
-def test_pictures_decode(splits: dict[str, list[dict[str, Any]]]) -> None:
-    for split in SPLITS:
-        for data in {row["image_bytes"] for row in splits[split]}:
+def test_pictures_decode(entities: dict[str, dict[str, Any]], splits: dict[str, list[dict[str, Any]]]) -> None:
+    for rows in (entities.values(), *(splits[split] for split in SPLITS)):
+        for data in {row["image_bytes"] for row in rows} - {None}:
             assert decode_image(data, PICTURE_SIZE**2).size == (PICTURE_SIZE, PICTURE_SIZE)
