@@ -9,7 +9,18 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from support.engines import EXHAUSTIVE, NUM_CHILDREN, PREFIX_LENGTH, WIDTH, link, make_prompts
+from support.engines import (
+    EXHAUSTIVE,
+    NUM_CHILDREN,
+    PREFIX_LENGTH,
+    WEIGHT,
+    WIDTH,
+    link,
+    make_prompts,
+    name_log_prob,
+    random_pools,
+    search_entities,
+)
 from support.names import ENTITY_NAMES
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -247,6 +258,54 @@ def test_candidates_restrict_one_request(
     expected = link_with_candidates(reference, sent)
     assert_equal_results(link_with_candidates(cached, sent), expected)
     assert_equal_results(link_with_candidates(cached, common_candidates.trie), expected)
+
+
+@torch.inference_mode()
+def test_entities_equal_brute_force(
+    language_models: dict[str, Path], trie: PrefixTrie, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Thirty answers: six prompts, each with five pools."""
+    model = FrozenLanguageModel(str(language_models["llama"]))
+    terminator = PromptBuilder(tokenizer, PromptSettings()).terminator
+    prompts, pools = make_prompts(tokenizer)[:6], random_pools(30, trie.num_names)
+    log_probs = [
+        [name_log_prob(model, prompt, trie, n, terminator) for n in range(trie.num_names)] for prompt in prompts
+    ]
+    engine = TransformersEngine(model, trie, terminator, NUM_CHILDREN)
+    results = search_entities(engine, prompts * 5, pools, trie, terminator, replace(EXHAUSTIVE, num_to_certify=1))
+    num_in_pool = 0  # winners
+    for i, result in enumerate(results):
+        bonuses = {entity.row: entity.bonus for entity in pools[i]}
+        scores = [WEIGHT * log_prob + bonuses.get(row, 0.0) for row, log_prob in enumerate(log_probs[i % 6])]
+        expected = sorted(range(trie.num_names), key=lambda row: -scores[row])[: result.num_certified]
+        assert result.num_certified >= 1
+        assert [found.row for found in result.entities[: len(expected)]] == expected
+        for found in result.entities[: len(expected)]:
+            assert found.score == pytest.approx(scores[found.row], abs=1e-3)
+        num_in_pool += expected[0] in bonuses
+    assert 0 < num_in_pool < 30
+
+
+@pytest.mark.gpu
+def test_entities_by_vllm_equal_those_by_transformers(
+    vllm_engines: tuple[Path, VllmEngine, VllmEngine],
+    trie: PrefixTrie,
+    tokenizer: PreTrainedTokenizerFast,
+    device: str,
+) -> None:
+    """Rollouts over all names and in the pools of several mentions, in one batch."""
+    path, cached, _ = vllm_engines
+    terminator = PromptBuilder(tokenizer, PromptSettings()).terminator
+    prompts, pools = make_prompts(tokenizer)[:6], random_pools(6, trie.num_names)
+    reference = TransformersEngine(FrozenLanguageModel(str(path), device=device), trie, terminator, NUM_CHILDREN)
+    expected = search_entities(reference, prompts, pools, trie, terminator, EXHAUSTIVE)
+    results = search_entities(cached, prompts, pools, trie, terminator, EXHAUSTIVE)
+    for result, by_reference in zip(results, expected, strict=True):
+        assert [found.row for found in result.entities] == [found.row for found in by_reference.entities]
+        assert [found.score for found in result.entities] == pytest.approx(
+            [found.score for found in by_reference.entities], abs=1e-3
+        )
+        assert result.num_certified == by_reference.num_certified == 5
 
 
 @pytest.mark.parametrize("model", ["llama", "opt"])

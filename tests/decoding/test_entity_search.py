@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Self
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.scorer import PROMPT, TERMINATOR, RandomScorer, problems
+from support.scorer import PROMPT, TERMINATOR, VOCABULARY, RandomScorer
 
 from gemel_engine.config.components import SearchSettings
 from gemel_engine.decoding.entity_search import EntitySearch, EntitySearchResult, PoolEntity
@@ -29,24 +31,41 @@ class World:
     scorer: RandomScorer
     rows_of_name: list[list[int]]
     pool: list[PoolEntity]
-    weight: float
+    weight: float = 1.0
 
-    def __init__(self, problem: dict[str, Any], links: list[list[int]], bonuses: dict[int, float], weight: float):
-        self.trie, _ = PrefixTrie.from_sequences(problem["names"])
-        self.scorer = RandomScorer(self.trie, problem["seed"], problem["temperature"], problem["num_children"])
-        # Name n belongs to entity n and to those that `links` adds.
-        num_names = self.trie.num_names
-        self.rows_of_name = [
-            sorted({name, *(row % (num_names + 5) for row in links[name % len(links)])}) for name in range(num_names)
+    @classmethod
+    def random(
+        cls, seed: int, num_names: int, num_links: int, num_in_pool: int, bonus: float, weight: float, num_children: int
+    ) -> Self:
+        """Name n is of entity n and of those that links add; bonuses are multiples of a quarter."""
+        rng = np.random.default_rng(seed)
+        names = [rng.integers(0, rng.integers(2, TERMINATOR), rng.integers(1, 6)).tolist() for _ in range(num_names)]
+        trie, _ = PrefixTrie.from_sequences(names)
+        owners = [{name} for name in range(trie.num_names)]
+        for name in rng.integers(0, trie.num_names, num_links):
+            owners[name].add(int(rng.integers(0, trie.num_names + 5)))
+        rows = rng.permutation(sorted(set().union(*owners)))[:num_in_pool].tolist()
+        bonuses = (rng.normal(size=len(rows)) * bonus * 4).round() / 4
+        world = cls(trie, RandomScorer(trie, seed, float(rng.choice([0.3, 0.5, 1.0])), num_children), [], [], weight)
+        world.rows_of_name = [sorted(of_name) for of_name in owners]
+        names_of_row = world.names_of_row
+        world.pool = [
+            PoolEntity(row, b, tuple(names_of_row[row])) for row, b in zip(rows, bonuses.tolist(), strict=True)
         ]
-        names_of_row: dict[int, list[int]] = {}
+        return world
+
+    @property
+    def names_of_row(self) -> dict[int, list[int]]:
+        names: dict[int, list[int]] = {}
         for name, rows in enumerate(self.rows_of_name):
             for row in rows:
-                names_of_row.setdefault(row, []).append(name)
-        self.names_of_row = names_of_row
-        self.pool = [PoolEntity(row, b, tuple(names_of_row[row])) for row, b in bonuses.items() if row in names_of_row]
-        self.weight = weight
-        self.log_probs = [self.scorer.name_log_prob(tuple(self.trie.name_tokens(name))) for name in range(num_names)]
+                names.setdefault(row, []).append(name)
+        return names
+
+    @cached_property
+    def log_probs(self) -> list[float]:
+        """Log-prob of each name."""
+        return [self.scorer.name_log_prob(tuple(self.trie.name_tokens(n))) for n in range(self.trie.num_names)]
 
     def truth(self) -> list[tuple[float, int]]:
         """All entities as (score, row), best first, ties by row."""
@@ -72,26 +91,25 @@ class World:
         return result
 
 
-rows = st.integers(0, 64)
-bonuses = st.dictionaries(rows, st.integers(-32, 32).map(lambda n: n / 4), max_size=32)
-worlds = st.builds(
-    World,
-    problem=problems,
-    links=st.lists(st.lists(rows, max_size=3), min_size=1, max_size=10),
-    bonuses=bonuses,
-    weight=st.floats(0.1, 3),
-)
-worlds_of_one_name_each = st.builds(
-    World,
-    problem=problems,
-    links=st.just([[]]),
-    bonuses=st.dictionaries(rows, st.just(0.0), max_size=32),
-    weight=st.just(1.0),
-)
+def worlds(bonuses: st.SearchStrategy[float], num_links: st.SearchStrategy[int]) -> st.SearchStrategy[World]:
+    return st.builds(
+        World.random,
+        seed=st.integers(0, 2**32 - 1),
+        num_names=st.integers(1, 80),
+        num_links=num_links,
+        num_in_pool=st.integers(0, 32),
+        bonus=bonuses,
+        weight=st.floats(0.1, 3),
+        num_children=st.integers(1, VOCABULARY),
+    )
+
+
+any_worlds = worlds(st.sampled_from([1.0, 3.0, 10.0]), st.integers(0, 30))
+worlds_of_one_name_each = worlds(st.just(0.0), st.just(0)).map(lambda world: replace(world, weight=1.0))
 
 
 @settings(max_examples=1000)
-@given(world=worlds, width=st.integers(1, 6))
+@given(world=any_worlds, width=st.integers(1, 6))
 def test_certified_entities_are_the_best_of_all(world: World, width: int) -> None:
     result = world.run(SearchSettings(num_to_certify=5, width=width, max_rollouts=10_000))
     expected = world.truth()[:5]
@@ -105,7 +123,7 @@ def test_certified_entities_are_the_best_of_all(world: World, width: int) -> Non
 
 @settings(max_examples=1000)
 @given(
-    world=worlds,
+    world=any_worlds,
     width=st.integers(1, 6),
     num_to_certify=st.integers(1, 5),
     budget=st.integers(1, 6),
@@ -131,7 +149,8 @@ def test_a_budget_never_makes_a_false_claim(
         assert [found.row for found in proved] == [row for _, row in truth[: len(proved)]]
         assert [found.score for found in proved] == pytest.approx([score for score, _ in truth[: len(proved)]])
         explored = math.exp(result.log_explored_mass)
-        assert explored + result.unexplored_mass >= math.fsum(map(math.exp, world.log_probs)) - 1e-9
+        total = math.fsum(map(math.exp, world.log_probs))
+        assert explored - 1e-9 <= total <= explored + result.unexplored_mass + 1e-9
         if search.is_done:
             break
         requests += search.next_requests()
@@ -168,48 +187,47 @@ def test_a_pool_without_bonuses_asks_as_the_search_for_names_does(
     assert search.is_done
 
 
-def tree(bonuses: dict[int, float], temperature: float = 1.0) -> World:
+def tree(bonuses: dict[int, float]) -> World:
     """All names of three tokens out of five, each of one entity."""
-    names = [(a, b, c) for a in range(5) for b in range(5) for c in range(5)]
-    problem = {"names": names, "seed": 0, "temperature": temperature, "num_children": 3}
-    return World(problem, [[]], bonuses, 1.0)
+    trie, _ = PrefixTrie.from_sequences([(a, b, c) for a in range(5) for b in range(5) for c in range(5)])
+    pool = [PoolEntity(row, bonus, (row,)) for row, bonus in bonuses.items()]
+    return World(trie, RandomScorer(trie, 0, 1.0, 3), [[name] for name in range(trie.num_names)], pool)
 
 
-def test_a_bonus_that_outweighs_all_names_needs_one_rollout_over_them() -> None:
+def test_once_a_bonus_outweighs_all_names_rollouts_are_restricted_to_the_pool() -> None:
     world = tree({7: 30.0, 70: 20.0, 71: -5.0})
-    search = world.search(SearchSettings())
-    asked = []
+    search = world.search(SearchSettings(width=1, num_to_certify=2))
+    over_all_names = []  # for each rollout, whether it is, and whether a score above 0 was known before
+    is_known = False
     while not search.is_done:
         for request in search.next_requests():
-            asked.append(request)
+            over_all_names.append((request.candidates is None, is_known))
             search.observe(request, world.scorer.rollout(request))
-    result = search.result()
-    assert result.entities[0].row == 7
-    assert result.num_certified >= 1
-    assert [request.candidates is None for request in asked] == [True, *[False] * (len(asked) - 1)]
-    assert len(asked) <= 4
+            is_known = len(search.result().entities) > 1 and search.result().entities[1].score > 0
+    assert [found.row for found in search.result().entities[:2]] == [7, 70]
+    assert search.result().num_certified >= 2
+    assert (False, False) in over_all_names, "a rollout in the pool finds the first of the two"
+    assert (True, True) not in over_all_names
 
 
-def test_a_pool_that_the_model_does_not_find_is_found_and_another_name_still_wins_where_it_scores_higher() -> None:
+def test_the_least_probable_name_wins_exactly_where_its_bonus_is_large_enough() -> None:
     world = tree({})
-    best, worst = world.truth()[0], world.truth()[-1]
-    needed = best[0] - worst[0]
-    for bonus, winner in ((needed + 0.1, worst[1]), (needed - 0.1, best[1])):
-        world.pool = [PoolEntity(worst[1], bonus, (worst[1],))]
-        result = world.run(SearchSettings(num_to_certify=2))
-        assert result.num_certified == 2
+    (best, by_model), (worst, in_pool) = world.truth()[0], world.truth()[-1]
+    for bonus, winner in ((best - worst + 0.01, in_pool), (best - worst - 0.01, by_model)):
+        world.pool = [PoolEntity(in_pool, bonus, (in_pool,))]
+        result = world.run(SearchSettings())
+        assert result.num_certified >= 1
         assert result.entities[0].row == winner
-        assert {found.row for found in result.entities[:2]} == {best[1], worst[1]}
 
 
 def test_homonyms_differ_by_their_bonuses_alone() -> None:
     world = tree({})
     world.rows_of_name[3] = [3, 125, 126]
-    world.pool = [PoolEntity(126, 9.0, (3,)), PoolEntity(3, 8.0, (3,))]
-    result = world.run(SearchSettings(num_to_certify=2))
-    assert [(found.row, found.name_index) for found in result.entities] == [(126, 3), (3, 3), (125, 3)]
-    assert [found.score - found.log_prob for found in result.entities] == pytest.approx([9.0, 8.0, 0.0])
-    assert (result.num_certified, result.num_rollouts) == (2, 1)
+    world.pool = [PoolEntity(126, 30.0, (3,)), PoolEntity(3, 20.0, (3,))]
+    result = world.run(SearchSettings(num_candidates=200, num_to_certify=2))
+    assert [found.row for found in result.entities[: result.num_certified]] == [126, 3]
+    of_name = {found.row: found.score - found.log_prob for found in result.entities if found.name_index == 3}
+    assert of_name == pytest.approx({126: 30.0, 3: 20.0, 125: 0.0})
 
 
 def test_searches_of_both_kinds_share_an_engine() -> None:
