@@ -27,7 +27,7 @@ from cards import WORK as CARDS
 from cards import buckets_of, prepare
 from record import difference, record, to_digits
 
-from gemel_engine.config.components import EngineSettings, RetrievalSettings, ScoreSettings
+from gemel_engine.config.components import EngineSettings, RetrievalSettings, ScoreSettings, SearchSettings
 from gemel_engine.config.settings import LinkConfig
 from gemel_engine.decoding.generator import EntityNameGenerator
 from gemel_engine.evaluation.fit_score import fit_score
@@ -40,6 +40,7 @@ from gemel_engine.types import Mention, PoolEntity, Prediction, predictions_to_t
 RESULTS = Path("benchmarks/results/score.json")
 WORK = Path("build/score")
 SEED = 0
+NUM_ASKED = 10  # candidates of a training mention whose log-probs are asked for
 
 logger = logging.getLogger("score")
 
@@ -107,14 +108,16 @@ def opened(data: Path, language_model: str, mention_encoder: str) -> Linker:
     )
 
 
-def with_weights(linker: Linker, weights: ScoreWeights | None, risk: float = 0.0) -> EntityNameGenerator:
+def with_weights(
+    linker: Linker, weights: ScoreWeights | None, risk: float = 0.0, search: SearchSettings | None = None
+) -> EntityNameGenerator:
     """The generator of a linker with other weights."""
     config = linker.config
     return EntityNameGenerator(
         linker.generator.artifacts,
         linker.generator.engine,
         config.prompt,
-        config.search,
+        search or config.search,
         max_in_flight=config.language_model.max_num_seqs,
         weights=weights,
         risk=risk,
@@ -146,12 +149,16 @@ def fitted(linker: Linker, data: Path, num_train: int, num_asked: int) -> ScoreW
         : 2 * num_asked
     ]
     asked = sorted(random.Random(SEED).sample(unsure, num_asked), key=lambda row: forms[row])
-    generator = with_weights(linker, replace(first, language_model=0.2))
+    # All of these names are asked for, so that their log-probs are known.
+    generator = with_weights(linker, None, search=SearchSettings(num_candidates=NUM_ASKED, num_to_certify=NUM_ASKED))
+    ids = [tuple(item.entity_id for item in predictions[row].pool[:NUM_ASKED]) for row in asked]
     linked = generator.generate(
-        [mentions[row] for row in asked], [None] * len(asked), [retrieved[row] for row in asked]
+        [replace(mentions[row], candidate_ids=candidates) for row, candidates in zip(asked, ids, strict=True)],
+        [None] * len(asked),
+        [retrieved[row] for row in asked],
     )
     for row, prediction in zip(asked, linked, strict=True):
-        predictions[row] = prediction
+        predictions[row] = replace(predictions[row], candidates=prediction.candidates)
     what = {"corpus": "WikiDiverse train, text only", "language_model": Path(linker.config.language_model.name).name}
     weights = fit_score(predictions_to_table(predictions), forms, gold, artifacts.knowledge_base, fitted_on=what)
     weights.save(path)
