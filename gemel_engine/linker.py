@@ -12,6 +12,7 @@ from gemel_engine.assembly import check_encoders, load_picture_encoder, open_art
 from gemel_engine.config.loading import validated
 from gemel_engine.config.settings import LinkConfig
 from gemel_engine.decoding.prompt import Prompt
+from gemel_engine.decoding.scope import Scope
 from gemel_engine.errors import ConfigurationError, MentionError
 from gemel_engine.evidence.cards import Card
 from gemel_engine.evidence.retrieved import PromptItem, Retrieved
@@ -90,7 +91,9 @@ def _explain(linker: Linker, mention: Mention, picture: bytes | None) -> Explana
         raise ConfigurationError("a picture needs vision.image_encoder: set it, or leave the picture out")
     generator = linker.generator
     prompt, used = generator.prompt(mention, features, retrieved)
-    generator.scope(mention)  # raises the error that `generate` would put into the prediction
+    Scope.of(
+        generator.artifacts.knowledge_base, mention
+    )  # raises the error that `generate` would put into the prediction
     (prediction,) = generator.generate([mention], [features], [retrieved])
     return Explanation(
         mention=mention,

@@ -23,12 +23,12 @@ from gemel_engine.config.components import (
     ImagePolicy,
     LanguageModelSettings,
     PromptSettings,
-    ResourceSettings,
     RetrievalSettings,
     ScoreSettings,
     SearchSettings,
     VisionSettings,
 )
+from gemel_engine.config.resources import ResourceSettings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,7 +25,7 @@ from gemel_engine.decoding.engines.base import RolloutEngine
 from gemel_engine.decoding.prompt import Block, Prompt, PromptBuilder
 from gemel_engine.decoding.scheduler import run_searches
 from gemel_engine.decoding.search import NameSearch
-from gemel_engine.decoding.tasks import MentionTask, NameTask, Scope, ScoreTask
+from gemel_engine.decoding.tasks import MentionTask, NameTask, ScoreTask
 from gemel_engine.errors import InvalidMentionError, MentionError
 from gemel_engine.evidence.cards import Card, EntityCards
 from gemel_engine.evidence.index import EvidenceIndex
@@ -198,29 +198,6 @@ class EntityNameGenerator:
                 ids.append(demonstration_id)
             entity_ids.append(entity_id)
         return tuple(ids), tuple(entity_ids)
-
-    def scope(self, mention: Mention) -> Scope:
-        """Return the names that a mention may be linked to.
-
-        Raises:
-            InvalidMentionError: A candidate is not in the knowledge base, or the list is empty.
-        """
-        knowledge_base = self.artifacts.knowledge_base
-        if mention.candidate_ids is None:
-            return Scope(knowledge_base, knowledge_base.trie)
-        known = {entity_id: knowledge_base.row_of_entity(entity_id) for entity_id in mention.candidate_ids}
-        unknown = [entity_id[:50] for entity_id, row in known.items() if row is None]
-        if unknown or not known:
-            raise InvalidMentionError(
-                f"candidate_ids {unknown[:3]} are not in the knowledge base: remove them"
-                if unknown
-                else "candidate_ids is empty: list at least one entity, or leave it null to search the knowledge base"
-            )
-        rows = frozenset(row for row in known.values() if row is not None)
-        names = sorted({knowledge_base.name_of_row(row) for row in rows})
-        trie, numbers = PrefixTrie.from_sequences([knowledge_base.name_tokens(name) for name in names])
-        in_order = sorted(zip(numbers, names, strict=True))
-        return Scope(knowledge_base, trie, tuple(name for _, name in in_order), rows)
 
     def search_of(self, trie: PrefixTrie, rivals: Sequence[float] = ()) -> NameSearch:
         """Return a search of the names of a trie; `rivals` are scores of names found elsewhere."""

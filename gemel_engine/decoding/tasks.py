@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
@@ -20,11 +19,11 @@ from gemel_engine.decoding.entity_search import PoolEntity as BonusEntity
 from gemel_engine.decoding.prompt import Prompt
 from gemel_engine.decoding.resume import merge_results, numbered_in, result_of
 from gemel_engine.decoding.scheduler import Search
+from gemel_engine.decoding.scope import Scope
 from gemel_engine.decoding.search import FoundName, NameSearch, SearchResult
 from gemel_engine.errors import MentionError
 from gemel_engine.evidence.retrieved import PoolCandidate, PromptItem, Retrieved
 from gemel_engine.evidence.weights import ScoreWeights, softmax
-from gemel_engine.knowledge_base.store import KnowledgeBase
 from gemel_engine.knowledge_base.trie import PrefixTrie
 from gemel_engine.types import Candidate, Features, Mention, PoolEntity, Prediction
 
@@ -34,35 +33,6 @@ if TYPE_CHECKING:
 Result = TypeVar("Result", SearchResult, EntitySearchResult)
 
 _DEMONSTRATION_FIELDS = ("demonstration_ids", "demonstration_entity_ids", "num_demonstrations_dropped")
-
-
-@dataclass(frozen=True, slots=True)
-class Scope:
-    """The names that a mention may be linked to.
-
-    Attributes:
-        knowledge_base: Knowledge base of the entities.
-        trie: Prefix trie of the names.
-        names: Number in the knowledge base of each name of the trie; None: they are the same.
-        rows: Rows of the allowed entities; None: all.
-    """
-
-    knowledge_base: KnowledgeBase
-    trie: PrefixTrie
-    names: tuple[int, ...] | None = None
-    rows: frozenset[int] | None = None
-
-    def entities(self, number: int) -> list[int]:
-        """Return the rows of the allowed entities of a name of the trie."""
-        found = self.knowledge_base.entities_of_name(number if self.names is None else self.names[number])
-        return [row for row in found if self.rows is None or row in self.rows]
-
-    def number(self, row: int) -> int | None:
-        """Return the number in the trie of an entity's name; None if it is not allowed."""
-        if self.rows is not None and row not in self.rows:
-            return None
-        name = self.knowledge_base.name_of_row(row)
-        return name if self.names is None else self.names.index(name)
 
 
 class MentionTask(ABC, Generic[Result]):
@@ -151,7 +121,7 @@ class NameTask(MentionTask[SearchResult]):
         try:
             prompt, self._used = self._generator.prompt(self._mention, self._features, self._retrieved)
             if search is None:
-                scope = self._generator.scope(self._mention)
+                scope = Scope.of(self._generator.artifacts.knowledge_base, self._mention)
                 self._trie = None if scope.names is None else scope.trie
                 search = self._generator.search_of(scope.trie)
         except MentionError as error:
@@ -254,7 +224,7 @@ class ScoreTask(MentionTask[EntitySearchResult]):
         """Return prompt and search; None if evidence decides alone."""
         generator = self._generator
         try:
-            scope = generator.scope(self._mention)
+            scope = Scope.of(generator.artifacts.knowledge_base, self._mention)
             numbers = {candidate.row: scope.number(candidate.row) for candidate in self._retrieved.candidates}
             allowed = [candidate for candidate in self._retrieved.candidates if numbers[candidate.row] is not None]
             self._bonuses = self._bonuses_of(allowed)

@@ -55,7 +55,7 @@ WEIGHTS: Mapping[str, float] = MappingProxyType(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PoolSettings:
+class CandidatePoolSettings:
     """How candidates are chosen.
 
     Attributes:
@@ -104,11 +104,14 @@ class CandidatePool:
     """
 
     def __init__(
-        self, evidence: EvidenceIndex, forms: FormStatistics | None = None, settings: PoolSettings | None = None
+        self,
+        evidence: EvidenceIndex,
+        forms: FormStatistics | None = None,
+        settings: CandidatePoolSettings | None = None,
     ) -> None:
         self._evidence = evidence
         self._forms = forms or FormStatistics([], [], [])
-        self._settings = settings or PoolSettings()
+        self._settings = settings or CandidatePoolSettings()
 
     def pool(
         self,

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from gemel_engine.config.components import RetrievalSettings
 from gemel_engine.evidence.forms import FormStatistics
 from gemel_engine.evidence.index import EvidenceIndex
-from gemel_engine.evidence.pool import CandidatePool, Pool, PoolSettings
+from gemel_engine.evidence.pool import CandidatePool, CandidatePoolSettings, Pool
 from gemel_engine.evidence.retrieved import PromptItem, Retrieved
 from gemel_engine.knowledge_base.store import KnowledgeBase
 from gemel_engine.retrieval.encoder import MentionEncoder
@@ -57,7 +57,7 @@ class Retriever:
         self._vision_width: int | None = None
         if evidence is not None and settings.num_candidates:
             forms = None if index is None else FormStatistics.of_index(index, knowledge_base)
-            self._pool = CandidatePool(evidence, forms, PoolSettings(size=settings.num_candidates))
+            self._pool = CandidatePool(evidence, forms, CandidatePoolSettings(size=settings.num_candidates))
             self._vision_width = None if evidence.pictures is None else evidence.pictures.width
 
     def retrieve(self, mentions: Sequence[Mention], features: Sequence[Features | None]) -> list[Retrieved]:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemel_engine import storage
-from gemel_engine.config.components import PoolSettings, ResourceSettings
+from gemel_engine.config.resources import PoolSettings, ResourceSettings
 from gemel_engine.config.settings import LinkConfig
 from gemel_engine.errors import ConfigurationError
 from gemel_engine.fingerprints import Contents

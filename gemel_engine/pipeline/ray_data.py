@@ -22,7 +22,7 @@ from ray.data import ActorPoolStrategy, DataContext, Dataset
 from ray.exceptions import RayError
 
 from gemel_engine import errors
-from gemel_engine.config.components import PoolSettings
+from gemel_engine.config.resources import PoolSettings
 from gemel_engine.config.settings import JobConfig
 from gemel_engine.display import make_visible
 from gemel_engine.errors import ConfigurationError, redacted, shown

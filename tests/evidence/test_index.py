@@ -21,7 +21,7 @@ from gemel_engine.evidence.index import (
     entities_checksum,
     open_evidence,
 )
-from gemel_engine.evidence.pool import CandidatePool, Pool, PoolSettings
+from gemel_engine.evidence.pool import CandidatePool, CandidatePoolSettings, Pool
 from gemel_engine.knowledge_base.build import build_knowledge_base
 from gemel_engine.retrieval.encoder import MentionEncoder
 from gemel_engine.types import Mention
@@ -131,7 +131,7 @@ def test_a_training_mention_s_own_group_can_be_left_out(evidence: EvidenceIndex)
 
 
 def test_a_pool_is_empty_where_nothing_is_found_and_never_too_large(evidence: EvidenceIndex) -> None:
-    pool = CandidatePool(evidence, settings=PoolSettings(size=2))
+    pool = CandidatePool(evidence, settings=CandidatePoolSettings(size=2))
     few, none = pool.pool([MENTION, Mention("n", "", "qqq")])
     assert (len(few.candidates), len(few.of_form)) == (2, 2)
     assert none == Pool()
@@ -139,9 +139,9 @@ def test_a_pool_is_empty_where_nothing_is_found_and_never_too_large(evidence: Ev
 
 def test_impossible_settings_of_a_pool_are_refused() -> None:
     with pytest.raises(ConfigurationError, match="size is 0"):
-        PoolSettings(size=0)
+        CandidatePoolSettings(size=0)
     with pytest.raises(ConfigurationError, match="no source 'guess'"):
-        PoolSettings(weights={"guess": 1.0})
+        CandidatePoolSettings(weights={"guess": 1.0})
 
 
 def test_the_raw_features_of_an_entity_s_first_picture_are_kept(tmp_path: Path) -> None:

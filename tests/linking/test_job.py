@@ -24,8 +24,9 @@ from support.s3_server import S3Server
 from support.trouble import forget_checksum
 
 from gemel_engine import storage
-from gemel_engine.config.components import KnowledgeBaseSettings, PoolSettings, VisionSettings
+from gemel_engine.config.components import KnowledgeBaseSettings, VisionSettings
 from gemel_engine.config.loading import config_json, load_config
+from gemel_engine.config.resources import PoolSettings
 from gemel_engine.config.settings import LinkConfig
 from gemel_engine.decoding.confidence import EVIDENCE, Calibration, LogisticModel, scoring_settings
 from gemel_engine.errors import ArtifactError, ConfigurationError, GemelError, InputError, TooManyFailuresError
