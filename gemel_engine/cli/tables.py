@@ -131,6 +131,10 @@ def _answer(explanation: Explanation) -> RenderableType:
 
 def _search(prediction: Prediction) -> str:
     """Describe how certain the search is of its answer."""
+    if prediction.decided_by == "evidence":
+        return (
+            f"decided by evidence alone, at probability {percent(prediction.confidence, _NOTHING)}; nothing was asked"
+        )
     certificate = (
         f"certified: the first {prediction.num_certified} proved to be in their place"
         if prediction.certified

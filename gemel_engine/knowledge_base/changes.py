@@ -24,10 +24,13 @@ class KnowledgeBaseChanges:
 
     Attributes:
         entity_ids: Ids of old entities that were retired or renamed.
+        edited_ids: Ids of the other old entities whose cards may differ: those with another
+            description, other aliases or other pictures.
         added_names: Trie of the names that only the new knowledge base contains; None if none.
     """
 
     entity_ids: pa.Array
+    edited_ids: pa.Array
     added_names: PrefixTrie | None
 
     @classmethod
@@ -35,18 +38,26 @@ class KnowledgeBaseChanges:
         """Compare two knowledge bases, both opened with `verify`."""
         before, after = old.table(), new.table()
         ids, names = (after[name].combine_chunks() for name in ("entity_id", "name"))
-        now = names.take(pc.index_in(before["entity_id"], ids).combine_chunks())
+        place = pc.index_in(before["entity_id"], ids).combine_chunks()
+        now = names.take(place)
         is_same = pc.fill_null(pc.equal(now, before["name"].combine_chunks()), False)
         is_new = pc.invert(pc.is_in(names, before["name"].combine_chunks()))
+        is_edited = pa.array(np.zeros(len(before), bool))
+        for column in ("description", "aliases", "image_uri"):
+            is_edited = pc.or_(is_edited, pc.not_equal(_texts(before, column), _texts(after, column).take(place)))
         added = np.unique(after["name_index"].filter(is_new).to_numpy())
+        old_ids = before["entity_id"].combine_chunks()
         return cls(
-            before["entity_id"].combine_chunks().filter(pc.invert(is_same)),
+            old_ids.filter(pc.invert(is_same)),
+            old_ids.filter(pc.and_(is_same, pc.fill_null(is_edited, False))),
             PrefixTrie.build(*new.trie.sequences(added))[0] if len(added) else None,
         )
 
     def save(self, address: str) -> None:
         """Write the differences to a directory, local or `s3://`; existing files are replaced."""
-        table = pa.table({"entity_id": self.entity_ids})
+        is_edited = np.repeat([False, True], [len(self.entity_ids), len(self.edited_ids)])
+        ids = pa.chunked_array([self.entity_ids, self.edited_ids])
+        table = pa.table({"entity_id": ids, "is_edited": is_edited})
         storage.write_bytes(f"{address}/entities.parquet", parquet_bytes(table))
         num_names = 0
         if self.added_names is not None:
@@ -57,3 +68,11 @@ class KnowledgeBaseChanges:
                     storage.write_bytes(f"{address}/added_names/{path.name}", path.read_bytes())
         counts = {"num_changed_entities": len(self.entity_ids), "num_added_names": num_names}
         storage.write_bytes(f"{address}/changes.json", json.dumps(counts).encode())
+
+
+def _texts(entities: pa.Table, column: str) -> pa.Array:
+    """Return a column as strings, lists joined, empty where it is null."""
+    values = entities[column].combine_chunks()
+    if pa.types.is_list(values.type):
+        values = pc.binary_join(values, "\x1f")
+    return pc.fill_null(values, "")

@@ -1,7 +1,7 @@
 """Incremental runs: which predictions of a previous run stay valid after a knowledge base update.
 
     OUTPUT/_changes/changes.json            counts; written last
-    OUTPUT/_changes/entities.parquet        ids of the entities that were retired or renamed
+    OUTPUT/_changes/entities.parquet        ids of the entities that were retired, renamed or edited
     OUTPUT/_changes/added_names/            prefix trie of the added names, if there are any
 
 A row is linked in full if one of its candidates was retired or renamed, if the previous search
@@ -32,7 +32,7 @@ from gemel_engine.pipeline.corpus import Shard
 from gemel_engine.pipeline.identity import incremental_differences
 from gemel_engine.pipeline.output import RunDirectory, load_claim
 from gemel_engine.storage import parquet
-from gemel_engine.types import PREDICTION_SCHEMA
+from gemel_engine.types import CARD_PREFIX, PREDICTION_SCHEMA
 
 _REMEDY = "put it back, or link without previous"
 
@@ -147,9 +147,12 @@ class PreviousRun:
         if stored.schema != PREDICTION_SCHEMA or not stored["mention_id"].equals(ids):
             raise InputError(f"{shown(uri)} has not the predictions of the rows of {shard.name}: link without previous")
         changes = f"{self.changes}/entities.parquet"
-        changed = parquet.from_bytes(storage.read_bytes(changes), changes)["entity_id"]
+        found = parquet.from_bytes(storage.read_bytes(changes), changes)
+        changed = found["entity_id"].filter(pc.invert(found["is_edited"]))
         candidates = pc.struct_field(pc.list_flatten(stored["candidates"]), "entity_id")
         is_touched = _has_any(stored["candidates"], candidates, changed)
+        cards = pc.binary_join_element_wise(CARD_PREFIX, found["entity_id"].cast(pa.string()), "")
+        is_touched |= _has_any(stored["demonstration_ids"], pc.list_flatten(stored["demonstration_ids"]), cards)
         has_candidates = np.zeros(len(stored), bool)
         if "candidate_ids" in mentions.column_names:
             column = mentions["candidate_ids"]

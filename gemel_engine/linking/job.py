@@ -80,7 +80,7 @@ def link_corpus(config: LinkConfig) -> LinkReport:
     if remaining:
         connect()
         tally = _commit_as_completed(config.output, remaining, stream_receipts(config, remaining, contents), run)
-    rows = output_check.read_complete(config.output, plan, run, ("error", "certified", "num_rollouts"))
+    rows = output_check.read_complete(config.output, plan, run, ("error", "certified", "num_rollouts", "decided_by"))
     directory = RunDirectory(config.output)
     for working_files in (directory.parts, directory.marks):  # all shards are complete
         storage.remove_tree(working_files)

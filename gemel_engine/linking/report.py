@@ -58,7 +58,10 @@ class LinkReport:
     Attributes:
         rows: Number of rows of the output.
         errors: Number of rows with an error, by kind.
-        certified_share: Share of the rows without an error whose best name is certified.
+        decided_by: Number of rows without an error by what decided them: `score`,
+            `language_model` or `evidence`.
+        certified_share: Share of the rows that the language model was asked for whose answer is
+            certified.
         rollouts_per_mention: Mean number of rollouts of the rows without an error.
         shards: Number of shards of the output.
         shards_skipped: Number of shards that were finished before this call.
@@ -79,6 +82,7 @@ class LinkReport:
 
     rows: int
     errors: dict[str, int]
+    decided_by: dict[str, int]
     certified_share: float | None
     rollouts_per_mention: float | None
     shards: int
@@ -97,8 +101,10 @@ class LinkReport:
 
     def summary(self) -> str:
         """Return one line for a terminal."""
+        by_evidence = self.decided_by.get("evidence", 0)
         return (
             f"rows={self.rows} errors={sum(self.errors.values())} certified={percent(self.certified_share)} "
+            f"by_evidence_alone={by_evidence} "
             f"mentions_per_s={self.mentions_per_second:.2f} cache_hits={percent(self.prefix_cache_hit_rate)} "
             f"feature_mapper={self.feature_mapper}"
         )
@@ -115,12 +121,14 @@ def make_report(
 ) -> LinkReport:
     """Return the report of a run whose output is complete."""
     linked = table.filter(pc.is_null(table["error"]))
+    asked = linked.filter(pc.not_equal(pc.fill_null(linked["decided_by"], ""), "evidence"))
     rows_now = count_rows(remaining)
     mapper = artifacts.feature_mapper
     return LinkReport(
         rows=table.num_rows,
         errors=dict(Counter(map(error_kind, table["error"].drop_null().to_pylist()))),
-        certified_share=pc.mean(linked["certified"]).as_py(),
+        decided_by=dict(Counter(linked["decided_by"].drop_null().to_pylist())),
+        certified_share=pc.mean(asked["certified"]).as_py(),
         rollouts_per_mention=pc.mean(linked["num_rollouts"]).as_py(),
         shards=len(plan),
         shards_skipped=len(plan) - len(remaining),
