@@ -74,5 +74,5 @@ def _texts(entities: pa.Table, column: str) -> pa.Array:
     """Return a column as strings, lists joined, empty where it is null."""
     values = entities[column].combine_chunks()
     if pa.types.is_list(values.type):
-        values = pc.binary_join(values, "\x1f")
+        values = pc.binary_join(values, pa.scalar("\x1f", values.type.value_type))
     return pc.fill_null(values, "")

@@ -114,10 +114,11 @@ def test_the_score_is_the_best_of_all_entities(
 def test_pool_entities_that_the_search_did_not_reach_are_listed_too(
     opened: Artifacts, engine: TransformersEngine
 ) -> None:
-    counts = {"Q5": 1e9, **{f"Q{number}": 0.0 for number in (1, 2, 3, 4)}}
-    prediction = link(generator(opened, engine), retrieved(opened, counts))
+    counts = {"Q5": 1e9, **{f"Q{number}": 0.0 for number in range(6, 14)}}
+    search = SearchSettings(num_candidates=opened.knowledge_base.num_entities)
+    prediction = link(generator(opened, engine, search=search), retrieved(opened, counts))
     assert prediction.entity_id == "Q5"
-    assert len(prediction.candidates) == 5
+    assert {item.entity_id for item in prediction.candidates} >= set(counts)
     silent = [item for item in prediction.candidates if item.log_prob is None]
     assert silent
     assert all(item.score is None and item.bonus == 0.0 for item in silent)
