@@ -30,7 +30,7 @@ from record import difference, record, to_digits
 from gemel_engine.config.components import EngineSettings, RetrievalSettings, ScoreSettings, SearchSettings
 from gemel_engine.config.settings import LinkConfig
 from gemel_engine.decoding.generator import EntityNameGenerator
-from gemel_engine.evaluation.fit_score import fit_score
+from gemel_engine.evaluation.fit_score import LabelledPools, fit_score
 from gemel_engine.evidence import weights as shipped
 from gemel_engine.evidence.retriever import Retriever
 from gemel_engine.evidence.weights import ScoreWeights, softmax
@@ -143,7 +143,7 @@ def fitted(linker: Linker, data: Path, num_train: int, num_asked: int) -> ScoreW
         )
         for mention, found in zip(mentions, retrieved, strict=True)
     ]
-    first = fit_score(predictions_to_table(predictions), forms, gold, artifacts.knowledge_base)
+    first = fit_score(LabelledPools.of(predictions_to_table(predictions), forms, gold, artifacts.knowledge_base))
     logger.info("evidence alone: %s", first.fitted_on)
     unsure = sorted(range(len(rows)), key=lambda row: certainty(linker, first, forms[row], predictions[row]))[
         : 2 * num_asked
@@ -160,7 +160,8 @@ def fitted(linker: Linker, data: Path, num_train: int, num_asked: int) -> ScoreW
     for row, prediction in zip(asked, linked, strict=True):
         predictions[row] = replace(predictions[row], candidates=prediction.candidates)
     what = {"corpus": "WikiDiverse train, text only", "language_model": Path(linker.config.language_model.name).name}
-    weights = fit_score(predictions_to_table(predictions), forms, gold, artifacts.knowledge_base, fitted_on=what)
+    pools = LabelledPools.of(predictions_to_table(predictions), forms, gold, artifacts.knowledge_base)
+    weights = fit_score(pools, fitted_on=what)
     weights.save(path)
     return weights
 

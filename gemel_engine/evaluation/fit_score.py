@@ -40,6 +40,7 @@ DEFAULT_FEATURES = (
     "similar_text",
     "popularity",
     "picture",
+    "training_picture",
     "pool_score",
 )
 
@@ -118,6 +119,26 @@ class LabelledPools:
             np.unique(kept_forms, return_inverse=True)[1],
         )
 
+    @classmethod
+    def joined(cls, parts: Sequence[Self]) -> Self:
+        """Return the mentions of several corpora; equal forms of two corpora stay apart."""
+        num_candidates = np.cumsum([0, *(len(part.features) for part in parts)])
+        num_forms = np.cumsum([0, *(part.forms.max() + 1 for part in parts)])
+        return cls(
+            np.concatenate([part.features for part in parts]),
+            np.concatenate([part.log_probs for part in parts]),
+            np.concatenate(
+                [[0], *(part.starts[1:] + before for part, before in zip(parts, num_candidates, strict=False))]
+            ),
+            np.concatenate(
+                [
+                    np.where(part.gold < 0, -1, part.gold + before)
+                    for part, before in zip(parts, num_candidates, strict=False)
+                ]
+            ),
+            np.concatenate([part.forms + before for part, before in zip(parts, num_forms, strict=False)]),
+        )
+
     def select(self, mentions: Places) -> Self:
         """Return the pools of some mentions, in ascending order."""
         candidates = np.concatenate([np.arange(self.starts[m], self.starts[m + 1]) for m in mentions])
@@ -128,28 +149,15 @@ class LabelledPools:
 
 
 def fit_score(
-    predictions: pa.Table,
-    forms: Sequence[str],
-    gold: Sequence[str | None],
-    knowledge_base: KnowledgeBase,
-    *,
-    features: Sequence[str] = DEFAULT_FEATURES,
-    fitted_on: Mapping[str, Any] | None = None,
+    pools: LabelledPools, *, features: Sequence[str] = DEFAULT_FEATURES, fitted_on: Mapping[str, Any] | None = None
 ) -> ScoreWeights:
-    """Fit the weights of the score; see `LabelledPools.of` for the other arguments.
+    """Fit the weights of the score.
 
     Args:
-        predictions: Predictions of mentions.
-        forms: Surface forms.
-        gold: Gold entities.
-        knowledge_base: Knowledge base of the run.
+        pools: Candidates of labelled mentions.
         features: Features that get a weight.
         fitted_on: What to note about the data.
-
-    Raises:
-        InputError: There are too few mentions.
     """
-    pools = LabelledPools.of(predictions, forms, gold, knowledge_base)
     columns = [FEATURES.index(name) for name in features]
     weights = _conditional_logit(pools.features[:, columns], pools.starts, pools.gold)
     scale, language_model = _with_language_model(pools, pools.features[:, columns] @ weights)
@@ -182,13 +190,9 @@ def fit_score_of_run(linked: LinkedRun, *, gold: str | None = None) -> ScoreWeig
     entity_of = dict(zip(labelled["mention_id"].to_pylist(), labelled["entity_id"].to_pylist(), strict=True))
     is_labelled = pa.array([mention_id in entity_of for mention_id in linked.predictions["mention_id"].to_pylist()])
     predictions = linked.predictions.filter(is_labelled)
-    return fit_score(
-        predictions,
-        surface_forms(labelled, predictions),
-        [entity_of[mention_id] for mention_id in predictions["mention_id"].to_pylist()],
-        linked.open_knowledge_base(),
-        fitted_on={"output": linked.output},
-    )
+    gold_ids = [entity_of[mention_id] for mention_id in predictions["mention_id"].to_pylist()]
+    pools = LabelledPools.of(predictions, surface_forms(labelled, predictions), gold_ids, linked.open_knowledge_base())
+    return fit_score(pools, fitted_on={"output": linked.output})
 
 
 def _name(knowledge_base: KnowledgeBase, entity_id: str) -> str:

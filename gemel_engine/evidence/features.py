@@ -34,7 +34,8 @@ FEATURES = (
     "in_text",  # whether the whole name occurs in the text
     "popularity",  # log of the popularity
     "frequency",  # log of the number of training mentions
-    "picture",  # cosine of the pictures
+    "picture",  # cosine of the mention's picture with one of the entity
+    "training_picture",  # cosine with a picture of a training mention of the form
     "pool_score",  # share of the highest fused score
 )
 
@@ -80,7 +81,8 @@ def features_of(
                 float("in_text" in reasons),
                 math.log1p(reasons.get("popularity", 0.0)),
                 math.log1p(reasons.get("frequency", 0.0)),
-                reasons.get("picture", 0.0),
+                max(0.0, reasons.get("picture", 0.0)),
+                max(0.0, reasons.get("training_picture", 0.0)),
                 score / (best_score or 1.0),
             ]
         )

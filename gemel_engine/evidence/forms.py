@@ -1,12 +1,14 @@
 """Count the entities of surface forms in training, and find similar forms by embedding.
 
-Shapes: D training mentions, M distinct forms, E width of the mention encoder, B queries.
+Shapes: D training mentions, M distinct forms, E width of the mention encoder, C vision width, B
+queries.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Self
 
 import faiss
@@ -16,6 +18,7 @@ from gemel_engine.evidence.normal_form import normal_form
 from gemel_engine.knowledge_base.store import KnowledgeBase
 from gemel_engine.retrieval.index import DemonstrationIndex
 from gemel_engine.retrieval.table import FloatArray
+from gemel_engine.types import Features
 
 _SIMILARITY_DECIMALS = 5
 
@@ -31,11 +34,21 @@ class FormStatistics:
         rows: Entity of each training mention.
         groups: Group of each training mention.
         embeddings: Embedding of each surface form, shape (D, E); None: `nearest` finds nothing.
+        similarities: Function from numbers of training mentions and the features (C,) of a picture
+            to the cosines with their pictures, NaN where there is none; None: there are no
+            pictures.
     """
 
     def __init__(
-        self, forms: Sequence[str], rows: Sequence[int], groups: Sequence[str], embeddings: FloatArray | None = None
+        self,
+        forms: Sequence[str],
+        rows: Sequence[int],
+        groups: Sequence[str],
+        embeddings: FloatArray | None = None,
+        similarities: Callable[[Sequence[int], Features], FloatArray] | None = None,
     ) -> None:
+        self._similarities = similarities
+        self._mentions: defaultdict[str, list[tuple[int, int, str]]] = defaultdict(list)  # number, entity, group
         self._groups_of: defaultdict[str, dict[int, Counter[str]]] = defaultdict(dict)
         self._frequency: Counter[int] = Counter(rows)
         self._frequency_in_group: Counter[tuple[int, str]] = Counter(zip(rows, groups, strict=True))
@@ -43,6 +56,7 @@ class FormStatistics:
         for number, (surface_form, row, group) in enumerate(zip(forms, rows, groups, strict=True)):
             form = normal_form(surface_form)
             first.setdefault(form, number)
+            self._mentions[form].append((number, row, group))
             self._groups_of[form].setdefault(row, Counter())[group] += 1
         self._forms = sorted(first)
         order = [first[form] for form in self._forms]
@@ -60,6 +74,7 @@ class FormStatistics:
             [row for row in found if row is not None],
             [groups[number] for number in kept],
             index.surface_embeddings[kept],
+            lambda numbers, features: index.picture_similarities([kept[number] for number in numbers], features),
         )
 
     def __len__(self) -> int:
@@ -77,6 +92,21 @@ class FormStatistics:
             for row, groups in self._groups_of.get(form, {}).items()
         }
         return sorted(((row, n) for row, n in counts.items() if n), key=lambda item: (-item[1], item[0]))
+
+    def similar_pictures(self, form: str, features: Features, excluded: str | None = None) -> list[tuple[int, float]]:
+        """Return (entity, cosine) pairs of the training pictures of a normal form most like a picture.
+
+        Each entity has its most similar picture, the most similar first.
+        """
+        mentions = [mention for mention in self._mentions.get(form, ()) if mention[2] != excluded]
+        if self._similarities is None or not mentions:
+            return []
+        cosines = self._similarities([number for number, _, _ in mentions], features).tolist()
+        best: dict[int, float] = {}
+        for (_, row, _), cosine in zip(mentions, cosines, strict=True):
+            if not math.isnan(cosine):
+                best[row] = max(cosine, best.get(row, -1.0))
+        return sorted(best.items(), key=lambda item: (-item[1], item[0]))
 
     def nearest(
         self, embeddings: FloatArray, limit: int, excluded: Sequence[str | None] | None = None

@@ -27,7 +27,7 @@ from gemel_engine.types import Features, Mention
 Ranking = list[tuple[int, float]]
 
 # Sources that depend on more than the surface form: on the text or the picture.
-_OF_CONTEXT = frozenset({"context", "in_text", "text_name", "picture"})
+_OF_CONTEXT = frozenset({"context", "in_text", "text_name", "picture", "training_picture"})
 
 _LONGEST_NAME = 6  # greatest number of words of a name that is looked up in a text
 _MAX_TEXT_WORDS = 64
@@ -48,6 +48,7 @@ WEIGHTS: Mapping[str, float] = MappingProxyType(
         "similar_name": 1.0,
         "text_name": 1.0,
         "picture": 1.0,
+        "training_picture": 2.0,
         "frequency": 0.3,
         "popularity": 1.0,
     }
@@ -134,6 +135,10 @@ class CandidatePool:
         """
         groups = [mention.group or mention.mention_id if leave_out_own_group else None for mention in mentions]
         rankings = [self._by_words(mention, group) for mention, group in zip(mentions, groups, strict=True)]
+        for number, (mention, group) in enumerate(zip(mentions, groups, strict=True)):
+            if features is not None and (picture := features[number]) is not None:
+                similar = self._forms.similar_pictures(normal_form(mention.mention), picture, group)
+                rankings[number]["training_picture"] = similar[: self._settings.depth]
         for source, found in self._by_vectors(form_embeddings, text_embeddings, features, groups):
             for ranking, entities in zip(rankings, found, strict=True):
                 ranking[source] = entities

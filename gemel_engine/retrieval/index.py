@@ -258,6 +258,23 @@ class DemonstrationIndex:
         by_likeness = (rows[place] for place in np.argsort(-likeness, kind="stable"))
         return list(islice((row for row in by_likeness if self._groups[row] != exclude_group), k))[::-1]
 
+    def picture_similarities(self, rows: Sequence[int], features: FloatArray) -> FloatArray:
+        """Return the cosines of a picture with those of N demonstrations, as in `similar_pictures`.
+
+        Args:
+            rows: Row numbers of the demonstrations.
+            features: Image features of the given picture, (C,).
+
+        Returns:
+            Cosines (N,), rounded to 5 decimals; NaN for a demonstration without a picture.
+        """
+        found = np.full(len(rows), np.nan, np.float32)
+        if self._features is not None and len(rows):
+            has_picture = self._is_pictured[np.array(rows)]
+            pictures = self._standardise(self._features[np.array(rows)[has_picture]])
+            found[has_picture] = np.round(pictures @ self._standardise(features), _SIMILARITY_DECIMALS)
+        return found
+
     def sample(self, surface_form: str, k: int, seed: int, exclude_group: str | None = None) -> list[int]:
         """Draw `k` demonstrations, or all if there are fewer, in random order.
 

@@ -48,9 +48,23 @@ def labelled(num_mentions: int, seed: int = 0) -> tuple[list[Prediction], list[s
     return predictions, forms, gold
 
 
+def pools_of(predictions: list[Prediction], forms: list[str], gold: Sequence[str | None]) -> LabelledPools:
+    return LabelledPools.of(predictions_to_table(predictions), forms, gold, Names())  # type: ignore[arg-type]
+
+
+def test_two_corpora_are_fitted_together() -> None:
+    parts = [pools_of(*labelled(60)), pools_of(*labelled(40, seed=1))]
+    joined = LabelledPools.joined(parts)
+    assert len(joined.gold) == 100
+    second = joined.select(np.arange(60, 100))
+    np.testing.assert_array_equal(second.features, parts[1].features)
+    np.testing.assert_array_equal(second.gold, parts[1].gold)
+    assert not {*joined.forms[:60]} & {*joined.forms[60:]}
+
+
 def test_weights_follow_what_decides() -> None:
     predictions, forms, gold = labelled(300)
-    weights = fit_score(predictions_to_table(predictions), forms, gold, Names())  # type: ignore[arg-type]
+    weights = fit_score(pools_of(predictions, forms, gold))
     assert weights.features["form_prior"] > 0.1
     assert weights.features["popularity"] == pytest.approx(0.0, abs=1e-6)  # the same for all
     assert weights.language_model > 0.2
@@ -58,14 +72,14 @@ def test_weights_follow_what_decides() -> None:
     assert weights.fitted_on["num_mentions_with_log_probs"] == 300
     risks = dict(weights.risks)
     assert all(0 <= risk <= 0.3 for risk in risks.values())
-    again = fit_score(predictions_to_table(predictions), forms, gold, Names())  # type: ignore[arg-type]
+    again = fit_score(pools_of(predictions, forms, gold))
     assert again == weights
 
 
 def test_without_log_probs_the_language_model_keeps_a_small_weight() -> None:
     predictions, forms, gold = labelled(60)
     silent = [Prediction(item.mention_id, pool=item.pool) for item in predictions]
-    weights = fit_score(predictions_to_table(silent), forms, gold, Names())  # type: ignore[arg-type]
+    weights = fit_score(pools_of(silent, forms, gold))
     assert weights.language_model == 0.01
     assert weights.fitted_on["num_mentions_with_log_probs"] == 0
 
@@ -73,10 +87,9 @@ def test_without_log_probs_the_language_model_keeps_a_small_weight() -> None:
 def test_an_entity_outside_its_pool_counts_as_wrong_and_teaches_nothing() -> None:
     predictions, forms, gold = labelled(60)
     lost: Sequence[str | None] = [None if number % 3 == 0 else item for number, item in enumerate(gold)]
-    table = predictions_to_table(predictions)
-    pools = LabelledPools.of(table, forms, lost, Names())  # type: ignore[arg-type]
+    pools = pools_of(predictions, forms, lost)
     assert (pools.gold == -1).sum() == 20
-    assert fit_score(table, forms, lost, Names()).fitted_on["pool_recall"] == pytest.approx(2 / 3)  # type: ignore[arg-type]
+    assert fit_score(pools).fitted_on["pool_recall"] == pytest.approx(2 / 3)
     some = pools.select(np.array([1, 3, 4]))
     assert (some.gold >= 0).tolist() == [True, False, True]
     np.testing.assert_array_equal(some.features[some.gold[0]], pools.features[pools.gold[1]])
@@ -85,10 +98,10 @@ def test_an_entity_outside_its_pool_counts_as_wrong_and_teaches_nothing() -> Non
 def test_too_few_mentions_are_refused() -> None:
     predictions, forms, gold = labelled(10)
     with pytest.raises(InputError, match="10 labelled mentions have candidates: fitting needs at least 20"):
-        fit_score(predictions_to_table(predictions), forms, gold, Names())  # type: ignore[arg-type]
+        fit_score(pools_of(predictions, forms, gold))
     empty = [Prediction(str(number)) for number in range(30)]
     with pytest.raises(InputError, match="0 labelled mentions"):
-        fit_score(predictions_to_table(empty), ["x"] * 30, [None] * 30, Names())  # type: ignore[arg-type]
+        pools_of(empty, ["x"] * 30, [None] * 30)
 
 
 def test_the_conditional_logit_finds_the_weights_of_a_simulation(tmp_path: Path) -> None:
