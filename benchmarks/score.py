@@ -32,14 +32,21 @@ from gemel_engine.config.settings import LinkConfig
 from gemel_engine.decoding.generator import EntityNameGenerator
 from gemel_engine.evaluation.fit_score import LabelledPools, fit_score
 from gemel_engine.evidence import weights as shipped
+from gemel_engine.evidence.forms import FormStatistics
+from gemel_engine.evidence.index import open_evidence
+from gemel_engine.evidence.pool import CandidatePool
 from gemel_engine.evidence.retriever import Retriever
 from gemel_engine.evidence.weights import ScoreWeights, softmax
+from gemel_engine.knowledge_base.store import KnowledgeBase
 from gemel_engine.linker import Linker
+from gemel_engine.retrieval.index import DemonstrationIndex
 from gemel_engine.types import Mention, PoolEntity, Prediction, predictions_to_table
 
 RESULTS = Path("benchmarks/results/score.json")
 WORK = Path("build/score")
+EMOJI = Path("build/emoji")  # of `make demo`
 SEED = 0
+NUM_EMOJI = 1500
 NUM_ASKED = 10  # candidates of a training mention whose log-probs are asked for
 
 logger = logging.getLogger("score")
@@ -159,11 +166,59 @@ def fitted(linker: Linker, data: Path, num_train: int, num_asked: int) -> ScoreW
     )
     for row, prediction in zip(asked, linked, strict=True):
         predictions[row] = replace(predictions[row], candidates=prediction.candidates)
-    what = {"corpus": "WikiDiverse train, text only", "language_model": Path(linker.config.language_model.name).name}
+    what = {
+        "corpora": "WikiDiverse train, text only; emoji train, a third of its entities held out",
+        "language_model": Path(linker.config.language_model.name).name,
+    }
     pools = LabelledPools.of(predictions_to_table(predictions), forms, gold, artifacts.knowledge_base)
-    weights = fit_score(pools, fitted_on=what)
+    weights = fit_score(LabelledPools.joined([pools, *emoji_pools(linker)]), fitted_on=what)
     weights.save(path)
     return weights
+
+
+def emoji_pools(linker: Linker) -> list[LabelledPools]:
+    """Pools of the emoji corpus' training mentions, without the drawings of their own artist.
+
+    A third of the entities are held out of the training mentions, so that what a knowledge base alone knows of an
+    entity gets its weight, too.
+    """
+    knowledge_base = KnowledgeBase.open(EMOJI / "knowledge_base")
+    evidence, index = open_evidence(EMOJI / "knowledge_base"), DemonstrationIndex.open(EMOJI / "demonstrations")
+    encoder = linker.retriever.encoder
+    assert evidence is not None, "built by `make demo`"
+    assert encoder is not None, "the corpus has demonstrations"
+    entities = sorted(set(index.column("entity_id")))
+    held_out = frozenset(random.Random(SEED).sample(entities, len(entities) // 3))
+    chosen = random.Random(SEED).sample(range(len(index)), NUM_EMOJI)
+    found = []
+    for without in (held_out, frozenset[str]()):
+        items = [index[row] for row in chosen if (index[row].entity_id in held_out) == bool(without)]
+        mentions = [Mention(item.mention_id, item.text, item.mention, group=item.group) for item in items]
+        pools = CandidatePool(evidence, FormStatistics.of_index(index, knowledge_base, without=without)).pool(
+            mentions,
+            encoder.encode([mention.mention for mention in mentions]),
+            encoder.encode([mention.text for mention in mentions]),
+            [item.features for item in items],
+            leave_out_own_group=True,
+        )
+        predictions = [
+            Prediction(
+                mention.mention_id,
+                pool=tuple(
+                    PoolEntity(knowledge_base.entity_id(item.row), item.score, item.reasons) for item in pool.candidates
+                ),
+            )
+            for mention, pool in zip(mentions, pools, strict=True)
+        ]
+        found.append(
+            LabelledPools.of(
+                predictions_to_table(predictions),
+                [item.mention for item in items],
+                [item.entity_id for item in items],
+                knowledge_base,
+            )
+        )
+    return found
 
 
 def certainty(linker: Linker, weights: ScoreWeights, form: str, prediction: Prediction) -> float:
@@ -173,7 +228,7 @@ def certainty(linker: Linker, weights: ScoreWeights, form: str, prediction: Pred
     names = [knowledge_base.entity(row).name for row in rows if row is not None]
     if not names:
         return 0.0
-    return float(softmax(weights.bonuses(form, names, [(item.score, item.reasons) for item in prediction.pool])).max())
+    return float(softmax(weights.bonuses(form, names, [item.reasons for item in prediction.pool])).max())
 
 
 def judged(

@@ -291,8 +291,8 @@ class ScoreTask(MentionTask[EntitySearchResult]):
             return {}
         entity = self._generator.artifacts.knowledge_base.entity
         names = [entity(candidate.row).name for candidate in candidates]
-        described = [(candidate.score, candidate.reasons) for candidate in candidates]
-        bonuses: NDArray[np.float64] = self._weights.bonuses(self._mention.mention, names, described)
+        reasons = [candidate.reasons for candidate in candidates]
+        bonuses: NDArray[np.float64] = self._weights.bonuses(self._mention.mention, names, reasons)
         pairs: Iterable[tuple[PoolCandidate, float]] = zip(candidates, bonuses.tolist(), strict=True)
         return dict(sorted(((item.row, bonus) for item, bonus in pairs), key=lambda pair: -pair[1]))
 

@@ -27,23 +27,6 @@ from gemel_engine.evidence.features import FEATURES, features_of
 from gemel_engine.evidence.weights import ScoreWeights
 from gemel_engine.knowledge_base.store import KnowledgeBase
 
-# Features with a weight: few, each of which makes an entity more likely on any corpus. The others
-# are correlated with these, or their weights differed in sign between corpora.
-DEFAULT_FEATURES = (
-    "form_prior",
-    "equal_alias",
-    "equal_base_name",
-    "initials",
-    "likeness",
-    "words_of_form",
-    "similar_name",
-    "similar_text",
-    "popularity",
-    "picture",
-    "training_picture",
-    "pool_score",
-)
-
 Numbers = NDArray[np.float64]
 Places = NDArray[np.intp]
 
@@ -99,8 +82,8 @@ class LabelledPools:
             if not pool:
                 continue
             ids = [item["entity_id"] for item in pool]
-            described = [(item["score"], dict(item["reasons"])) for item in pool]
-            features.append(features_of(form, [_name(knowledge_base, item) for item in ids], described))
+            reasons = [dict(item["reasons"]) for item in pool]
+            features.append(features_of(form, [_name(knowledge_base, item) for item in ids], reasons))
             known = {item["entity_id"]: item["log_prob"] for item in row["candidates"] or []}
             log_probs.append([np.nan if known.get(item) is None else known[item] for item in ids])
             places.append(sum(sizes) + ids.index(entity_id) if entity_id in ids else -1)
@@ -148,22 +131,18 @@ class LabelledPools:
         return type(self)(self.features[candidates], self.log_probs[candidates], starts, gold, self.forms[mentions])
 
 
-def fit_score(
-    pools: LabelledPools, *, features: Sequence[str] = DEFAULT_FEATURES, fitted_on: Mapping[str, Any] | None = None
-) -> ScoreWeights:
+def fit_score(pools: LabelledPools, *, fitted_on: Mapping[str, Any] | None = None) -> ScoreWeights:
     """Fit the weights of the score.
 
     Args:
         pools: Candidates of labelled mentions.
-        features: Features that get a weight.
         fitted_on: What to note about the data.
     """
-    columns = [FEATURES.index(name) for name in features]
-    weights = _conditional_logit(pools.features[:, columns], pools.starts, pools.gold)
-    scale, language_model = _with_language_model(pools, pools.features[:, columns] @ weights)
-    certainty, is_right = _left_out(pools, columns, scale)
+    weights = _conditional_logit(pools.features, pools.starts, pools.gold)
+    scale, language_model = _with_language_model(pools, pools.features @ weights)
+    certainty, is_right = _left_out(pools, scale)
     return ScoreWeights(
-        features=dict(zip(features, (scale * weights).tolist(), strict=True)),
+        features=dict(zip(FEATURES, (scale * weights).tolist(), strict=True)),
         language_model=language_model,
         risks=_risks(certainty, is_right),
         fitted_on={
@@ -254,7 +233,7 @@ def _conditional_logit(features: Numbers, starts: Places, gold: Places, penalty:
     return weights
 
 
-def _left_out(pools: LabelledPools, columns: Sequence[int], scale: float) -> tuple[Numbers, NDArray[np.bool_]]:
+def _left_out(pools: LabelledPools, scale: float) -> tuple[Numbers, NDArray[np.bool_]]:
     """Return the probability of each mention's best candidate, and whether it is right, (M,) each.
 
     Weights are fitted without the mention's surface form.
@@ -266,10 +245,10 @@ def _left_out(pools: LabelledPools, columns: Sequence[int], scale: float) -> tup
         if not (folds == fold).any():
             continue
         fitted = pools.select(np.flatnonzero(folds != fold))
-        weights = scale * _conditional_logit(fitted.features[:, columns], fitted.starts, fitted.gold)
+        weights = scale * _conditional_logit(fitted.features, fitted.starts, fitted.gold)
         for mention in np.flatnonzero(folds == fold):
             span = slice(pools.starts[mention], pools.starts[mention + 1])
-            scores = pools.features[span][:, columns] @ weights
+            scores = pools.features[span] @ weights
             best = int(scores.argmax())
             certainty[mention] = 1 / np.exp(scores - scores[best]).sum()
             is_right[mention] = pools.starts[mention] + best == pools.gold[mention]

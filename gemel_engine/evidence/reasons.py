@@ -19,6 +19,7 @@ _WORDS = {
     "similar_name": "similar name {:.2f}",
     "text_name": "similar to the text {:.2f}",
     "picture": "similar picture {:.2f}",
+    "training_picture": "similar picture in training {:.2f}",
     "frequency": "training mentions: {:.0f}",
     "popularity": "popularity {:.4g}",
 }

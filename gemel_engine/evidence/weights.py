@@ -58,12 +58,10 @@ class ScoreWeights:
         if list(self.risks) != sorted(self.risks):
             raise ValueError("risks must be in ascending order")
 
-    def bonuses(
-        self, form: str, names: Sequence[str], candidates: Sequence[tuple[float, Mapping[str, float]]]
-    ) -> NDArray[np.float64]:
+    def bonuses(self, form: str, names: Sequence[str], reasons: Sequence[Mapping[str, float]]) -> NDArray[np.float64]:
         """Return the bonus of each of N candidates; see `features_of` for the arguments."""
         weights = np.array([self.features.get(name, 0.0) for name in FEATURES])
-        bonuses: NDArray[np.float64] = features_of(form, names, candidates) @ weights
+        bonuses: NDArray[np.float64] = features_of(form, names, reasons) @ weights
         return bonuses
 
     def threshold(self, risk: float) -> float | None:

@@ -23,7 +23,7 @@ WEIGHTS = ScoreWeights(
 
 
 def test_a_candidate_of_which_nothing_is_known_has_no_bonus() -> None:
-    features = features_of("Paris", ["Quux"], [(0.0, {})])
+    features = features_of("Paris", ["Quux"], [{}])
     assert features.shape == (1, len(FEATURES))
     assert not features.any()
     assert features_of("Paris", [], []).shape == (0, len(FEATURES))
@@ -31,16 +31,24 @@ def test_a_candidate_of_which_nothing_is_known_has_no_bonus() -> None:
 
 def test_each_reason_makes_its_feature_larger() -> None:
     reasons = {"form": 3.0, "alias": 1.0, "base_name": 1.0, "initials": 1.0, "similar_name": 0.9, "text_name": 0.4}
-    reasons |= {"context": 5.0, "words": 2.0, "in_text": 1.0, "popularity": 10.0, "frequency": 4.0, "picture": 0.7}
+    reasons |= {
+        "context": 5.0,
+        "words": 2.0,
+        "in_text": 1.0,
+        "popularity": 10.0,
+        "frequency": 4.0,
+        "picture": 0.7,
+        "training_picture": 0.6,
+    }
     reasons |= {"similar_form": 0.8, "name": 1.0}
-    known, unknown = features_of("Paris", ["Paris (city)", "Quux"], [(2.0, reasons), (0.0, {})])
+    known, unknown = features_of("Paris", ["Paris (city)", "Quux"], [reasons, {}])
     assert (known > unknown).all()
     likeness = FEATURES.index("likeness")
     assert known[likeness] == 1.0
 
 
 def test_a_bonus_is_the_weighted_sum_of_features() -> None:
-    bonuses = WEIGHTS.bonuses("Paris", ["Paris", "Lyon"], [(1.0, {"form": 0.9}), (0.5, {})])
+    bonuses = WEIGHTS.bonuses("Paris", ["Paris", "Lyon"], [{"form": 0.9}, {}])
     assert bonuses[0] == pytest.approx(np.log(10) + 2.0)
     assert bonuses[0] > bonuses[1]
     assert softmax(bonuses).sum() == pytest.approx(1.0)
