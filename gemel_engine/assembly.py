@@ -115,7 +115,7 @@ def open_calibration(config: LinkConfig) -> Calibration | None:
     return calibration
 
 
-def open_weights(config: JobConfig) -> ScoreWeights | None:
+def open_weights(config: LinkConfig) -> ScoreWeights | None:
     """Open the weights of a run's score; None if the language model ranks alone.
 
     Raises:
@@ -168,7 +168,7 @@ def artifact_manifests(config: JobConfig) -> dict[str, Any]:
         "feature_mapper": config.vision.feature_mapper and f"{config.vision.feature_mapper}/{MAPPER_MANIFEST}",
         "calibration": calibration and f"{calibration}/{CALIBRATION_MANIFEST}",
     }
-    if config.score.kind == "combined":
+    if isinstance(config, LinkConfig) and config.score.kind == "combined":
         manifests["weights"] = f"{config.score.weights or SHIPPED_WEIGHTS}/{WEIGHTS_MANIFEST}"
     evidence = f"{config.knowledge_base}/{EVIDENCE_DIRECTORY}/{EVIDENCE_MANIFEST}"
     if config.retrieval.num_candidates and storage.exists(evidence):
@@ -183,8 +183,11 @@ def check_contents(began_with: Contents | None, config: JobConfig) -> None:
         ArtifactError: A model or artifact differs, is missing or damaged.
     """
     if began_with is not None:
-        addresses = {"feature_mapper": config.vision.feature_mapper, "evidence": config.knowledge_base}
-        addresses["weights"] = config.score.weights or "of the package"
+        addresses = {
+            "feature_mapper": config.vision.feature_mapper,
+            "evidence": config.knowledge_base,
+            "weights": "of the score",
+        }
         for name, manifest in artifact_manifests(config).items():
             check_content(began_with, name, addresses.get(name) or getattr(config, name), manifest)
         language_model = config.language_model.name

@@ -47,7 +47,6 @@ class JobConfig:
         image_source: Which image addresses may be read, and within which limits.
         prompt: Layout of the prompts.
         search: Objective, ranking and budget of the search for names.
-        score: How entities are ranked.
         resources: Actor pools of the stages.
         rows_per_shard: Maximum number of rows that are processed together, as a shard.
         max_failed_fraction: Maximum share of rows with an `error` before the job fails. Training
@@ -68,7 +67,6 @@ class JobConfig:
     image_source: ImagePolicy = field(default_factory=ImagePolicy)
     prompt: PromptSettings = field(default_factory=PromptSettings)
     search: SearchSettings = field(default_factory=SearchSettings)
-    score: ScoreSettings = field(default_factory=ScoreSettings)
     resources: ResourceSettings = field(default_factory=ResourceSettings)
     rows_per_shard: Count = 1024
     max_failed_fraction: Fraction = 0.01
@@ -97,6 +95,7 @@ class LinkConfig(JobConfig):
     Attributes:
         input: Parquet file or directory of mentions, local or s3://bucket/prefix.
         language_model: The frozen language model and its engine.
+        score: How entities are ranked.
         calibration: Directory written by `gemel calibrate`, for the columns `confidence`
             and `is_nil`; None: the columns are empty.
         previous: Output of a finished run over the same input with an older knowledge base: only
@@ -107,6 +106,7 @@ class LinkConfig(JobConfig):
 
     input: Address
     language_model: EngineSettings
+    score: ScoreSettings = field(default_factory=ScoreSettings)
     calibration: Address | None = None
     previous: Address | None = None
     dry_run: bool = False
