@@ -24,3 +24,4 @@ Fraction = Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)]
 PositiveFraction = Annotated[float, Field(strict=True, gt=0, le=1, allow_inf_nan=False)]
 Factor = Annotated[float, Field(strict=True, gt=0, le=1e6, allow_inf_nan=False)]
 Amount = Annotated[float, Field(strict=True, ge=0, le=1e6, allow_inf_nan=False)]
+Width = Annotated[int, Field(gt=0, le=1 << 20)]  # of vectors in an artifact

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from gemel_engine.errors import ArtifactError, ConfigurationError
 from gemel_engine.evidence.arrays import chunks, fill_places, open_array, scratch_array
-from gemel_engine.retrieval.table import FloatArray
+from gemel_engine.retrieval.table import SIMILARITY_DECIMALS, FloatArray
 from gemel_engine.storage.manifest import read_manifest, write_manifest
 
 FORMAT_VERSION = 1
@@ -40,7 +40,6 @@ _ID_BYTES = 8
 _SAMPLES_PER_LIST = 64
 _CHUNK = 1 << 16
 _DIMENSIONS_PER_BYTE = 8
-_SIMILARITY_DECIMALS = 5
 
 RowArray = NDArray[np.uint32]
 
@@ -198,7 +197,7 @@ class DenseIndex:
     def _nearest(self, query: FloatArray, limit: int) -> list[tuple[int, float]]:
         similarities, rows = (result[0] for result in self._search(query, limit))
         is_found = rows != -1  # faiss pads with -1
-        similarities, rows = np.round(similarities[is_found], _SIMILARITY_DECIMALS), rows[is_found]
+        similarities, rows = np.round(similarities[is_found], SIMILARITY_DECIMALS), rows[is_found]
         order = np.lexsort((_checked(rows, self._num_rows), -similarities))
         best: dict[int, float] = {}
         for row, similarity in zip(rows[order].tolist(), similarities[order].tolist(), strict=True):

@@ -17,10 +17,8 @@ import numpy as np
 from gemel_engine.evidence.normal_form import normal_form
 from gemel_engine.knowledge_base.store import KnowledgeBase
 from gemel_engine.retrieval.index import DemonstrationIndex
-from gemel_engine.retrieval.table import FloatArray
+from gemel_engine.retrieval.table import SIMILARITY_DECIMALS, FloatArray
 from gemel_engine.types import Features
-
-_SIMILARITY_DECIMALS = 5
 
 
 class FormStatistics:
@@ -142,7 +140,7 @@ class FormStatistics:
         self, query: FloatArray, known: FloatArray, limit: int, excluded: str | None
     ) -> list[tuple[int, float]]:
         similarities, numbers = faiss.knn(query, known, limit, metric=faiss.METRIC_INNER_PRODUCT)
-        rounded = np.round(similarities[0], _SIMILARITY_DECIMALS)
+        rounded = np.round(similarities[0], SIMILARITY_DECIMALS)
         best: dict[int, float] = {}
         for place in np.lexsort((numbers[0], -rounded)).tolist():
             for row, _ in self.entities(self._forms[numbers[0, place]], excluded):

@@ -41,6 +41,7 @@ from numpy.typing import NDArray
 from gemel_engine.errors import ArtifactError, InputError
 from gemel_engine.retrieval.encoder import MentionEncoder
 from gemel_engine.retrieval.table import (
+    SIMILARITY_DECIMALS,
     TEXT_COLUMNS,
     Demonstration,
     FloatArray,
@@ -59,7 +60,6 @@ FORMAT_VERSION = 3
 MANIFEST = "index.json"
 _WITHOUT_CHECKSUM = 2
 _TABLE = "demonstrations.parquet"
-_SIMILARITY_DECIMALS = 5
 
 
 class DemonstrationIndex:
@@ -254,7 +254,7 @@ class DemonstrationIndex:
         if self._features is None or not k:
             return []
         rows, pictures = self._pictures_of_form(bisect_right(self._first_row, row) - 1)
-        likeness = np.round(pictures @ self._standardise(features), _SIMILARITY_DECIMALS)
+        likeness = np.round(pictures @ self._standardise(features), SIMILARITY_DECIMALS)
         by_likeness = (rows[place] for place in np.argsort(-likeness, kind="stable"))
         return list(islice((row for row in by_likeness if self._groups[row] != exclude_group), k))[::-1]
 
@@ -272,7 +272,7 @@ class DemonstrationIndex:
         if self._features is not None and len(rows):
             has_picture = self._is_pictured[np.array(rows)]
             pictures = self._standardise(self._features[np.array(rows)[has_picture]])
-            found[has_picture] = np.round(pictures @ self._standardise(features), _SIMILARITY_DECIMALS)
+            found[has_picture] = np.round(pictures @ self._standardise(features), SIMILARITY_DECIMALS)
         return found
 
     def sample(self, surface_form: str, k: int, seed: int, exclude_group: str | None = None) -> list[int]:
@@ -349,7 +349,7 @@ class DemonstrationIndex:
         num_searched = min(num_forms + 1, self._search.ntotal)
         while True:
             similarities, forms = self._search.search(query[None], num_searched)
-            rounded = np.round(similarities[0], _SIMILARITY_DECIMALS)
+            rounded = np.round(similarities[0], SIMILARITY_DECIMALS)
             # With a tie across the end of the list, the last bits would decide which form is in it.
             if num_searched == self._search.ntotal or rounded[-1] < rounded[num_forms - 1]:
                 nearest: list[int] = forms[0][np.lexsort((forms[0], -rounded))][:num_forms].tolist()

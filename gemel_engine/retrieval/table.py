@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
-from pydantic import ConfigDict, Field, PositiveInt
+from pydantic import ConfigDict, PositiveInt
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
+from gemel_engine.config.bounds import Width
 from gemel_engine.errors import ArtifactError, InputError
 from gemel_engine.knowledge_base.names import are_demonstrable
 from gemel_engine.types import CARD_PREFIX, are_features
@@ -23,7 +23,7 @@ from gemel_engine.types import CARD_PREFIX, are_features
 TEXT_COLUMNS = ("mention_id", "text", "mention", "entity_id", "entity_name", "group")
 
 FloatArray = NDArray[np.float32]
-Width = Annotated[int, Field(gt=0, le=1 << 20)]
+SIMILARITY_DECIMALS = 5  # of cosines, before ties are broken: the last bits depend on the machine
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -13,15 +13,16 @@ import os
 from dataclasses import asdict, field, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
 import torch
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from gemel_engine.config.bounds import Width
 from gemel_engine.config.components import FeatureScaling
 from gemel_engine.errors import ArtifactError, InputError
 from gemel_engine.storage.local import open_regular
@@ -34,8 +35,6 @@ MANIFEST = "mapper.json"
 _CHECKSUM = "weights_sha256"
 _MAX_HEADER_BYTES = 1 << 20
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-Width = Annotated[int, Field(gt=0, le=1 << 20)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
