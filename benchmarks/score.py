@@ -30,11 +30,11 @@ from record import difference, record, to_digits
 from gemel_engine.config.components import EngineSettings, RetrievalSettings, ScoreSettings, SearchSettings
 from gemel_engine.config.settings import LinkConfig
 from gemel_engine.decoding.generator import EntityNameGenerator
-from gemel_engine.evaluation.fit_score import LabelledPools, fit_score
+from gemel_engine.evaluation.fit_score import LabelledPools, conditional_logit, fit_score
 from gemel_engine.evidence import weights as shipped
-from gemel_engine.evidence.forms import FormStatistics
+from gemel_engine.evidence.features import FEATURES
 from gemel_engine.evidence.index import open_evidence
-from gemel_engine.evidence.pool import CandidatePool
+from gemel_engine.evidence.retrieved import Retrieved
 from gemel_engine.evidence.retriever import Retriever
 from gemel_engine.evidence.weights import ScoreWeights, softmax
 from gemel_engine.knowledge_base.store import KnowledgeBase
@@ -143,13 +143,7 @@ def fitted(linker: Linker, data: Path, num_train: int, num_asked: int) -> ScoreW
     settings = replace(linker.config.retrieval, exclude_group=True)
     retriever = Retriever(settings, artifacts.knowledge_base, artifacts.index, artifacts.evidence)
     retrieved = retriever.retrieve(mentions, [None] * len(mentions))
-    entity_id = artifacts.knowledge_base.entity_id
-    predictions = [
-        Prediction(
-            mention.mention_id, pool=tuple(PoolEntity(entity_id(c.row), c.score, c.reasons) for c in found.candidates)
-        )
-        for mention, found in zip(mentions, retrieved, strict=True)
-    ]
+    predictions = with_pools(mentions, retrieved, artifacts.knowledge_base)
     first = fit_score(LabelledPools.of(predictions_to_table(predictions), forms, gold, artifacts.knowledge_base))
     logger.info("evidence alone: %s", first.fitted_on)
     unsure = sorted(range(len(rows)), key=lambda row: certainty(linker, first, forms[row], predictions[row]))[
@@ -167,58 +161,55 @@ def fitted(linker: Linker, data: Path, num_train: int, num_asked: int) -> ScoreW
     for row, prediction in zip(asked, linked, strict=True):
         predictions[row] = replace(predictions[row], candidates=prediction.candidates)
     what = {
-        "corpora": "WikiDiverse train, text only; emoji train, a third of its entities held out",
+        "corpora": "WikiDiverse train, text only; aliases and pictures on emoji train, on top of the others",
         "language_model": Path(linker.config.language_model.name).name,
     }
     pools = LabelledPools.of(predictions_to_table(predictions), forms, gold, artifacts.knowledge_base)
-    weights = fit_score(LabelledPools.joined([pools, *emoji_pools(linker)]), fitted_on=what)
+    weights = with_pictures(fit_score(pools, fitted_on=what), emoji_pools(linker))
     weights.save(path)
     return weights
 
 
-def emoji_pools(linker: Linker) -> list[LabelledPools]:
-    """Pools of the emoji corpus' training mentions, without the drawings of their own artist.
+def with_pictures(weights: ScoreWeights, pools: LabelledPools) -> ScoreWeights:
+    """The weights of aliases and pictures, which WikiDiverse as it is here lacks, by another corpus."""
+    bonuses = pools.features @ np.array([weights.features[name] for name in FEATURES])
+    added = ("equal_alias", "picture")
+    columns = np.column_stack([bonuses, *(pools.features[:, FEATURES.index(name)] for name in added)])
+    scale, *fitted = conditional_logit(columns, pools.starts, pools.gold).tolist()
+    return replace(
+        weights, features=weights.features | {name: value / scale for name, value in zip(added, fitted, strict=True)}
+    )
 
-    A third of the entities are held out of the training mentions, so that what a knowledge base alone knows of an
-    entity gets its weight, too.
-    """
+
+def emoji_pools(linker: Linker) -> LabelledPools:
+    """Pools of the emoji corpus' training mentions, without the drawings of their own artist."""
     knowledge_base = KnowledgeBase.open(EMOJI / "knowledge_base")
     evidence, index = open_evidence(EMOJI / "knowledge_base"), DemonstrationIndex.open(EMOJI / "demonstrations")
-    encoder = linker.retriever.encoder
-    assert evidence is not None, "built by `make demo`"
-    assert encoder is not None, "the corpus has demonstrations"
-    entities = sorted(set(index.column("entity_id")))
-    held_out = frozenset(random.Random(SEED).sample(entities, len(entities) // 3))
-    chosen = random.Random(SEED).sample(range(len(index)), NUM_EMOJI)
-    found = []
-    for without in (held_out, frozenset[str]()):
-        items = [index[row] for row in chosen if (index[row].entity_id in held_out) == bool(without)]
-        mentions = [Mention(item.mention_id, item.text, item.mention, group=item.group) for item in items]
-        pools = CandidatePool(evidence, FormStatistics.of_index(index, knowledge_base, without=without)).pool(
-            mentions,
-            encoder.encode([mention.mention for mention in mentions]),
-            encoder.encode([mention.text for mention in mentions]),
-            [item.features for item in items],
-            leave_out_own_group=True,
+    settings = replace(linker.config.retrieval, exclude_group=True)
+    retriever = Retriever(settings, knowledge_base, index, evidence)
+    items = [index[row] for row in random.Random(SEED).sample(range(len(index)), NUM_EMOJI)]
+    mentions = [Mention(item.mention_id, item.text, item.mention, group=item.group) for item in items]
+    retrieved = retriever.retrieve(mentions, [item.features for item in items])
+    return LabelledPools.of(
+        predictions_to_table(with_pools(mentions, retrieved, knowledge_base)),
+        [item.mention for item in items],
+        [item.entity_id for item in items],
+        knowledge_base,
+    )
+
+
+def with_pools(
+    mentions: Sequence[Mention], retrieved: Sequence[Retrieved], knowledge_base: KnowledgeBase
+) -> list[Prediction]:
+    """Predictions that have a pool and nothing else."""
+    entity_id = knowledge_base.entity_id
+    return [
+        Prediction(
+            mention.mention_id,
+            pool=tuple(PoolEntity(entity_id(item.row), item.score, item.reasons) for item in found.candidates),
         )
-        predictions = [
-            Prediction(
-                mention.mention_id,
-                pool=tuple(
-                    PoolEntity(knowledge_base.entity_id(item.row), item.score, item.reasons) for item in pool.candidates
-                ),
-            )
-            for mention, pool in zip(mentions, pools, strict=True)
-        ]
-        found.append(
-            LabelledPools.of(
-                predictions_to_table(predictions),
-                [item.mention for item in items],
-                [item.entity_id for item in items],
-                knowledge_base,
-            )
-        )
-    return found
+        for mention, found in zip(mentions, retrieved, strict=True)
+    ]
 
 
 def certainty(linker: Linker, weights: ScoreWeights, form: str, prediction: Prediction) -> float:

@@ -75,7 +75,7 @@ class LabelledPools:
         Raises:
             InputError: Too few rows have a pool.
         """
-        features, log_probs, places, kept_forms, sizes = [], [], [], [], [0]
+        features, log_probs, places, kept_forms, starts = [], [], [], [], [0]
         rows = predictions.select(["pool", "candidates"]).to_pylist()
         for row, form, entity_id in zip(rows, forms, gold, strict=True):
             pool = row["pool"] or []
@@ -86,40 +86,22 @@ class LabelledPools:
             features.append(features_of(form, [_name(knowledge_base, item) for item in ids], reasons))
             known = {item["entity_id"]: item["log_prob"] for item in row["candidates"] or []}
             log_probs.append([np.nan if known.get(item) is None else known[item] for item in ids])
-            places.append(sum(sizes) + ids.index(entity_id) if entity_id in ids else -1)
+            places.append(starts[-1] + ids.index(entity_id) if entity_id in ids else -1)
             kept_forms.append(form)
-            sizes.append(len(ids))
-        if len(places) < _LEAST:
+            starts.append(starts[-1] + len(ids))
+        num_found, num_forms = sum(place >= 0 for place in places), len(set(kept_forms))
+        if num_found < _LEAST or num_forms < _NUM_FOLDS:
             raise InputError(
-                f"{len(places)} labelled mentions have candidates: fitting needs at least {_LEAST}; link more of them "
-                "with a knowledge base that has an evidence index"
+                f"{num_found} labelled mentions of {num_forms} surface forms have their entity among their candidates: "
+                f"fitting needs at least {_LEAST} of {_NUM_FOLDS}; link more of them with a knowledge base that has an "
+                "evidence index"
             )
         return cls(
             np.concatenate(features),
             np.concatenate([np.array(values, np.float64) for values in log_probs]),
-            np.cumsum(sizes),
+            np.array(starts, np.intp),
             np.array(places, np.intp),
             np.unique(kept_forms, return_inverse=True)[1],
-        )
-
-    @classmethod
-    def joined(cls, parts: Sequence[Self]) -> Self:
-        """Return the mentions of several corpora; equal forms of two corpora stay apart."""
-        num_candidates = np.cumsum([0, *(len(part.features) for part in parts)])
-        num_forms = np.cumsum([0, *(part.forms.max() + 1 for part in parts)])
-        return cls(
-            np.concatenate([part.features for part in parts]),
-            np.concatenate([part.log_probs for part in parts]),
-            np.concatenate(
-                [[0], *(part.starts[1:] + before for part, before in zip(parts, num_candidates, strict=False))]
-            ),
-            np.concatenate(
-                [
-                    np.where(part.gold < 0, -1, part.gold + before)
-                    for part, before in zip(parts, num_candidates, strict=False)
-                ]
-            ),
-            np.concatenate([part.forms + before for part, before in zip(parts, num_forms, strict=False)]),
         )
 
     def select(self, mentions: Places) -> Self:
@@ -138,7 +120,7 @@ def fit_score(pools: LabelledPools, *, fitted_on: Mapping[str, Any] | None = Non
         pools: Candidates of labelled mentions.
         fitted_on: What to note about the data.
     """
-    weights = _conditional_logit(pools.features, pools.starts, pools.gold)
+    weights = conditional_logit(pools.features, pools.starts, pools.gold)
     scale, language_model = _with_language_model(pools, pools.features @ weights)
     certainty, is_right = _left_out(pools, scale)
     return ScoreWeights(
@@ -199,11 +181,11 @@ def _with_language_model(pools: LabelledPools, bonuses: Numbers) -> tuple[float,
     known = ~np.isnan(chosen.log_probs)
     num_before = np.concatenate([[0], np.cumsum(known)])  # known ones before each candidate
     columns = np.column_stack([bonuses[candidates], chosen.log_probs])[known]
-    scale, weight = _conditional_logit(columns, num_before[chosen.starts], num_before[chosen.gold], penalty=0.0)
+    scale, weight = conditional_logit(columns, num_before[chosen.starts], num_before[chosen.gold], penalty=0.0)
     return (float(scale), max(float(weight), _LEAST_WEIGHT)) if scale > 0 else (1.0, _LEAST_WEIGHT)
 
 
-def _conditional_logit(features: Numbers, starts: Places, gold: Places, penalty: float = _PENALTY) -> Numbers:
+def conditional_logit(features: Numbers, starts: Places, gold: Places, penalty: float = _PENALTY) -> Numbers:
     """Return the weights (F,), none negative, that make gold candidates most likely.
 
     Mentions whose pool lacks their entity are left out.
@@ -242,10 +224,10 @@ def _left_out(pools: LabelledPools, scale: float) -> tuple[Numbers, NDArray[np.b
     folds = order[pools.forms] % _NUM_FOLDS
     certainty, is_right = np.zeros(len(folds)), np.zeros(len(folds), bool)
     for fold in range(_NUM_FOLDS):
-        if not (folds == fold).any():
-            continue
+        if not (pools.gold[folds != fold] >= 0).any():
+            continue  # nothing to fit: its mentions count as wrong
         fitted = pools.select(np.flatnonzero(folds != fold))
-        weights = scale * _conditional_logit(fitted.features, fitted.starts, fitted.gold)
+        weights = scale * conditional_logit(fitted.features, fitted.starts, fitted.gold)
         for mention in np.flatnonzero(folds == fold):
             span = slice(pools.starts[mention], pools.starts[mention + 1])
             scores = pools.features[span] @ weights
@@ -260,4 +242,5 @@ def _risks(certainty: Numbers, is_right: NDArray[np.bool_]) -> tuple[tuple[float
     order = np.argsort(-certainty, kind="stable")
     shares = np.cumsum(~is_right[order]) / np.arange(1, len(order) + 1)
     places = np.unique(np.linspace(min(_LEAST_DECIDED, len(order)) - 1, len(order) - 1, _NUM_RISKS).astype(int))
-    return tuple(sorted((float(certainty[order[place]]), float(shares[place])) for place in places))
+    ends = np.searchsorted(-certainty[order], -certainty[order[places]], side="right") - 1  # all of a tie
+    return tuple(sorted({(float(certainty[order[end]]), float(shares[end])) for end in ends}))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Self
 
 import faiss
@@ -61,21 +61,10 @@ class FormStatistics:
         self._embeddings = None if embeddings is None else np.ascontiguousarray(embeddings[order])
 
     @classmethod
-    def of_index(
-        cls, index: DemonstrationIndex, knowledge_base: KnowledgeBase, *, without: Collection[str] = ()
-    ) -> Self:
-        """Count the demonstrations of an index whose entities are in a knowledge base.
-
-        Args:
-            index: Demonstration index.
-            knowledge_base: Knowledge base that gives the rows of the entities.
-            without: Ids of entities that are held out, as if training had none of their mentions.
-        """
-        row_of = {
-            entity_id: knowledge_base.row_of_entity(entity_id)
-            for entity_id in {*index.column("entity_id")} - {*without}
-        }
-        found = [row_of.get(entity_id) for entity_id in index.column("entity_id")]
+    def of_index(cls, index: DemonstrationIndex, knowledge_base: KnowledgeBase) -> Self:
+        """Count the demonstrations of an index whose entities are in a knowledge base."""
+        row_of = {entity_id: knowledge_base.row_of_entity(entity_id) for entity_id in {*index.column("entity_id")}}
+        found = [row_of[entity_id] for entity_id in index.column("entity_id")]
         kept = [number for number, row in enumerate(found) if row is not None]
         forms, groups = index.column("mention"), index.column("group")
         return cls(

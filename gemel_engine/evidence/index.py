@@ -286,8 +286,11 @@ def _build_texts(directory: Path, entities: pa.Table, encoder: MentionEncoder, s
 
 
 def _popularity(column: pa.ChunkedArray) -> NDArray[np.float32]:
-    values: NDArray[np.float32] = column.fill_null(0.0).to_numpy().astype(np.float32)
-    return values
+    with np.errstate(over="ignore"):
+        values = column.fill_null(0.0).to_numpy().astype(np.float32)
+    largest = float(np.finfo(np.float32).max)
+    finite: NDArray[np.float32] = np.nan_to_num(values, nan=0.0, posinf=largest, neginf=0.0)
+    return finite
 
 
 def _files(directory: Path) -> list[str]:

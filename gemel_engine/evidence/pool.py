@@ -29,6 +29,7 @@ Ranking = list[tuple[int, float]]
 # Sources that depend on more than the surface form: on the text or the picture.
 _OF_CONTEXT = frozenset({"context", "in_text", "text_name", "picture", "training_picture"})
 
+MAX_TEXT = 1 << 16  # number of characters of a text that are searched
 _LONGEST_NAME = 6  # greatest number of words of a name that is looked up in a text
 _MAX_TEXT_WORDS = 64
 
@@ -151,7 +152,7 @@ class CandidatePool:
         )
 
     def _by_words(self, mention: Mention, group: str | None) -> dict[str, Ranking]:
-        form, text, depth = normal_form(mention.mention), normal_form(mention.text), self._settings.depth
+        form, text, depth = normal_form(mention.mention), normal_form(mention.text[:MAX_TEXT]), self._settings.depth
         rankings: dict[str, Ranking] = defaultdict(list)
         rankings["form"] = [(row, float(count)) for row, count in self._forms.entities(form, group)][:depth]
         for spelling in dict.fromkeys([form, form.removesuffix("s")]):
@@ -207,7 +208,8 @@ class CandidatePool:
         reasons: dict[int, dict[str, float]] = {row: {} for row in proposed}
         for source, weight in self._settings.weights.items():
             for rank, (row, score) in enumerate(rankings.get(source, [])):
-                scores[row] += weight / (self._settings.smoothing + rank + 1)
-                reasons[row][source] = score
+                if source not in reasons[row]:  # a second spelling may find the same entity
+                    scores[row] += weight / (self._settings.smoothing + rank + 1)
+                    reasons[row][source] = score
         best = sorted(proposed, key=lambda row: (-scores[row], row))[: self._settings.size]
         return [PoolCandidate(row, scores[row], reasons[row]) for row in best]

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from gemel_engine.config.components import RetrievalSettings
 from gemel_engine.evidence.forms import FormStatistics
 from gemel_engine.evidence.index import EvidenceIndex
-from gemel_engine.evidence.pool import CandidatePool, CandidatePoolSettings, Pool
+from gemel_engine.evidence.pool import MAX_TEXT, CandidatePool, CandidatePoolSettings, Pool
 from gemel_engine.evidence.retrieved import PromptItem, Retrieved
 from gemel_engine.knowledge_base.store import KnowledgeBase
 from gemel_engine.retrieval.encoder import MentionEncoder
@@ -84,7 +84,7 @@ class Retriever:
         if self.encoder is not None:
             of_forms = self.encoder.encode([mention.mention for mention in mentions])
             if self._embeds_texts:
-                of_texts = self.encoder.encode([mention.text for mention in mentions])
+                of_texts = self.encoder.encode([mention.text[:MAX_TEXT] for mention in mentions])
         width = self._vision_width
         usable = [
             item if width is not None and item is not None and are_features(item, width) else None for item in features

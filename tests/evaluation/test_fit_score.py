@@ -11,7 +11,7 @@ import pytest
 from scipy.special import log_softmax
 
 from gemel_engine.errors import InputError
-from gemel_engine.evaluation.fit_score import LabelledPools, _conditional_logit, fit_score
+from gemel_engine.evaluation.fit_score import LabelledPools, conditional_logit, fit_score
 from gemel_engine.types import Candidate, PoolEntity, Prediction, predictions_to_table
 
 NAMES = {f"Q{n}": f"name {n}" for n in range(6)}
@@ -52,16 +52,6 @@ def pools_of(predictions: list[Prediction], forms: list[str], gold: Sequence[str
     return LabelledPools.of(predictions_to_table(predictions), forms, gold, Names())  # type: ignore[arg-type]
 
 
-def test_two_corpora_are_fitted_together() -> None:
-    parts = [pools_of(*labelled(60)), pools_of(*labelled(40, seed=1))]
-    joined = LabelledPools.joined(parts)
-    assert len(joined.gold) == 100
-    second = joined.select(np.arange(60, 100))
-    np.testing.assert_array_equal(second.features, parts[1].features)
-    np.testing.assert_array_equal(second.gold, parts[1].gold)
-    assert not {*joined.forms[:60]} & {*joined.forms[60:]}
-
-
 def test_weights_follow_what_decides() -> None:
     predictions, forms, gold = labelled(300)
     weights = fit_score(pools_of(predictions, forms, gold))
@@ -96,19 +86,25 @@ def test_an_entity_outside_its_pool_counts_as_wrong_and_teaches_nothing() -> Non
 
 def test_too_few_mentions_are_refused() -> None:
     predictions, forms, gold = labelled(10)
-    with pytest.raises(InputError, match="10 labelled mentions have candidates: fitting needs at least 20"):
+    with pytest.raises(
+        InputError,
+        match="10 labelled mentions of 10 surface forms have their entity",
+    ):
         fit_score(pools_of(predictions, forms, gold))
+    many, _, ids = labelled(60)
+    with pytest.raises(InputError, match="60 labelled mentions of 1 surface forms"):
+        pools_of(many, ["x"] * 60, ids)
     empty = [Prediction(str(number)) for number in range(30)]
-    with pytest.raises(InputError, match="0 labelled mentions"):
+    with pytest.raises(InputError, match="0 labelled mentions of 0"):
         pools_of(empty, ["x"] * 30, [None] * 30)
 
 
-def test_the_conditional_logit_finds_the_weights_of_a_simulation(tmp_path: Path) -> None:
+def test_theconditional_logit_finds_the_weights_of_a_simulation(tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     truth = np.array([1.5, 0.5])
     features = rng.normal(size=(4000, 3, 2))
     scores = log_softmax(features @ truth, axis=1)
     chosen = np.array([rng.choice(3, p=np.exp(row)) for row in scores])
     starts = np.arange(0, 12001, 3)
-    found = _conditional_logit(features.reshape(-1, 2), starts, starts[:-1] + chosen, penalty=0.0)
+    found = conditional_logit(features.reshape(-1, 2), starts, starts[:-1] + chosen, penalty=0.0)
     np.testing.assert_allclose(found, truth, atol=0.1)
