@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from transformers import PreTrainedTokenizerFast
+from typing import Any, TypeVar
 
 from gemel_engine import storage
+from gemel_engine.compatibility import check_length, check_mapper, check_names, check_pictures
 from gemel_engine.config.components import VisionSettings
 from gemel_engine.config.loading import config_json
 from gemel_engine.config.settings import JobConfig, LinkConfig
@@ -22,9 +21,6 @@ from gemel_engine.decoding.generator import Artifacts, EntityNameGenerator
 from gemel_engine.decoding.language_model import (
     FrozenLanguageModel,
     check_language_model,
-    language_model_fingerprint,
-    language_model_width,
-    max_positions,
     vocabulary_size,
 )
 from gemel_engine.decoding.prompt import PromptBuilder
@@ -33,6 +29,7 @@ from gemel_engine.evidence.index import DIRECTORY as EVIDENCE_DIRECTORY
 from gemel_engine.evidence.index import MANIFEST as EVIDENCE_MANIFEST
 from gemel_engine.evidence.index import open_evidence
 from gemel_engine.evidence.retriever import Retriever
+from gemel_engine.evidence.update import UPDATE_MANIFEST as EVIDENCE_UPDATE_MANIFEST
 from gemel_engine.evidence.update import open_knowledge_base
 from gemel_engine.evidence.weights import MANIFEST as WEIGHTS_MANIFEST
 from gemel_engine.evidence.weights import SHIPPED as SHIPPED_WEIGHTS
@@ -40,9 +37,7 @@ from gemel_engine.evidence.weights import ScoreWeights
 from gemel_engine.extras import extra
 from gemel_engine.fingerprints import Contents, check_content, checkpoint_fingerprint, read_manifest_at
 from gemel_engine.knowledge_base.store import MANIFEST as KNOWLEDGE_BASE_MANIFEST
-from gemel_engine.knowledge_base.store import KnowledgeBase
 from gemel_engine.knowledge_base.trie import SavedTrie
-from gemel_engine.retrieval.encoder import MentionEncoder
 from gemel_engine.retrieval.index import MANIFEST as INDEX_MANIFEST
 from gemel_engine.retrieval.index import DemonstrationIndex
 from gemel_engine.storage.cache import download_directory
@@ -51,7 +46,7 @@ from gemel_engine.vision.encoder import ImageEncoder, PictureEncoder
 from gemel_engine.vision.mapper import MANIFEST as MAPPER_MANIFEST
 from gemel_engine.vision.mapper import FeatureMapper
 
-_NAMES_CHECKED = 1000
+Config = TypeVar("Config", bound=JobConfig)
 
 
 def open_artifacts(config: JobConfig, *, verify: bool = False) -> Artifacts:
@@ -89,16 +84,27 @@ def open_artifacts(config: JobConfig, *, verify: bool = False) -> Artifacts:
         )
     if knowledge_base.trie.tokens.max() >= num_embeddings:
         raise ArtifactError(f"the trie of {config.knowledge_base} holds tokens that no tokenizer made; build it again")
-    _check_names(config, knowledge_base, tokenizer)
+    check_names(config, knowledge_base, tokenizer)
     if (knowledge_base.trie.tokens[1:] == builder.terminator).any():
         raise ConfigurationError(
             f"prompt.terminator is {config.prompt.terminator!r}, whose token {builder.terminator} is in names of the "
             f"knowledge base {config.knowledge_base}, so that it can't tell where they end: use 'eos'"
         )
-    _check_length(config, knowledge_base)
+    check_length(config, knowledge_base)
     if mapper is not None:
-        _check_mapper(config, mapper, index)
+        check_mapper(config, mapper, index)
+    check_pictures(config, evidence, mapper, index)
     return Artifacts(tokenizer, knowledge_base, knowledge_base.trie_directory, index, mapper, evidence)
+
+
+def without_missing_evidence(config: Config, artifacts: Artifacts) -> Config:
+    """Return a configuration without candidates if the knowledge base has no evidence index.
+
+    Its stages then need not look for any.
+    """
+    if artifacts.evidence is not None or not config.retrieval.num_candidates:
+        return config
+    return replace(config, retrieval=replace(config.retrieval, num_candidates=0))
 
 
 def open_calibration(config: LinkConfig) -> Calibration | None:
@@ -128,8 +134,8 @@ def open_weights(config: LinkConfig) -> ScoreWeights | None:
     weights = ScoreWeights.open(None if settings.weights is None else download_directory(settings.weights))
     if settings.risk and weights.threshold(settings.risk) is None:
         raise ConfigurationError(
-            f"score.risk is {settings.risk:g}, and no mentions that the weights were fitted on were so surely right by "
-            f"evidence alone: accept a larger risk, up to {weights.risks[-1][1]:g}, or 0"
+            f"score.risk is {settings.risk:g}, and the surest answers by evidence alone were wrong more often where "
+            f"the weights were fitted: accept a risk of {weights.risks[-1][1]:g} or more, or 0"
             if weights.risks
             else f"score.risk is {settings.risk:g}, but the weights have no measured risks: set it to 0"
         )
@@ -170,9 +176,10 @@ def artifact_manifests(config: JobConfig) -> dict[str, Any]:
     }
     if isinstance(config, LinkConfig) and config.score.kind == "combined":
         manifests["weights"] = f"{config.score.weights or SHIPPED_WEIGHTS}/{WEIGHTS_MANIFEST}"
-    evidence = f"{config.knowledge_base}/{EVIDENCE_DIRECTORY}/{EVIDENCE_MANIFEST}"
-    if config.retrieval.num_candidates and storage.exists(evidence):
-        manifests["evidence"] = evidence
+    for file in (EVIDENCE_MANIFEST, EVIDENCE_UPDATE_MANIFEST):
+        evidence = f"{config.knowledge_base}/{EVIDENCE_DIRECTORY}/{file}"
+        if config.retrieval.num_candidates and storage.exists(evidence):
+            manifests["evidence"] = evidence
     return {name: read_manifest_at(uri) for name, uri in manifests.items() if uri}
 
 
@@ -192,53 +199,6 @@ def check_contents(began_with: Contents | None, config: JobConfig) -> None:
             check_content(began_with, name, addresses.get(name) or getattr(config, name), manifest)
         language_model = config.language_model.name
         check_content(began_with, "language_model", language_model, checkpoint_fingerprint(language_model))
-
-
-def _check_names(config: JobConfig, knowledge_base: KnowledgeBase, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Raise if a name's tokens don't decode to the name; checks a sample of the entities.
-
-    This detects a trie of another knowledge base, which earlier releases did not record.
-    """
-    for row in np.unique(np.linspace(0, knowledge_base.num_entities - 1, _NAMES_CHECKED, dtype=int)):
-        name = knowledge_base.entity(row).name
-        tokens = knowledge_base.name_tokens(knowledge_base.name_of_row(row))
-        if (decoded := tokenizer.backend_tokenizer.decode(tokens, skip_special_tokens=False)) != name:
-            raise ArtifactError(
-                f"the trie of the knowledge base {config.knowledge_base} has {decoded!r} where its entities have "
-                f"{name!r}: they are of two knowledge bases; build it again"
-            )
-
-
-def _check_length(config: JobConfig, knowledge_base: KnowledgeBase) -> None:
-    num_tokens, limit = knowledge_base.trie.longest(0) + 1, max_positions(config.language_model.name)
-    if limit is not None and config.prompt.max_prompt_tokens + num_tokens > limit:
-        raise ConfigurationError(
-            f"prompt.max_prompt_tokens is {config.prompt.max_prompt_tokens}, and the longest name takes {num_tokens} "
-            f"tokens more, but {config.language_model.name} reads {limit} at most: set prompt.max_prompt_tokens to "
-            f"{limit - num_tokens} or less"
-        )
-
-
-def _check_mapper(config: JobConfig, mapper: FeatureMapper, index: DemonstrationIndex | None) -> None:
-    name, metadata = f"the feature mapper {config.vision.feature_mapper}", mapper.metadata
-    width = language_model_width(config.language_model.name)
-    if metadata.language_model_width != width:
-        raise ArtifactError(
-            f"{name} makes embeddings of width {metadata.language_model_width}, but {config.language_model.name} takes "
-            f"{width}: use the mapper trained for this language model"
-        )
-    if metadata.language_model_fingerprint not in (None, language_model_fingerprint(config.language_model.name)):
-        raise ArtifactError(
-            f"{name} was made for another language model than {config.language_model.name}: use the one trained for it"
-        )
-    if index is None or index.metadata.vision_width is None:
-        return
-    fingerprints = {index.metadata.image_encoder_fingerprint, metadata.image_encoder_fingerprint} - {None}
-    if index.metadata.vision_width != metadata.vision_width or len(fingerprints) > 1:
-        raise ArtifactError(
-            f"{name} and the demonstrations {config.demonstrations} come from different image encoders: build the "
-            "index with the encoder that the mapper was trained for"
-        )
 
 
 def open_retriever(config: JobConfig, contents: Contents | None = None) -> Retriever:
@@ -318,57 +278,3 @@ def load_picture_encoder(settings: VisionSettings) -> PictureEncoder:
         raise ConfigurationError("vision.image_encoder is not set: name an open_clip model or directory")
     encoder = ImageEncoder(settings.image_encoder, settings.pretrained, device=settings.device)
     return PictureEncoder(encoder, settings.max_image_pixels, settings.batch_size)
-
-
-def check_encoders(config: JobConfig, artifacts: Artifacts) -> ImageEncoder | None:
-    """Load the encoders once, to validate that the artifacts were made with them.
-
-    Returns:
-        The image encoder; None if none is configured.
-
-    Raises:
-        ArtifactError: An encoder can't be loaded, or an artifact was made with a different one.
-    """
-    index, mapper, image_encoder = artifacts.index, artifacts.feature_mapper, None
-    if config.vision.image_encoder is not None:
-        image_encoder = ImageEncoder(config.vision.image_encoder, config.vision.pretrained)
-        ours = image_encoder.width, image_encoder.fingerprint
-        remedy = f"made with another image encoder than {config.vision.image_encoder}: use"
-        if mapper is not None and not _fits(
-            ours, mapper.metadata.vision_width, mapper.metadata.image_encoder_fingerprint
-        ):
-            raise ArtifactError(
-                f"the feature mapper {config.vision.feature_mapper} was {remedy} the one trained for it"
-            )
-        if index is not None and not _fits(ours, index.metadata.vision_width, index.metadata.image_encoder_fingerprint):
-            raise ArtifactError(f"the demonstrations {config.demonstrations} were {remedy} an index built with it")
-        if artifacts.evidence is not None and not _fits(
-            ours, None, artifacts.evidence.manifest.image_encoder_fingerprint
-        ):
-            raise ArtifactError(f"the pictures of {config.knowledge_base} were {remedy} a knowledge base built with it")
-    _check_mention_encoder(config, artifacts)
-    return image_encoder
-
-
-def _check_mention_encoder(config: JobConfig, artifacts: Artifacts) -> None:
-    name, index, evidence = config.retrieval.mention_encoder, artifacts.index, artifacts.evidence
-    if name is None or artifacts.mention_encoder_fingerprint is None:
-        return  # without an encoder, nothing is found by embedding
-    of_index = None if index is None else index.metadata.mention_encoder_fingerprint
-    of_evidence = None if evidence is None else evidence.manifest.mention_encoder_fingerprint
-    fingerprint = MentionEncoder(name).fingerprint
-    if of_index not in (None, fingerprint):
-        raise ArtifactError(
-            f"the demonstrations {config.demonstrations} were encoded by another mention encoder than {name}: build "
-            "the index again with it"
-        )
-    if of_evidence not in (None, fingerprint):
-        raise ArtifactError(
-            f"the evidence index of {config.knowledge_base} was encoded by another mention encoder than {name}: build "
-            "the knowledge base again with it"
-        )
-
-
-def _fits(encoder: tuple[int, str], width: int | None, fingerprint: str | None) -> bool:
-    """Whether an artifact's width and fingerprint, where recorded, equal those of an encoder."""
-    return width in (None, encoder[0]) and fingerprint in (None, encoder[1])

@@ -8,7 +8,8 @@ from threading import RLock
 
 from transformers import PreTrainedTokenizerFast
 
-from gemel_engine.assembly import check_encoders, load_picture_encoder, open_artifacts, start_generator
+from gemel_engine.assembly import load_picture_encoder, open_artifacts, start_generator
+from gemel_engine.compatibility import check_encoders
 from gemel_engine.config.loading import validated
 from gemel_engine.config.settings import LinkConfig
 from gemel_engine.decoding.prompt import Prompt

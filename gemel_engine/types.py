@@ -240,10 +240,12 @@ class Prediction:
             without a calibration, or if it was fitted without such mentions.
         unexplored_mass: Upper bound of the probability of all names that the search did not reach.
         margin: Objective of the first name minus that of the second, negative if the ranking
-            differs from the objective; None if only one name was found.
-        certified: Whether the first name is proved to be the best of all allowed names by the
-            ranking of the search.
-        num_certified: Number of leading candidate names whose ranks are proved.
+            differs from the objective; of two entities, the difference of their scores. None if
+            only one was found.
+        certified: Whether the first name or entity is proved to be the best of all allowed ones by
+            the ranking of the search; false if evidence decided alone.
+        num_certified: Number of leading candidate names, or entities by the score, whose ranks are
+            proved.
         is_nil: Whether the mention refers to no entity of the knowledge base, according to the
             calibration; None if `nil_probability` is None. The best entity is returned in any case.
         candidates: Candidates, the best first; entities that share a name are adjacent.

@@ -283,18 +283,6 @@ class RetrievalSettings:
     cards_first: bool = False
     seed: Seed = 0
 
-    @property
-    def uses_cards(self) -> bool:
-        """Whether prompts may have cards, so that they depend on the whole knowledge base."""
-        return self.num_candidates > 0 and self.num_cards + self.num_own_cards > 0
-
-    def __post_init__(self) -> None:
-        if self.num_similar_pictures and (self.policy == "random" or not self.num_demonstrations):
-            raise ValueError(
-                f"num_similar_pictures is {self.num_similar_pictures}: it needs the policy similar and at least one of "
-                "num_demonstrations; set it to 0, or change these"
-            )
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VisionSettings:

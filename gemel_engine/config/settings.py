@@ -115,6 +115,8 @@ class LinkConfig(JobConfig):
         JobConfig.__post_init__(self)  # super() fails in a dataclass with slots
         if self.vision.image_encoder is not None and self.vision.feature_mapper is None:
             raise ValueError("vision.image_encoder needs vision.feature_mapper: set both, or neither")
+        if self.score.kind == "language_model" and (self.score.risk or self.score.weights):
+            raise ValueError('score.risk and score.weights need score.kind = "combined": set it, or leave them out')
         if self.previous is not None and (self.search.ranking, self.search.objective) == ("mean", "sum"):
             raise ValueError(
                 "search.ranking is 'mean': whether added names change such a ranking shows only when everything is "

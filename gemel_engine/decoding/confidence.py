@@ -48,7 +48,7 @@ EVIDENCE = (
 )
 
 MANIFEST = "calibration.json"
-_SECTIONS = ("language_model", "prompt", "retrieval", "search")  # sections of a run's settings
+_SECTIONS = ("language_model", "prompt", "retrieval", "search", "score")  # sections of a run's settings
 
 LEAST_SCALE = 1e-6  # a smaller deviation is a rounding error, and dividing by it would amplify it
 
@@ -177,7 +177,15 @@ def scoring_settings(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     retrieval = {key: value for key, value in settings["retrieval"].items() if key != "mention_encoder"}
     model = {"name": Path(settings["language_model"]["name"]).name}
     search = {key: value for key, value in settings["search"].items() if key != "width"}
-    return {"language_model": model, "prompt": settings["prompt"], "retrieval": retrieval, "search": search}
+    score = dict(settings["score"])
+    score["weights"] = score["weights"] and Path(score["weights"]).name
+    return {
+        "language_model": model,
+        "prompt": settings["prompt"],
+        "retrieval": retrieval,
+        "search": search,
+        "score": score,
+    }
 
 
 def evidence_of(predictions: pa.Table, surface_forms: Sequence[str]) -> Numbers:

@@ -39,6 +39,7 @@ from gemel_engine.types import CARD_PREFIX, Features, Mention, Prediction, check
 from gemel_engine.vision.mapper import FeatureMapper
 
 _CACHED_BLOCKS = 1 << 16
+_CACHED_PREFIXES = 1 << 14
 _LARGEST_EMBEDDING = 1e4  # token embeddings are around 1; much larger ones make log-probs NaN
 
 
@@ -112,6 +113,7 @@ class EntityNameGenerator:
         self._cards = EntityCards(artifacts.knowledge_base, pictures, prompt.card_text)
         self.terminator = self._builder.terminator
         self._block = lru_cache(_CACHED_BLOCKS)(self._make_block)
+        self._prefix = lru_cache(_CACHED_PREFIXES)(self._make_prefix)  # blocks of one card share it
 
     def generate(
         self,
@@ -213,8 +215,18 @@ class EntityNameGenerator:
 
     def _make_block(self, item: PromptItem, surface_form: str) -> Block:
         found = self.example(item, surface_form)
-        prefix = self._visual_prefix(found.features) if self._with_pictures else None
+        prefix = self._prefix(item) if self._with_pictures else None
         return self._builder.demonstration(found.text, found.mention, found.name, prefix)
+
+    def _make_prefix(self, item: PromptItem) -> Tensor | None:
+        """Return the visual prefix of a demonstration or card; None for an entity's unusable picture."""
+        features = self.example(item, "").features
+        try:
+            return self._visual_prefix(features)
+        except InvalidMentionError:
+            if not item.is_card:
+                raise
+            return None  # a card is of help without its picture, too
 
     @torch.inference_mode()
     def _visual_prefix(self, features: Features | None) -> Tensor | None:

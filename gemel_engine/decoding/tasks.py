@@ -228,13 +228,12 @@ class ScoreTask(MentionTask[EntitySearchResult]):
             numbers = {candidate.row: scope.number(candidate.row) for candidate in self._retrieved.candidates}
             allowed = [candidate for candidate in self._retrieved.candidates if numbers[candidate.row] is not None]
             self._bonuses = self._bonuses_of(allowed)
+            if self._is_plain():
+                self.prediction = self._predict_alone()
+                return None
             prompt, self._used = generator.prompt(self._mention, self._features, self._retrieved)
         except MentionError as error:
             self._fail(error)
-            return None
-        if self._is_plain():
-            self._used = ()
-            self.prediction = self._predict_alone()
             return None
         pool = [
             BonusEntity(row, bonus, (number,))
@@ -262,8 +261,8 @@ class ScoreTask(MentionTask[EntitySearchResult]):
         found_rows = {found.row for found in result.entities}
         rest = [row for row in self._bonuses if row not in found_rows]
         # An entity that the search did not reach scores at most its bonus, and at most the bound.
-        scores = [found.score for found in result.entities]
-        scores += [min(self._bonuses[row], result.highest_bound) for row in rest]
+        bounds = {row: min(bonus, result.highest_bound) for row, bonus in self._bonuses.items()}
+        scores = [best.score, *(score for row, score in {**bounds, **result.scores}.items() if row != best.row)]
         num_left = self._generator.search_settings.num_candidates - len(candidates)
         candidates += [self._candidate(row, None, self._bonuses[row], None) for row in rest[: max(0, num_left)]]
         self.prediction = Prediction(
@@ -297,8 +296,13 @@ class ScoreTask(MentionTask[EntitySearchResult]):
         return dict(sorted(((item.row, bonus) for item, bonus in pairs), key=lambda pair: -pair[1]))
 
     def _is_plain(self) -> bool:
-        """Return whether evidence is certain enough to decide alone."""
-        return bool(self._bonuses) and self._threshold is not None and self._certainty() >= self._threshold
+        """Return whether evidence is certain enough to decide alone.
+
+        Never among a mention's own candidates: risks are measured on whole pools.
+        """
+        if self._threshold is None or self._mention.candidate_ids is not None:
+            return False
+        return self._certainty() >= self._threshold
 
     def _certainty(self) -> float:
         return float(softmax(np.array(list(self._bonuses.values())))[0])

@@ -15,8 +15,8 @@ from gemel_engine.evaluation.gold import entities_to_judge, read_gold
 from gemel_engine.evaluation.judge import Comparison, Evaluation, EvaluationProtocol, Judge
 from gemel_engine.evaluation.leaks import LeakAudit, audit_leaks
 from gemel_engine.evaluation.quality import ConfidenceQuality, quality
-from gemel_engine.knowledge_base.store import KnowledgeBase
-from gemel_engine.knowledge_base.update import open_knowledge_base
+from gemel_engine.evidence.update import open_knowledge_base
+from gemel_engine.knowledge_base.store import MANIFEST, KnowledgeBase
 from gemel_engine.storage import parquet
 from gemel_engine.types import MENTION_COLUMNS, PREDICTION_COLUMNS, PREDICTION_SCHEMA
 
@@ -65,6 +65,10 @@ class LinkedRun:
     def has_gold(self) -> bool:
         """Return whether the run's input has a column `entity_id`."""
         return any("entity_id" in table.names for table in parquet.open_tables(self.settings["input"], MENTION_COLUMNS))
+
+    def has_knowledge_base(self) -> bool:
+        """Return whether the knowledge base is still at its original address."""
+        return storage.exists(f"{self.settings['knowledge_base']}/{MANIFEST}")
 
     def open_knowledge_base(self) -> KnowledgeBase:
         """Open the knowledge base of the run, from its original address."""

@@ -78,7 +78,8 @@ class EntityCards:
 def _shortened(description: str) -> str:
     """Return a description on one line, cut to `_MAX_DESCRIPTION` characters at a word."""
     line = " ".join(description[: 4 * _MAX_DESCRIPTION].split())
-    return line if len(line) <= _MAX_DESCRIPTION else line[:_MAX_DESCRIPTION].rpartition(" ")[0]
+    cut = line[:_MAX_DESCRIPTION]
+    return line if line == cut else cut.rpartition(" ")[0] or cut
 
 
 def _is_usable(text: str, name: str) -> bool:

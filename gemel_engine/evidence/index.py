@@ -31,6 +31,7 @@ from gemel_engine.evidence.dense import DenseIndex, DenseSettings
 from gemel_engine.evidence.dictionary import NameDictionary
 from gemel_engine.evidence.lexical import LexicalIndex
 from gemel_engine.evidence.pictures import PictureIndex
+from gemel_engine.knowledge_base.store import KnowledgeBase
 from gemel_engine.knowledge_base.update_files import read_contents
 from gemel_engine.retrieval.encoder import MentionEncoder
 from gemel_engine.storage.manifest import file_sha256, read_manifest, write_manifest
@@ -243,6 +244,22 @@ def open_evidence(knowledge_base_directory: Path, *, verify: bool = False) -> Ev
     if not directory.is_dir():
         return None
     return EvidenceIndex.open(directory, knowledge_base=entities_checksum(knowledge_base_directory), verify=verify)
+
+
+def changed_pictures(before: KnowledgeBase, after: KnowledgeBase) -> pa.Array:
+    """Return the ids of the entities of both knowledge bases whose first pictures differ."""
+    first: list[dict[str, bytes]] = []
+    for knowledge_base in (before, after):
+        evidence = open_evidence(knowledge_base.directory)
+        first.append({})
+        if evidence is not None and (pictures := evidence.pictures) is not None:
+            rows, places = np.unique(pictures.entities, return_index=True)
+            for row, place in zip(rows.tolist(), places.tolist(), strict=True):
+                first[-1][knowledge_base.entity_id(row)] = pictures.features[place].tobytes()
+    old, new = first
+    changed = [entity_id for entity_id in old.keys() | new.keys() if old.get(entity_id) != new.get(entity_id)]
+    kept = [entity_id for entity_id in sorted(changed) if before.row_of_entity(entity_id) is not None]
+    return pa.array(kept, pa.large_string())
 
 
 def entities_checksum(knowledge_base_directory: Path) -> str:

@@ -124,7 +124,7 @@ class PictureIndex:
 
     def features_of(self, row: int) -> Features | None:
         """Return the features (C,) of an entity's first picture, not standardised; None without."""
-        place = int(np.searchsorted(self.entities, row))
+        place = int(np.searchsorted(self.entities, np.uint32(row)))
         if place == len(self.entities) or self.entities[place] != row:
             return None
         return np.array(self.features[place])

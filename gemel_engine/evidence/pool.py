@@ -89,7 +89,7 @@ class Pool:
     Attributes:
         candidates: Candidates by all sources, the best first; empty if there are none.
         of_form: Rows of the candidates by the sources that depend on the surface form alone, the
-            best first; equal for all mentions of a surface form.
+            best first; equal for all mentions of a surface form, unless their groups are left out.
     """
 
     candidates: tuple[PoolCandidate, ...] = ()

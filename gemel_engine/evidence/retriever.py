@@ -58,7 +58,8 @@ class Retriever:
         if evidence is not None and settings.num_candidates:
             forms = None if index is None else FormStatistics.of_index(index, knowledge_base)
             self._pool = CandidatePool(evidence, forms, CandidatePoolSettings(size=settings.num_candidates))
-            self._vision_width = None if evidence.pictures is None else evidence.pictures.width
+            of_index = None if index is None else index.metadata.vision_width
+            self._vision_width = of_index if evidence.pictures is None else evidence.pictures.width
 
     def retrieve(self, mentions: Sequence[Mention], features: Sequence[Features | None]) -> list[Retrieved]:
         """Return what is found for each of B mentions.

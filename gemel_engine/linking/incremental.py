@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -106,11 +106,15 @@ class PreviousRun:
 
     def note_changes(self, knowledge_base: str) -> None:
         """Compare the previous knowledge base with `knowledge_base` and save the changes, once."""
+        from gemel_engine.evidence.index import changed_pictures
         from gemel_engine.evidence.update import open_knowledge_base
 
         if not storage.exists(f"{self.changes}/changes.json"):
             before = open_knowledge_base(self._run()["settings"]["knowledge_base"], verify=True)
-            KnowledgeBaseChanges.between(before, open_knowledge_base(knowledge_base, verify=True)).save(self.changes)
+            after = open_knowledge_base(knowledge_base, verify=True)
+            changes = KnowledgeBaseChanges.between(before, after)
+            edited = pa.concat_arrays([changes.edited_ids, changed_pictures(before, after)])
+            replace(changes, edited_ids=edited).save(self.changes)
 
     def counts(self) -> dict[str, int]:
         """Return `num_changed_entities` and `num_added_names`."""

@@ -66,11 +66,14 @@ def link_corpus(config: LinkConfig) -> LinkReport:
         GemelError: The configuration, the input or an artifact is unusable (raised before any
             work), or more rows failed than `max_failed_fraction` allows (the output is complete).
     """
+    from gemel_engine.assembly import without_missing_evidence
+
     started = time.monotonic()
     plan, artifacts, contents = checked_plan(config)
     identity = _identity(config, plan, contents)
     run = run_digest(identity)
     claim_output(config.output, identity)
+    config = without_missing_evidence(config, artifacts)
     if (previous := PreviousRun.of(config)) is not None:
         previous.note_changes(config.knowledge_base)
     plan = ordered_plan(config, plan)
@@ -127,7 +130,8 @@ def checked_plan(config: LinkConfig) -> tuple[list[Shard], Artifacts, Contents]:
     Raises:
         GemelError: Something is unusable, or the artifacts do not fit together.
     """
-    from gemel_engine.assembly import check_encoders, open_artifacts, open_calibration, run_contents
+    from gemel_engine.assembly import open_artifacts, open_calibration, open_weights, run_contents
+    from gemel_engine.compatibility import check_encoders
 
     config = validated(config)
     storage.check_kept(config.output)
@@ -138,6 +142,8 @@ def checked_plan(config: LinkConfig) -> tuple[list[Shard], Artifacts, Contents]:
     artifacts = open_artifacts(config, verify=config.verify_artifacts)
     image_encoder = check_encoders(config, artifacts)
     open_calibration(config)
+    if artifacts.evidence is not None:
+        open_weights(config)
     contents = run_contents(
         config,
         artifacts.mention_encoder_fingerprint,

@@ -73,7 +73,7 @@ class GenerateEntityNames:
 
         check_contents(contents, config)
         self._output = config.output
-        self._checks_prompts = config.retrieval.uses_cards
+        self._checks_prompts = config.retrieval.num_candidates > 0
         previous = PreviousRun.of(config)
         added_names = None if previous is None else previous.added_names()
         self._generator = start_generator(config, added_names=added_names)

@@ -114,7 +114,7 @@ class EncodeImages:
 
         self._output = config.output
         self._policy = config.image_source
-        self._skips_kept = not config.retrieval.uses_cards
+        self._skips_kept = not config.retrieval.num_candidates
         self._encoder = load_picture_encoder(config.vision)
         check_content(contents, "image_encoder", config.vision.image_encoder, self._encoder.fingerprint)
 
@@ -155,7 +155,7 @@ class Retrieve:
         from gemel_engine.assembly import open_retriever
 
         self._output = config.output
-        self._skips_kept = not config.retrieval.uses_cards
+        self._skips_kept = not config.retrieval.num_candidates
         self._retriever = open_retriever(config, contents)
 
     def __call__(self, batch: pa.Table) -> pa.Table:

@@ -136,7 +136,7 @@ def report_of(
         size=gallery_size,
         judged=None if judged is None else judged.verdicts,
         training=training,
-        knowledge_base=linked.open_knowledge_base(),
+        knowledge_base=linked.open_knowledge_base() if linked.has_knowledge_base() else None,
         entities=entities,
         image_source=image_source,
     )

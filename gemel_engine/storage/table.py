@@ -279,7 +279,12 @@ class Table:
             mask = pc.is_null(values) if values.null_count else None
             return pa.ListArray.from_arrays(offsets, items, pa.list_(wanted.value_field), mask=mask).cast(wanted)
         if pa.types.is_struct(values.type) and pa.types.is_struct(wanted):
-            items = [self._convert(pc.struct_field(values, field.name), field.type) for field in wanted]
+            items = [
+                self._convert(pc.struct_field(values, field.name), field.type)
+                if values.type.get_field_index(field.name) >= 0
+                else pa.nulls(len(values), field.type)
+                for field in wanted
+            ]
             return pa.StructArray.from_arrays(items, fields=list(wanted), mask=pc.is_null(values))
         return pc.cast(values, options=pc.CastOptions(target_type=wanted, allow_invalid_utf8=True))
 

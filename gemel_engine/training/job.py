@@ -26,7 +26,8 @@ from ray.train import Checkpoint, CheckpointConfig, DataConfig, FailureConfig, R
 from ray.train.torch import TorchTrainer
 
 from gemel_engine import storage
-from gemel_engine.assembly import check_encoders, open_artifacts, run_contents
+from gemel_engine.assembly import open_artifacts, run_contents, without_missing_evidence
+from gemel_engine.compatibility import check_encoders
 from gemel_engine.config.loading import config_json, validated
 from gemel_engine.config.settings import TrainConfig
 from gemel_engine.decoding.language_model import DTYPES
@@ -103,6 +104,7 @@ def train_mapper(config: TrainConfig) -> TrainReport:
     contents = run_contents(config, artifacts.mention_encoder_fingerprint, fingerprint)
     shards = {split: plan_identity(plan) for split, plan in plans.items()}
     claim_output(config.output, run_identity(config, shards, contents))
+    config = without_missing_evidence(config, artifacts)
     connect()
     _check_resources(config)
     prepared = {

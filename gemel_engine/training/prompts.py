@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -46,7 +46,7 @@ def read_examples(tables: Iterable[pa.Table]) -> list[TrainingExample]:
                     Mention(row["mention_id"], row["text"], row["mention"]),
                     row["entity_id"],
                     None if features is None else np.array(features, np.float32),
-                    row_to_retrieved(row.get("retrieved")),
+                    replace(row_to_retrieved(row.get("retrieved")), candidates=()),  # which take memory
                 )
     return [examples[mention_id] for mention_id in sorted(examples)]
 
