@@ -124,8 +124,10 @@ def _csv_rows(
 ) -> _Rows:
     # Escaped bytes that are not UTF-8 are found as lone surrogates, in the one row that has them.
     lines = (f"{line.decode(errors='surrogateescape')}\n" for _, line in read_lines(source))
-    quoting = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
-    reader = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
+    if delimiter == ",":
+        reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    else:
+        reader = csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_NONE, strict=True)
     try:
         header = next(reader, [])
     except csv.Error as error:

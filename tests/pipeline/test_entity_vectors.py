@@ -23,8 +23,8 @@ from gemel_engine.storage import parquet
 STRICT, NONE = KnowledgeBaseSettings(), EntityEncoders()
 
 
-def write(path: Path, features: list[list[float] | None] | None, **columns: list[object]) -> str:
-    table = {"entity_id": list("abcde"), "name": ENTITY_NAMES[:5], **columns}
+def write(path: Path, features: list[list[float] | None] | None, **columns: list[str]) -> str:
+    table: dict[str, list[str]] = {"entity_id": list("abcde"), "name": ENTITY_NAMES[:5], **columns}
     pq.write_table(pa.table(table if features is None else {**table, "image_features": features}), path)
     return str(path)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,7 +19,7 @@ from gemel_engine.evidence.index import open_evidence
 from gemel_engine.evidence.update import local_knowledge_base
 from gemel_engine.knowledge_base.store import KnowledgeBase
 from gemel_engine.pipeline import knowledge_bases
-from gemel_engine.pipeline.entity_vectors import EntityEncoders
+from gemel_engine.pipeline.entity_vectors import EntityEncoders, encode_entities
 from gemel_engine.pipeline.knowledge_bases import build, compact, update
 from gemel_engine.storage import s3
 
@@ -87,7 +88,7 @@ def test_a_killed_merge_is_no_knowledge_base_without_evidence(
     update(base, changes, tmp_path / "up", tokenizer, STRICT, NONE)
     with monkeypatch.context() as patch:
         patch.setattr("gemel_engine.evidence.update.complete_evidence", killed)
-        patch.setattr("shutil.rmtree", lambda *_, **__: None)  # a killed process cleans nothing up
+        patch.setattr(knowledge_bases, "shutil", SimpleNamespace(rmtree=lambda *_, **__: None))  # cleans nothing up
         with pytest.raises(Killed):
             compact(str(tmp_path / "up"), tmp_path / "compact")
     assert not (tmp_path / "compact/knowledge_base.json").exists()
@@ -111,11 +112,10 @@ def test_an_update_does_not_go_on_with_the_vectors_of_another_base(
     with pytest.raises(ConfigurationError, match="unfinished run with another base: remove it"):
         update(second, changes, tmp_path / "write_update_evidence", tokenizer, STRICT, NONE)
     described: list[object] = []
-    encode = knowledge_bases.encode_entities
 
     def encode_and_note(uri: str, *arguments: object) -> object:
         described.extend(pq.read_table(uri)["description"].to_pylist())
-        return encode(uri, *arguments)  # type: ignore[arg-type]
+        return encode_entities(uri, *arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(knowledge_bases, "encode_entities", encode_and_note)
     update(second, changes, tmp_path / "encode_entities", tokenizer, STRICT, NONE)
