@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 from pydantic import Field
@@ -12,6 +12,7 @@ from tyro.conf import Positional, arg
 
 from gemel_engine.cli.options import checked
 from gemel_engine.errors import ConfigurationError
+from gemel_engine.importers.commons import ThumbnailWidth
 
 Dump = Annotated[Positional[str], arg(metavar="DUMP")]
 Files = Annotated[Positional[tuple[str, ...]], arg(metavar="DUMP... OUTPUT.parquet")]
@@ -19,8 +20,6 @@ Input = Annotated[Positional[str], arg(metavar="INPUT")]
 Output = Annotated[Positional[Path], arg(metavar="OUTPUT.parquet")]
 Languages = Annotated[tuple[str, ...], Field(min_length=1)]
 Separator = Annotated[str, Field(min_length=1)]
-# A copy of `importers.commons.ThumbnailWidth`, whose module is imported when it is needed.
-Width = Literal[20, 40, 60, 120, 250, 330, 500, 960, 1280, 1920, 3840]
 
 
 def import_entities(arguments: Sequence[str]) -> None:
@@ -41,7 +40,7 @@ def import_wikidata(
     *,
     languages: Languages = ("en",),
     leave_out: tuple[str, ...] = (),
-    image_width: Width = 500,
+    image_width: ThumbnailWidth = 500,
 ) -> None:
     """Read the items of Wikidata that have a label in one of the languages.
 
@@ -66,7 +65,7 @@ def import_wikidata(
     write_entities(output, entities, report)
 
 
-def import_dbpedia(files: Files, *, languages: Languages = ("en",), image_width: Width = 500) -> None:
+def import_dbpedia(files: Files, *, languages: Languages = ("en",), image_width: ThumbnailWidth = 500) -> None:
     """Read the resources of DBpedia that have a label in one of the languages.
 
     Memory stays below 1 GiB; the directory for temporary files (TMPDIR) needs about twice the
@@ -97,8 +96,9 @@ def import_table(input: Input, output: Output, *, columns: tuple[str, ...] = (),
     Args:
         input: Table named *.parquet, *.csv, *.tsv, *.jsonl, *.ndjson or *.json, or a directory of
             Parquet files: local or s3://bucket/prefix. Text may be compressed by gzip, bzip2 or
-            Zstandard. Required columns: `entity_id` and `name`; optional columns: `description`,
-            `popularity`, `aliases`, `image_uri`, `language`.
+            Zstandard; fields of CSV may be quoted, those of TSV may not. Required columns:
+            `entity_id` and `name`; optional columns: `description`, `popularity`, `aliases`,
+            `image_uri`, `language`.
         output: Parquet file to write; an existing one is replaced.
         columns: Names of columns in the table where they differ: name=title aliases=redirects.
         separator: Text between the items of `aliases` and `image_uri` in CSV and TSV.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from gemel_engine.config.bounds import Count, NumBytes, NumPixels
+from gemel_engine.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from gemel_engine.config.components import KnowledgeBaseSettings
@@ -74,10 +75,19 @@ class EncoderOptions:
     max_image_bytes: NumBytes = 20_000_000
 
     def encoders(self) -> EntityEncoders:
-        """Return the encoders that are named."""
+        """Return the encoders that are named.
+
+        Raises:
+            ConfigurationError: Weights of an image encoder are named without the encoder.
+        """
         from gemel_engine.config.components import ImagePolicy
         from gemel_engine.pipeline.entity_vectors import EntityEncoders
 
+        if self.image_encoder_pretrained is not None and self.image_encoder is None:
+            raise ConfigurationError(
+                f"--image-encoder-pretrained is {self.image_encoder_pretrained!r} without --image-encoder: name its "
+                "architecture, too, or leave both out"
+            )
         return EntityEncoders(
             mention_encoder=self.mention_encoder,
             image_encoder=self.image_encoder,
@@ -115,8 +125,14 @@ def build_kb(
     from gemel_engine.tokenizer import load_tokenizer
 
     started = time.perf_counter()
+    models = encoders.encoders()
+    if not evidence and (models.mention_encoder or models.image_encoder):
+        raise ConfigurationError(
+            "--no-evidence is given together with --mention-encoder or --image-encoder, which compute evidence: leave "
+            "out one or the other"
+        )
     tokenizer = load_tokenizer(names.tokenizer)
-    built = build(entities, output, tokenizer, names.settings(), encoders.encoders() if evidence else None)
+    built = build(entities, output, tokenizer, names.settings(), models if evidence else None)
     report = built.knowledge_base
     logger.info(
         "%s: %d entities, %d names of at most %d tokens, %d entities skipped, %d aliases repeated, %d aliases "
@@ -188,10 +204,9 @@ def compact_kb(knowledge_base: KnowledgeBase, output_dir: OutputDir) -> None:
         knowledge_base: Directory written by `gemel update-kb`, local or s3://bucket/prefix.
         output_dir: New or empty local directory.
     """
-    from gemel_engine.evidence.update import EVIDENCE
-    from gemel_engine.knowledge_base.update import compact_knowledge_base
+    from gemel_engine.pipeline.knowledge_bases import compact
 
     started = time.perf_counter()
-    report = compact_knowledge_base(knowledge_base, output_dir, EVIDENCE)
+    report = compact(knowledge_base, output_dir)
     seconds = time.perf_counter() - started
     logger.info("%s: %d entities, %d names, in %.1f s", output_dir, report.num_entities, report.num_names, seconds)

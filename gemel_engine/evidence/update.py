@@ -1,6 +1,7 @@
 """The evidence of updates: vectors of added and replaced entities, merged with those of the base.
 
-An update of a knowledge base with embeddings or pictures has a directory `evidence`:
+An update has a directory `evidence` if its base has embeddings or pictures, or if its changes have
+features of pictures:
 
     update.json         checksum of the changes, encoder fingerprints, checksums of the parts; last
     part-*.parquet      vectors of added and replaced entities (see `parts`)
@@ -163,9 +164,9 @@ EVIDENCE = knowledge_base_update.Companion(merge_evidence, _version)
 def _part_files(update: Path, base: EvidenceManifest) -> list[str]:
     """Return the paths of the parts of an update, after a check of every byte."""
     directory, remedy = update / DIRECTORY, "write the update again with `gemel update-kb`"
-    if not has_vectors(base):
-        return []
     if not directory.is_dir():
+        if not has_vectors(base):
+            return []
         raise ArtifactError(f"the base of {update} has embeddings or pictures, the update has none: {remedy}")
     path = directory / UPDATE_MANIFEST
     manifest = parse_manifest(read_manifest(path, FORMAT_VERSION), UpdateEvidence, path)

@@ -1,7 +1,7 @@
 """Reads entities from any table: Parquet, CSV, TSV or JSON Lines.
 
 The name of a file tells its format, such as `entities.csv.gz`; whatever is not named as one of text
-is Parquet. Text may be compressed.
+is Parquet. Text may be compressed. Fields of CSV may be quoted; in TSV a quote is a character.
 """
 
 from __future__ import annotations
@@ -98,9 +98,15 @@ def _parquet_rows(source: str, names: Collection[str], required: Collection[str]
 
 def _json_rows(source: str, names: Collection[str], required: Collection[str], report: ImportReport) -> _Rows:
     seen: dict[str, None] = {}
+    is_first = True
     for number, line in read_lines(source):
         if not line.strip():
             continue
+        if is_first and line.lstrip().startswith(b"["):
+            raise InputError(
+                f"{shown(source)}, line {number} begins a JSON array: write JSON Lines, one object on each line"
+            )
+        is_first = False
         try:
             row = json.loads(line)
             if not isinstance(row, dict):
@@ -118,8 +124,16 @@ def _csv_rows(
 ) -> _Rows:
     # Escaped bytes that are not UTF-8 are found as lone surrogates, in the one row that has them.
     lines = (f"{line.decode(errors='surrogateescape')}\n" for _, line in read_lines(source))
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
-    header = next(reader, [])
+    if delimiter == ",":
+        reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    else:
+        reader = csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_NONE, strict=True)
+    try:
+        header = next(reader, [])
+    except csv.Error as error:
+        raise InputError(
+            f"{shown(source)}, line 1 names the columns and is malformed ({error}): write it again"
+        ) from error
     _check_columns(source, header, names, required)
     while True:
         first = reader.line_num + 1

@@ -74,5 +74,8 @@ def _texts(entities: pa.Table, column: str) -> pa.Array:
     """Return a column as strings, lists joined, empty where it is null."""
     values = entities[column].combine_chunks()
     if pa.types.is_list(values.type):
-        values = pc.binary_join(values, pa.scalar("\x1f", values.type.value_type))
+        lengths = pc.fill_null(pc.list_value_length(values), 0).to_numpy()
+        offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
+        items = pa.ListArray.from_arrays(offsets, pc.fill_null(values.flatten(), ""))
+        values = pc.binary_join(items, pa.scalar("\x1f", values.type.value_type))
     return pc.fill_null(values, "")

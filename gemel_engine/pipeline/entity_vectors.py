@@ -76,20 +76,26 @@ class EncodeEntities:
         parts: Address of the directory of the parts.
         encoders: Models and limits.
         expected: Fingerprints of the encoders at the start of the run; None: not compared.
+        vision_width: Width of features of the table without an image encoder, whose width it is
+            otherwise; None if none are usable.
 
     Raises:
         ArtifactError: An encoder can't be loaded, or is another one than at the start.
     """
 
     def __init__(
-        self, parts: str, encoders: EntityEncoders, expected: tuple[str | None, str | None] | None = None
+        self,
+        parts: str,
+        encoders: EntityEncoders,
+        expected: tuple[str | None, str | None] | None = None,
+        vision_width: int | None = None,
     ) -> None:
         from gemel_engine.retrieval.encoder import MentionEncoder
         from gemel_engine.vision.encoder import ImageEncoder, PictureEncoder
 
         self._parts, self._encoders = parts, encoders
         self._texts = self._pictures = None
-        self._vision_width: int | None = None
+        self._vision_width = vision_width
         if encoders.mention_encoder is not None:
             self._texts = MentionEncoder(encoders.mention_encoder, device=encoders.device)
         if encoders.image_encoder is not None:
@@ -159,14 +165,31 @@ class EncodeEntities:
 
     def _checked(self, features: NDArray[np.float64]) -> Features | MentionError:
         """Return features of the table, or why they are unusable."""
-        self._vision_width = self._vision_width or len(features)
-        with np.errstate(over="ignore"):  # values too large become infinite
-            values = features.astype(np.float32)
-        if are_features(values, self._vision_width):
+        values, width = _as_features(features), self._vision_width or len(features)
+        if are_features(values, width):
             return values
-        return MentionError(
-            f"image_features holds {len(features)} numbers: give {self._vision_width} finite ones of at most 1e6"
-        )
+        return MentionError(f"image_features holds {len(features)} numbers: give {width} finite ones of at most 1e6")
+
+
+def features_width(entities_uri: str) -> int | None:
+    """Return the width of the first usable `image_features` of a table; None if it has none.
+
+    Raises:
+        InputError: The table is unreadable.
+    """
+    for table in parquet.open_tables(entities_uri, ENTITY_COLUMNS):
+        if "image_features" not in table.names:
+            continue
+        for piece in table.pieces(["image_features"], max_rows=_ROWS_PER_READ):
+            for item in (item for items in piece["image_features"].to_pylist() for item in items or () if item):
+                if are_features(_as_features(np.array(item, np.float64)), len(item)):
+                    return len(item)
+    return None
+
+
+def _as_features(values: NDArray[np.float64]) -> Features:
+    with np.errstate(over="ignore"):  # values too large become infinite
+        return values.astype(np.float32)
 
 
 def _part(
@@ -187,7 +210,13 @@ def _part(
     )
 
 
-def encode_entities(entities_uri: str, parts: str, encoders: EntityEncoders, identity: dict[str, Any]) -> list[str]:
+def encode_entities(
+    entities_uri: str,
+    parts: str,
+    encoders: EntityEncoders,
+    identity: dict[str, Any],
+    vision_width: int | None = None,
+) -> list[str]:
     """Write the parts of a table of entities that do not exist yet; return the addresses of all.
 
     Args:
@@ -196,6 +225,8 @@ def encode_entities(entities_uri: str, parts: str, encoders: EntityEncoders, ide
         encoders: Models and limits.
         identity: What the parts depend on, with the fingerprints `mention_encoder` and
             `image_encoder`; a run goes on only from parts of equal identity.
+        vision_width: Width of the features of the table; None: that of the first usable ones.
+            Others are unusable.
 
     Raises:
         ArtifactError: An encoder can't be loaded.
@@ -207,17 +238,19 @@ def encode_entities(entities_uri: str, parts: str, encoders: EntityEncoders, ide
     for table in parquet.open_tables(entities_uri, ENTITY_COLUMNS, ("entity_id",)):
         plan += cut_file(table.file.uri, version_of(table.file), table.num_rows, _ROWS_PER_PART, len(plan))
     remaining = _remaining(plan, parts)
+    if remaining and encoders.image_encoder is None and vision_width is None:
+        vision_width = features_width(entities_uri)
     has_models = encoders.mention_encoder or encoders.image_encoder
     if has_models and (len(remaining) > 1 or (remaining and encoders.device == "cuda")):
         from gemel_engine.pipeline.ray_data import run_each
 
         expected = identity["mention_encoder"], identity["image_encoder"]
         num_gpus = 1 if encoders.device == "cuda" else 0
-        arguments = parts, encoders, expected
+        arguments = parts, encoders, expected, vision_width
         shards = [asdict(shard) for shard in remaining]
         run_each(shards, EncodeEntities, arguments, num_cpus=_CPUS_PER_ACTOR, num_gpus=num_gpus)
     elif remaining:
-        stage = EncodeEntities(parts, encoders)
+        stage = EncodeEntities(parts, encoders, vision_width=vision_width)
         for shard in remaining:
             stage.write_part(shard)
     if missing := _remaining(plan, parts):

@@ -1,15 +1,17 @@
-"""Builds and updates knowledge bases together with their evidence, so that a killed run goes on.
+"""Builds, updates and merges knowledge bases with their evidence, so that a killed run goes on.
 
 Everything is written beside its place and moved there at the end, the manifest of the knowledge
 base last. What takes long, the vectors of entities, is written to the output in parts, which are
 removed at the end:
 
     OUTPUT/evidence-parts/      vectors of entities (see `evidence.parts`)
-    OUTPUT/.unfinished/         the other files; in S3: a temporary directory of this machine
+    OUTPUT/.unfinished/         the other files; in S3, where they are in a temporary directory of
+                                this machine: a mark that their upload has begun
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import tempfile
@@ -26,9 +28,10 @@ from transformers import PreTrainedTokenizerFast
 
 from gemel_engine import storage
 from gemel_engine.config.components import KnowledgeBaseSettings
-from gemel_engine.errors import ConfigurationError, shown
+from gemel_engine.errors import ConfigurationError, InputError, shown
 from gemel_engine.evidence.index import (
     DIRECTORY,
+    EvidenceIndex,
     EvidenceManifest,
     complete_evidence,
     entities_checksum,
@@ -39,9 +42,20 @@ from gemel_engine.evidence.update import EVIDENCE, has_vectors, local_knowledge_
 from gemel_engine.knowledge_base.build import KnowledgeBaseReport, build_knowledge_base, read_entities
 from gemel_engine.knowledge_base.columns import ENTITY_COLUMNS
 from gemel_engine.knowledge_base.store import MANIFEST, TRIE_DIRECTORY, KnowledgeBase
-from gemel_engine.knowledge_base.update import UpdateReport, changed_records, update_knowledge_base
-from gemel_engine.knowledge_base.update_files import read_contents
-from gemel_engine.pipeline.entity_vectors import IMAGE_COLUMNS, TEXT_COLUMNS, EntityEncoders, encode_entities
+from gemel_engine.knowledge_base.update import (
+    UpdateReport,
+    changed_records,
+    compact_knowledge_base,
+    update_knowledge_base,
+)
+from gemel_engine.knowledge_base.update_files import read_update_manifest
+from gemel_engine.pipeline.entity_vectors import (
+    IMAGE_COLUMNS,
+    TEXT_COLUMNS,
+    EntityEncoders,
+    encode_entities,
+    features_width,
+)
 from gemel_engine.storage import parquet
 from gemel_engine.storage.manifest import claimed
 
@@ -123,7 +137,7 @@ def update(
     settings: KnowledgeBaseSettings,
     encoders: EntityEncoders,
 ) -> UpdateReport:
-    """Write an update of a knowledge base, with evidence if the base has embeddings or pictures.
+    """Write an update of a knowledge base, with evidence if the base or the changes have vectors.
 
     Args:
         base: Address of a knowledge base or an update.
@@ -136,7 +150,8 @@ def update(
     Raises:
         ArtifactError: The base or an encoder is unusable.
         ConfigurationError: The encoders are not those of the base; or as for `build`.
-        InputError: The changes are unusable, see `update_knowledge_base`.
+        InputError: The changes are unusable, see `update_knowledge_base`; or their features are of
+            another width than those of the base.
     """
     with _staged(_absolute(str(output))) as staging:
         table = read_entities(changes_uri, also=("retired",))
@@ -144,20 +159,42 @@ def update(
         evidence = open_evidence(base_directory)
         fingerprints = encoders.fingerprints()
         _check_encoders(base, None if evidence is None else evidence.manifest, fingerprints)
+        width = _checked_width(base, evidence, changes_uri)
         report = update_knowledge_base(base, table, tokenizer, staging, settings, EVIDENCE)
-        if evidence is None or not has_vectors(evidence.manifest):
+        if evidence is None or not (has_vectors(evidence.manifest) or _has_features(changes_uri)):
             return report
         records = changed_records(staging, KnowledgeBase.open(base_directory))
         addresses: list[str] = []
         if len(records):
+            manifest = read_update_manifest(staging)
+            identity = _identity(changes_uri, manifest.changes_sha256, fingerprints) | {
+                "base": manifest.base.sha256,
+                "kept_columns": manifest.kept_columns,
+            }
+            digest = sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
             parts = output.absolute() / _PARTS
-            _write_records(changes_uri, records, parts / "records", staging / "records")
-            changes = str(read_contents(staging)["changes_sha256"])
-            identity = _identity(changes_uri, changes, fingerprints)
-            addresses = encode_entities(str(parts / "records"), str(parts), encoders, identity)
+            written = parts / f"records-{digest}"
+            _write_records(changes_uri, records, written, staging / "records")
+            addresses = encode_entities(str(written), str(parts), encoders, identity, width)
         write_update_evidence(staging, addresses, evidence.manifest)
         _warn_of_pictures(VectorParts(addresses, records["entity_id"].combine_chunks()))
         return report
+
+
+def compact(knowledge_base: str, output: Path) -> KnowledgeBaseReport:
+    """Merge an update with its base, and their evidence, into a knowledge base that needs neither.
+
+    Args:
+        knowledge_base: Address of the update.
+        output: New or empty local directory, or one with an unfinished merge.
+
+    Raises:
+        ArtifactError: The update or its base is unusable.
+        ConfigurationError: The output is not empty, another command is writing to it, or
+            `knowledge_base` is no update.
+    """
+    with _staged(_absolute(str(output))) as staging:
+        return compact_knowledge_base(knowledge_base, staging, EVIDENCE)
 
 
 @contextmanager
@@ -180,13 +217,21 @@ def _staged(output: str) -> Iterator[Path]:
         is_unfinished = names <= _OURS and not names.isdisjoint({_PARTS, _STAGING})
         if names - {".being-written"} and not is_unfinished:
             raise ConfigurationError(f"{shown(output)} is not an empty directory; remove it or name a new one")
+        for name in names - {".being-written", _PARTS, _STAGING}:  # of a publication that was killed
+            if local is not None and not (local / name).is_dir():
+                (local / name).unlink()
+            else:  # does nothing to a single object in S3, which is replaced
+                storage.remove_tree(f"{output}/{name}")
         if local is not None:
-            for name in names - {".being-written", _PARTS}:
-                storage.remove_tree(str(local / name)) if (local / name).is_dir() else (local / name).unlink()
+            storage.remove_tree(str(staging))
             staging.mkdir()
         yield staging
+        if local is None:
+            storage.write_bytes(f"{output}/{_STAGING}/upload", b"")
         storage.publish_directory(staging, output, MANIFEST)
         storage.remove_tree(f"{output}/{_PARTS}")
+        if local is None:
+            storage.remove_tree(f"{output}/{_STAGING}")
 
 
 def _absolute(output: str) -> str:
@@ -196,7 +241,30 @@ def _absolute(output: str) -> str:
 
 
 def _has_features(entities_uri: str) -> bool:
-    return any("image_features" in table.names for table in parquet.open_tables(entities_uri))
+    return any("image_features" in table.names for table in parquet.open_tables(entities_uri, ENTITY_COLUMNS))
+
+
+def _checked_width(base: str, evidence: EvidenceIndex | None, changes_uri: str) -> int | None:
+    """Return the width of the features of a base's pictures; None if it has none.
+
+    Raises:
+        InputError: The changes have features of another width.
+    """
+    if evidence is None and _has_features(changes_uri):
+        logger.warning(
+            "%s: image_features are left out, because the knowledge base %s has no evidence",
+            shown(changes_uri),
+            shown(base),
+        )
+    if evidence is None or evidence.pictures is None:
+        return None
+    width, given = evidence.pictures.width, features_width(changes_uri)
+    if given not in (None, width):
+        raise InputError(
+            f"{shown(changes_uri)}: image_features hold {given} numbers, those of the knowledge base {shown(base)} "
+            f"{width}: use the features of one image encoder"
+        )
+    return width
 
 
 def _identity(source: str, checksum: str, fingerprints: tuple[str | None, str | None]) -> dict[str, Any]:

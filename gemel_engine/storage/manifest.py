@@ -143,7 +143,7 @@ def _remove_if_left_behind(claim: Path) -> None:
         return
     try:
         os.kill(int(found[1]), 0)  # sends nothing
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):  # no process has a number too large
         taken = claim.with_name(f"{_CLAIM}-{uuid.uuid4().hex}")
         with suppress(FileNotFoundError):  # another command has removed it
             claim.rename(taken)

@@ -278,6 +278,8 @@ class Table:
             items = self._convert(values.flatten(), wanted.value_type)
             mask = pc.is_null(values) if values.null_count else None
             return pa.ListArray.from_arrays(offsets, items, pa.list_(wanted.value_field), mask=mask).cast(wanted)
+        if pa.types.is_struct(values.type) and pa.types.is_large_binary(wanted):  # a picture {bytes, path}
+            return self._convert(pc.struct_field(values, "bytes"), wanted)
         if pa.types.is_struct(values.type) and pa.types.is_struct(wanted):
             items = [
                 self._convert(pc.struct_field(values, field.name), field.type)

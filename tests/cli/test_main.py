@@ -99,6 +99,11 @@ def test_the_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
         (("evaluate", "out", "--gallery-size", "-1"), "--gallery-size is -1: Input should be greater than or equal"),
         (("calibrate", "out", "c", "--nil-precision", "nan"), "--nil-precision is nan: Input should be a finite"),
         (("build-kb", "e", "kb", "--tokenizer", "t", "--max-name-tokens", "0"), "--max-name-tokens is 0: "),
+        (
+            ("build-kb", "e", "kb", "--tokenizer", "t", "--no-evidence", "--mention-encoder", "m"),
+            "--no-evidence is given",
+        ),
+        (("build-kb", "e", "kb", "--tokenizer", "t", "--image-encoder-pretrained", "w"), "without --image-encoder"),
         (("plan", "examples/emoji/link.toml", "--price-per-actor-hour", "inf"), "price_per_actor_hour: Input should"),
     ],
 )

@@ -13,7 +13,6 @@ import pytest
 from support.s3_server import S3Server
 
 from gemel_engine.cli.main import main
-from gemel_engine.importers.commons import ThumbnailWidth
 from gemel_engine.importers.entities import SCHEMA
 from gemel_engine.storage import write_bytes
 
@@ -89,9 +88,3 @@ def test_what_cannot_be_imported_is_explained(
     assert run(monkeypatch, *arguments) == code
     assert message in " ".join(capsys.readouterr().err.replace("│", "").split())
     assert sorted(os.listdir()) == before
-
-
-def test_the_command_offers_the_widths_of_commons() -> None:
-    from gemel_engine.cli.importers import Width
-
-    assert Width == ThumbnailWidth

@@ -3,6 +3,7 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +45,12 @@ CSV = (
 
 @pytest.mark.parametrize("name", ["e.csv", "e.CSV.gz", "e.tsv"])
 def test_numbers_in_texts_stay_texts(tmp_path: Path, name: str) -> None:
-    content = (
-        CSV.replace(",\nby", ";\nby").replace(",", "\t").replace(";\nby", ",\nby") if "tsv" in name else CSV
-    ).encode()
+    tsv = CSV.replace('"A ""novel"",\nby Orwell"', 'A "novel"; by Orwell').replace(",", "\t").replace(";", ",")
+    content = (tsv if "tsv" in name else CSV).encode()
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
     found, report = read(tmp_path / name)
-    assert found == EXPECTED
+    first = replace(EXPECTED[0], description='A "novel", by Orwell') if "tsv" in name else EXPECTED[0]
+    assert found == [first, EXPECTED[1]]
     assert report.num_unusable == 0
 
 
@@ -137,6 +138,25 @@ def test_a_missing_column_is_refused(tmp_path: Path, name: str) -> None:
         read(source)
     with pytest.raises(InputError, match="has no column 'also'"):
         read(source, name="title", aliases="also")
+
+
+def test_quotes_in_tsv_are_characters(tmp_path: Path) -> None:
+    (tmp_path / "e.tsv").write_text('entity_id\tname\n1\t"Heroes\n2\tB"\n')
+    found, _ = read(tmp_path / "e.tsv")
+    assert [entity.name for entity in found] == ['"Heroes', 'B"']
+
+
+def test_a_malformed_header_is_refused_with_its_line(tmp_path: Path) -> None:
+    (tmp_path / "e.csv").write_text('entity_id,"name"x\n1,A\n')
+    with pytest.raises(InputError, match="line 1 names the columns and is malformed"):
+        read(tmp_path / "e.csv")
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_json_array_is_refused_as_one(tmp_path: Path, indent: int | None) -> None:
+    (tmp_path / "e.json").write_text(json.dumps([{"entity_id": "1", "name": "A"}], indent=indent))
+    with pytest.raises(InputError, match="line 1 begins a JSON array: write JSON Lines"):
+        read(tmp_path / "e.json")
 
 
 def test_columns_that_are_not_imported_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -54,3 +54,10 @@ def test_retired_renamed_edited_and_added_entities_are_told_apart(tmp_path: Path
     changes.save(str(tmp_path / "changes"))
     stored = pq.read_table(tmp_path / "changes/entities.parquet").to_pylist()
     assert {row["entity_id"] for row in stored if row["is_edited"]} == {"aliased", "described"}
+
+
+def test_aliases_are_compared_though_one_is_null(tmp_path: Path) -> None:
+    before = built(tmp_path / "before", [{"entity_id": "a", "name": "a", "aliases": ["x", None]}])
+    after = built(tmp_path / "after", [{"entity_id": "a", "name": "a", "aliases": ["y", None]}])
+    assert KnowledgeBaseChanges.between(before, after).edited_ids.to_pylist() == ["a"]
+    assert not len(KnowledgeBaseChanges.between(before, before).edited_ids)

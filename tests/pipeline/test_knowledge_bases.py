@@ -29,11 +29,10 @@ from gemel_engine.config.components import ImagePolicy, KnowledgeBaseSettings
 from gemel_engine.errors import ArtifactError, ConfigurationError
 from gemel_engine.evidence.index import EvidenceIndex, open_evidence
 from gemel_engine.evidence.pool import CandidatePool
-from gemel_engine.evidence.update import EVIDENCE, local_knowledge_base
+from gemel_engine.evidence.update import local_knowledge_base
 from gemel_engine.knowledge_base.store import KnowledgeBase
-from gemel_engine.knowledge_base.update import compact_knowledge_base
 from gemel_engine.pipeline.entity_vectors import EntityEncoders
-from gemel_engine.pipeline.knowledge_bases import build, update
+from gemel_engine.pipeline.knowledge_bases import build, compact, update
 from gemel_engine.retrieval.encoder import MentionEncoder
 from gemel_engine.tokenizer import load_tokenizer
 from gemel_engine.types import Mention
@@ -208,7 +207,7 @@ def test_an_update_merged_has_the_evidence_of_one_built_anew(
     ]
     up = str(tmp_path / "up")
     update(up, write(tmp_path / "p.parquet", pictures), tmp_path / "second", tokenizer, STRICT, encoders)
-    compact_knowledge_base(str(tmp_path / "second"), tmp_path / "compact", EVIDENCE)
+    compact(str(tmp_path / "second"), tmp_path / "compact")
 
     anew: dict[str, dict[str, Any]] = {row["entity_id"]: row for row in rows()}
     for change in [*changes, *pictures]:

@@ -22,9 +22,10 @@ def ended_process() -> int:
     return process.pid
 
 
-def test_the_claim_of_a_process_that_has_ended_is_void(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [None, 10**30])
+def test_the_claim_of_a_process_that_has_ended_is_void(tmp_path: Path, number: int | None) -> None:
     claim = tmp_path / ".being-written"
-    claim.write_text(f"process {ended_process()} on {socket.gethostname()}")
+    claim.write_text(f"process {number or ended_process()} on {socket.gethostname()}")
     with claimed(tmp_path):
         assert claim.read_text() == f"process {os.getpid()} on {socket.gethostname()}"
         with pytest.raises(ConfigurationError, match="is being written by another command"), claimed(tmp_path):
