@@ -71,7 +71,7 @@ class LexicalIndex:
         """
         # tantivy locks the directory, which may be read-only: open a temporary directory of links.
         try:
-            with tempfile.TemporaryDirectory(prefix="gemel-lexical-") as links:
+            with tempfile.TemporaryDirectory(prefix="gemel-lexical-", ignore_cleanup_errors=True) as links:
                 for path in directory.iterdir():
                     Path(links, path.name).symlink_to(path.absolute())
                 index = tantivy.Index.open(links)
