@@ -81,6 +81,7 @@ def test_every_model_and_artifact_belongs_to_the_run(
     assert contents.keys() == {
         *("language_model", "mention_encoder", "image_encoder"),
         *("knowledge_base", "demonstrations", "feature_mapper"),
+        "weights",
     }
 
 

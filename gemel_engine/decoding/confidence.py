@@ -177,7 +177,7 @@ def scoring_settings(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     retrieval = {key: value for key, value in settings["retrieval"].items() if key != "mention_encoder"}
     model = {"name": Path(settings["language_model"]["name"]).name}
     search = {key: value for key, value in settings["search"].items() if key != "width"}
-    score = dict(settings["score"])
+    score = dict(settings.get("score") or {"kind": "language_model", "weights": None, "risk": 0.0})
     score["weights"] = score["weights"] and Path(score["weights"]).name
     return {
         "language_model": model,
