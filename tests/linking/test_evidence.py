@@ -92,6 +92,7 @@ def test_evidence_decides_alone_at_an_accepted_risk(config: LinkConfig, local_ra
         describe_run(replace(config, output=f"{config.output}-2", score=replace(config.score, risk=0.001)))
 
 
+@pytest.mark.heavy
 def test_a_run_goes_on_with_an_update_of_knowledge_base_and_evidence(
     config: LinkConfig, evident: dict[str, Path], local_ray: None
 ) -> None:
