@@ -128,7 +128,16 @@ def without_entities(corpus: Corpus, directory: Path) -> list[str]:
     pq.write_table(train.filter(pc.is_in(train["entity_id"], kept)), directory / "train.parquet")
     settings, entities_path = corpus.settings, f"{directory}/entities.parquet"
     model = settings.language_model.name
-    run("-m", "gemel_engine.cli.main", "build-kb", entities_path, f"{directory}/kb", "--tokenizer", model)
+    run(
+        "-m",
+        "gemel_engine.cli.main",
+        "build-kb",
+        entities_path,
+        f"{directory}/kb",
+        "--tokenizer",
+        model,
+        "--no-evidence",
+    )
     encoders = ["--mention-encoder", str(settings.retrieval.mention_encoder)]
     if settings.vision.image_encoder is not None:
         encoders += ["--image-encoder", settings.vision.image_encoder]

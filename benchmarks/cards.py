@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 import tyro
 from record import record, to_digits
 
-from gemel_engine.config.components import EngineSettings, KnowledgeBaseSettings, RetrievalSettings
+from gemel_engine.config.components import EngineSettings, KnowledgeBaseSettings, RetrievalSettings, ScoreSettings
 from gemel_engine.config.settings import LinkConfig
 from gemel_engine.evidence.index import DIRECTORY, build_evidence
 from gemel_engine.evidence.retriever import Retriever
@@ -72,17 +72,7 @@ def main(
         rows = random.Random(SEED).sample(rows, num_mentions)
     rows.sort(key=lambda row: (row["mention"], row["mention_id"]))
     buckets = buckets_of(rows, data)
-    linker = Linker(
-        LinkConfig(
-            input=str(data / "dev.parquet"),
-            output=str(WORK / "linked"),
-            knowledge_base=str(WORK / "knowledge_base"),
-            demonstrations=str(WORK / "demonstrations"),
-            language_model=EngineSettings(name=language_model, dtype="float32"),
-            retrieval=RetrievalSettings(mention_encoder=mention_encoder),
-            max_failed_fraction=0.0,
-        )
-    )
+    linker = opened(data, language_model, mention_encoder)
     command = (
         f"python benchmarks/cards.py DATA --language-model {language_model} --mention-encoder {mention_encoder} "
         + ("" if num_mentions is None else f"--num-mentions {num_mentions} ")
@@ -98,6 +88,21 @@ def main(
             if not settings and num_mentions is None:
                 publish(values, "zero_shot" if text == "zero_shot=1" else "cards", command.rstrip(), what)
         logger.info("%s %s", key, {name: v for name, v in results[key]["value"].items() if name != "right"})
+
+
+def opened(data: Path, language_model: str, mention_encoder: str) -> Linker:
+    """A linker over the indexes of `prepare`, in which the language model ranks alone."""
+    return Linker(
+        LinkConfig(
+            input=str(data / "dev.parquet"),
+            output=str(WORK / "linked"),
+            knowledge_base=str(WORK / "knowledge_base"),
+            demonstrations=str(WORK / "demonstrations"),
+            language_model=EngineSettings(name=language_model, dtype="float32"),
+            retrieval=RetrievalSettings(mention_encoder=mention_encoder),
+            score=ScoreSettings(kind="language_model"),
+        )
+    )
 
 
 def publish(values: dict[str, object], name: str, command: str, what: str) -> None:

@@ -101,7 +101,16 @@ def prepare(wikidiverse: Path, num_mentions: int) -> dict[str, pa.Table]:
     model = load_config(LinkConfig, CONFIG).language_model.name
     if not (WORK / "before" / MANIFEST).exists():
         pq.write_table(before.filter(pc.invert(is_added)), WORK / "before.parquet")
-        run("-m", "gemel_engine.cli.main", "build-kb", f"{WORK}/before.parquet", f"{WORK}/before", "--tokenizer", model)
+        run(
+            "-m",
+            "gemel_engine.cli.main",
+            "build-kb",
+            f"{WORK}/before.parquet",
+            f"{WORK}/before",
+            "--tokenizer",
+            model,
+            "--no-evidence",
+        )
     for name, table in changes.items():
         if not (WORK / name / MANIFEST).exists():
             pq.write_table(table, WORK / f"{name}.parquet")

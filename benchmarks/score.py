@@ -23,12 +23,10 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import tyro
-from cards import WORK as CARDS
-from cards import buckets_of, prepare
+from cards import buckets_of, opened, prepare
 from record import difference, record, to_digits
 
-from gemel_engine.config.components import EngineSettings, RetrievalSettings, ScoreSettings, SearchSettings
-from gemel_engine.config.settings import LinkConfig
+from gemel_engine.config.components import SearchSettings
 from gemel_engine.decoding.generator import EntityNameGenerator
 from gemel_engine.evaluation.fit_score import LabelledPools, conditional_logit, fit_score
 from gemel_engine.evidence import weights as shipped
@@ -98,21 +96,6 @@ def main(
     stored: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     stored |= {name: record(value, command, what) for name, value in results.items()}
     RESULTS.write_text(json.dumps(stored, indent=2) + "\n")
-
-
-def opened(data: Path, language_model: str, mention_encoder: str) -> Linker:
-    """A linker whose weights and retriever are set later."""
-    return Linker(
-        LinkConfig(
-            input=str(data / "dev.parquet"),
-            output=str(WORK / "linked"),
-            knowledge_base=str(CARDS / "knowledge_base"),
-            demonstrations=str(CARDS / "demonstrations"),
-            language_model=EngineSettings(name=language_model, dtype="float32"),
-            retrieval=RetrievalSettings(mention_encoder=mention_encoder),
-            score=ScoreSettings(kind="language_model"),
-        )
-    )
 
 
 def with_weights(

@@ -98,6 +98,7 @@ def prepare(data: Path, language_model: str, mention_encoder: str, num_mentions:
             str(WORK / "knowledge_base"),
             "--tokenizer",
             language_model,
+            "--no-evidence",  # the model and its demonstrations alone are measured
         )
     if not (WORK / "demonstrations/index.json").exists():
         train = str(data / "train.parquet")

@@ -154,9 +154,12 @@ class EntityNameGenerator:
     def _task(
         self, mention: Mention, features: Features | None, retrieved: Retrieved, earlier: Prediction | None
     ) -> NameTask | ScoreTask:
-        if self._weights is None or not retrieved.candidates:
+        if self._weights is None or not self._uses_score(retrieved):
             return NameTask(self, mention, features, retrieved, earlier)
         return ScoreTask(self, mention, features, retrieved, self._weights, self._threshold)
+
+    def _uses_score(self, retrieved: Retrieved) -> bool:
+        return self._weights is not None and bool(retrieved.candidates)
 
     def prompt(
         self, mention: Mention, features: Features | None, retrieved: Retrieved
@@ -177,7 +180,9 @@ class EntityNameGenerator:
     def has_same_prompt(
         self, mention: Mention, features: Features | None, retrieved: Retrieved, earlier: Prediction
     ) -> bool:
-        """Return whether a prompt has the demonstrations and cards of an earlier prediction."""
+        """Return whether the language model alone ranks again, with the demonstrations and cards of before."""
+        if self._uses_score(retrieved):
+            return False
         try:
             _, used = self.prompt(mention, features, retrieved)
         except MentionError:

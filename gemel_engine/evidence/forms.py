@@ -54,7 +54,8 @@ class FormStatistics:
         for number, (surface_form, row, group) in enumerate(zip(forms, rows, groups, strict=True)):
             form = normal_form(surface_form)
             first.setdefault(form, number)
-            self._mentions[form].append((number, row, group))
+            if similarities is not None:
+                self._mentions[form].append((number, row, group))
             self._groups_of[form].setdefault(row, Counter())[group] += 1
         self._forms = sorted(first)
         order = [first[form] for form in self._forms]
@@ -67,12 +68,16 @@ class FormStatistics:
         found = [row_of[entity_id] for entity_id in index.column("entity_id")]
         kept = [number for number, row in enumerate(found) if row is not None]
         forms, groups = index.column("mention"), index.column("group")
+
+        def similarities(numbers: Sequence[int], features: Features) -> FloatArray:
+            return index.picture_similarities([kept[number] for number in numbers], features)
+
         return cls(
             [forms[number] for number in kept],
             [row for row in found if row is not None],
             [groups[number] for number in kept],
             index.surface_embeddings[kept],
-            lambda numbers, features: index.picture_similarities([kept[number] for number in numbers], features),
+            similarities if index.metadata.vision_width is not None else None,
         )
 
     def __len__(self) -> int:

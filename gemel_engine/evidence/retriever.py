@@ -8,7 +8,7 @@ Shapes: B mentions, C vision width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 from gemel_engine.config.components import RetrievalSettings
 from gemel_engine.evidence.forms import FormStatistics
@@ -19,6 +19,7 @@ from gemel_engine.knowledge_base.store import KnowledgeBase
 from gemel_engine.retrieval.encoder import MentionEncoder
 from gemel_engine.retrieval.index import DemonstrationIndex
 from gemel_engine.retrieval.retriever import DemonstrationRetriever
+from gemel_engine.retrieval.table import FloatArray
 from gemel_engine.types import Features, Mention, are_features
 
 
@@ -71,28 +72,27 @@ class Retriever:
         Raises:
             InputError: A mention would be its own demonstration although its group is left out.
         """
-        num_shared = self._settings.num_demonstrations
+        of_forms = None if self.encoder is None else self.encoder.encode([mention.mention for mention in mentions])
         rows: list[list[int]] = [[] for _ in mentions]
-        if self.demonstrations is not None and num_shared:
-            rows = self.demonstrations.retrieve(mentions, features)
-        pools = self._pools(mentions, features)
+        if self.demonstrations is not None and self._settings.num_demonstrations:
+            rows = self.demonstrations.retrieve(mentions, features, of_forms)
+        pools = self._pools(mentions, features, of_forms)
         return [self._arranged(found, pool) for found, pool in zip(rows, pools, strict=True)]
 
-    def _pools(self, mentions: Sequence[Mention], features: Sequence[Features | None]) -> Iterator[Pool]:
+    def _pools(
+        self, mentions: Sequence[Mention], features: Sequence[Features | None], of_forms: FloatArray | None
+    ) -> list[Pool]:
         if self._pool is None:
-            return iter([Pool()] * len(mentions))
-        of_forms = of_texts = None
-        if self.encoder is not None:
-            of_forms = self.encoder.encode([mention.mention for mention in mentions])
-            if self._embeds_texts:
-                of_texts = self.encoder.encode([mention.text[:MAX_TEXT] for mention in mentions])
+            return [Pool()] * len(mentions)
+        of_texts = None
+        if self.encoder is not None and self._embeds_texts:
+            of_texts = self.encoder.encode([mention.text[:MAX_TEXT] for mention in mentions])
         width = self._vision_width
         usable = [
             item if width is not None and item is not None and are_features(item, width) else None for item in features
         ]
-        return iter(
-            self._pool.pool(mentions, of_forms, of_texts, usable, leave_out_own_group=self._settings.exclude_group)
-        )
+        group = self._settings.exclude_group
+        return self._pool.pool(mentions, of_forms, of_texts, usable, leave_out_own_group=group)
 
     def _arranged(self, demonstrations: Sequence[int], pool: Pool) -> Retrieved:
         """Return the items of a prompt: in each part the best one is the last."""

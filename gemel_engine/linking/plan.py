@@ -134,10 +134,13 @@ def plan_run(
     Raises:
         GemelError: The configuration, the input, an artifact or the sample's size is unusable.
     """
+    from gemel_engine.assembly import without_missing_evidence
+
     pools = {name: getattr(config.resources, pool).max_actors for name, pool in _POOLS.items()}
     _check_clusters(actors, price_per_actor_hour)
     started = time.monotonic()
-    plan, _, contents = checked_plan(config)
+    plan, artifacts, contents = checked_plan(config)
+    config = without_missing_evidence(config, artifacts)
     num_rows = count_rows(plan)
     windows = draw_windows(num_rows, sample_rows, seed)
     places = order_by_surface_form(plan)

@@ -8,6 +8,7 @@ from gemel_engine.config.components import RetrievalSettings
 from gemel_engine.errors import InputError
 from gemel_engine.retrieval.encoder import MentionEncoder
 from gemel_engine.retrieval.index import DemonstrationIndex
+from gemel_engine.retrieval.table import FloatArray
 from gemel_engine.types import Features, Mention, are_features
 
 
@@ -19,7 +20,12 @@ class DemonstrationRetriever:
         self._index = index
         self.encoder = encoder
 
-    def retrieve(self, mentions: Sequence[Mention], features: Sequence[Features | None]) -> list[list[int]]:
+    def retrieve(
+        self,
+        mentions: Sequence[Mention],
+        features: Sequence[Features | None],
+        embeddings: FloatArray | None = None,
+    ) -> list[list[int]]:
         """Return row numbers for each of B mentions, the most similar last.
 
         Demonstrations chosen for their similar pictures come after all others.
@@ -27,6 +33,7 @@ class DemonstrationRetriever:
         Args:
             mentions: Mentions to find demonstrations for.
             features: Image features (C,) of each mention; None without a picture.
+            embeddings: Embeddings (B, E) of the surface forms; None computes them.
 
         Raises:
             InputError: A mention would be its own demonstration although its group is left out.
@@ -39,7 +46,8 @@ class DemonstrationRetriever:
                 for mention, group in zip(mentions, excluded, strict=True)
             ]
         else:
-            embeddings = self.encoder.encode([mention.mention for mention in mentions])
+            if embeddings is None:
+                embeddings = self.encoder.encode([mention.mention for mention in mentions])
             found = index.retrieve(embeddings, settings.num_demonstrations, excluded)
         found = [
             [*rows, *self._similar_pictures(rows, item, group)]

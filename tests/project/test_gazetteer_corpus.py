@@ -21,8 +21,6 @@ from examples.gazetteer.build_corpus import (
 from gemel_engine.evidence.normal_form import normal_form
 from gemel_engine.knowledge_base.build import checked_entities, read_entities
 
-pytestmark = pytest.mark.unit
-
 SENTENCES = (HERE / "sentences.txt").read_text(encoding="utf-8").splitlines()
 
 
