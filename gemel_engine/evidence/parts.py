@@ -31,7 +31,7 @@ from gemel_engine.evidence.index import PICTURES, TEXTS
 from gemel_engine.evidence.pictures import PictureIndex
 from gemel_engine.retrieval.table import FloatArray
 from gemel_engine.storage import parquet
-from gemel_engine.types import Column
+from gemel_engine.storage.columns import Column
 
 PART_SCHEMA = pa.schema(
     [

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from gemel_engine.errors import ArtifactError
-from gemel_engine.types import BOOLEAN, FEATURES, IDENTIFIER, NUMBER, PICTURE, TEXT, Column
+from gemel_engine.storage.columns import BOOLEAN, FEATURES, IDENTIFIER, NUMBER, PICTURE, TEXT, Column
 
 ENTITY_SCHEMA = pa.schema(
     [
