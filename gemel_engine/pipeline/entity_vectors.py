@@ -20,7 +20,7 @@ from gemel_engine.config.bounds import NumPixels
 from gemel_engine.config.components import ImagePolicy
 from gemel_engine.errors import ArtifactError, ConfigurationError, MentionError, shown
 from gemel_engine.evidence.index import texts_of
-from gemel_engine.evidence.parts import PART_SCHEMA
+from gemel_engine.evidence.parts import make_part
 from gemel_engine.knowledge_base.columns import ENTITY_COLUMNS
 from gemel_engine.knowledge_base.names import normalised_name
 from gemel_engine.pipeline.corpus import Shard, check_version, cut_file, version_of
@@ -130,7 +130,7 @@ class EncodeEntities:
             entities = table.read(TEXT_COLUMNS, rows)
             pictures = list(self._encoded(table.pieces(IMAGE_COLUMNS, rows, _ROWS_PER_READ))) if has_pictures else None
         check_version(shard)
-        part = _part(entities, self._embedded(entities), pictures)
+        part = make_part(entities["entity_id"], self._embedded(entities), pictures)
         storage.create_exclusive(f"{self._parts}/{shard.name}.parquet", parquet.parquet_bytes(part))
 
     def _embedded(self, entities: pa.Table) -> list[Features]:
@@ -190,24 +190,6 @@ def features_width(entities_uri: str) -> int | None:
 def _as_features(values: NDArray[np.float64]) -> Features:
     with np.errstate(over="ignore"):  # values too large become infinite
         return values.astype(np.float32)
-
-
-def _part(
-    entities: pa.Table, texts: Sequence[Features], pictures: Sequence[list[Features | MentionError]] | None
-) -> pa.Table:
-    of_entities = [[]] * len(texts) if pictures is None else pictures
-    usable = [[item for item in found if not isinstance(item, MentionError)] for found in of_entities]
-    return pa.table(
-        {
-            "entity_id": entities["entity_id"],
-            "num_texts": [len(vectors) for vectors in texts],
-            "texts": [vectors.ravel() for vectors in texts],
-            "num_pictures": [None if pictures is None else len(features) for features in usable],
-            "pictures": [np.concatenate(features) if features else [] for features in usable],
-            "faults": [[str(item) for item in found if isinstance(item, MentionError)] for found in of_entities],
-        },
-        schema=PART_SCHEMA,
-    )
 
 
 def encode_entities(
