@@ -169,18 +169,18 @@ class NameTask(MentionTask[SearchResult]):
     def _candidates(self, names: Sequence[FoundName]) -> tuple[Candidate, ...]:
         """Return the entities of names, only the mention's own candidates if it has any.
 
-        Entities of one name are ordered by the candidate pool, then as in the knowledge base.
+        Entities of one name are ordered by the candidate pool, then as in the knowledge base. An
+        entity of several names is there once, with the best one's log-prob.
         """
         knowledge_base, own = self._generator.artifacts.knowledge_base, self._mention.candidate_ids
         allowed = None if own is None else set(own)
         score = {candidate.row: candidate.score for candidate in self._retrieved.candidates}
-        entities = (
-            (knowledge_base.entity(row), name.log_prob)
-            for name in names
-            for row in sorted(
-                knowledge_base.entities_of_name(name.name_index), key=lambda row: -score.get(row, -math.inf)
-            )
-        )
+        log_probs: dict[int, float] = {}  # by row
+        for name in names:
+            rows = knowledge_base.entities_of_name(name.name_index)
+            for row in sorted(rows, key=lambda row: -score.get(row, -math.inf)):
+                log_probs.setdefault(row, name.log_prob)
+        entities = ((knowledge_base.entity(row), log_prob) for row, log_prob in log_probs.items())
         return tuple(
             Candidate(entity.entity_id, entity.name, log_prob)
             for entity, log_prob in entities
@@ -225,8 +225,8 @@ class ScoreTask(MentionTask[EntitySearchResult]):
         generator = self._generator
         try:
             scope = Scope.of(generator.artifacts.knowledge_base, self._mention)
-            numbers = {candidate.row: scope.number(candidate.row) for candidate in self._retrieved.candidates}
-            allowed = [candidate for candidate in self._retrieved.candidates if numbers[candidate.row] is not None]
+            numbers = {candidate.row: scope.numbers(candidate.row) for candidate in self._retrieved.candidates}
+            allowed = [candidate for candidate in self._retrieved.candidates if numbers[candidate.row]]
             self._bonuses = self._bonuses_of(allowed)
             if self._is_plain():
                 self.prediction = self._predict_alone()
@@ -235,11 +235,7 @@ class ScoreTask(MentionTask[EntitySearchResult]):
         except MentionError as error:
             self._fail(error)
             return None
-        pool = [
-            BonusEntity(row, bonus, (number,))
-            for row, bonus in self._bonuses.items()
-            if (number := numbers[row]) is not None
-        ]
+        pool = [BonusEntity(row, bonus, numbers[row]) for row, bonus in self._bonuses.items()]
         search = EntitySearch(
             scope.trie,
             scope.entities,
