@@ -6,12 +6,12 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerFast
 
 from gemel_engine.config.components import KnowledgeBaseSettings
 from gemel_engine.errors import InputError, shown
@@ -32,6 +32,9 @@ from gemel_engine.knowledge_base.trie import PrefixTrie
 from gemel_engine.storage import parquet
 from gemel_engine.storage.manifest import claimed, file_sha256, write_manifest
 from gemel_engine.tokenizer import tokenizer_fingerprint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 import numpy as np
 import pyarrow as pa
@@ -21,9 +21,11 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast
 
 from gemel_engine.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 # Delimiters of the parts of a prompt: one in a name would be read as the start of the next part.
 _PROMPT_MARKER = r"\[(?:Text|Question|Answer)\]"

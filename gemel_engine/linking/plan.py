@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 
@@ -136,7 +136,6 @@ def plan_run(
     """
     from gemel_engine.assembly import without_missing_evidence
 
-    pools = {name: getattr(config.resources, pool).max_actors for name, pool in _POOLS.items()}
     _check_clusters(actors, price_per_actor_hour)
     started = time.monotonic()
     plan, artifacts, contents = checked_plan(config)
@@ -172,14 +171,15 @@ def plan_run(
         computed_tokens_per_row=sample.tally.computed_tokens / sample.tally.rows,
         rollouts_per_row=sample.tally.rollouts / sample.tally.rows,
         errors=dict(sample.tally.errors),
-        clusters=_predict_clusters(workload, pools, actors, price_per_actor_hour),
+        clusters=_predict_clusters(workload, config, actors, price_per_actor_hour),
     )
 
 
 def _predict_clusters(
-    workload: Workload, pools: Mapping[str, int], actors: Sequence[int], price_per_actor_hour: float | None
+    workload: Workload, config: LinkConfig, actors: Sequence[int], price_per_actor_hour: float | None
 ) -> tuple[ClusterPlan, ...]:
     """Return the prediction for each number of generation actors; see `plan_run`."""
+    pools = {name: getattr(config.resources, pool).max_actors for name, pool in _POOLS.items()}
     others = {name: pools[name] for name in workload.stages}
     numbers = actors or (pools["generation"],)
     return tuple(workload.on(others | {"generation": number}, price_per_actor_hour) for number in numbers)

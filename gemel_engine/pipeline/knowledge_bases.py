@@ -20,11 +20,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from transformers import PreTrainedTokenizerFast
 
 from gemel_engine import storage
 from gemel_engine.config.components import KnowledgeBaseSettings
@@ -58,6 +57,9 @@ from gemel_engine.pipeline.entity_vectors import (
 )
 from gemel_engine.storage import parquet
 from gemel_engine.storage.manifest import claimed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 _PARTS, _STAGING = "evidence-parts", ".unfinished"
 _OURS = {_PARTS, _STAGING, TRIE_DIRECTORY, DIRECTORY, "entities.arrow", "changes.arrow", ".being-written"}
