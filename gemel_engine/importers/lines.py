@@ -23,8 +23,8 @@ def read_lines(uri: str) -> Iterator[tuple[int, bytes]]:
     """Yield the number of each line, from 1, and its bytes without line feed and byte order mark.
 
     Args:
-        uri: Address of the file: plain text, or compressed by gzip, bzip2 or Zstandard, which its
-            first bytes tell. A compressed file may consist of several streams.
+        uri: Address of the file: plain text, or compressed by gzip, bzip2 or Zstandard, as its
+            first bytes show. A compressed file may consist of several streams.
 
     Raises:
         InputError: The file does not exist, is damaged or cut off, or has a line of over 64 MiB.

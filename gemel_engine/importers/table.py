@@ -1,7 +1,7 @@
 """Reads entities from any table: Parquet, CSV, TSV or JSON Lines.
 
-The name of a file tells its format, such as `entities.csv.gz`; whatever is not named as one of text
-is Parquet. Text may be compressed. Fields of CSV may be quoted; in TSV a quote is a character.
+The name of a file gives its format, such as `entities.csv.gz`; a file with any other name is read as
+Parquet. Text may be compressed. Fields of CSV may be quoted; in TSV a quote is a character.
 """
 
 from __future__ import annotations

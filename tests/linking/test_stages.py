@@ -94,5 +94,5 @@ def test_each_row_becomes_a_prediction_with_costs(config: LinkConfig, shards: li
 
 
 def test_generation_refuses_another_knowledge_base_than_the_run_began_with(config: LinkConfig) -> None:
-    with pytest.raises(ArtifactError, match="the knowledge base .* is not the one that the run began with"):
+    with pytest.raises(ArtifactError, match=r"the knowledge base .* is not the one that the run began with"):
         GenerateEntityNames(config, {"knowledge_base": {}})

@@ -9,8 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gemel_engine.config.components import TrainedModelSettings
-from gemel_engine.config.settings import TrainConfig
+from gemel_engine.config.settings import TrainConfig, TrainedModelSettings
 from gemel_engine.training.stages import CheckExamples, read_file, write_examples
 
 SCHEMA = pa.schema(
