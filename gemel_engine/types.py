@@ -6,7 +6,7 @@ This module depends on no model, not on Ray, and reads no files.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,21 @@ MENTION_COLUMNS = {
     "entity_id": IDENTIFIER,
     "entity_name": TEXT,
 }
+
+
+def mention_columns(stored_names: Mapping[str, str], *, or_own: bool = False) -> dict[str, Column]:
+    """Return the columns of mentions as a file names them.
+
+    Args:
+        stored_names: The file's names of columns that have another name there.
+        or_own: Whether a file may also have these columns under their own names.
+    """
+    return {
+        name: replace(column, stored_names=(theirs, *((name,) if or_own else ())))
+        if (theirs := stored_names.get(name))
+        else column
+        for name, column in MENTION_COLUMNS.items()
+    }
 
 
 @dataclass(frozen=True, slots=True)

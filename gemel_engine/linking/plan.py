@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from gemel_engine import storage
 from gemel_engine.config.resources import PoolSettings, ResourceSettings
-from gemel_engine.config.settings import LinkConfig
+from gemel_engine.config.settings import ColumnNames, LinkConfig
 from gemel_engine.errors import ConfigurationError
 from gemel_engine.fingerprints import Contents
 from gemel_engine.linking.capacity import ClusterPlan, Estimate, StageCost, Workload, draw_windows
@@ -165,7 +165,7 @@ def plan_run(
         stage_costs=costs,
         seconds_per_row={name: cost.seconds(1, rows_of_shard).times(1 / rows_of_shard) for name, cost in costs.items()},
         peak_bytes=sample.tally.peak_bytes,
-        input_bytes=sum(file.size for file in storage.list_parquet(config.input)),
+        input_bytes=sum(file.size for file in storage.list_tables(config.input)),
         output_bytes=round(sample.output_bytes / sample.tally.rows * num_rows),
         cache_hit_rate=sample.tally.cache_hit_rate,
         computed_tokens_per_row=sample.tally.computed_tokens / sample.tally.rows,
@@ -212,6 +212,7 @@ def link_windows(
             config,
             input=f"{scratch}/windows",
             output=f"{scratch}/linked",
+            columns=ColumnNames(),  # windows have the engine's own names
             rows_per_shard=longest,
             resources=_one_of_each(config.resources),
         )

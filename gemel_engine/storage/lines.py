@@ -10,9 +10,9 @@ from tqdm import tqdm
 
 from gemel_engine.config.addresses import local_path
 from gemel_engine.errors import InputError, redacted, shown
-from gemel_engine.storage import resolve
+from gemel_engine.storage.files import resolve
 
-_MAX_LINE_BYTES = 64 << 20  # far above the largest item of Wikidata
+MAX_LINE_BYTES = 64 << 20  # far above the largest item of Wikidata
 _BUFFER_BYTES = 1 << 20
 _LINES_PER_UPDATE = 1 << 12
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -33,7 +33,7 @@ def read_lines(uri: str) -> Iterator[tuple[int, bytes]]:
     with _open(uri) as source, _decompressed(source) as stream, _progress(uri, source) as progress:
         while True:
             try:
-                line = stream.readline(_MAX_LINE_BYTES)
+                line = stream.readline(MAX_LINE_BYTES)
             except OSError as error:
                 raise InputError(
                     f"{shown(uri)} is damaged or cut off after line {number} ({redacted(str(error), uri)}): "
@@ -42,9 +42,9 @@ def read_lines(uri: str) -> Iterator[tuple[int, bytes]]:
             if not line:
                 return
             number += 1
-            if len(line) == _MAX_LINE_BYTES:
+            if len(line) == MAX_LINE_BYTES:
                 raise InputError(
-                    f"{shown(uri)}, line {number} has more than {_MAX_LINE_BYTES >> 20} MiB: "
+                    f"{shown(uri)}, line {number} has more than {MAX_LINE_BYTES >> 20} MiB: "
                     "give a file with one entity, row or triple on each line"
                 )
             if number % _LINES_PER_UPDATE == 0:
