@@ -157,6 +157,8 @@ class Prediction:
             same order.
         num_demonstrations_dropped: Number of demonstrations and cards omitted to keep the prompt
             within its limit.
+        num_characters_dropped: Number of characters of the text omitted for the same reason; a
+            window around the surface form is kept.
         pool: Candidate pool of the mention, the best first; empty without an evidence index.
         num_rollouts: Number of rollouts that the search requested from the language model,
             including those of the previous run if this prediction continues one of its predictions.
@@ -181,6 +183,7 @@ class Prediction:
     demonstration_ids: tuple[str, ...] = ()
     demonstration_entity_ids: tuple[str, ...] = ()
     num_demonstrations_dropped: int | None = None
+    num_characters_dropped: int | None = None
     pool: tuple[PoolEntity, ...] = ()
     num_rollouts: int | None = None
     error: str | None = None
@@ -268,6 +271,7 @@ PREDICTION_SCHEMA = pa.schema(
         pa.field("demonstration_ids", pa.list_(pa.string())),
         pa.field("demonstration_entity_ids", pa.list_(pa.string())),
         pa.field("num_demonstrations_dropped", pa.int32()),
+        pa.field("num_characters_dropped", pa.int32()),
         pa.field(
             "pool",
             pa.list_(

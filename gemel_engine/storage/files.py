@@ -136,7 +136,7 @@ def text_format(uri: str) -> str:
 def _list_files(uri: str, is_wanted: Callable[[str], bool]) -> list[InputFile]:
     """Return the file at an address, or the wanted ones below it by relative path, sorted."""
     root = normalised_uri(uri)
-    if (single := _stat(root)) is not None:
+    if (single := find_file(root)) is not None:
         return [single]
     try:
         files = [file for file in walk_files(root) if is_wanted(relative_path(file, root))]
@@ -162,15 +162,16 @@ def list_files(uri: str) -> list[str]:
 def exists(uri: str) -> bool:
     """Return whether there is a file at or below an address; an empty directory does not count."""
     root = normalised_uri(uri)
-    return _stat(root) is not None or next(walk_files(root), None) is not None
+    return find_file(root) is not None or next(walk_files(root), None) is not None
 
 
-def read_bytes(uri: str, limit: int | None = None) -> bytes:
-    """Return the content of a file, or at most its first `limit` bytes."""
+def read_bytes(uri: str, limit: int | None = None, offset: int = 0) -> bytes:
+    """Return the content of a file from a byte on, or at most `limit` bytes of it."""
     path = local_path(uri)
     if path is None:
-        return s3.read_bytes(uri, limit)
+        return s3.read_bytes(uri, limit, offset)
     with open_regular(path) as stream:
+        stream.seek(offset)
         return stream.read(-1 if limit is None else limit)
 
 
@@ -294,7 +295,7 @@ def _is_hidden(relative: str) -> bool:
     return any(part.startswith((".", "_")) for part in parts)
 
 
-def _stat(root: str) -> InputFile | None:
+def find_file(root: str) -> InputFile | None:
     """Return the file at a normalised address; None for a directory or a missing file."""
     if not root.startswith("s3://"):
         return _local_file(root) if os.path.isfile(root) else None
