@@ -129,8 +129,7 @@ def list_tables(uri: str) -> list[InputFile]:
 
 def text_format(uri: str) -> str:
     """Return `csv`, `tsv`, `jsonl`, `ndjson` or `json` if a file's name says so, else ""."""
-    found = _TEXT_FILE.fullmatch(uri)
-    return "" if found is None else found[1].lower()
+    return found[1].lower() if (found := _TEXT_FILE.fullmatch(uri)) else ""
 
 
 def _list_files(uri: str, is_wanted: Callable[[str], bool]) -> list[InputFile]:
@@ -221,8 +220,7 @@ def create_exclusive(uri: str, data: bytes) -> bool:
 def remove_tree(uri: str) -> None:
     """Remove a directory and its contents; do nothing if it does not exist.
 
-    Other processes may write to it or remove it at the same time; files that they write meanwhile
-    may remain.
+    Files that other processes write meanwhile may remain.
     """
     root = normalised_uri(uri)
     if root.startswith("s3://"):

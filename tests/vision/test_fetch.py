@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import os
 import socket
+import tarfile
 import threading
 import time
 from contextlib import suppress
