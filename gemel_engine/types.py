@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from gemel_engine.display import without_unseen
 from gemel_engine.errors import InvalidMentionError
 from gemel_engine.storage.columns import FEATURES, IDENTIFIER, PICTURE, TEXT, Column
 
@@ -195,7 +196,7 @@ def fault_of(mention: Mention) -> InvalidMentionError | None:
     Text and surface form may be missing, and candidates may contain nulls, as in rows of a table.
     """
     form, text, start = mention.mention, mention.text, mention.mention_start
-    if not form or not form.strip():
+    if not form or not without_unseen(form, also_joining=True).strip():
         return InvalidMentionError("the mention is empty: give the surface form")
     if len(form) > _MAX_MENTION_CHARACTERS:
         return InvalidMentionError(
