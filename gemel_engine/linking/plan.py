@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from gemel_engine import storage
 from gemel_engine.config.resources import PoolSettings, ResourceSettings
-from gemel_engine.config.settings import ColumnNames, LinkConfig
+from gemel_engine.config.settings import LinkConfig
 from gemel_engine.errors import ConfigurationError
 from gemel_engine.fingerprints import Contents
 from gemel_engine.linking.capacity import ClusterPlan, Estimate, StageCost, Workload, draw_windows
@@ -212,7 +212,6 @@ def link_windows(
             config,
             input=f"{scratch}/windows",
             output=f"{scratch}/linked",
-            columns=ColumnNames(),  # windows have the engine's own names
             rows_per_shard=longest,
             resources=_one_of_each(config.resources),
         )

@@ -19,12 +19,13 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _MAGIC_NUMBERS = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
-def read_lines(uri: str) -> Iterator[tuple[int, bytes]]:
-    """Yield the number of each line, from 1, and its bytes without line feed and byte order mark.
+def read_lines(uri: str, *, keep_ends: bool = False) -> Iterator[tuple[int, bytes]]:
+    """Yield the number of each line, from 1, and its bytes without byte order mark.
 
     Args:
         uri: Address of the file: plain text, or compressed by gzip, bzip2 or Zstandard, which its
             first bytes tell. A compressed file may consist of several streams.
+        keep_ends: Whether to keep line feeds and carriage returns at the end of a line.
 
     Raises:
         InputError: The file does not exist, is damaged or cut off, or has a line of over 64 MiB.
@@ -49,7 +50,8 @@ def read_lines(uri: str) -> Iterator[tuple[int, bytes]]:
                 )
             if number % _LINES_PER_UPDATE == 0:
                 progress.update(source.tell() - progress.n)
-            yield number, (line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line).rstrip(b"\r\n")
+            line = line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line
+            yield number, line if keep_ends else line.rstrip(b"\r\n")
 
 
 def _open(uri: str) -> pa.NativeFile:

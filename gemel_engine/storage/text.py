@@ -141,7 +141,7 @@ def _csv_rows(
     uri: str, delimiter: str, on_bad_row: OnBadRow, check_names: CheckNames
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     # Escaped bytes that are not UTF-8 are found as lone surrogates, in the one row that has them.
-    lines = (f"{line.decode(errors='surrogateescape')}\n" for _, line in read_lines(uri))
+    lines = (line.decode(errors="surrogateescape") for _, line in read_lines(uri, keep_ends=True))
     header_line = next(lines, "")
     if delimiter not in header_line and ";" in header_line and delimiter == ",":
         delimiter = ";"  # of spreadsheets where a comma separates decimals
@@ -179,7 +179,7 @@ def _csv_rows(
 def _check_encodable(values: Iterable[object]) -> None:
     """Raise ValueError for text with a lone surrogate, in a CSV a byte that is not UTF-8."""
     try:
-        for value in values.values() if isinstance(values, dict) else values:
+        for value in chain(values, values.values()) if isinstance(values, dict) else values:
             (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)).encode()
     except UnicodeEncodeError as error:
         raise ValueError("text that is not UTF-8") from error

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.unit
 
 ROWS: list[dict[str, Any]] = [
     {"mention_id": "1", "text": 'A "bear", big.', "mention": "bear", "mention_start": 3, "candidate_ids": ["Q1", "Q2"]},
-    {"mention_id": "2", "text": "Two\nlines of a wolf.", "mention": "wolf", "group": "7", "image_uri": "/a.png"},
+    {"mention_id": "2", "text": "Two\r\nlines of a wolf.", "mention": "wolf", "group": "7", "image_uri": "/a.png"},
     {"mention_id": "03", "text": "Żółw, żółw", "mention": "żółw", "mention_start": 6, "entity_id": "Q3"},
 ]
 COLUMNS = ("mention_id", "text", "mention", "mention_start", "candidate_ids", "group", "image_uri", "entity_id")
@@ -208,6 +208,7 @@ HEADER = "mention_id,text,mention,mention_start\n"
         ("a.csv.gz", gzip.compress(HEADER.encode() * 9)[:-9], "'{uri}' is damaged or cut off after line"),
         ("a.jsonl", '{"mention_id": 1}\n{"mention_id"\n', "'{uri}', line 2 is malformed"),
         ("a.jsonl", '{"mention_id": "\\ud800"}\n', "'{uri}', line 1 is malformed (text that is not UTF-8)"),
+        ("a.jsonl", '{"\\ud800": 1}', "'{uri}', line 1 is malformed (text that is not UTF-8)"),
         ("a.jsonl", "[1]", "'{uri}', line 1 begins a JSON array: write JSON Lines"),
         ("a.parquet", HEADER, "{uri} is not a readable Parquet table"),
         ("a.txt", HEADER, "name it *.csv, *.tsv or *.jsonl if it is one"),
