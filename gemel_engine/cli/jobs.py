@@ -27,8 +27,10 @@ def link(arguments: Sequence[str]) -> None:
     Arguments: CONFIG.toml [--key value ...].
     """
     from gemel_engine.config.settings import LinkConfig
+    from gemel_engine.pipeline.corpus import check_columns
 
     config = options.configure(LinkConfig, "gemel link", arguments)
+    check_columns(config.input, config.vision.required_columns, config.columns.given())
 
     from gemel_engine.linking.job import describe_run, link_corpus
 
@@ -44,8 +46,11 @@ def train(arguments: Sequence[str]) -> None:
     Arguments: CONFIG.toml [--key value ...].
     """
     from gemel_engine.config.settings import TrainConfig
+    from gemel_engine.pipeline.corpus import check_columns
 
     config = options.configure(TrainConfig, "gemel train", arguments)
+    for corpus in filter(None, (config.train, config.dev)):
+        check_columns(corpus, ("entity_id",), config.columns.given())
 
     from gemel_engine.training.job import train_mapper
 
@@ -82,8 +87,10 @@ def plan(arguments: Sequence[str]) -> None:
     Arguments: CONFIG.toml [--actors N ...] [--key value ...].
     """
     from gemel_engine.config.settings import LinkConfig
+    from gemel_engine.pipeline.corpus import check_columns
 
     sampling, config = options.asked(Sampling, LinkConfig, "gemel plan", arguments)
+    check_columns(config.input, config.vision.required_columns, config.columns.given())
 
     from rich.console import Console
 

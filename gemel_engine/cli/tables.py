@@ -143,7 +143,8 @@ def _search(prediction: Prediction) -> str:
     return (
         f"{certificate}; rollouts {prediction.num_rollouts}; margin {_number(prediction.margin)}; "
         f"unexplored mass at most {percent(prediction.unexplored_mass, _NOTHING)}; "
-        f"demonstrations left out {prediction.num_demonstrations_dropped}"
+        f"demonstrations left out {prediction.num_demonstrations_dropped}, "
+        f"characters of the text {prediction.num_characters_dropped}"
     )
 
 

@@ -24,7 +24,7 @@ from urllib.parse import unquote
 from gemel_engine.errors import ConfigurationError, InputError, shown
 from gemel_engine.importers.commons import ThumbnailWidth, resized
 from gemel_engine.importers.entities import ImportedEntity, ImportReport, other_names
-from gemel_engine.importers.lines import read_lines
+from gemel_engine.storage.lines import read_lines
 
 _RDFS, _ONTOLOGY = "http://www.w3.org/2000/01/rdf-schema#", "http://dbpedia.org/ontology/"
 _TRIPLE = re.compile(

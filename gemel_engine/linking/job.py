@@ -66,10 +66,11 @@ def link_corpus(config: LinkConfig) -> LinkReport:
         GemelError: The configuration, the input or an artifact is unusable (raised before any
             work), or more rows failed than `max_failed_fraction` allows (the output is complete).
     """
-    from gemel_engine.assembly import without_missing_evidence
-
     started = time.monotonic()
     plan, artifacts, contents = checked_plan(config)
+
+    from gemel_engine.assembly import without_missing_evidence
+
     identity = _identity(config, plan, contents)
     run = run_digest(identity)
     claim_output(config.output, identity)
@@ -130,15 +131,18 @@ def checked_plan(config: LinkConfig) -> tuple[list[Shard], Artifacts, Contents]:
     Raises:
         GemelError: Something is unusable, or the artifacts do not fit together.
     """
-    from gemel_engine.assembly import open_artifacts, open_calibration, open_weights, run_contents
-    from gemel_engine.compatibility import check_encoders
-
     config = validated(config)
     storage.check_kept(config.output)
     storage.check_apart(config.output, config.input)
     if config.language_model.engine == "vllm":
         require("vllm", "cpu", "gpu")
-    plan = plan_shards(config.input, config.rows_per_shard, config.vision.required_columns)
+    names = config.columns.given()
+    plan = plan_shards(config.input, config.rows_per_shard, config.vision.required_columns, names)
+
+    # These import torch, for which a fault of the input does not wait.
+    from gemel_engine.assembly import open_artifacts, open_calibration, open_weights, run_contents
+    from gemel_engine.compatibility import check_encoders
+
     artifacts = open_artifacts(config, verify=config.verify_artifacts)
     image_encoder = check_encoders(config, artifacts)
     open_calibration(config)

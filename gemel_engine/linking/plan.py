@@ -165,7 +165,7 @@ def plan_run(
         stage_costs=costs,
         seconds_per_row={name: cost.seconds(1, rows_of_shard).times(1 / rows_of_shard) for name, cost in costs.items()},
         peak_bytes=sample.tally.peak_bytes,
-        input_bytes=sum(file.size for file in storage.list_parquet(config.input)),
+        input_bytes=sum(file.size for file in storage.list_tables(config.input)),
         output_bytes=round(sample.output_bytes / sample.tally.rows * num_rows),
         cache_hit_rate=sample.tally.cache_hit_rate,
         computed_tokens_per_row=sample.tally.computed_tokens / sample.tally.rows,

@@ -271,7 +271,7 @@ def _checked_width(base: str, evidence: EvidenceIndex | None, changes_uri: str) 
 
 def _identity(source: str, checksum: str, fingerprints: tuple[str | None, str | None]) -> dict[str, Any]:
     """Return what the vectors of a table depend on."""
-    files = [(file.uri, file.size, file.version) for file in storage.list_parquet(source)]
+    files = [(file.uri, file.size, file.version) for file in storage.list_tables(source)]
     mention_encoder, image_encoder = fingerprints
     return {
         "entities": checksum,

@@ -238,3 +238,9 @@ def test_a_merged_index_without_further_vectors_or_kept_ones_is_searched(tmp_pat
     assert same.nearest(known[:3], 1) == DenseIndex.open(tmp_path / "base").nearest(known[:3], 1)
     other = DenseIndex.merge(tmp_path / "other", tmp_path / "base", np.full(300, -1), known[:2], rows[:2], 2)
     assert [[row for row, _ in found] for found in other.nearest(known[:2], 1)] == [[0], [1]]
+
+
+def test_characters_without_width_do_not_tell_names_apart() -> None:
+    for form in ("Pa\u200bris", "\ufeffParis", "Par\u200dis", "Pa\u00adris\u200e"):
+        assert normal_form(form) == "paris"
+    assert normal_form("\u0645\u06cc\u200c\u062e") == normal_form("\u0645\u06cc\u062e")
