@@ -34,6 +34,7 @@ class Command:
 
 COMMANDS = {
     "link": Command(jobs.link, parses_arguments=True),
+    "find-mentions": Command(jobs.find_mentions, parses_arguments=True),
     "plan": Command(jobs.plan, parses_arguments=True),
     "train": Command(jobs.train, parses_arguments=True),
     "explain": Command(jobs.explain, parses_arguments=True),

@@ -28,6 +28,7 @@ from gemel_engine.config.components import (
     SearchSettings,
     VisionSettings,
 )
+from gemel_engine.config.finding import FinderSettings
 from gemel_engine.config.resources import ResourceSettings
 
 
@@ -93,7 +94,11 @@ class LinkConfig(JobConfig):
     files are missing.
 
     Attributes:
-        input: Parquet file or directory of mentions, local or s3://bucket/prefix.
+        input: Parquet file or directory of mentions, local or s3://bucket/prefix; with
+            `find_mentions`, of documents.
+        find_mentions: Whether to find the mentions of the documents in `input` first, as `gemel
+            find-mentions` does.
+        finder: How mentions are found.
         language_model: The frozen language model and its engine.
         score: How entities are ranked.
         calibration: Directory written by `gemel calibrate`, for the columns `confidence`
@@ -105,6 +110,8 @@ class LinkConfig(JobConfig):
     """
 
     input: Address
+    find_mentions: bool = False
+    finder: FinderSettings = field(default_factory=FinderSettings)
     language_model: EngineSettings
     score: ScoreSettings = field(default_factory=ScoreSettings)
     calibration: Address | None = None

@@ -7,7 +7,7 @@ A shard is a range of rows of one file, either of the input or of the ordered co
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from typing import Any
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from gemel_engine import storage
 from gemel_engine.errors import InputError, shown
 from gemel_engine.storage import parquet
-from gemel_engine.types import MENTION_COLUMNS, MENTION_REQUIRED_COLUMNS
+from gemel_engine.types import MENTION_COLUMNS, MENTION_REQUIRED_COLUMNS, Column
 
 # The columns of the ordered corpus, and all columns that linking reads.
 SMALL_SCHEMA = pa.schema(
@@ -58,25 +58,35 @@ class Shard:
         return f"shard-{self.index:05d}"
 
 
-def plan_shards(input_uri: str, rows_per_shard: int, also_required: Sequence[str] = ()) -> list[Shard]:
+def plan_shards(
+    input_uri: str,
+    rows_per_shard: int,
+    also_required: Sequence[str] = (),
+    *,
+    columns: Mapping[str, Column] = MENTION_COLUMNS,
+    required: Sequence[str] = MENTION_REQUIRED_COLUMNS,
+) -> list[Shard]:
     """Validate the columns and ids of a corpus and cut it into shards.
 
     Args:
-        input_uri: Parquet file or directory of mentions.
+        input_uri: Parquet file or directory of mentions, or of rows with other columns.
         rows_per_shard: Maximum number of rows of a shard.
         also_required: Columns that this run requires beside those that every run requires.
+        columns: Columns that the corpus may have.
+        required: Columns that every run requires; the first is the id.
 
     Raises:
-        InputError: A column is missing, repeated or of the wrong type, a file is not Parquet, or a
-            `mention_id` is missing, repeated or not UTF-8.
+        InputError: A column is missing, repeated or of the wrong type, a file is not Parquet, or an
+            id is missing, repeated or not UTF-8.
     """
     shards: list[Shard] = []
-    ids = _UniqueIds(input_uri)
-    for table in parquet.open_tables(input_uri, MENTION_COLUMNS, (*MENTION_REQUIRED_COLUMNS, *also_required)):
+    id_column = required[0]
+    ids = _UniqueIds(input_uri, id_column)
+    for table in parquet.open_tables(input_uri, columns, (*required, *also_required)):
         chunks: list[pa.Array] = []
-        for piece in table.pieces(["mention_id"]):
-            ids.add(piece["mention_id"])
-            chunks += piece["mention_id"].chunks
+        for piece in table.pieces([id_column]):
+            ids.add(piece[id_column])
+            chunks += piece[id_column].chunks
         of_file = pa.chunked_array(chunks, pa.large_string())
         cut = cut_file(table.file.uri, version_of(table.file), table.num_rows, rows_per_shard, len(shards))
         shards += [replace(shard, ids=ids_digest(of_file[shard.start : shard.stop])) for shard in cut]
@@ -141,18 +151,29 @@ def count_rows(plan: Sequence[Shard]) -> int:
     return sum(shard.stop - shard.start for shard in plan)
 
 
-def read_rows(shard: Shard, columns: Sequence[str]) -> pa.Table:
+def read_rows(
+    shard: Shard,
+    columns: Sequence[str],
+    *,
+    kinds: Mapping[str, Column] = MENTION_COLUMNS,
+    id_column: str = MENTION_REQUIRED_COLUMNS[0],
+) -> pa.Table:
     """Read those of `columns` that the file has, from the row groups that contain the shard only.
+
+    Args:
+        shard: The shard.
+        columns: Columns to read.
+        kinds: The `columns` that the shard was planned with.
+        id_column: Column of the ids.
 
     Raises:
         InputError: The file has changed since the run was planned.
     """
     check_version(shard)
-    kinds = {name: MENTION_COLUMNS[name] for name in columns}
-    with parquet.open_table(shard.uri, kinds, MENTION_REQUIRED_COLUMNS[:1]) as table:
+    with parquet.open_table(shard.uri, {name: kinds[name] for name in columns}, (id_column,)) as table:
         rows = table.read(columns, range(shard.start, shard.stop))
     check_version(shard)  # the file may have been replaced during the read
-    if shard.ids and "mention_id" in rows.column_names and ids_digest(rows["mention_id"]) != shard.ids:
+    if shard.ids and id_column in rows.column_names and ids_digest(rows[id_column]) != shard.ids:
         raise _changed(shard)
     return rows
 
@@ -215,8 +236,8 @@ def cut_file(uri: str, version: str, num_rows: int, rows_per_shard: int, first_i
 class _UniqueIds:
     """Collects and validates the ids of a corpus early: repeated ids can exhaust the memory."""
 
-    def __init__(self, uri: str) -> None:
-        self._uri = uri
+    def __init__(self, uri: str, column: str) -> None:
+        self._uri, self._column = uri, column
         self._chunks: list[pa.Array] = []
         self._num_ids = self._num_checked = 0
 
@@ -239,14 +260,16 @@ class _UniqueIds:
         try:
             ids.validate(full=True)
         except pa.ArrowInvalid as error:
-            raise InputError(f"{self._uri} has a mention_id that is not UTF-8 ({error}): write it again") from error
+            raise InputError(f"{self._uri} has a {self._column} that is not UTF-8 ({error}): write it again") from error
         if num_missing := pc.sum(pc.equal(pc.fill_null(ids, ""), "")).as_py():
-            raise InputError(f"{self._uri} has {num_missing} rows without a mention_id: give each row its own")
+            raise InputError(f"{self._uri} has {num_missing} rows without a {self._column}: give each row its own")
         if len(ids) == 0:
             raise InputError(f"{self._uri} has no rows")
         if pc.count_distinct(ids).as_py() < len(ids):
             counts = pc.value_counts(ids)
             repeated = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
-            examples = [mention_id[:50] for mention_id in repeated[:3].to_pylist()]
-            raise InputError(f"{self._uri} repeats {len(repeated)} mention_id, such as {examples}: make them unique")
+            examples = [found[:50] for found in repeated[:3].to_pylist()]
+            raise InputError(
+                f"{self._uri} repeats {len(repeated)} {self._column}, such as {examples}: make them unique"
+            )
         self._num_checked = self._num_ids
