@@ -7,6 +7,7 @@ that has the same entity, too. Gold mentions without an entity (NIL) count for p
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Set
 from dataclasses import asdict, dataclass
@@ -122,24 +123,32 @@ def read_found(uri: str) -> dict[str, Place]:
 def read_gold_spans(uri: str) -> dict[Place, str | None]:
     """Return the entity of each gold mention, None where it has none.
 
-    Without `mention_start`, the rows of a document with equal mentions are the occurrences of that
-    surface form in its text, in their order.
+    Without `mention_start`, the rows of a document with equal mentions are the `occurrences` of
+    that surface form in its text, in their order.
 
     Raises:
         InputError: The table is unreadable, or a mention has no place in its document.
     """
     rows = parquet.read_tables(uri, MENTION_COLUMNS, _GOLD_COLUMNS, ("group", "mention")).to_pylist()
     gold: dict[Place, str | None] = {}
-    ends: Counter[tuple[str, str]] = Counter()  # of the last occurrence of a form in a document
+    num_seen: Counter[tuple[str, str]] = Counter()
     for row in rows:
         document_id, mention, start = row["group"], row["mention"], row.get("mention_start")
-        if document_id and mention and start is None:
-            start = (row.get("text") or "").find(mention, ends[document_id, mention])
+        if start is None and mention and (starts := occurrences(row.get("text") or "", mention)):
+            start = starts[min(num_seen[document_id, mention], len(starts) - 1)]
+            num_seen[document_id, mention] += 1
         if not document_id or not mention or start is None or start < 0:
             raise InputError(
                 f"{uri} has the mention {mention!r} of the document {document_id!r}, whose place is not known: give "
                 "its `group`, and `mention_start` or a `text` that has it"
             )
-        ends[document_id, mention] = start + len(mention)
         gold[Place(document_id, start, start + len(mention))] = row.get("entity_id")
     return gold
+
+
+def occurrences(text: str, mention: str) -> list[int]:
+    """Return where a surface form is in a text as whole words, or anywhere if it is nowhere so."""
+    form = re.escape(mention)
+    return [match.start() for match in re.finditer(rf"(?<!\w){form}(?!\w)", text)] or [
+        match.start() for match in re.finditer(form, text)
+    ]

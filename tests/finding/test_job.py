@@ -103,7 +103,7 @@ def test_a_long_document_is_cut_around_its_mentions(
     write_documents(tmp_path / "documents.parquet", [f"{words}brown bear {words}", "x" * 500 + " cat"])
     assert run(monkeypatch, "find-mentions", config, "--finder.max-text-characters", 40) == 0
     first, second = found(tmp_path)
-    assert first["text"] == "word word word brown bear word word"
+    assert first["text"] == "word word word brown bear word word word"
     assert (first["mention_start"], first["document_start"]) == (15, 500)
     assert (second["text"], second["mention_id"]) == (f"{'x' * 36} cat", "d1:501")
 
@@ -173,6 +173,7 @@ def test_documents_are_linked(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
     local_ray: None,
 ) -> None:
     documents, output, path = (
@@ -185,7 +186,7 @@ def test_documents_are_linked(
     )
     arguments = path, "--max-failed-fraction", "0.5"
     assert run(monkeypatch, "link", *arguments, "--dry-run") == 0
-    assert "4 of 4 documents are to be searched" in capsys.readouterr().err
+    assert "4 of 4 documents are to be searched" in caplog.text
     assert run(monkeypatch, "plan", path) == 2
     assert "call `gemel find-mentions` first" in capsys.readouterr().err
     for _ in range(2):  # the second does nothing
