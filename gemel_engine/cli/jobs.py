@@ -44,22 +44,22 @@ def link(arguments: Sequence[str]) -> None:
 def find_mentions(arguments: Sequence[str]) -> None:
     """Find the mentions of a corpus of documents, which `gemel link` then links.
 
-    Arguments: CONFIG.toml [--gold GOLD] [--key value ...].
+    Arguments: CONFIG.toml [--key value ...].
     """
     from gemel_engine.config.finding import FindConfig
 
-    comparing, config = _asked(Comparing, FindConfig, "gemel find-mentions", arguments)
+    config = options.configure(FindConfig, "gemel find-mentions", arguments)
 
     from gemel_engine.finding.job import find_mentions
 
     find_mentions(config)
-    if comparing.gold is not None:
+    if config.gold is not None:
         from rich.console import Console
 
         from gemel_engine.cli.tables import spans_table
         from gemel_engine.evaluation.spans import judge_spans, read_found, read_gold_spans
 
-        judged = judge_spans(read_found(config.output), read_gold_spans(comparing.gold))
+        judged = judge_spans(read_found(config.output), read_gold_spans(config.gold))
         Console().print(spans_table(judged))
 
 
@@ -128,20 +128,6 @@ def plan(arguments: Sequence[str]) -> None:
     if sampling.write_to is not None:
         storage.write_bytes(sampling.write_to, planned.to_json())
         logger.info("%s", sampling.write_to)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Comparing:
-    """Find the mentions of a corpus of documents.
-
-    Any setting of CONFIG.toml can be given as a further option.
-
-    Attributes:
-        gold: Parquet file or directory of the mentions that should be found, to measure precision
-            and recall: `group` (the document's id), `mention`, and `mention_start`, else `text`.
-    """
-
-    gold: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -60,6 +60,8 @@ class FindConfig:
         demonstrations: Directory written by `gemel build-demonstrations`, local or
             s3://bucket/prefix; None: the dictionary has names and aliases alone.
         finder: How mentions are found.
+        gold: Parquet file or directory of the mentions that should be found, to print precision and
+            recall: `group` (the id of the document), `mention`, and `mention_start`, else `text`.
         rows_per_shard: Maximum number of documents that are searched together, as a shard.
         max_failed_fraction: Maximum share of documents with an `error` before the job fails.
     """
@@ -72,6 +74,7 @@ class FindConfig:
     knowledge_base: Address | None = None
     demonstrations: Address | None = None
     finder: FinderSettings = field(default_factory=FinderSettings)
+    gold: Address | None = None
     rows_per_shard: Count = 1024
     max_failed_fraction: Fraction = 0.01
 

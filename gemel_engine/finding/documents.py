@@ -76,13 +76,13 @@ def passage(text: str, span: Span, limit: int) -> tuple[str, int]:
     Args:
         text: The text.
         span: The mention, which is never cut.
-        limit: Maximum number of characters; the text is cut at spaces where it has any.
+        limit: Maximum number of characters; the text is cut at spaces if some are near.
     """
     room = max(0, limit - (span.stop - span.start))
     start = max(0, min(span.start - room // 2, len(text) - room - (span.stop - span.start)))
     stop = min(len(text), start + room + span.stop - span.start)
-    if start > 0 and (space := text.find(" ", start - 1, span.start)) >= 0:
+    if start > 0 and (space := text.find(" ", start - 1, (start + span.start) // 2)) >= 0:
         start = space + 1
-    if stop < len(text) and (space := text.rfind(" ", span.stop, stop + 1)) >= 0:
+    if stop < len(text) and (space := text.rfind(" ", (span.stop + stop) // 2, stop + 1)) >= 0:
         stop = space
     return text[start:stop], start

@@ -40,7 +40,7 @@ from gemel_engine.types import IDENTIFIER, TEXT, Column
 
 logger = logging.getLogger(__name__)
 
-_NOT_IDENTITY = ("output", "max_failed_fraction")  # settings that change no row
+_NOT_IDENTITY = ("output", "gold", "max_failed_fraction")  # settings that change no row
 _CPUS_PER_ACTOR = 1
 _DOCUMENT_RESULT = {
     "document_id": IDENTIFIER,

@@ -16,6 +16,7 @@ from support.corpus import picture, predictions, toml
 from support.tables import edit_manifest
 
 from gemel_engine.cli.main import main
+from gemel_engine.pipeline.output import RunDirectory
 
 TEXTS = ["A brown bear and a cat.", "Nothing.", "", "The hot dog, the black cat."]
 MENTIONS = [
@@ -89,7 +90,7 @@ def test_documents_become_mentions_with_their_pictures(
         "d3": (2, None),
     }
     assert errors["d2"] == (0, "invalid_document: the text is empty: give one")
-    report = json.loads((tmp_path / "found/report.json").read_text())
+    report = json.loads(Path(RunDirectory(str(tmp_path / "found")).report).read_text())
     assert (report["documents"], report["mentions"], report["errors"]) == (4, 4, {"invalid_document": 1})
     printed = capsys.readouterr().out
     assert "3 gold mentions, 4 found" in printed
@@ -165,7 +166,7 @@ def test_shards_are_searched_by_ray_and_a_rerun_does_what_is_missing(
     assert run(monkeypatch, "find-mentions", config, "--rows-per-shard", 1) == 0
     assert [(row["mention_id"], row["mention"]) for row in found(tmp_path)] == MENTIONS
     assert (data / "shard-00000.parquet").stat().st_mtime_ns == kept
-    assert json.loads((tmp_path / "found/report.json").read_text())["shards_skipped"] == 3
+    assert json.loads(Path(RunDirectory(str(tmp_path / "found")).report).read_text())["shards_skipped"] == 3
 
 
 def test_documents_are_linked(
@@ -189,8 +190,7 @@ def test_documents_are_linked(
     assert "4 of 4 documents are to be searched" in caplog.text
     assert run(monkeypatch, "plan", path) == 2
     assert "call `gemel find-mentions` first" in capsys.readouterr().err
-    for _ in range(2):  # the second does nothing
-        assert run(monkeypatch, "link", *arguments) == 0
+    assert run(monkeypatch, "link", *arguments) == 0
     answers = {row["mention_id"]: row["entity_id"] for row in predictions(str(output))}
     assert answers.keys() == {mention_id for mention_id, _ in MENTIONS}
     gold = {
