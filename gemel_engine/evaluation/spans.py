@@ -104,7 +104,10 @@ def judge_spans_of_run(run: LinkedRun, gold: str) -> JudgedSpans:
     answers = {
         mention_id: None if nil else entity_id for mention_id, entity_id, nil in zip(ids, entities, is_nil, strict=True)
     }
-    return judge_spans(read_found(run.settings["input"]), read_gold_spans(gold), answers)
+    found = read_found(run.settings["input"])
+    if answers.keys() != found.keys():
+        raise InputError(f"{run.settings['input']} has other mentions than {run.output}: link them again")
+    return judge_spans(found, read_gold_spans(gold), answers)
 
 
 def read_found(uri: str) -> dict[str, Place]:

@@ -88,22 +88,20 @@ def find_mentions(config: FindConfig) -> FindReport:
             complete).
     """
     started = time.monotonic()
-    config = validated(config)
-    storage.check_kept(config.output)
-    storage.check_apart(config.output, config.input)
-    plan = plan_documents(config.input, config.rows_per_shard)
-    contents = finder_contents(config)
-    open_finder(config, contents)  # raises for an unusable one, before any work
+    config, plan, contents = _checked(config)
+    on_gpu = config.finder.device == "cuda"
+    stage = FindMentions(
+        replace(config, finder=replace(config.finder, device="cpu")), contents
+    )  # raises before any work
     claim_output(config.output, _identity(config, plan, contents))
     remaining = _remaining(config.output, plan)
-    if len(remaining) > 1 or (remaining and config.finder.device == "cuda"):
+    if len(remaining) > 1 or (remaining and on_gpu):
         from gemel_engine.pipeline.ray_data import run_each
 
         shards = [asdict(shard) for shard in remaining]
-        num_gpus = 1 if config.finder.device == "cuda" else 0
-        run_each(shards, FindMentions, (config, contents), num_cpus=_CPUS_PER_ACTOR, num_gpus=num_gpus)
+        run_each(shards, FindMentions, (config, contents), num_cpus=_CPUS_PER_ACTOR, num_gpus=1 if on_gpu else 0)
     elif remaining:
-        FindMentions(config, contents).search(remaining[0])
+        stage.search(remaining[0])
     report = _make_report(config.output, plan, remaining, time.monotonic() - started)
     storage.remove_tree(RunDirectory(config.output).marks)
     if remaining or not storage.exists(RunDirectory(config.output).report):
@@ -124,9 +122,7 @@ def describe_search(config: FindConfig) -> str:
     Raises:
         GemelError: The configuration, the input or an artifact is unusable.
     """
-    config = validated(config)
-    plan = plan_documents(config.input, config.rows_per_shard)
-    finder_contents(config)
+    config, plan, _ = _checked(config)
     remaining = _remaining(config.output, plan)
     return (
         f"{config.output}: {count_rows(remaining)} of {count_rows(plan)} documents are to be searched, in "
@@ -161,7 +157,7 @@ class FindMentions:
                 "error": pa.nulls(len(rows), pa.string()),
             }
         )
-        found = isolate(partial(self._found, shard=shard), places, output.output, "finding").sort_by("row")
+        found = isolate(partial(self._found, shard=shard), places, output.output, "finding")
         ends = zip(found["starts"].to_pylist(), found["stops"].to_pylist(), strict=True)
         spans = [[Span(*span) for span in zip(starts, stops, strict=True)] for starts, stops in ends]
         mentions = mentions_of(found, spans, self._config.finder.max_text_characters)
@@ -204,12 +200,21 @@ class FindMentions:
         return documents.append_column("error", pa.array(errors, pa.string()))
 
 
+def _checked(config: FindConfig) -> tuple[FindConfig, list[Shard], Contents]:
+    """Make the checks that need no finder; return the configuration, the plan and `finder_contents`."""
+    config = validated(config)
+    storage.check_kept(config.output)
+    storage.check_apart(config.output, config.input)
+    return config, plan_documents(config.input, config.rows_per_shard), finder_contents(config)
+
+
 def _documents(output: str) -> str:
     return f"{output}/_documents"
 
 
 def _remaining(output: str, plan: list[Shard]) -> list[Shard]:
-    finished = finished_shards(output)
+    described = set(storage.list_files(_documents(output)))
+    finished = {name for name in finished_shards(output) if f"{name}.parquet" in described}
     return [shard for shard in plan if shard.name not in finished]
 
 

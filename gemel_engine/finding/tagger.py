@@ -63,7 +63,6 @@ class TaggerFinder:
         tokenizer.split_special_tokens = True
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-        self._ignored = [_OUTSIDE, *(sorted(known - set(labels)) if labels else ())]
         self._batch_size = batch_size
         self._pipeline = TokenClassificationPipeline(
             model=model.eval(),
@@ -71,7 +70,7 @@ class TaggerFinder:
             device=device,
             aggregation_strategy="first",
             stride=tokenizer.model_max_length // _OVERLAP,
-            ignore_labels=self._ignored,
+            ignore_labels=[_OUTSIDE, *(sorted(known - set(labels)) if labels else ())],
         )
 
     def find(self, texts: Sequence[str]) -> list[list[Span]]:

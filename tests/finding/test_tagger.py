@@ -60,8 +60,9 @@ def found(finder: TaggerFinder, *texts: str) -> list[list[str]]:
     ]
 
 
-def test_words_become_mentions(tagger: Path) -> None:
-    finder = TaggerFinder(str(tagger), batch_size=3)
+@pytest.mark.gpu
+def test_words_become_mentions(tagger: Path, device: str) -> None:
+    finder = TaggerFinder(str(tagger), device=device, batch_size=3)
     texts = "The New York, Paris.", "May Parisan", "[MASK] the", "news"
     # A word has the label of its first token, and text is no special token.
     assert found(finder, *texts) == [["New York", "Paris"], ["May", "Parisan"], [], ["news"]]
