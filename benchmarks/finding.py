@@ -122,12 +122,13 @@ def with_entities(finder: DictionaryFinder, data: Path) -> Agreement:
     columns = ["text", "mention", "entity_id"]
     train, dev = (pq.read_table(data / f"{split}.parquet", columns=columns).to_pylist() for split in ("train", "dev"))
     entities = pq.read_table(data / "entities.parquet").to_pylist()
-    counts = defaultdict(Counter)
+    counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for row in train:
         counts[row["mention"]][row["entity_id"]] += 1
     answer_of = {row["name"]: row["entity_id"] for row in reversed(entities)}
     answer_of |= {form: of_form.most_common(1)[0][0] for form, of_form in counts.items()}
-    gold, num_seen = set(), Counter()
+    gold: set[tuple[Place, str]] = set()
+    num_seen: Counter[tuple[str, str]] = Counter()
     for row in dev:
         starts = occurrences(row["text"], row["mention"])
         start = starts[min(num_seen[row["text"], row["mention"]], len(starts) - 1)]

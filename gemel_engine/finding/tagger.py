@@ -64,7 +64,7 @@ class TaggerFinder:
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
         self._batch_size = batch_size
-        self._pipeline = TokenClassificationPipeline(
+        self._pipeline: Any = TokenClassificationPipeline(  # type: ignore[no-untyped-call]
             model=model.eval(),
             tokenizer=tokenizer,
             device=device,

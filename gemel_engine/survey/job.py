@@ -37,9 +37,9 @@ def check_job(path: Path) -> Iterator[Check]:
     for name in ("input", "train", "dev"):
         if (uri := getattr(config, name, None)) is not None:
             yield _corpus(name, uri, finds=isinstance(config, FindConfig) or getattr(config, "find_mentions", False))
-    vision = None if isinstance(config, FindConfig) else config.vision
     artifacts = {name: getattr(config, name) for name in ("knowledge_base", "demonstrations")}
-    artifacts["feature_mapper"] = None if vision is None else vision.feature_mapper
+    if not isinstance(config, FindConfig):
+        artifacts["feature_mapper"] = config.vision.feature_mapper
     for name, uri in artifacts.items():
         if uri is not None:
             yield _artifact(name, uri)

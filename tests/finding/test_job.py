@@ -16,6 +16,10 @@ from support.corpus import picture, predictions, toml
 from support.tables import edit_manifest
 
 from gemel_engine.cli.main import main
+from gemel_engine.config.loading import load_config
+from gemel_engine.config.settings import LinkConfig
+from gemel_engine.errors import ConfigurationError
+from gemel_engine.linking.job import checked_plan
 from gemel_engine.pipeline.output import RunDirectory
 
 TEXTS = ["A brown bear and a cat.", "Nothing.", "", "The hot dog, the black cat."]
@@ -169,28 +173,29 @@ def test_shards_are_searched_by_ray_and_a_rerun_does_what_is_missing(
     assert json.loads(Path(RunDirectory(str(tmp_path / "found")).report).read_text())["shards_skipped"] == 3
 
 
-def test_documents_are_linked(
-    artifacts: dict[str, Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    caplog: pytest.LogCaptureFixture,
-    local_ray: None,
+@pytest.fixture
+def link(artifacts: dict[str, Path], tmp_path: Path) -> Path:
+    """The configuration of a linking run over documents."""
+    documents, path = write_documents(tmp_path / "documents.parquet"), tmp_path / "link.toml"
+    settings = toml(artifacts, documents, tmp_path / "linked")
+    path.write_text(settings.replace("[language_model]", "find_mentions = true\n[language_model]", 1))
+    return path
+
+
+def test_a_dry_run_finds_nothing_and_a_plan_needs_mentions(
+    link: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    documents, output, path = (
-        write_documents(tmp_path / "documents.parquet"),
-        tmp_path / "linked",
-        tmp_path / "link.toml",
-    )
-    path.write_text(
-        toml(artifacts, documents, output).replace("[language_model]", "find_mentions = true\n[language_model]", 1)
-    )
-    arguments = path, "--max-failed-fraction", "0.5"
-    assert run(monkeypatch, "link", *arguments, "--dry-run") == 0
+    assert run(monkeypatch, "link", link, "--dry-run") == 0
     assert "4 of 4 documents are to be searched" in caplog.text
-    assert run(monkeypatch, "plan", path) == 2
-    assert "call `gemel find-mentions` first" in capsys.readouterr().err
-    assert run(monkeypatch, "link", *arguments) == 0
+    with pytest.raises(ConfigurationError, match="call `gemel find-mentions` first"):
+        checked_plan(load_config(LinkConfig, link))
+    assert not (tmp_path / "linked").exists()
+
+
+@pytest.mark.heavy
+def test_documents_are_linked(link: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, local_ray: None) -> None:
+    output = tmp_path / "linked"
+    assert run(monkeypatch, "link", link, "--max-failed-fraction", "0.5") == 0
     answers = {row["mention_id"]: row["entity_id"] for row in predictions(str(output))}
     assert answers.keys() == {mention_id for mention_id, _ in MENTIONS}
     gold = {

@@ -37,7 +37,6 @@ def tagger(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_hidden_layers=0,
         num_attention_heads=1,
         max_position_embeddings=34,
-        num_labels=len(LABELS),
         id2label=dict(enumerate(LABELS)),
         label2id={label: number for number, label in enumerate(LABELS)},
     )
