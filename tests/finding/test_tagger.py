@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from support.tables import fast_tokenizer
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, BertForTokenClassification
 
+from gemel_engine.cli.main import main
 from gemel_engine.errors import ArtifactError, ConfigurationError
 from gemel_engine.finding.tagger import TaggerFinder
 
@@ -83,3 +87,15 @@ def test_a_long_text_is_read_in_windows(tagger: Path, shift: int) -> None:
 def test_another_model_is_refused(mention_encoder_directory: Path) -> None:
     with pytest.raises(ArtifactError, match="lacks the tensors classifier"):
         TaggerFinder(str(mention_encoder_directory))
+
+
+def test_the_command_takes_a_model(tagger: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pq.write_table(pa.table({"document_id": [7, 8], "text": ["the New York", "the"]}), tmp_path / "documents.parquet")
+    config = tmp_path / "find.toml"
+    config.write_text(
+        f'input = "{tmp_path / "documents.parquet"}"\noutput = "{tmp_path / "found"}"\n[finder]\nmodel = "{tagger}"\n'
+    )
+    monkeypatch.setattr(sys, "argv", ["gemel", "find-mentions", str(config), "--finder.labels", "LOC"])
+    main()
+    (row,) = pq.read_table(tmp_path / "found" / "data").to_pylist()
+    assert (row["mention_id"], row["mention"], row["mention_start"], row["group"]) == ("7:4", "New York", 4, "7")
