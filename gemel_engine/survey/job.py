@@ -43,13 +43,9 @@ def check_job(path: Path) -> Iterator[Check]:
     for name, uri in artifacts.items():
         if uri is not None:
             yield _artifact(name, uri)
-    models = {"finder": config.finder.model} if isinstance(config, FindConfig | LinkConfig) else {}
-    if not isinstance(config, FindConfig):
-        models |= {"language model": config.language_model.name, "mention encoder": config.retrieval.mention_encoder}
-        models["image encoder"] = config.vision.image_encoder
-    for name, model in models.items():
+    for name, model in _models(config).items():
         if model is not None:
-            yield _model(name, model, is_architecture=name == "image encoder" and config.vision.pretrained is not None)
+            yield _model(name, model)
     if isinstance(config, LinkConfig):
         yield from _device(config)
     yield _output(config.output)
@@ -65,6 +61,19 @@ def _read(path: Path) -> Config:
     return load_config(LinkConfig, path) if "language_model" in keys or not keys else load_config(FindConfig, path)
 
 
+def _models(config: Config) -> dict[str, str | None]:
+    """Return the models of a configuration; an architecture whose weights open_clip has is left out."""
+    models = {} if isinstance(config, TrainConfig) else {"finder": config.finder.model}
+    if isinstance(config, FindConfig):
+        return models
+    vision = config.vision
+    return models | {
+        "language model": config.language_model.name,
+        "mention encoder": config.retrieval.mention_encoder,
+        "image encoder": vision.image_encoder if vision.pretrained is None else None,
+    }
+
+
 def _corpus(name: str, uri: str, *, finds: bool) -> Check:
     try:
         survey = survey_corpus(uri)
@@ -74,7 +83,7 @@ def _corpus(name: str, uri: str, *, finds: bool) -> Check:
     if survey.missing:
         return Check(name, Status.PROBLEM, f"{found}; no {', '.join(survey.missing)}", "rename or add these columns")
     if survey.has_documents and not finds:
-        return Check(name, Status.PROBLEM, found, "these are documents: set find_mentions = true")
+        return Check(name, Status.PROBLEM, found, "these are documents: set find_mentions = true to link them")
     if finds and not survey.has_documents:
         return Check(name, Status.PROBLEM, found, "these are mentions: leave out find_mentions, and `gemel link` them")
     return Check(name, Status.OK, found)
@@ -89,7 +98,7 @@ def _artifact(name: str, uri: str) -> Check:
     return Check(shown_name, Status.OK, uri)
 
 
-def _model(name: str, model: str, *, is_architecture: bool) -> Check:
+def _model(name: str, model: str) -> Check:
     if model in (LANGUAGE_MODEL, MENTION_ENCODER, IMAGE_ENCODER):
         return Check(name, Status.PROBLEM, f"{model} is still to be filled in", "name a model, or its local directory")
     directory = Path(model)
@@ -98,8 +107,6 @@ def _model(name: str, model: str, *, is_architecture: bool) -> Check:
         if not set(_CONFIG_FILES) & set(files) or not any(file.endswith(_WEIGHTS) for file in files):
             return Check(name, Status.PROBLEM, f"{directory} has no configuration or no weights", "download it again")
         return Check(name, Status.OK, str(directory))
-    if is_architecture:
-        return Check(name, Status.OK, f"{model}, an architecture of open_clip")
     from huggingface_hub import constants, try_to_load_from_cache
 
     if isinstance(try_to_load_from_cache(model, "config.json"), str):
