@@ -16,7 +16,8 @@ from typing import NamedTuple, Self
 from gemel_engine.errors import InputError
 from gemel_engine.evaluation.run import LinkedRun
 from gemel_engine.storage import parquet
-from gemel_engine.types import MENTION_COLUMNS, Column
+from gemel_engine.storage.columns import Column
+from gemel_engine.types import MENTION_COLUMNS
 
 _FOUND_COLUMNS = {**MENTION_COLUMNS, "document_start": Column.like(MENTION_COLUMNS["mention_start"].type)}
 _FOUND_REQUIRED = ("mention_id", "mention", "group", "document_start")

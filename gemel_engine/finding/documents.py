@@ -9,7 +9,8 @@ import pyarrow as pa
 
 from gemel_engine.finding.base import Span
 from gemel_engine.pipeline.corpus import Shard, plan_shards, read_rows
-from gemel_engine.types import MENTION_COLUMNS, Column
+from gemel_engine.storage.columns import Column
+from gemel_engine.types import MENTION_COLUMNS
 
 _PICTURES = ("image_uri", "image_bytes", "image_features")
 DOCUMENT_COLUMNS: dict[str, Column] = {

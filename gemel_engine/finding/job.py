@@ -35,8 +35,8 @@ from gemel_engine.pipeline.isolation import isolate
 from gemel_engine.pipeline.output import RunDirectory, claim_output, finished_shards
 from gemel_engine.pipeline.stages import without_invalid_text
 from gemel_engine.storage import parquet
+from gemel_engine.storage.columns import IDENTIFIER, TEXT, Column
 from gemel_engine.storage.parquet import parquet_bytes
-from gemel_engine.types import IDENTIFIER, TEXT, Column
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from gemel_engine import storage
 from gemel_engine.errors import InputError, shown
 from gemel_engine.storage import parquet
-from gemel_engine.types import MENTION_COLUMNS, MENTION_REQUIRED_COLUMNS, Column
+from gemel_engine.storage.columns import Column
+from gemel_engine.types import MENTION_COLUMNS, MENTION_REQUIRED_COLUMNS
 
 # The columns of the ordered corpus, and all columns that linking reads.
 SMALL_SCHEMA = pa.schema(
