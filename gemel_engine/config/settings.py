@@ -129,6 +129,11 @@ class LinkConfig(JobConfig):
                 "search.ranking is 'mean': whether added names change such a ranking shows only when everything is "
                 'linked again; leave out `previous`, or set search.ranking = "objective" in both runs'
             )
+        if self.previous is not None and self.find_mentions:
+            raise ValueError(
+                "find_mentions is set, but `previous` needs the mentions of that run: give these as `input`, and leave "
+                "out find_mentions"
+            )
         self._check_gpus(self.language_model, self.resources.generation.num_gpus)
 
     @staticmethod
