@@ -9,6 +9,7 @@
     ├── EngineDiedError         a process of the language model's engine has ended      exit code 1
     └── MentionError            one row cannot be linked: it becomes the row's `error`
         ├── InvalidMentionError     empty surface form, offset outside the text, ...
+        ├── InvalidDocumentError    the text of a document is empty or not UTF-8
         ├── PromptTooLongError      the surface form exceeds the prompt limit
         ├── ImageError              the image's bytes are not a decodable picture
         └── ImageFetchError         the image's address is not allowed or not reachable
@@ -138,6 +139,12 @@ class InvalidMentionError(MentionError):
     """The row's own text, surface form, offset or candidates are unusable."""
 
     kind = "invalid_mention"
+
+
+class InvalidDocumentError(MentionError):
+    """The text of a document is unusable, so that no mention is found in it."""
+
+    kind = "invalid_document"
 
 
 class PromptTooLongError(MentionError):

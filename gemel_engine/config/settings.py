@@ -28,6 +28,7 @@ from gemel_engine.config.components import (
     SearchSettings,
     VisionSettings,
 )
+from gemel_engine.config.finding import FinderSettings
 from gemel_engine.config.resources import ResourceSettings
 
 
@@ -129,7 +130,10 @@ class LinkConfig(JobConfig):
 
     Attributes:
         input: Mentions in Parquet, CSV, TSV or JSON Lines, a file or a directory, local or
-            s3://bucket/prefix.
+            s3://bucket/prefix; with `find_mentions`, documents.
+        find_mentions: Whether to find the mentions of the documents in `input` first, as `gemel
+            find-mentions` does.
+        finder: How mentions are found.
         language_model: The frozen language model and its engine.
         score: How entities are ranked.
         calibration: Directory written by `gemel calibrate`, for the columns `confidence`
@@ -141,6 +145,8 @@ class LinkConfig(JobConfig):
     """
 
     input: Address
+    find_mentions: bool = False
+    finder: FinderSettings = field(default_factory=FinderSettings)
     language_model: EngineSettings
     score: ScoreSettings = field(default_factory=ScoreSettings)
     calibration: Address | None = None
@@ -157,6 +163,11 @@ class LinkConfig(JobConfig):
             raise ValueError(
                 "search.ranking is 'mean': whether added names change such a ranking shows only when everything is "
                 'linked again; leave out `previous`, or set search.ranking = "objective" in both runs'
+            )
+        if self.previous is not None and self.find_mentions:
+            raise ValueError(
+                "find_mentions is set, but `previous` needs the mentions of that run: give these as `input`, and leave "
+                "out find_mentions"
             )
         self._check_gpus(self.language_model, self.resources.generation.num_gpus)
 

@@ -69,28 +69,34 @@ def plan_shards(
     rows_per_shard: int,
     also_required: Sequence[str] = (),
     stored_names: Mapping[str, str] | None = None,
+    *,
+    columns: Mapping[str, Column] | None = None,
+    required: Sequence[str] = MENTION_REQUIRED_COLUMNS,
 ) -> list[Shard]:
     """Validate the columns and ids of a corpus and cut it into shards.
 
     Args:
-        input_uri: Table of mentions, or directory of tables.
+        input_uri: Table of mentions, or of rows with other columns, or directory of tables.
         rows_per_shard: Maximum number of rows of a shard.
         also_required: Columns that this run requires beside those that every run requires.
         stored_names: The corpus' names of columns that have another name there; it must have them.
+        columns: Columns that the corpus may have; None: those of mentions.
+        required: Columns that every run requires; the first is the id.
 
     Raises:
-        InputError: A column is missing, repeated or of the wrong type, a file cannot be read, or a
-            `mention_id` is missing, repeated or not UTF-8.
+        InputError: A column is missing, repeated or of the wrong type, a file cannot be read, or an
+            id is missing, repeated or not UTF-8.
     """
     shards: list[Shard] = []
-    ids = _UniqueIds(input_uri)
+    id_column = required[0]
+    ids = _UniqueIds(input_uri, id_column)
     stored_names = stored_names or {}
     names = json.dumps(stored_names, sort_keys=True) if stored_names else ""
-    for table in _tables(input_uri, also_required, stored_names):
+    for table in _tables(input_uri, also_required, stored_names, columns, required):
         chunks: list[pa.Array] = []
-        for piece in table.pieces(["mention_id", *table.parsed]):  # raises here what stages would
-            ids.add(piece["mention_id"])
-            chunks += piece["mention_id"].chunks
+        for piece in table.pieces([id_column, *table.parsed]):  # raises here what stages would
+            ids.add(piece[id_column])
+            chunks += piece[id_column].chunks
         of_file = pa.chunked_array(chunks, pa.large_string())
         cut = cut_file(table.file.uri, version_of(table.file), table.num_rows, rows_per_shard, len(shards))
         shards += [replace(shard, ids=ids_digest(of_file[shard.start : shard.stop]), columns=names) for shard in cut]
@@ -106,9 +112,15 @@ def check_columns(input_uri: str, also_required: Sequence[str], stored_names: Ma
     next(_tables(input_uri, also_required, stored_names))
 
 
-def _tables(input_uri: str, also_required: Sequence[str], stored_names: Mapping[str, str]) -> Iterator[Table]:
-    required = dict.fromkeys((*MENTION_REQUIRED_COLUMNS, *also_required, *stored_names))
-    return parquet.open_tables(input_uri, mention_columns(stored_names), list(required))
+def _tables(
+    input_uri: str,
+    also_required: Sequence[str],
+    stored_names: Mapping[str, str],
+    columns: Mapping[str, Column] | None = None,
+    required: Sequence[str] = MENTION_REQUIRED_COLUMNS,
+) -> Iterator[Table]:
+    names = list(dict.fromkeys((*required, *also_required, *stored_names)))
+    return parquet.open_tables(input_uri, columns or mention_columns(stored_names), names)
 
 
 def order_by_surface_form(plan: Sequence[Shard]) -> NDArray[np.int64] | None:
@@ -184,19 +196,31 @@ def count_rows(plan: Sequence[Shard]) -> int:
     return sum(shard.stop - shard.start for shard in plan)
 
 
-def read_rows(shard: Shard, columns: Sequence[str]) -> pa.Table:
+def read_rows(
+    shard: Shard,
+    columns: Sequence[str],
+    *,
+    kinds: Mapping[str, Column] | None = None,
+    id_column: str = MENTION_REQUIRED_COLUMNS[0],
+) -> pa.Table:
     """Read those of `columns` that the file has, from the row groups that contain the shard only.
+
+    Args:
+        shard: The shard.
+        columns: Columns to read.
+        kinds: The `columns` that the shard was planned with; None: those of mentions.
+        id_column: Column of the ids.
 
     Raises:
         InputError: The file has changed since the run was planned.
     """
     check_version(shard)
-    of_file = _columns_of(shard)
-    kinds = {name: of_file[name] for name in (*MENTION_REQUIRED_COLUMNS[:1], *columns)}
-    with parquet.open_table(shard.uri, kinds, MENTION_REQUIRED_COLUMNS[:1]) as table:
+    of_file = kinds or _columns_of(shard)
+    kinds = {name: of_file[name] for name in (id_column, *columns)}
+    with parquet.open_table(shard.uri, kinds, (id_column,)) as table:
         rows = table.read(columns, range(shard.start, shard.stop))
     check_version(shard)  # the file may have been replaced during the read
-    if shard.ids and "mention_id" in rows.column_names and ids_digest(rows["mention_id"]) != shard.ids:
+    if shard.ids and id_column in rows.column_names and ids_digest(rows[id_column]) != shard.ids:
         raise _changed(shard)
     return rows
 
@@ -260,8 +284,8 @@ def cut_file(uri: str, version: str, num_rows: int, rows_per_shard: int, first_i
 class _UniqueIds:
     """Collects and validates the ids of a corpus early: repeated ids can exhaust the memory."""
 
-    def __init__(self, uri: str) -> None:
-        self._uri = uri
+    def __init__(self, uri: str, column: str) -> None:
+        self._uri, self._column = uri, column
         self._chunks: list[pa.Array] = []
         self._num_ids = self._num_checked = 0
 
@@ -284,12 +308,12 @@ class _UniqueIds:
         try:
             ids.validate(full=True)
         except pa.ArrowInvalid as error:
-            raise InputError(f"{self._uri} has a mention_id that is not UTF-8 ({error}): write it again") from error
+            raise InputError(f"{self._uri} has a {self._column} that is not UTF-8 ({error}): write it again") from error
         is_missing = pc.equal(pc.fill_null(ids, ""), "")
         if num_missing := pc.sum(is_missing).as_py():
             first = pc.index(is_missing, True).as_py() + 1
             raise InputError(
-                f"{self._uri} has {num_missing} rows without a mention_id, the first is row {first}: give "
+                f"{self._uri} has {num_missing} rows without a {self._column}, the first is row {first}: give "
                 "each row its own"
             )
         if len(ids) == 0:
@@ -297,11 +321,11 @@ class _UniqueIds:
         if pc.count_distinct(ids).as_py() < len(ids):
             counts = pc.value_counts(ids)
             repeated = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
-            examples = [mention_id[:50] for mention_id in repeated[:3].to_pylist()]
+            examples = [found[:50] for found in repeated[:3].to_pylist()]
             first = pc.index(ids, repeated[0]).as_py() + 1
             second = first + pc.index(ids[first:], repeated[0]).as_py() + 1
             raise InputError(
-                f"{self._uri} repeats {len(repeated)} mention_id, such as {examples}, the first in rows {first} and "
-                f"{second}: make them unique"
+                f"{self._uri} repeats {len(repeated)} {self._column}, such as {examples}, the first in rows {first} "
+                f"and {second}: make them unique"
             )
         self._num_checked = self._num_ids

@@ -67,7 +67,7 @@ def check_kept(uri: str) -> None:
 def check_apart(output: str, source: str) -> None:
     """Raise if a job would read its own output as input, now or when it is run again.
 
-    Links are followed.
+    Links are followed. Mentions that were found for the job, in `_mentions`, may be its input.
 
     Args:
         output: Directory that the job writes to; it need not exist.
@@ -79,7 +79,7 @@ def check_apart(output: str, source: str) -> None:
     """
     root, target = normalised_uri(source), normalised_uri(output)
     is_read = any(_is_table(os.path.normpath(f"{place}/data/x.parquet")) for place in _places_within(target, root))
-    if is_read or any(re.match(r"(data|_[^/]*)(/|$)", place) for place in _places_within(root, target)):
+    if is_read or any(re.match(r"(data|_(?!mentions/)[^/]*)(/|$)", place) for place in _places_within(root, target)):
         raise ConfigurationError(
             f"the output {shown(output)} and the input {shown(source)} lie one in the other, so that the job would "
             "read what it writes: choose an output outside of the input"
