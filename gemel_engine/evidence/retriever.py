@@ -8,7 +8,7 @@ Shapes: B mentions, C vision width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from gemel_engine.config.components import RetrievalSettings
 from gemel_engine.evidence.forms import FormStatistics
@@ -95,20 +95,18 @@ class Retriever:
         return self._pool.pool(mentions, of_forms, of_texts, usable, leave_out_own_group=group)
 
     def _arranged(self, demonstrations: Sequence[int], pool: Pool) -> Retrieved:
-        """Return the items of a prompt: in each part the best one is the last."""
+        """Return the items of a prompt: demonstrations, then cards; in each part the best one is the last.
+
+        The best candidate by all sources stands next to the question even if it is among the shared
+        cards: a language model prefers what it read last.
+        """
         settings = self._settings
-        cards = pool.of_form[: settings.num_cards]
-        own = [candidate.row for candidate in pool.candidates if candidate.row not in cards][: settings.num_own_cards]
-        shared_rows = demonstrations[: settings.num_demonstrations]
-        by_picture = demonstrations[len(shared_rows) :]
-        shared = _in_order(settings, map(PromptItem, shared_rows), (PromptItem(row, True) for row in reversed(cards)))
-        last = _in_order(settings, map(PromptItem, by_picture), (PromptItem(row, True) for row in reversed(own)))
-        return Retrieved(shared, last, pool.candidates)
+        num_shared = settings.num_demonstrations
+        shared = _items(demonstrations[:num_shared], pool.of_form[: settings.num_cards])
+        best = [candidate.row for candidate in pool.candidates[: settings.num_own_cards]]
+        return Retrieved(shared, _items(demonstrations[num_shared:], best), pool.candidates)
 
 
-def _in_order(
-    settings: RetrievalSettings, demonstrations: Iterable[PromptItem], cards: Iterable[PromptItem]
-) -> tuple[PromptItem, ...]:
-    """Join demonstrations and cards in the order of `cards_first`."""
-    first, second = (cards, demonstrations) if settings.cards_first else (demonstrations, cards)
-    return (*first, *second)
+def _items(demonstrations: Sequence[int], cards: Sequence[int]) -> tuple[PromptItem, ...]:
+    """Join demonstrations, the best last, and cards, the best first."""
+    return (*map(PromptItem, demonstrations), *(PromptItem(row, is_card=True) for row in reversed(cards)))
