@@ -45,7 +45,7 @@ from gemel_engine.types import Mention, Prediction
 RESULTS = Path("benchmarks/results/cards.json")
 WORK = Path("build/cards")
 SEED = 0
-BATCH = 100  # mentions between two notes
+BATCH = 50  # mentions between two notes
 FIGURES = {"zero_shot=0": "cards", "zero_shot=1": "zero_shot"}
 
 logger = logging.getLogger("cards")
@@ -145,7 +145,7 @@ def buckets_of(rows: Sequence[dict[str, Any]], data: Path) -> list[str]:
 
 
 def measured(
-    linker: Linker, rows: Sequence[dict[str, Any]], buckets: Sequence[str], text: str
+    linker: Linker, rows: Sequence[dict[str, Any]], buckets: Sequence[str], text: str, *, with_pictures: bool = False
 ) -> Iterator[dict[str, object]]:
     """Link the mentions in batches, and yield the figures of those linked so far after each."""
     changes = {name: int(value) for name, value in (pair.split("=") for pair in text.split())}
@@ -162,7 +162,8 @@ def measured(
     for start in range(0, len(order), BATCH):
         batch = order[start : start + BATCH]
         mentions = [Mention(row["mention_id"], row["text"], row["mention"]) for row in (rows[n] for n in batch)]
-        predictions |= dict(zip(batch, linker.link(mentions, [None] * len(mentions)), strict=True))
+        pictures = [rows[number].get("image_bytes") if with_pictures else None for number in batch]
+        predictions |= dict(zip(batch, linker.link(mentions, pictures), strict=True))
         num_tokens = linker.generator.engine.cache_statistics.num_prompt_tokens - before
         yield {
             **accuracies(predictions, rows, buckets),
