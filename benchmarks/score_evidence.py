@@ -2,9 +2,9 @@
 
 python benchmarks/score_evidence.py DATA --mention-encoder MODEL --image-encoder MODEL [--num-train N]
 
-DATA is that of `benchmarks/cards.py`, which builds its indexes; the emoji corpus, its knowledge base and its demonstrations are
-those of `make demo`. No language model takes part. Candidate pools are kept in `build/score`, so that an interrupted
-run goes on and `benchmarks/score.py` finds them. The figures go to `benchmarks/results/score.json`.
+DATA is that of `benchmarks/cards.py`, which builds its indexes; the emoji corpus, its knowledge base and its
+demonstrations are those of `make demo`. No language model takes part. Candidate pools are kept in `build/score`, so
+that an interrupted run goes on and `benchmarks/score.py` finds them. The figures go to `benchmarks/results/score.json`.
 """
 
 from __future__ import annotations
@@ -226,8 +226,8 @@ def publish(results: Mapping[str, object], arguments: str, num_train: int) -> No
     """Note the figures among those of the score."""
     what = (
         f"evidence alone, no language model; WikiDiverse text only, 7,642 names, weights fitted on {num_train} "
-        f"training mentions without their own groups and judged on dev; emoji with pictures, 551 names, fitted on {NUM_EMOJI} "
-        "training mentions without their own artists"
+        "training mentions without their own groups and judged on dev; emoji with pictures, 551 names, fitted on "
+        f"{NUM_EMOJI} training mentions without their own artists"
     )
     stored: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     command = f"python benchmarks/score_evidence.py DATA {arguments}"
