@@ -103,9 +103,3 @@ def test_a_stage_refuses_other_models_than_the_run_began_with(config: LinkConfig
         EncodeImages(config, {"image_encoder": "another"})
     with pytest.raises(ArtifactError, match=r"the demonstrations .* is not the one that the run began with"):
         Retrieve(config, {"demonstrations": {}})
-
-
-def test_an_empty_batch_passes_all_stages(config: LinkConfig, tmp_path: Path) -> None:
-    empty = read(tmp_path).slice(0, 0)
-    batch = Retrieve(config)(EncodeImages(config)(empty))
-    assert (batch.num_rows, batch.schema.field("retrieved").type) == (0, RETRIEVED_TYPE)
