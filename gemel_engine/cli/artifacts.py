@@ -79,14 +79,9 @@ def build_demonstrations(
         MentionEncoder(mention_encoder, device=device),
         image_encoder_fingerprint=None if pictures is None else pictures.encoder.fingerprint,
     )
-    logger.info(
-        "%s: %d demonstrations of %d surface forms, %d with a picture, in %.1f s",
-        output_dir,
-        index.metadata.num_demonstrations,
-        index.metadata.num_surface_forms,
-        index.metadata.num_images,
-        time.perf_counter() - started,
-    )
+    built, seconds = index.metadata, time.perf_counter() - started
+    counts = built.num_demonstrations, built.num_surface_forms, built.num_images
+    logger.info("%s: %d demonstrations of %d surface forms, %d with a picture, in %.1f s", output_dir, *counts, seconds)
 
 
 def init_mapper(

@@ -16,7 +16,7 @@ from gemel_engine.config.bounds import Amount, Count, CountOrZero, Fraction, See
 from gemel_engine.errors import ConfigurationError, InputError
 
 if TYPE_CHECKING:
-    from gemel_engine.evaluation.run import LinkedRun
+    from gemel_engine.evaluation.run import JudgedRun, LinkedRun
 
 Output = Annotated[Positional[str], arg(metavar="OUTPUT")]
 OutputDir = Annotated[Positional[Path], arg(metavar="OUTPUT_DIR")]
@@ -198,8 +198,7 @@ def evaluate(
 ) -> None:
     """Evaluate a finished linking run against gold labels.
 
-    Prints a table and writes `metrics.json` and `report.html`. Without gold labels, only the report
-    is written.
+    Prints a table and writes `metrics.json` and `report.html`; without gold labels only the report.
 
     Args:
         output: Output of the run, local or s3://bucket/prefix.
@@ -211,23 +210,19 @@ def evaluate(
         protocol: When an answer is correct: `entity`: the same entity identifier; `name`: the same
             entity name (GEMEL's protocol); `candidates`: the same identifier, among the mention's
             own candidates only.
-        found: Whether the mentions of the run were found by `gemel find-mentions`, and are compared
-            with gold mentions by their places: `group` (the document's id), `mention`, and
-            `mention_start`, else `text`. Writes `found.json` instead.
+        found: Whether the mentions were found by `gemel find-mentions`, and are compared with gold
+            mentions by their places: `group` (the document), `mention`, and `mention_start`, else
+            `text`. Writes `found.json` instead.
         write_to: Directory for the files. Default: `evaluation` in the output of the run.
         entities: Parquet file or directory with the pictures of entities: the columns `entity_id`,
             and `image_bytes` or `image_uri`, as for `gemel build-kb`. Default: the addresses in the
             knowledge base of the run.
         gallery_size: Number of mentions shown in the report.
-        allowed_image_prefixes: Allowed prefixes of an `image_uri` whose picture the report shows:
-            absolute local directories, s3://bucket/prefix, https://host/path. The prefixes allowed
-            for the run itself are not used.
+        allowed_image_prefixes: Prefixes of an `image_uri` that the report may show, instead of the
+            run's: absolute local directories, s3://bucket/prefix, https://host/path.
         max_image_bytes: Maximum size of an image file in bytes; a larger picture is not shown.
     """
-    from rich.console import Console
-
     from gemel_engine import storage
-    from gemel_engine.cli.tables import as_table
     from gemel_engine.config.components import ImagePolicy
     from gemel_engine.evaluation.run import LinkedRun, judge_run
     from gemel_engine.report.page import report_of
@@ -241,14 +236,24 @@ def evaluate(
         return
     if gold is not None or linked.has_gold():
         judged = judge_run(linked, gold=gold, train=train, against=other, protocol=protocol)
-        Console().print(as_table(judged))
-        storage.write_bytes(f"{directory}/metrics.json", judged.to_json())
-        logger.info("%s/metrics.json", directory)
+        _write_metrics(judged, directory)
     page = report_of(
         linked, judged, training=train, gallery_size=gallery_size, entities=entities, image_source=image_source
     )
     storage.write_bytes(f"{directory}/report.html", page.encode())
     logger.info("%s/report.html", directory)
+
+
+def _write_metrics(judged: JudgedRun, directory: str) -> None:
+    """Print the table of an evaluation and write `metrics.json`."""
+    from rich.console import Console
+
+    from gemel_engine import storage
+    from gemel_engine.cli.tables import as_table
+
+    Console().print(as_table(judged))
+    storage.write_bytes(f"{directory}/metrics.json", judged.to_json())
+    logger.info("%s/metrics.json", directory)
 
 
 def _evaluate_found(linked: LinkedRun, gold: str | None, directory: str) -> None:

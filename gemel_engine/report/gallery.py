@@ -123,9 +123,7 @@ def gallery_items(
             gold_id=truth["entity_id"],
             gold_name=truth["entity_name"],
             right=truth["right"],
-            demonstrations=tuple(
-                shown[mention_id] for mention_id in row["demonstration_ids"] or () if mention_id in shown
-            ),
+            demonstrations=tuple(shown[name] for name in row["demonstration_ids"] or () if name in shown),
             entities=known,
         )
         for row, truth in zip(rows, gold, strict=True)
