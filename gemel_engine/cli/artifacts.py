@@ -41,20 +41,17 @@ def build_demonstrations(
     """Build a demonstration index from a training split.
 
     Args:
-        mentions: Table in Parquet, CSV, TSV or JSON Lines, or a directory, local or
-            s3://bucket/prefix. Required columns: `mention_id`, `text`, `mention`, `entity_id`;
-            optional columns: `entity_name`, `group`, `image_features`, `image_bytes`, `image_uri`.
+        mentions: Table in Parquet, CSV, TSV or JSON Lines, local or s3://bucket/prefix, with the
+            columns `mention_id`, `text`, `mention`, `entity_id`; `entity_name`, `group`,
+            `image_features`, `image_bytes`, `image_uri` are optional.
         entities: Table with the columns `entity_id` and `name`, in the same formats.
         output_dir: Local directory; an existing index in it is replaced.
-        mention_encoder: Sentence encoder of surface forms: local directory, or name on the model
-            hub.
-        image_encoder: open_clip architecture, or local directory in open_clip's layout; without
-            one, picture files are ignored.
+        mention_encoder: Sentence encoder of surface forms: local directory, or name on the hub.
+        image_encoder: open_clip architecture, or local directory; None: no picture files are read.
         image_encoder_pretrained: Name of open_clip's weights, if the encoder is an architecture.
         device: torch device of both encoders.
         max_image_pixels: Maximum number of pixels of a decoded picture; a larger one is unusable.
-        allowed_image_prefixes: Allowed prefixes of an `image_uri`: absolute local directories,
-            s3://bucket/prefix, https://host/path.
+        allowed_image_prefixes: Allowed prefixes of an `image_uri`, local, s3:// or https://.
         max_image_bytes: Maximum size of an image file in bytes; a larger one is unusable.
         columns: Names of columns of the mentions where they differ: mention=surface entity_id=label.
     """

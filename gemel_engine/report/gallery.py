@@ -98,8 +98,7 @@ def gallery_items(
             `entity_id` (gold, null for NIL), `entity_name` and `right` (both nullable).
         training: Parquet file or directory with the pictures of the demonstrations; None: without.
         knowledge_base: Knowledge base of the run; None: entities without names and descriptions.
-        entities: Parquet file or directory with the pictures of entities; None: only addresses in
-            the knowledge base.
+        entities: Table of the pictures of entities; None: only addresses in the knowledge base.
         image_source: Policy for reading image addresses; None: no address is read.
 
     Raises:

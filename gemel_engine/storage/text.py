@@ -146,8 +146,11 @@ def _csv_rows(
     if delimiter not in header_line and ";" in header_line and delimiter == ",":
         delimiter = ";"  # of spreadsheets where a comma separates decimals
     csv.field_size_limit(MAX_LINE_BYTES)
-    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-    reader = csv.reader(chain([header_line], lines), delimiter=delimiter, quoting=quoting, strict=True)
+    chained = chain([header_line], lines)
+    if delimiter == "\t":
+        reader = csv.reader(chained, delimiter=delimiter, quoting=csv.QUOTE_NONE, strict=True)
+    else:
+        reader = csv.reader(chained, delimiter=delimiter, strict=True)
     try:
         header = next(reader, [])
         _check_encodable(header)

@@ -33,7 +33,7 @@ def generator(artifacts: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
 
 def test_predictions_come_in_order_and_a_bad_mention_leaves_the_others_alone(generator: EntityNameGenerator) -> None:
     unknown = replace(BEAR, mention_id="unknown", candidate_ids=("Q999",))
-    long = replace(STAR, mention_id="long", text="star " * 900)
+    long = replace(STAR, mention_id="long", mention="star " * 800)
     mentions = [unknown, STAR, long, BEAR]
     found = generator.generate(mentions, [None] * 4, [NOTHING] * 4)
     assert [prediction.mention_id for prediction in found] == ["unknown", "star", "long", "bear"]
@@ -62,7 +62,7 @@ def test_a_prompt_is_built_of_items_and_picture(generator: EntityNameGenerator) 
     assert isinstance(generator.example(PromptItem(0), "bear"), Demonstration)
     assert isinstance(generator.example(PromptItem(0, is_card=True), "bear"), Card)
     with pytest.raises(PromptTooLongError):
-        generator.prompt(replace(BEAR, text="bear " * 900), None, retrieved)
+        generator.prompt(replace(BEAR, mention="bear " * 800), None, retrieved)
 
 
 def test_image_features_that_the_mapper_cannot_read_are_refused(generator: EntityNameGenerator) -> None:
@@ -82,4 +82,4 @@ def test_a_prompt_is_the_same_only_with_the_same_items(generator: EntityNameGene
     (earlier,) = generator.generate([BEAR], [None], [retrieved])
     assert generator.has_same_prompt(BEAR, None, retrieved, earlier)
     assert not generator.has_same_prompt(BEAR, None, Retrieved((PromptItem(0), PromptItem(2))), earlier)
-    assert not generator.has_same_prompt(replace(BEAR, text="bear " * 900), None, retrieved, earlier)
+    assert not generator.has_same_prompt(replace(BEAR, mention="bear " * 800), None, retrieved, earlier)

@@ -41,7 +41,7 @@ def test_each_unusable_mention_gets_its_error(artifacts: dict[str, Path], tmp_pa
         {"image_features": None},
         {"entity_id": "Q999"},
         {"entity_id": None},
-        {"text": "bear " * 9000},
+        {"mention": "bear " * 800},
         {"image_features": [0.5] * 3},
         {"image_features": [1e300] * 4},
         {"error": "image: no picture", "entity_id": "Q999"},
