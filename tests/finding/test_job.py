@@ -189,6 +189,8 @@ def test_a_dry_run_finds_nothing_and_a_plan_needs_mentions(
     assert "4 of 4 documents are to be searched" in caplog.text
     with pytest.raises(ConfigurationError, match="call `gemel find-mentions` first"):
         checked_plan(load_config(LinkConfig, link))
+    with pytest.raises(ConfigurationError, match="`previous` needs the mentions of that run"):
+        load_config(LinkConfig, link, ["--previous", "linked"])
     assert not (tmp_path / "linked").exists()
 
 

@@ -202,6 +202,7 @@ def test_an_output_is_not_read_as_input(
         ("corpus/_runs/1", "corpus"),  # where `list_parquet` does not look
         ("corpus", "corpus/mentions.parquet"),
         ("run", "run/database.parquet"),
+        ("run", "run/_mentions/data"),
         ("s3://bucket/corpus-run", "s3://bucket/corpus"),
         ("s3://bucket/corpus/run", "corpus"),
         ("corpus", "s3://bucket/corpus"),
