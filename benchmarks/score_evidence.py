@@ -22,16 +22,18 @@ import numpy as np
 import pyarrow.parquet as pq
 import tyro
 from cards import WORK as CARDS
+from cards import buckets_of
 from numpy.typing import NDArray
 from record import record
 
 from gemel_engine.config.components import RetrievalSettings
 from gemel_engine.evaluation.fit_score import LabelledPools, conditional_logit, fit_score
+from gemel_engine.evaluation.quality import quality
 from gemel_engine.evidence.features import FEATURES
 from gemel_engine.evidence.index import open_evidence
 from gemel_engine.evidence.retrieved import Retrieved
 from gemel_engine.evidence.retriever import Retriever
-from gemel_engine.evidence.weights import ScoreWeights
+from gemel_engine.evidence.weights import ScoreWeights, softmax
 from gemel_engine.knowledge_base.store import KnowledgeBase
 from gemel_engine.retrieval.index import DemonstrationIndex
 from gemel_engine.types import Features, Mention, PoolEntity, Prediction, predictions_to_table
@@ -196,6 +198,7 @@ def main(data: tyro.conf.Positional[Path], *, mention_encoder: str, image_encode
     whole = with_pictures(by_text, of_emoji.labelled)
     for name, split in (("score", "test"), ("unseen", "test_unseen"), ("dev", "dev")):
         results[f"emoji.{name}"] = accuracy(emoji_of[split].labelled, whole)
+    results |= alone(dev, whole, data)
     results |= {f"feature.{name}": value for name, value in worth(train.labelled, judged).items()}
     publish(
         results,
@@ -207,6 +210,36 @@ def main(data: tyro.conf.Positional[Path], *, mention_encoder: str, image_encode
 def accuracy(pools: LabelledPools, weights: ScoreWeights) -> float:
     """Accuracy of evidence alone."""
     return round(float(is_right(pools, vector(weights)).mean()), 4)
+
+
+def alone(dev: Pools, weights: ScoreWeights, data: Path) -> dict[str, object]:
+    """Accuracy of evidence alone on dev, in all and by bucket, what bounds it, and how good its confidence is."""
+    pools = dev.labelled
+    right, scores = is_right(pools, vector(weights)), pools.features @ vector(weights)
+    sure = np.array([softmax(scores[start:end]).max() for start, end in pairwise(pools.starts)])
+    best = [
+        int((scores[start:end] > scores[gold]).sum()) if gold >= 0 else -1
+        for (start, end), gold in zip(pairwise(pools.starts), pools.gold, strict=True)
+    ]
+    rank, least_sure = np.array(best), np.argsort(sure, kind="stable")[: len(sure) // 5]
+    measured = quality(sure, right)
+    results: dict[str, object] = {
+        "wikidiverse.evidence_alone": round(float(right.mean()), 4),
+        "wikidiverse.least_sure_evidence_alone": round(float(right[least_sure].mean()), 4),
+        "confidence.evidence_alone.ece": round(measured.expected_calibration_error, 4),
+        "confidence.evidence_alone.risk_coverage_area": round(measured.area_under_risk_coverage, 4),
+        **{f"bound.among_best_{k}": round(float(((rank >= 0) & (rank < k)).mean()), 4) for k in (2, 5, 32)},
+    }
+    for risk in (0.02, 0.03, 0.05):
+        threshold = weights.threshold(risk)
+        decided = sure >= (2.0 if threshold is None else threshold)
+        results[f"cascade.decided_at_{risk}"] = round(float(decided.mean()), 4)
+        results[f"cascade.wrong_of_decided_at_{risk}"] = round(float(1 - right[decided].mean()), 4)
+    forms, gold = (dev.table[name].to_pylist() for name in ("form", "gold"))
+    buckets = np.array(buckets_of([{"mention": f, "entity_id": g} for f, g in zip(forms, gold, strict=True)], data))
+    for bucket in sorted(set(buckets.tolist())):
+        results[f"wikidiverse.evidence_alone.{bucket}"] = round(float(right[buckets == bucket].mean()), 4)
+    return results
 
 
 def worth(train: LabelledPools, dev: LabelledPools) -> dict[str, float]:
