@@ -120,10 +120,11 @@ def _findings(survey: CorpusSurvey) -> Iterator[str]:
     rows = "documents" if survey.has_documents else "mentions"
     yield "# Written by `gemel init`. Fill in what is marked MISSING; `gemel doctor` checks the result."
     yield "#"
-    yield f"# Found: {survey.num_rows:,} {rows} in {survey.num_files:,} Parquet file(s), with the columns"
+    yield f"# Found: {survey.num_rows:,} {rows} in {survey.num_files:,} file(s), with the columns"
     yield f"# {visible(', '.join(survey.columns))}."
     if survey.missing:
-        yield f"# {MISSING} in the corpus: {_quoted(survey.missing)}. Rename the columns that have it, or add them."
+        remedy = "Add them" if survey.has_documents else "Say below in [columns] which columns have it, or add them"
+        yield f"# {MISSING} in the corpus: {_quoted(survey.missing)}. {remedy}."
     if survey.median_characters is not None:
         yield f"# Texts have {survey.median_characters:,} characters in the median."
     of_sample = f"of the first {survey.num_sampled:,} rows"
@@ -152,6 +153,11 @@ def _settings(survey: CorpusSurvey, dtype: str) -> Iterator[str]:
     yield ""
     yield "[retrieval]"
     yield f'mention_encoder = "{MENTION_ENCODER}"  # {MISSING}: such as sentence-transformers/all-MiniLM-L6-v2'
+    if survey.missing and not survey.has_documents:
+        yield ""
+        yield "# [columns]"
+        for name in survey.missing:
+            yield f'# {name} = "{MISSING}: its name in the corpus"'
 
 
 def _vision(survey: CorpusSurvey) -> Iterator[str]:

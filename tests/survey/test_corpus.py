@@ -35,7 +35,7 @@ def table(**columns: object) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("columns", "texts", "finds"),
     [
-        (table(), ["2 mentions in 1 Parquet file(s)", "Pictures: none", "Gold labels: none"], False),
+        (table(), ["2 mentions in 1 file(s)", "Pictures: none", "Gold labels: none"], False),
         (table(entity_id=["Q1", None]), ["Gold labels: 1 of the first 2 rows", "10 characters"], False),
         (
             table(image_uri=["https://a.example/x/1.png", "/data/b/2.png"]),
@@ -46,7 +46,7 @@ def table(**columns: object) -> dict[str, Any]:
         ({"document_id": [7, 8], "text": ["x", "y"]}, ["2 documents in", "find_mentions = true"], True),
         (
             {"caption": ["x"], "mention_id": ["a"], "ev\nil = 1": ["z"]},
-            ["MISSING in the corpus: `text`, `mention`", "caption, mention_id, ev"],
+            ["MISSING in the corpus: `text`, `mention`", "caption, ev␊il = 1", "# mention ="],
             False,
         ),
     ],
@@ -81,7 +81,7 @@ def test_what_is_no_corpus_is_refused(
     for name in ("entities", "empty", "missing"):
         assert init(monkeypatch, tmp_path / f"{name}.parquet", tmp_path / "link.toml") == 3
     printed = capsys.readouterr().err
-    for message in ("looks like a table of entities", "has no rows", "no Parquet file at"):
+    for message in ("looks like a table of entities", "has no rows", "no table at"):
         assert message in printed
     assert not (tmp_path / "link.toml").exists()
 
