@@ -70,7 +70,11 @@ def test_a_csv_with_pictures_in_an_archive_is_linked_as_parquet_is(
     for _ in range(2):  # a second time finds everything done
         run(monkeypatch, "link", path)
     found = sorted(predictions(f"{tmp_path}/output"), key=lambda row: row["mention_id"])
-    assert found == predictions(f"{tmp_path}/plain")
+    expected = predictions(f"{tmp_path}/plain")
+    same = ("mention_id", "entity_id", "demonstration_ids", "num_characters_dropped", "error")
+    assert [[row[name] for name in same] for row in found] == [[row[name] for name in same] for row in expected]
+    log_probs = [row["log_prob"] for row in expected]  # batches, and so the last bits, differ
+    assert [row["log_prob"] for row in found] == pytest.approx(log_probs, abs=1e-3)
     dropped = [row["num_characters_dropped"] for row in found]
     assert dropped[1] > 5000
     assert not any(dropped[:1] + dropped[2:])
