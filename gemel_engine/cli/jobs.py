@@ -181,7 +181,7 @@ def evaluate(
         protocol: When an answer is correct: `entity`: the same entity identifier; `name`: the same
             entity name (GEMEL's protocol); `candidates`: the same identifier, among the mention's
             own candidates only.
-        write_to: Directory for the files. Default: `evaluation` in the output of the run.
+        write_to: Directory for the files. Default: `_evaluation` in the output of the run.
         entities: Parquet file or directory with the pictures of entities: the columns `entity_id`,
             and `image_bytes` or `image_uri`, as for `gemel build-kb`. Default: the addresses in the
             knowledge base of the run.
@@ -202,7 +202,7 @@ def evaluate(
     image_source = ImagePolicy(allowed_image_prefixes, max_image_bytes)
     linked = LinkedRun.open(output)
     other = None if against is None else LinkedRun.open(against)
-    directory, judged = write_to or f"{linked.output}/evaluation", None
+    directory, judged = write_to or f"{linked.output}/_evaluation", None
     if gold is not None or linked.has_gold():
         judged = judge_run(linked, gold=gold, train=train, against=other, protocol=protocol)
         Console().print(as_table(judged))

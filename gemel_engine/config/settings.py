@@ -85,6 +85,9 @@ class JobConfig:
             )
 
 
+CarriedColumn = Literal["text", "mention", "mention_start", "group"]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinkConfig(JobConfig):
     """Settings of a linking run.
@@ -98,6 +101,8 @@ class LinkConfig(JobConfig):
         score: How entities are ranked.
         calibration: Directory written by `gemel calibrate`, for the columns `confidence`
             and `is_nil`; None: the columns are empty.
+        output_columns: Columns of the input that the output has, too, beside `mention_id`. `gemel
+            export` joins the others.
         previous: Output of a finished run over the same input with an older knowledge base: only
             rows that the change of the knowledge base can affect are linked again. None: all rows
             are linked.
@@ -108,6 +113,7 @@ class LinkConfig(JobConfig):
     language_model: EngineSettings
     score: ScoreSettings = field(default_factory=ScoreSettings)
     calibration: Address | None = None
+    output_columns: tuple[CarriedColumn, ...] = ("text", "mention")
     previous: Address | None = None
     dry_run: bool = False
 

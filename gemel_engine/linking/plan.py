@@ -236,7 +236,7 @@ def link_windows(
             },
             first_seconds=first_seconds,
             tally=whole,
-            output_bytes=_bytes_in_one_file(RunDirectory(sampled.output).parts),
+            output_bytes=_bytes_in_one_file(RunDirectory(sampled.output).parts, config.output_columns),
         )
     finally:
         storage.remove_tree(scratch)
@@ -251,8 +251,8 @@ def _write_windows(plan: Sequence[Shard], windows: Sequence[NDArray[np.int64]], 
         storage.write_bytes(f"{directory}/{number:05d}.parquet", parquet_bytes(table))
 
 
-def _bytes_in_one_file(parts: str) -> int:
-    return len(parquet_bytes(read_columns(parts, PREDICTION_SCHEMA.names)))
+def _bytes_in_one_file(parts: str, carried: Sequence[str]) -> int:
+    return len(parquet_bytes(read_columns(parts, [*PREDICTION_SCHEMA.names, *carried])))
 
 
 def _one_of_each(resources: ResourceSettings) -> ResourceSettings:

@@ -73,7 +73,7 @@ def render_report(
 
     Args:
         title: Title of the page.
-        run: Contents of the run's `report.json`.
+        run: Contents of the run's `_report.json`.
         predictions: Output of the run, at least `certified`, `is_nil` and `num_rollouts`.
         gallery: Mentions to show (see `gallery_items`).
         evaluation: Accuracy of the run.

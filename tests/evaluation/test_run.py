@@ -76,7 +76,7 @@ def output(tmp_path: Path, artifacts: dict[str, Path]) -> str:
         data = parquet_bytes(predictions_to_table(rows))
         storage.write_bytes(f"{directory}/data/shard-{number:05d}.parquet", data)
     storage.write_bytes(
-        f"{directory}/report.json", json.dumps({"rows": NUM_MENTIONS, "feature_mapper": "none"}).encode()
+        f"{directory}/_report.json", json.dumps({"rows": NUM_MENTIONS, "feature_mapper": "none"}).encode()
     )
     return directory
 
@@ -206,7 +206,7 @@ def test_what_candidates_a_run_had_its_own_input_says(output: str, tmp_path: Pat
 def test_what_is_no_finished_run_is_refused(output: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"has no _run\.json"):
         LinkedRun.open(str(tmp_path))
-    Path(output, "report.json").unlink()
+    Path(output, "_report.json").unlink()
     with pytest.raises(InputError, match=r"has no report\.json"):
         LinkedRun.open(output)
     pq.write_table(pa.table({"mention_id": ["a"]}), tmp_path / "unlabelled.parquet")
@@ -214,7 +214,7 @@ def test_what_is_no_finished_run_is_refused(output: str, tmp_path: Path) -> None
         read_gold(str(tmp_path / "unlabelled.parquet"))
 
 
-@pytest.mark.parametrize("name", ["_run.json", "report.json"])
+@pytest.mark.parametrize("name", ["_run.json", "_report.json"])
 @pytest.mark.parametrize("content", [b"", b'{"settings"', b"[]", b"\xff", b"[" * 100_000])
 def test_a_document_of_a_run_that_is_none_is_refused_by_its_name(output: str, name: str, content: bytes) -> None:
     Path(output, name).write_bytes(content)
@@ -248,7 +248,7 @@ def test_the_judge_says_which_addresses_are_read_and_not_the_judged(
     def report(*options: str) -> str:
         monkeypatch.setattr("sys.argv", ["gemel", "evaluate", output, "--gallery-size", "3", *options])
         main()
-        return Path(output, "evaluation/report.html").read_text()
+        return Path(output, "_evaluation/report.html").read_text()
 
     assert "data:image/webp" not in report()
     assert "data:image/webp" in report("--allowed-image-prefixes", str(picture.parent))
