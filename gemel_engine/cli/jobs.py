@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,9 @@ def link(arguments: Sequence[str]) -> None:
         logger.info("%s", describe_run(config))
     else:
         link_corpus(config)
+        output = shlex.quote(config.output)
+        logger.info("to look at it, and to judge it by gold labels: gemel evaluate %s", output)
+        logger.info("to have it with the columns of the input: gemel export %s linked.csv", output)
 
 
 def train(arguments: Sequence[str]) -> None:

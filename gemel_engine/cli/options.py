@@ -8,18 +8,21 @@ import io
 import locale
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, is_dataclass
 from functools import wraps
 from pathlib import Path
-from typing import TypeVar, get_type_hints
+from typing import NoReturn, TypeVar, get_type_hints
 
 import tyro
 from pydantic import TypeAdapter, ValidationError
 
 from gemel_engine.display import make_visible, visible, visible_traceback
 from gemel_engine.errors import ConfigurationError, GemelError, redacted
+from gemel_engine.verbosity import is_verbose, quiet_libraries
 
 Config = TypeVar("Config")
 
@@ -27,6 +30,9 @@ _SETTINGS = """Every option below is a setting of CONFIG.toml: `--search.width` 
 the table `[search]`.
 
 The file must contain the required settings. Name a file before `--help` to see its values."""
+
+
+_LONG_LAYOUT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 def use_utf8() -> None:
@@ -46,15 +52,32 @@ def use_utf8() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def run(command: Callable[[], object]) -> None:
-    """Call a command; an error ends the process, a `GemelError` with its own exit code."""
+def run(command: Callable[[], object], name: str | None = None) -> None:
+    """Call a command; an error ends the process, a `GemelError` with its own exit code.
+
+    Ctrl-C and SIGTERM, which `ray job stop` sends, end it with one line, and with 130 and 143.
+
+    Args:
+        command: The command.
+        name: Command line that goes on with an interrupted command.
+    """
     handler = logging.StreamHandler()
     handler.addFilter(make_visible)
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", handlers=[handler])
+    is_short = sys.stderr.isatty() and not is_verbose()
+    layout = "%(asctime)s %(levelname)s %(message)s" if is_short else _LONG_LAYOUT
+    logging.basicConfig(format=layout, datefmt="%H:%M:%S" if is_short else None, handlers=[handler])
+    quiet_libraries()
     # Not the root logger: open_clip and faiss log how they load to it.
     logging.getLogger("gemel_engine").setLevel(logging.INFO)
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, _interrupt)
     try:
         command()
+    except KeyboardInterrupt as stopped:
+        number = stopped.args[0] if stopped.args else signal.SIGINT
+        sys.stderr.write(f"stopped; to go on: {visible(redacted(name))}\n" if name else "stopped\n")
+        sys.exit(128 + number)
     except GemelError as error:
         cause = getattr(error, "cause", error)  # Ray puts its own text around what a task raises
         sys.stderr.write(f"error: {visible(redacted(str(cause)))}\n")
@@ -62,6 +85,13 @@ def run(command: Callable[[], object]) -> None:
     except Exception as error:
         sys.stderr.write(f"{redacted(visible_traceback(error))}\n")
         sys.exit(1)
+
+
+def _interrupt(number: int, _: object) -> NoReturn:
+    """Interrupt the command; a second signal ends the process at once."""
+    for handled in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(handled, lambda again, _: os._exit(128 + again))
+    raise KeyboardInterrupt(number)
 
 
 def checked(function: Callable[..., None]) -> Callable[..., None]:

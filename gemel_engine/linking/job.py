@@ -31,6 +31,7 @@ from gemel_engine.errors import shown
 from gemel_engine.extras import require
 from gemel_engine.fingerprints import Contents
 from gemel_engine.linking.incremental import PreviousRun
+from gemel_engine.linking.live import LiveView
 from gemel_engine.linking.progress import Progress, Tally
 from gemel_engine.linking.report import LinkReport, check_failures, make_report
 from gemel_engine.linking.stages import GenerateEntityNames, read_with_places, write_ordered, write_parts
@@ -47,6 +48,7 @@ from gemel_engine.pipeline.output import (
     save_plan,
 )
 from gemel_engine.pipeline.ray_data import actor_pool, connect, encode_and_retrieve, own_errors, rows_of
+from gemel_engine.verbosity import is_verbose
 
 if TYPE_CHECKING:
     from gemel_engine.decoding.generator import Artifacts
@@ -66,9 +68,18 @@ def link_corpus(config: LinkConfig) -> LinkReport:
         GemelError: The configuration, the input or an artifact is unusable (raised before any
             work), or more rows failed than `max_failed_fraction` allows (the output is complete).
     """
+    with LiveView() as view:
+        report = _linked(config, view)
+    check_failures(config, report)
+    return report
+
+
+def _linked(config: LinkConfig, view: LiveView) -> LinkReport:
+    """Do what `link_corpus` does, up to the check of failures."""
     from gemel_engine.assembly import without_missing_evidence
 
     started = time.monotonic()
+    view.enter("checking input, models and artifacts")
     plan, artifacts, contents = checked_plan(config)
     identity = _identity(config, plan, contents)
     run = run_digest(identity)
@@ -76,13 +87,20 @@ def link_corpus(config: LinkConfig) -> LinkReport:
     config = without_missing_evidence(config, artifacts)
     if (previous := PreviousRun.of(config)) is not None:
         previous.note_changes(config.knowledge_base)
+    view.enter("sorting the corpus by surface form")
     plan = ordered_plan(config, plan)
     finished = output_check.check_finished(config.output, plan, run)
     remaining = [shard for shard in plan if shard.name not in finished]
     tally = Tally()
     if remaining:
-        connect()
-        tally = _commit_as_completed(config.output, remaining, stream_receipts(config, remaining, contents), run)
+        view.enter("starting Ray")
+        connect(quiet=not is_verbose())
+        progress = Progress(config.output, count_rows(remaining))
+        view.enter("linking", progress)
+        receipts = stream_receipts(config, remaining, contents)
+        _commit_as_completed(config.output, remaining, receipts, run, progress)
+        tally = progress.tally
+    view.enter("checking the output")
     rows = output_check.read_complete(config.output, plan, run, ("error", "certified", "num_rollouts", "decided_by"))
     directory = RunDirectory(config.output)
     for working_files in (directory.parts, directory.marks):  # all shards are complete
@@ -90,12 +108,12 @@ def link_corpus(config: LinkConfig) -> LinkReport:
     report = make_report(config, artifacts, plan, remaining, tally, rows, time.monotonic() - started)
     if remaining or not storage.exists(directory.report):  # else keep that of the finishing run
         storage.write_bytes(directory.report, json.dumps(asdict(report), indent=2).encode())
-        logger.info("linked %s: %s", shown(config.output), report.summary())
+        done = {"rows": report.rows, "planned_rows": count_rows(remaining), "errors": report.errors}
+        logger.info("linked %s: %s", shown(config.output), report.summary(), extra=done)
     else:
         logger.info("nothing is left to link: %s has all %d rows", shown(config.output), report.rows)
     if report.carried_over is not None:
         logger.info("carried on %s: %s", shown(str(config.previous)), report.carried_over.summary())
-    check_failures(config, report)
     return report
 
 
@@ -164,7 +182,7 @@ def ordered_plan(config: LinkConfig, plan: list[Shard]) -> list[Shard]:
         return ordered
     if len(plan) == 1 or (places := order_by_surface_form(plan)) is None:
         return plan
-    connect()
+    connect(quiet=not is_verbose())
     # A sort exchanges data between all pairs of blocks: use few blocks, of several shards each.
     rows_per_block = config.rows_per_shard * -(-len(places) // (config.rows_per_shard * _MAX_SORTED_BLOCKS))
     boundaries: list[int | float] = [*range(rows_per_block, len(places), rows_per_block)]
@@ -225,14 +243,13 @@ def stream_receipts(
 
 
 def _commit_as_completed(
-    output: str, remaining: Sequence[Shard], receipts: Iterable[Mapping[str, Any]], run: str
-) -> Tally:
-    """Commit each shard as soon as receipts cover its rows; return the sums of the receipts."""
+    output: str, remaining: Sequence[Shard], receipts: Iterable[Mapping[str, Any]], run: str, progress: Progress
+) -> None:
+    """Commit each shard as soon as receipts cover its rows; add all receipts to `progress`."""
     commit: Any = ray.remote(num_cpus=0)(commit_shard)
     plan = {shard.index: shard for shard in remaining}
     num_missing = {shard.index: shard.stop - shard.start for shard in remaining}
     parts: dict[int, list[str]] = defaultdict(list)
-    progress = Progress(output, sum(num_missing.values()))
     commits = []
     for receipt in receipts:
         index = receipt["shard"]
@@ -246,7 +263,6 @@ def _commit_as_completed(
                 ray.get(done)  # raises the errors of these commits
     with own_errors():
         ray.get(commits)
-    return progress.tally
 
 
 def _identity(config: LinkConfig, plan: Sequence[Shard], contents: Contents) -> dict[str, Any]:

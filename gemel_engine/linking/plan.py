@@ -38,6 +38,7 @@ from gemel_engine.pipeline.output import RunDirectory, read_columns
 from gemel_engine.pipeline.ray_data import connect
 from gemel_engine.storage.parquet import parquet_bytes
 from gemel_engine.types import PREDICTION_SCHEMA
+from gemel_engine.verbosity import is_verbose
 
 # The setting in `resources` of each stage's pool.
 _POOLS = {"image": "images", "retrieval": "retrieval", "generation": "generation"}
@@ -216,7 +217,7 @@ def link_windows(
             resources=_one_of_each(config.resources),
         )
         started = time.monotonic()
-        connect()
+        connect(quiet=not is_verbose())
         drawn = plan_shards(sampled.input, longest)
         if len(plan) > 1:
             ordered_plan(sampled, drawn)  # only to measure its time: the result is not used

@@ -40,6 +40,7 @@ RECEIPT_SCHEMA = pa.schema(
         pa.field("shard", pa.int32(), nullable=False),
         pa.field("part", pa.string(), nullable=False),
         pa.field("num_rows", pa.int64(), nullable=False),
+        pa.field("num_by_evidence", pa.int64(), nullable=False),
         pa.field("error_kinds", pa.list_(pa.string()), nullable=False),  # one per row with an error
         *(pa.field(name, pa.float64()) for name in (*COSTS, *PEAKS)),
     ]
@@ -157,6 +158,7 @@ def write_parts(batch: pa.Table, output: str, plan: dict[int, Shard]) -> pa.Tabl
             "shard": index,
             "part": write_part(output, plan[index], part.drop_columns(["shard", *costs, *peaks])),
             "num_rows": part.num_rows,
+            "num_by_evidence": pc.sum(pc.equal(part["decided_by"], "evidence")).as_py() or 0,
             "error_kinds": [error_kind(error) for error in part["error"].drop_null().to_pylist()],
         }
         receipts.append(receipt | costs | peaks)
