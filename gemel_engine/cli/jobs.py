@@ -63,7 +63,7 @@ def train(arguments: Sequence[str]) -> None:
 class Sampling:
     """Predict time, memory and cost of a run by linking a sample of its mentions.
 
-    Any setting of CONFIG.toml can be given as a further option; `gemel link --help` lists them.
+    Any setting of CONFIG.toml can be given as a further option; `gemel link --help-all` lists them.
 
     Attributes:
         sample_rows: Maximum number of mentions to link. They are drawn as windows of consecutive
@@ -116,7 +116,7 @@ def plan(arguments: Sequence[str]) -> None:
 class Question:
     """Link one mention and show why the answer was chosen.
 
-    Any setting of CONFIG.toml can be given as a further option; `gemel link --help` lists them.
+    Any setting of CONFIG.toml can be given as a further option; `gemel link --help-all` lists them.
 
     Attributes:
         text: Sentence or caption that contains the mention.

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, is_dataclass
 from functools import wraps
 from pathlib import Path
-from typing import NoReturn, TypeVar, get_type_hints
+from typing import Any, NoReturn, TypeVar, get_type_hints
 
 import tyro
 from pydantic import TypeAdapter, ValidationError
@@ -26,10 +26,14 @@ from gemel_engine.verbosity import is_verbose, quiet_libraries
 
 Config = TypeVar("Config")
 
+HELP, HELP_ALL = ("-h", "--help"), "--help-all"
+
 _SETTINGS = """Every option below is a setting of CONFIG.toml: `--search.width` overrides the key `width` in
 the table `[search]`.
 
 The file must contain the required settings. Name a file before `--help` to see its values."""
+
+_BASIC = "These are the basic settings; `--help-all` lists all of them.\n\n"
 
 
 _LONG_LAYOUT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -121,7 +125,8 @@ def checked(function: Callable[..., None]) -> Callable[..., None]:
 def configure(config_type: type[Config], command: str, arguments: Sequence[str]) -> Config:
     """Return the configuration of a job from the arguments `CONFIG.toml [--key value ...]`.
 
-    `--help` lists all settings and ends the process; after a file, it also shows their values.
+    `--help` lists the basic settings, `--help-all` all of them, and ends the process; after a file,
+    it also shows their values.
 
     Args:
         config_type: Type of the configuration.
@@ -133,9 +138,26 @@ def configure(config_type: type[Config], command: str, arguments: Sequence[str])
     """
     from gemel_engine.config.loading import load_config
 
-    if arguments and arguments[0] in ("-h", "--help"):
-        tyro.cli(config_type, prog=f"{command} CONFIG.toml", description=_SETTINGS, args=["--help"])
+    if {*HELP, HELP_ALL} & set(arguments):
+        _explain(config_type, command, arguments)
     if not arguments or arguments[0].startswith("-"):
         raise ConfigurationError(f"name a configuration: {command} CONFIG.toml [--key value ...]")
     path, *overrides = arguments
     return load_config(config_type, Path(path), overrides, program=f"{command} {path}")
+
+
+def _explain(config_type: type[Any], command: str, arguments: Sequence[str]) -> NoReturn:
+    """Print the settings, with the values of a file if one is named, and end the process."""
+    from gemel_engine.cli.basic_settings import basic_type
+    from gemel_engine.config.loading import load_config
+    from gemel_engine.config.settings import LinkConfig
+
+    file = None if arguments[0].startswith("-") else arguments[0]
+    values = None if file is None else load_config(config_type, Path(file))
+    shown_type, description, defaults = config_type, _SETTINGS, {} if values is None else {"default": values}
+    if config_type is LinkConfig and HELP_ALL not in arguments:
+        shown_type, description, defaults = basic_type(config_type, values), _BASIC + _SETTINGS, {}
+    tyro.cli(
+        shown_type, prog=f"{command} {file or 'CONFIG.toml'}", description=description, args=["--help"], **defaults
+    )
+    raise AssertionError("--help ends the process")

@@ -48,7 +48,8 @@ class JobConfig:
         prompt: Layout of the prompts.
         search: Objective, ranking and budget of the search for names.
         resources: Actor pools of the stages.
-        rows_per_shard: Maximum number of rows that are processed together, as a shard.
+        rows_per_shard: Maximum number of rows that are processed together, as a shard. None: by the
+            number of rows, so that there are about 32 shards or more, of 64 to 1,024 rows.
         max_failed_fraction: Maximum share of rows with an `error` before the job fails. Training
             does not count rows whose entity the knowledge base lacks.
         verify_artifacts: Whether to verify, before any work, the checksums of the artifacts and
@@ -68,7 +69,7 @@ class JobConfig:
     prompt: PromptSettings = field(default_factory=PromptSettings)
     search: SearchSettings = field(default_factory=SearchSettings)
     resources: ResourceSettings = field(default_factory=ResourceSettings)
-    rows_per_shard: Count = 1024
+    rows_per_shard: Count | None = None
     max_failed_fraction: Fraction = 0.01
     verify_artifacts: bool = True
 
@@ -159,7 +160,7 @@ class TrainedModelSettings(LanguageModelSettings):
             storing its activations: less memory, a third more computation.
     """
 
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # float16 would need gradient scaling
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # float16 would need gradient scaling
     activation_checkpointing: bool = False
 
 

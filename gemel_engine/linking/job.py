@@ -36,7 +36,15 @@ from gemel_engine.linking.progress import Progress, Tally
 from gemel_engine.linking.report import LinkReport, check_failures, make_report
 from gemel_engine.linking.stages import GenerateEntityNames, read_with_places, write_ordered, write_parts
 from gemel_engine.pipeline import output_check
-from gemel_engine.pipeline.corpus import Shard, count_rows, order_by_surface_form, plan_identity, plan_shards, recut
+from gemel_engine.pipeline.corpus import (
+    Shard,
+    count_rows,
+    order_by_surface_form,
+    plan_identity,
+    plan_shards,
+    recut,
+    with_rows_per_shard,
+)
 from gemel_engine.pipeline.identity import run_digest, run_identity
 from gemel_engine.pipeline.output import (
     RunDirectory,
@@ -80,6 +88,7 @@ def _linked(config: LinkConfig, view: LiveView) -> LinkReport:
 
     started = time.monotonic()
     view.enter("checking input, models and artifacts")
+    config = settled(config)
     plan, artifacts, contents = checked_plan(config)
     identity = _identity(config, plan, contents)
     run = run_digest(identity)
@@ -96,6 +105,13 @@ def _linked(config: LinkConfig, view: LiveView) -> LinkReport:
         view.enter("starting Ray")
         connect(quiet=not is_verbose())
         progress = Progress(config.output, count_rows(remaining))
+        logger.info(
+            "linking %d rows in %d shards of %d rows, in %s",
+            progress.num_rows,
+            len(remaining),
+            config.rows_per_shard,
+            config.language_model.dtype,
+        )
         view.enter("linking", progress)
         receipts = stream_receipts(config, remaining, contents)
         _commit_as_completed(config.output, remaining, receipts, run, progress)
@@ -123,6 +139,7 @@ def describe_run(config: LinkConfig) -> str:
     Raises:
         GemelError: The configuration, the input or an artifact is unusable.
     """
+    config = settled(config)
     plan, _, contents = checked_plan(config)
     finished: set[str] = set()
     if is_claimed(config.output):
@@ -133,9 +150,20 @@ def describe_run(config: LinkConfig) -> str:
     remaining = [shard for shard in plan if shard.name not in finished]
     num_rows, num_left = count_rows(plan), count_rows(remaining)
     return (
-        f"{config.output}: {num_left} of {num_rows} rows are to be linked, in {len(remaining)} of {len(plan)} shards; "
+        f"{config.output}: {num_left} of {num_rows} rows are to be linked, in {len(remaining)} of {len(plan)} shards "
+        f"of {config.rows_per_shard} rows; the language model computes in {config.language_model.dtype}; "
         "nothing has been done"
     )
+
+
+def settled(config: LinkConfig) -> LinkConfig:
+    """Return a validated configuration whose defaults by machine and corpus are chosen.
+
+    Raises:
+        GemelError: A setting is malformed, or the input cannot be read.
+    """
+    config = validated(config)
+    return with_rows_per_shard(config, config.input)
 
 
 def checked_plan(config: LinkConfig) -> tuple[list[Shard], Artifacts, Contents]:
@@ -151,12 +179,14 @@ def checked_plan(config: LinkConfig) -> tuple[list[Shard], Artifacts, Contents]:
     from gemel_engine.assembly import open_artifacts, open_calibration, open_weights, run_contents
     from gemel_engine.compatibility import check_encoders
 
-    config = validated(config)
+    config = settled(config)
+    rows_per_shard = config.rows_per_shard
+    assert rows_per_shard is not None, "settled just now"
     storage.check_kept(config.output)
     storage.check_apart(config.output, config.input)
     if config.language_model.engine == "vllm":
         require("vllm", "cpu", "gpu")
-    plan = plan_shards(config.input, config.rows_per_shard, config.vision.required_columns)
+    plan = plan_shards(config.input, rows_per_shard, config.vision.required_columns)
     artifacts = open_artifacts(config, verify=config.verify_artifacts)
     image_encoder = check_encoders(config, artifacts)
     open_calibration(config)
@@ -183,8 +213,10 @@ def ordered_plan(config: LinkConfig, plan: list[Shard]) -> list[Shard]:
     if len(plan) == 1 or (places := order_by_surface_form(plan)) is None:
         return plan
     connect(quiet=not is_verbose())
+    rows_per_shard = config.rows_per_shard
+    assert rows_per_shard is not None, "the plan was cut by it"
     # A sort exchanges data between all pairs of blocks: use few blocks, of several shards each.
-    rows_per_block = config.rows_per_shard * -(-len(places) // (config.rows_per_shard * _MAX_SORTED_BLOCKS))
+    rows_per_block = rows_per_shard * -(-len(places) // (rows_per_shard * _MAX_SORTED_BLOCKS))
     boundaries: list[int | float] = [*range(rows_per_block, len(places), rows_per_block)]
     name = uuid.uuid4().hex
     directory = f"{RunDirectory(config.output).ordered}/{name}"
@@ -192,7 +224,7 @@ def ordered_plan(config: LinkConfig, plan: list[Shard]) -> list[Shard]:
     dataset = dataset.map_batches(read_with_places, batch_size=1, batch_format="pyarrow", num_cpus=0.25)
     dataset = dataset.sort("place", boundaries=boundaries or [len(places)])  # none: Ray samples
     dataset = dataset.map_batches(
-        partial(write_ordered, directory=directory, rows_per_shard=config.rows_per_shard),
+        partial(write_ordered, directory=directory, rows_per_shard=rows_per_shard),
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=0.25,
@@ -200,7 +232,7 @@ def ordered_plan(config: LinkConfig, plan: list[Shard]) -> list[Shard]:
     dataset.set_name("sorting")
     num_written = sum(row["num_rows"] for row in rows_of(dataset.iter_batches(batch_size=None, batch_format="pyarrow")))
     assert num_written == len(places), f"{num_written} of {len(places)} rows were sorted"
-    ordered = save_plan(config.output, plan_shards(directory, config.rows_per_shard))
+    ordered = save_plan(config.output, plan_shards(directory, rows_per_shard))
     if name not in ordered[0].uri:
         storage.remove_tree(directory)  # another run of the same command was first
     return ordered

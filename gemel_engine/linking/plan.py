@@ -24,7 +24,7 @@ from gemel_engine.config.settings import LinkConfig
 from gemel_engine.errors import ConfigurationError
 from gemel_engine.fingerprints import Contents
 from gemel_engine.linking.capacity import ClusterPlan, Estimate, StageCost, Workload, draw_windows
-from gemel_engine.linking.job import checked_plan, ordered_plan, stream_receipts
+from gemel_engine.linking.job import checked_plan, ordered_plan, settled, stream_receipts
 from gemel_engine.linking.progress import Tally
 from gemel_engine.pipeline.corpus import (
     Shard,
@@ -140,6 +140,9 @@ def plan_run(
     pools = {name: getattr(config.resources, pool).max_actors for name, pool in _POOLS.items()}
     _check_clusters(actors, price_per_actor_hour)
     started = time.monotonic()
+    config = settled(config)
+    rows_per_shard = config.rows_per_shard
+    assert rows_per_shard is not None, "settled just now"
     plan, artifacts, contents = checked_plan(config)
     config = without_missing_evidence(config, artifacts)
     num_rows = count_rows(plan)
@@ -152,17 +155,17 @@ def plan_run(
     of_first_window = sum(cost.seconds(1, sample.rows[0]).value for cost in costs.values())
     workload = Workload(
         num_rows=num_rows,
-        num_shards=len(plan) if places is None else -(-num_rows // config.rows_per_shard),
-        rows_per_shard=config.rows_per_shard,
+        num_shards=len(plan) if places is None else -(-num_rows // rows_per_shard),
+        rows_per_shard=rows_per_shard,
         start_seconds=check_seconds + max(0.0, sample.first_seconds - of_first_window),
         stages=costs,
     )
-    rows_of_shard = min(num_rows, config.rows_per_shard)
+    rows_of_shard = min(num_rows, rows_per_shard)
     return RunPlan(
         num_rows=num_rows,
         sample_rows=sample.tally.rows,
         num_windows=len(windows),
-        rows_per_shard=config.rows_per_shard,
+        rows_per_shard=rows_per_shard,
         start_seconds=workload.start_seconds,
         stage_costs=costs,
         seconds_per_row={name: cost.seconds(1, rows_of_shard).times(1 / rows_of_shard) for name, cost in costs.items()},

@@ -128,6 +128,8 @@ class Progress:
     def line(self) -> str:
         """Return rate, time left and what was counted so far, without the number of rows."""
         tally, rate = self.tally, self.rows_per_second
+        if not tally.rows:
+            return "models are loading, or the first shards are at work"
         busy = sum(tally.stage_seconds.values()) or 1.0
         left = None if rate is None else timedelta(seconds=round((self.num_rows - tally.rows) / rate))
         by_model = tally.rows - tally.errors.total() - tally.by_evidence

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +22,11 @@ from gemel_engine.errors import InputError, shown
 from gemel_engine.storage import parquet
 from gemel_engine.types import MENTION_COLUMNS, MENTION_REQUIRED_COLUMNS
 
+if TYPE_CHECKING:
+    from gemel_engine.config.settings import JobConfig
+
+Config = TypeVar("Config", bound="JobConfig")
+
 # The columns of the ordered corpus, and all columns that linking reads.
 SMALL_SCHEMA = pa.schema(
     [
@@ -29,6 +34,8 @@ SMALL_SCHEMA = pa.schema(
         for name in ("mention_id", "text", "mention", "mention_start", "candidate_ids", "group", "image_uri")
     ]
 )
+# The default of `rows_per_shard`: enough shards to see a run move, of rows that fill a batch of the engine.
+_NUM_SHARDS, _LEAST_ROWS_PER_SHARD, _MOST_ROWS_PER_SHARD = 32, 64, 1024
 _COLUMNS = (*SMALL_SCHEMA.names, "image_bytes", "image_features")
 
 
@@ -82,6 +89,20 @@ def plan_shards(input_uri: str, rows_per_shard: int, also_required: Sequence[str
         shards += [replace(shard, ids=ids_digest(of_file[shard.start : shard.stop])) for shard in cut]
     ids.check()
     return shards
+
+
+def with_rows_per_shard(config: Config, *inputs: str) -> Config:
+    """Return a configuration whose `rows_per_shard` is a number, by the number of input rows.
+
+    Raises:
+        InputError: A file of the input cannot be read.
+    """
+    if config.rows_per_shard is not None:
+        return config
+    num_rows = sum(table.num_rows for uri in inputs for table in parquet.open_tables(uri, MENTION_COLUMNS))
+    at_least = max(_LEAST_ROWS_PER_SHARD, getattr(config.language_model, "max_num_seqs", 0))
+    rows_per_shard = max(at_least, min(_MOST_ROWS_PER_SHARD, -(-num_rows // _NUM_SHARDS)))
+    return replace(config, rows_per_shard=rows_per_shard)
 
 
 def order_by_surface_form(plan: Sequence[Shard]) -> NDArray[np.int64] | None:
