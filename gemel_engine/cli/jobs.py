@@ -210,6 +210,11 @@ def evaluate(
     if gold is not None or linked.has_gold():
         judged = judge_run(linked, gold=gold, train=train, against=other, protocol=protocol)
         Console().print(as_table(judged))
+        if judged.is_below_baseline:
+            logger.warning(
+                "the accuracy is below that of a lookup without a model, which takes the entity that training mentions "
+                "of the surface form have most often, else the one of that name: see docs/report.md"
+            )
         storage.write_bytes(f"{directory}/metrics.json", judged.to_json())
         logger.info("%s/metrics.json", directory)
     page = report_of(

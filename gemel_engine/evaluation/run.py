@@ -97,6 +97,12 @@ class JudgedRun:
     knowledge_base_names: int
     verdicts: pa.Table
 
+    @property
+    def is_below_baseline(self) -> bool:
+        """Return whether a lookup in names and training mentions, without a model, is right more often."""
+        baseline = self.evaluation.baseline
+        return baseline is not None and self.evaluation.accuracy.value < baseline.value
+
     def to_json(self) -> bytes:
         """Return the contents of `metrics.json`: everything except the verdicts."""
         return json.dumps(asdict(replace(self, verdicts=None)), indent=2, allow_nan=False).encode()

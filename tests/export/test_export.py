@@ -12,6 +12,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from support.paths import ROOT
 
 from gemel_engine import storage
 from gemel_engine.cli.main import main
@@ -204,3 +205,17 @@ def test_an_input_that_has_changed_is_refused(
     with pytest.raises(SystemExit, match="3"):
         export(monkeypatch, output, tmp_path / "linked.csv")
     assert "has no _report.json" in capsys.readouterr().err
+
+
+def test_the_examples_of_the_documents_run(output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (ROOT / "docs/run_directory.md").read_text("utf-8")
+    shards = [pq.read_table(path) for path in sorted(Path(output, "data").iterdir())]
+    for path, shard in zip(sorted(Path(output, "data").iterdir()), shards, strict=True):
+        pq.write_table(shard.append_column("mention", shard["mention_id"]), path)
+    monkeypatch.chdir(tmp_path)
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(compile(block, "run_directory.md", "exec"), {})
+    duckdb = pytest.importorskip("duckdb")
+    (queries,) = re.findall(r"```sql\n(.*?)```", text, re.DOTALL)
+    found = [duckdb.sql(query).fetchall() for query in queries.split(";")[:-1]]
+    assert [len(rows) for rows in found] == [5, 4]

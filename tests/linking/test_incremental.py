@@ -276,5 +276,5 @@ def test_what_cannot_be_carried_on_is_refused(
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"vocabulary_size": 1}))
     refused(replace(again, previous=moved.output), ArtifactError, "is not there any more")
     (Path(finished.output) / "_report.json").rename(tmp_path / "_report.json")
-    refused(again, InputError, r"has no report\.json")
+    refused(again, InputError, r"has no _report\.json")
     (tmp_path / "_report.json").rename(Path(finished.output) / "_report.json")
