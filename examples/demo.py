@@ -37,7 +37,8 @@ def main() -> None:
     kinds = kinds_of(pq.read_table(config.input), pq.read_table(UNSEEN_MENTIONS))
     for kind, mentions in kinds.items():
         pq.write_table(mentions, directory / f"mentions/{kind}.parquet")
-    mentions = pa.concat_tables(with_kind(table, kind) for kind, table in kinds.items())
+    kept = [with_kind(table, kind) for kind, table in kinds.items()]
+    mentions = pa.concat_tables(kept, promote_options="permissive")  # one kind has no pictures
     pq.write_table(mentions.sort_by("mention"), directory / "all.parquet")
     linked_at = f"{directory}/linked"
     report = link_corpus(replace(config, input=f"{directory}/all.parquet", output=linked_at))
