@@ -26,6 +26,7 @@ from ray.data import Dataset
 
 from gemel_engine import storage
 from gemel_engine.config.loading import validated
+from gemel_engine.config.machine import warn_of_slow_dtype
 from gemel_engine.config.settings import LinkConfig
 from gemel_engine.errors import shown
 from gemel_engine.extras import require
@@ -112,6 +113,7 @@ def _linked(config: LinkConfig, view: LiveView) -> LinkReport:
             config.rows_per_shard,
             config.language_model.dtype,
         )
+        warn_of_slow_dtype(config)
         view.enter("linking", progress)
         receipts = stream_receipts(config, remaining, contents)
         _commit_as_completed(config.output, remaining, receipts, run, progress)
