@@ -38,8 +38,9 @@ def basic_type(config_type: type[Any], values: Any | None) -> type[Any]:
     fields: list[Any] = []
     for name, words in BASIC_SETTINGS.items():
         *groups, key = name.split(".")
-        group = reduce(lambda kind, part: get_type_hints(kind)[part], groups, config_type)
-        kind = Annotated[get_type_hints(group)[key], arg(name=name.replace("_", "-"), help=words)]
+        group = reduce(lambda found, part: get_type_hints(found)[part], groups, config_type)
+        kind: Any = get_type_hints(group)[key]
+        kind = Annotated[kind, arg(name=name.replace("_", "-"), help=words)]
         default = next(field.default for field in dataclasses.fields(group) if field.name == key)
         if values is not None:
             default = reduce(getattr, name.split("."), values)
