@@ -20,7 +20,7 @@ from gemel_engine import storage
 from gemel_engine.errors import InputError, shown
 from gemel_engine.pipeline.output import RunDirectory, load_claim
 from gemel_engine.storage import parquet
-from gemel_engine.storage.parquet import Table
+from gemel_engine.storage.table import Table
 from gemel_engine.types import MENTION_COLUMNS, PREDICTION_COLUMNS, PREDICTION_SCHEMA, Column
 
 ANSWER_COLUMNS = (

@@ -182,13 +182,11 @@ def checked_plan(config: LinkConfig) -> tuple[list[Shard], Artifacts, Contents]:
     from gemel_engine.compatibility import check_encoders
 
     config = settled(config)
-    rows_per_shard = config.rows_per_shard
-    assert rows_per_shard is not None, "settled just now"
     storage.check_kept(config.output)
     storage.check_apart(config.output, config.input)
     if config.language_model.engine == "vllm":
         require("vllm", "cpu", "gpu")
-    plan = plan_shards(config.input, rows_per_shard, config.vision.required_columns)
+    plan = plan_shards(config.input, config.rows_per_shard, config.vision.required_columns)
     artifacts = open_artifacts(config, verify=config.verify_artifacts)
     image_encoder = check_encoders(config, artifacts)
     open_calibration(config)

@@ -111,8 +111,8 @@ class GenerateEntityNames:
         for row, prediction in zip(rows, linked, strict=True):
             predictions[row] = prediction
         table = predictions_to_table(predictions)
-        for name in self._carried:
-            table = table.append_column(SMALL_SCHEMA.field(name), _carried_values(batch, name))
+        for carried in self._carried:
+            table = table.append_column(SMALL_SCHEMA.field(carried), _carried_values(batch, carried))
         for column in ("shard", "row", *COSTS, *PEAKS):
             if column in batch.column_names:
                 table = table.append_column(column, batch[column])

@@ -65,12 +65,12 @@ class Shard:
         return f"shard-{self.index:05d}"
 
 
-def plan_shards(input_uri: str, rows_per_shard: int, also_required: Sequence[str] = ()) -> list[Shard]:
+def plan_shards(input_uri: str, rows_per_shard: int | None, also_required: Sequence[str] = ()) -> list[Shard]:
     """Validate the columns and ids of a corpus and cut it into shards.
 
     Args:
         input_uri: Parquet file or directory of mentions.
-        rows_per_shard: Maximum number of rows of a shard.
+        rows_per_shard: Maximum number of rows of a shard; None: a shard for each file.
         also_required: Columns that this run requires beside those that every run requires.
 
     Raises:
@@ -84,8 +84,8 @@ def plan_shards(input_uri: str, rows_per_shard: int, also_required: Sequence[str
         for piece in table.pieces(["mention_id"]):
             ids.add(piece["mention_id"])
             chunks += piece["mention_id"].chunks
-        of_file = pa.chunked_array(chunks, pa.large_string())
-        cut = cut_file(table.file.uri, version_of(table.file), table.num_rows, rows_per_shard, len(shards))
+        of_file, num_rows = pa.chunked_array(chunks, pa.large_string()), rows_per_shard or max(1, table.num_rows)
+        cut = cut_file(table.file.uri, version_of(table.file), table.num_rows, num_rows, len(shards))
         shards += [replace(shard, ids=ids_digest(of_file[shard.start : shard.stop])) for shard in cut]
     ids.check()
     return shards

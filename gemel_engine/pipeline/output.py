@@ -253,7 +253,7 @@ def commit_shard(output: str, shard: Shard, part_uris: Sequence[str], run: str =
 
 def has_predictions(schema: pa.Schema) -> bool:
     """Return whether a table has the columns of a shard: predictions, then those of the input."""
-    return pa.schema(list(schema)[: len(PREDICTION_SCHEMA)]) == PREDICTION_SCHEMA
+    return bool(pa.schema(list(schema)[: len(PREDICTION_SCHEMA)]) == PREDICTION_SCHEMA)
 
 
 def read_columns(directory: str, columns: Sequence[str]) -> pa.Table:

@@ -96,7 +96,6 @@ def train_mapper(config: TrainConfig) -> TrainReport:
     if config.dev is not None and config.validation.num_mentions:
         splits["dev"] = config.dev
     config = with_rows_per_shard(config, *splits.values())
-    assert config.rows_per_shard is not None, "set just now"
     required = ("entity_id", *(("image_features",) if config.vision.image_encoder is None else ()))
     plans = {split: plan_shards(uri, config.rows_per_shard, required) for split, uri in splits.items()}
     _check_disjoint(splits)
