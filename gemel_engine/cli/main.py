@@ -18,7 +18,16 @@ from importlib.metadata import version
 import tyro
 
 from gemel_engine import verbosity
-from gemel_engine.cli import artifacts, exports, importers, jobs, knowledge_bases, options
+from gemel_engine.cli import (
+    artifacts,
+    exports,
+    importers,
+    jobs,
+    knowledge_bases,
+    options,
+    serving,
+    surveys,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +45,14 @@ class Command:
 
 
 COMMANDS = {
+    "init": Command(surveys.init),
+    "doctor": Command(surveys.doctor),
     "link": Command(jobs.link, parses_arguments=True),
+    "find-mentions": Command(jobs.find_mentions, parses_arguments=True),
     "plan": Command(jobs.plan, parses_arguments=True),
     "train": Command(jobs.train, parses_arguments=True),
     "explain": Command(jobs.explain, parses_arguments=True),
+    "serve": Command(serving.serve, parses_arguments=True),
     "import": Command(importers.import_entities, parses_arguments=True),
     "import-gemel": Command(artifacts.import_gemel, parses_arguments=True),
     "evaluate": Command(jobs.evaluate),

@@ -25,6 +25,7 @@ from gemel_engine.errors import ConfigurationError, GemelError, redacted
 from gemel_engine.verbosity import is_verbose, quiet_libraries
 
 Config = TypeVar("Config")
+Options = TypeVar("Options")
 
 HELP, HELP_ALL = ("-h", "--help"), "--help-all"
 
@@ -161,3 +162,17 @@ def _explain(config_type: type[Any], command: str, arguments: Sequence[str]) -> 
         shown_type, prog=f"{command} {file or 'CONFIG.toml'}", description=description, args=["--help"], **defaults
     )
     raise AssertionError("--help ends the process")
+
+
+def asked(
+    options_type: type[Options], config_type: type[Config], command: str, arguments: Sequence[str]
+) -> tuple[Options, Config]:
+    """Return a command's own options, and the configuration with all other options as overrides."""
+    from gemel_engine.config.loading import validated
+
+    if {"-h", "--help"} & set(arguments):
+        tyro.cli(options_type, prog=f"{command} CONFIG.toml", args=["--help"])
+    found, settings = tyro.cli(
+        options_type, prog=f"{command} CONFIG.toml", args=arguments[1:], return_unknown_args=True
+    )
+    return validated(found), configure(config_type, command, [*arguments[:1], *settings])

@@ -32,7 +32,12 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result", SearchResult, EntitySearchResult)
 
-_DEMONSTRATION_FIELDS = ("demonstration_ids", "demonstration_entity_ids", "num_demonstrations_dropped")
+_PROMPT_FIELDS = (
+    "demonstration_ids",
+    "demonstration_entity_ids",
+    "num_demonstrations_dropped",
+    "num_characters_dropped",
+)
 
 
 class MentionTask(ABC, Generic[Result]):
@@ -58,6 +63,7 @@ class MentionTask(ABC, Generic[Result]):
         self._features = features
         self._retrieved = retrieved
         self._used: tuple[PromptItem, ...] = ()
+        self._num_characters_dropped = 0
 
     @abstractmethod
     def prepare(self) -> tuple[Prompt, Search[Result]] | None:
@@ -70,10 +76,17 @@ class MentionTask(ABC, Generic[Result]):
     def _fail(self, error: MentionError) -> None:
         self.prediction = Prediction(self._mention.mention_id, error=str(error))
 
-    def _used_demonstrations(self) -> dict[str, Any]:
-        """Return the fields about the prompt's demonstrations and cards."""
+    def _prompt(self) -> Prompt:
+        """Return the prompt, and note what it has and what it lacks."""
+        prompt, self._used = self._generator.prompt(self._mention, self._features, self._retrieved)
+        self._num_characters_dropped = prompt.num_characters_dropped
+        return prompt
+
+    def _prompt_fields(self) -> dict[str, Any]:
+        """Return the fields about the prompt."""
         num_dropped = len(self._retrieved.items) - len(self._used)
-        return dict(zip(_DEMONSTRATION_FIELDS, (*self._generator.ids(self._used), num_dropped), strict=True))
+        values = (*self._generator.ids(self._used), num_dropped, self._num_characters_dropped)
+        return dict(zip(_PROMPT_FIELDS, values, strict=True))
 
     def _pool(self) -> tuple[PoolEntity, ...]:
         entity_id = self._generator.artifacts.knowledge_base.entity_id
@@ -119,7 +132,7 @@ class NameTask(MentionTask[SearchResult]):
                 self.prediction = self._predict(found)
                 return None
         try:
-            prompt, self._used = self._generator.prompt(self._mention, self._features, self._retrieved)
+            prompt = self._prompt()
             if search is None:
                 scope = Scope.of(self._generator.artifacts.knowledge_base, self._mention)
                 self._trie = None if scope.names is None else scope.trie
@@ -161,7 +174,7 @@ class NameTask(MentionTask[SearchResult]):
             certified=result.num_certified > 0,
             num_certified=result.num_certified,
             candidates=candidates,
-            **self._used_demonstrations(),
+            **self._prompt_fields(),
             pool=self._pool(),
             num_rollouts=result.num_rollouts,
         )
@@ -169,28 +182,28 @@ class NameTask(MentionTask[SearchResult]):
     def _candidates(self, names: Sequence[FoundName]) -> tuple[Candidate, ...]:
         """Return the entities of names, only the mention's own candidates if it has any.
 
-        Entities of one name are ordered by the candidate pool, then as in the knowledge base.
+        Entities of one name are ordered by the candidate pool, then as in the knowledge base. An
+        entity of several names is there once, with the best one's log-prob.
         """
         knowledge_base, own = self._generator.artifacts.knowledge_base, self._mention.candidate_ids
         allowed = None if own is None else set(own)
         score = {candidate.row: candidate.score for candidate in self._retrieved.candidates}
-        entities = (
-            (knowledge_base.entity(row), name.log_prob)
-            for name in names
-            for row in sorted(
-                knowledge_base.entities_of_name(name.name_index), key=lambda row: -score.get(row, -math.inf)
-            )
-        )
+        log_probs: dict[int, float] = {}  # by row
+        for name in names:
+            rows = knowledge_base.entities_of_name(name.name_index)
+            for row in sorted(rows, key=lambda row: -score.get(row, -math.inf)):
+                log_probs.setdefault(row, name.log_prob)
+        entities = ((knowledge_base.entity(row), log_prob) for row, log_prob in log_probs.items())
         return tuple(
             Candidate(entity.entity_id, entity.name, log_prob)
             for entity, log_prob in entities
             if allowed is None or entity.entity_id in allowed
         )
 
-    def _used_demonstrations(self) -> dict[str, Any]:
+    def _prompt_fields(self) -> dict[str, Any]:
         if self._earlier is not None:  # which had the same prompt
-            return {name: getattr(self._earlier, name) for name in _DEMONSTRATION_FIELDS}
-        return super()._used_demonstrations()
+            return {name: getattr(self._earlier, name) for name in _PROMPT_FIELDS}
+        return super()._prompt_fields()
 
 
 class ScoreTask(MentionTask[EntitySearchResult]):
@@ -225,21 +238,17 @@ class ScoreTask(MentionTask[EntitySearchResult]):
         generator = self._generator
         try:
             scope = Scope.of(generator.artifacts.knowledge_base, self._mention)
-            numbers = {candidate.row: scope.number(candidate.row) for candidate in self._retrieved.candidates}
-            allowed = [candidate for candidate in self._retrieved.candidates if numbers[candidate.row] is not None]
+            numbers = {candidate.row: scope.numbers(candidate.row) for candidate in self._retrieved.candidates}
+            allowed = [candidate for candidate in self._retrieved.candidates if numbers[candidate.row]]
             self._bonuses = self._bonuses_of(allowed)
             if self._is_plain():
                 self.prediction = self._predict_alone()
                 return None
-            prompt, self._used = generator.prompt(self._mention, self._features, self._retrieved)
+            prompt = self._prompt()
         except MentionError as error:
             self._fail(error)
             return None
-        pool = [
-            BonusEntity(row, bonus, (number,))
-            for row, bonus in self._bonuses.items()
-            if (number := numbers[row]) is not None
-        ]
+        pool = [BonusEntity(row, bonus, numbers[row]) for row, bonus in self._bonuses.items()]
         search = EntitySearch(
             scope.trie,
             scope.entities,
@@ -279,7 +288,7 @@ class ScoreTask(MentionTask[EntitySearchResult]):
             certified=result.num_certified > 0,
             num_certified=result.num_certified,
             candidates=tuple(candidates),
-            **self._used_demonstrations(),
+            **self._prompt_fields(),
             pool=self._pool(),
             num_rollouts=result.num_rollouts,
         )
@@ -321,6 +330,7 @@ class ScoreTask(MentionTask[EntitySearchResult]):
             num_certified=0,
             candidates=candidates,
             num_demonstrations_dropped=0,
+            num_characters_dropped=0,
             pool=self._pool(),
             num_rollouts=0,
         )

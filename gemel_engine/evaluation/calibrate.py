@@ -182,7 +182,8 @@ def calibrate_run(linked: LinkedRun, *, gold: str | None = None, nil_precision: 
             `candidate_ids`.
         ConfigurationError: No threshold of NIL reaches the required precision.
     """
-    labelled = read_gold(gold or linked.settings["input"], linked.settings["input"])
+    corpus = linked.settings["input"]
+    labelled = read_gold(gold or corpus, corpus, stored_names=linked.stored_names)
     if "candidate_ids" in labelled.column_names and labelled["candidate_ids"].null_count < len(labelled):
         raise InputError(
             "some mentions of the run have candidate_ids, and a search over a few names gives other evidence than one "

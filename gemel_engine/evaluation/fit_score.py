@@ -147,7 +147,8 @@ def fit_score_of_run(linked: LinkedRun, *, gold: str | None = None) -> ScoreWeig
     Raises:
         InputError: There are no labels, or too few mentions have candidates.
     """
-    labelled = read_gold(gold or linked.settings["input"], linked.settings["input"])
+    corpus = linked.settings["input"]
+    labelled = read_gold(gold or corpus, corpus, stored_names=linked.stored_names)
     entity_of = dict(zip(labelled["mention_id"].to_pylist(), labelled["entity_id"].to_pylist(), strict=True))
     is_labelled = pa.array([mention_id in entity_of for mention_id in linked.predictions["mention_id"].to_pylist()])
     predictions = linked.predictions.filter(is_labelled)

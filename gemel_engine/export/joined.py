@@ -20,8 +20,9 @@ from gemel_engine import storage
 from gemel_engine.errors import InputError, shown
 from gemel_engine.pipeline.output import RunDirectory, load_claim
 from gemel_engine.storage import parquet
+from gemel_engine.storage.columns import Column
 from gemel_engine.storage.table import Table
-from gemel_engine.types import MENTION_COLUMNS, PREDICTION_COLUMNS, PREDICTION_SCHEMA, Column
+from gemel_engine.types import PREDICTION_COLUMNS, PREDICTION_SCHEMA, mention_columns
 
 ANSWER_COLUMNS = (
     "entity_id",
@@ -107,10 +108,12 @@ class JoinedRun:
         directory = RunDirectory(output.rstrip("/"))
         if not storage.exists(directory.report):
             raise InputError(f"{shown(output)} has no _report.json: name the output of a linking run that has finished")
-        source = load_claim(directory.output).get("settings", {}).get("input")
+        settings = load_claim(directory.output).get("settings") or {}
+        source = settings.get("input")
         if not isinstance(source, str):
             raise InputError(f"{shown(directory.claim)} is not of a linking run: name the output of one")
         self._source, self._columns = source, columns
+        self._stored_names = {name: theirs for name, theirs in (settings.get("columns") or {}).items() if theirs}
         self._names = self._input_schema()
         answers = pa.schema([PREDICTION_SCHEMA.field(name) for name in ("mention_id", *ANSWER_COLUMNS)])
         self._answers = StoredRows.store(scratch / "answers.arrow", answers, _answers(directory.data, answers))
@@ -142,10 +145,15 @@ class JoinedRun:
 
     def _open(self) -> Iterator[Table]:
         """Yield the files of the input, with known columns in their types and others as stored."""
-        for file in storage.list_parquet(self._source):
-            with parquet.open_table(file.uri, file=file) as table:
-                stored = {field.name: Column(field.type, str(field.type)) for field in table.stored_schema}
-            with parquet.open_table(file.uri, stored | MENTION_COLUMNS, ["mention_id"], file=file) as table:
+        known = mention_columns(self._stored_names)
+        theirs = set(self._stored_names.values())
+        for stored in parquet.open_tables(self._source):
+            others = {
+                field.name: Column(field.type, str(field.type))
+                for field in stored.stored_schema
+                if field.name not in theirs
+            }
+            with parquet.open_table(stored.file.uri, others | known, ["mention_id"], file=stored.file) as table:
                 yield table
 
     def _input_schema(self) -> pa.Schema:

@@ -24,7 +24,7 @@ from urllib.parse import unquote
 from gemel_engine.errors import ConfigurationError, InputError, shown
 from gemel_engine.importers.commons import ThumbnailWidth, resized
 from gemel_engine.importers.entities import ImportedEntity, ImportReport, other_names
-from gemel_engine.importers.lines import read_lines
+from gemel_engine.storage.lines import read_lines
 
 _RDFS, _ONTOLOGY = "http://www.w3.org/2000/01/rdf-schema#", "http://dbpedia.org/ontology/"
 _TRIPLE = re.compile(
@@ -79,13 +79,18 @@ ORDER BY entity, kind, rank, facts.rowid
 
 
 def read_dbpedia(
-    dumps: Sequence[str], report: ImportReport, *, languages: Sequence[str], image_width: ThumbnailWidth
+    dumps: Sequence[str],
+    report: ImportReport,
+    *,
+    languages: Sequence[str],
+    image_width: ThumbnailWidth,
+    with_other_names: bool = False,
 ) -> Iterator[ImportedEntity]:
     """Yield the resources that have a label in one of the languages, sorted by address.
 
     The first language with a label gives name and description. Labels in other languages and
     titles of redirects are aliases. The popularity is the number of page links, if any are given.
-    Redirects and disambiguation pages are no entities.
+    Redirects and disambiguation pages are not entities.
 
     An entity's identifier is its title if it is a resource of the first language's DBpedia,
     otherwise its whole address; escapes of both are decoded.
@@ -97,6 +102,7 @@ def read_dbpedia(
         report: Receives the numbers of resources left out and of malformed lines.
         languages: Language codes, the most wanted first.
         image_width: Width of the pictures in pixels.
+        with_other_names: Whether labels in the other languages are `other_names`, too.
 
     Raises:
         ConfigurationError: The directory for temporary files has no room.
@@ -113,7 +119,7 @@ def read_dbpedia(
         for dump in dumps:
             _read(dump, store, report)
         for page, values in _facts_by_entity(database):
-            entity = _entity(page.removeprefix(home), values, languages, image_width, store.has_links)
+            entity = _entity(page.removeprefix(home), values, languages, image_width, store.has_links, with_other_names)
             if isinstance(entity, ImportedEntity):
                 yield entity
             else:
@@ -132,7 +138,7 @@ def _explain_full_disk(directory: str) -> Iterator[None]:
 
 
 class _Store:
-    """Collects what the triples say in tables of facts and of pages that are another page.
+    """Collects triples in two tables: facts, and pages that are aliases of another page.
 
     Attributes:
         has_links: Whether any page link was added.
@@ -208,7 +214,7 @@ def _read(dump: str, store: _Store, report: ImportReport) -> None:
 
 
 def _facts_by_entity(database: sqlite3.Connection) -> Iterator[tuple[str, _Values]]:
-    """Yield the pages that are not another page, with the facts of all pages that are this one."""
+    """Yield each page that is no alias, with its facts and those of its aliases."""
     database.execute("DELETE FROM moves WHERE page = target")
     for _ in range(_MAX_REDIRECT_DOUBLINGS):
         if not database.execute(_FOLLOW).rowcount:
@@ -226,6 +232,7 @@ def _entity(
     languages: Sequence[str],
     image_width: ThumbnailWidth,
     has_links: bool,
+    with_other_names: bool,
 ) -> ImportedEntity | str:
     """Return the entity with these facts, or the reason why it is none."""
     labels = [(rank, str(label)) for rank, label in values[_Kind.LABEL] if str(label).strip()]
@@ -245,6 +252,7 @@ def _entity(
         aliases=list(other_names(name, aliases)),
         image_uri=list(dict.fromkeys(pictures)),
         language=languages[rank],
+        other_names=tuple(other_names(name, (label for _, label in labels))) if with_other_names else (),
     )
 
 

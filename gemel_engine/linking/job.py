@@ -14,7 +14,7 @@ import time
 import uuid
 from collections import defaultdict
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -25,11 +25,13 @@ from numpy.typing import NDArray
 from ray.data import Dataset
 
 from gemel_engine import storage
+from gemel_engine.config.finding import FindConfig
 from gemel_engine.config.loading import validated
 from gemel_engine.config.machine import warn_of_slow_dtype
 from gemel_engine.config.settings import LinkConfig
-from gemel_engine.errors import shown
+from gemel_engine.errors import ConfigurationError, shown
 from gemel_engine.extras import require
+from gemel_engine.finding.job import describe_search, find_mentions
 from gemel_engine.fingerprints import Contents
 from gemel_engine.linking.incremental import PreviousRun
 from gemel_engine.linking.live import LiveView
@@ -85,12 +87,16 @@ def link_corpus(config: LinkConfig) -> LinkReport:
 
 def _linked(config: LinkConfig, view: LiveView) -> LinkReport:
     """Do what `link_corpus` does, up to the check of failures."""
-    from gemel_engine.assembly import without_missing_evidence
-
     started = time.monotonic()
+    if config.find_mentions:
+        view.enter("finding mentions")
+    config = with_found_mentions(config)
     view.enter("checking input, models and artifacts")
     config = settled(config)
     plan, artifacts, contents = checked_plan(config)
+
+    from gemel_engine.assembly import without_missing_evidence
+
     identity = _identity(config, plan, contents)
     run = run_digest(identity)
     claim_output(config.output, identity)
@@ -141,6 +147,8 @@ def describe_run(config: LinkConfig) -> str:
     Raises:
         GemelError: The configuration, the input or an artifact is unusable.
     """
+    if (search := _search_of(config)) is not None:
+        return describe_search(search)
     config = settled(config)
     plan, _, contents = checked_plan(config)
     finished: set[str] = set()
@@ -168,6 +176,33 @@ def settled(config: LinkConfig) -> LinkConfig:
     return with_rows_per_shard(config, config.input)
 
 
+def with_found_mentions(config: LinkConfig) -> LinkConfig:
+    """Find the mentions of a corpus of documents; return the configuration that links them.
+
+    Raises:
+        GemelError: As for `find_mentions`.
+    """
+    if (search := _search_of(config)) is None:
+        return config
+    find_mentions(search)
+    return replace(config, input=f"{search.output}/data", find_mentions=False)
+
+
+def _search_of(config: LinkConfig) -> FindConfig | None:
+    """Return the search for mentions before a run; None if its input has mentions."""
+    if not config.find_mentions:
+        return None
+    return FindConfig(
+        input=config.input,
+        output=RunDirectory(config.output).mentions,
+        knowledge_base=config.knowledge_base,
+        demonstrations=config.demonstrations,
+        finder=config.finder,
+        **({} if config.rows_per_shard is None else {"rows_per_shard": config.rows_per_shard}),
+        max_failed_fraction=config.max_failed_fraction,
+    )
+
+
 def checked_plan(config: LinkConfig) -> tuple[list[Shard], Artifacts, Contents]:
     """Check the configuration, the corpus and the artifacts; return what a run needs of them.
 
@@ -178,15 +213,23 @@ def checked_plan(config: LinkConfig) -> tuple[list[Shard], Artifacts, Contents]:
     Raises:
         GemelError: Something is unusable, or the artifacts do not fit together.
     """
-    from gemel_engine.assembly import open_artifacts, open_calibration, open_weights, run_contents
-    from gemel_engine.compatibility import check_encoders
-
     config = settled(config)
+    if config.find_mentions:
+        raise ConfigurationError(
+            f"find_mentions is set, but this command needs the mentions of {shown(config.input)}: call `gemel "
+            "find-mentions` first, and give its output as `input`, without find_mentions"
+        )
     storage.check_kept(config.output)
     storage.check_apart(config.output, config.input)
     if config.language_model.engine == "vllm":
         require("vllm", "cpu", "gpu")
-    plan = plan_shards(config.input, config.rows_per_shard, config.vision.required_columns)
+    names = config.columns.given()
+    plan = plan_shards(config.input, config.rows_per_shard, config.vision.required_columns, names)
+
+    # These import torch, for which a fault of the input does not wait.
+    from gemel_engine.assembly import open_artifacts, open_calibration, open_weights, run_contents
+    from gemel_engine.compatibility import check_encoders
+
     artifacts = open_artifacts(config, verify=config.verify_artifacts)
     image_encoder = check_encoders(config, artifacts)
     open_calibration(config)

@@ -20,11 +20,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from transformers import PreTrainedTokenizerFast
 
 from gemel_engine import storage
 from gemel_engine.config.components import KnowledgeBaseSettings
@@ -58,6 +57,9 @@ from gemel_engine.pipeline.entity_vectors import (
 )
 from gemel_engine.storage import parquet
 from gemel_engine.storage.manifest import claimed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 _PARTS, _STAGING = "evidence-parts", ".unfinished"
 _OURS = {_PARTS, _STAGING, TRIE_DIRECTORY, DIRECTORY, "entities.arrow", "changes.arrow", ".being-written"}
@@ -105,7 +107,7 @@ def build(
     storage.check_kept(output)
     output = _absolute(output)
     with _staged(output) as staging:
-        report = build_knowledge_base(read_entities(entities_uri), tokenizer, staging, settings)
+        report = build_knowledge_base(read_entities(entities_uri, also=("other_names",)), tokenizer, staging, settings)
         if encoders is None:
             return BuildReport(report, None)
         fingerprints = encoders.fingerprints()
@@ -154,7 +156,7 @@ def update(
             another width than those of the base.
     """
     with _staged(_absolute(str(output))) as staging:
-        table = read_entities(changes_uri, also=("retired",))
+        table = read_entities(changes_uri, also=("retired", "other_names"))
         base_directory = local_knowledge_base(base)
         evidence = open_evidence(base_directory)
         fingerprints = encoders.fingerprints()
@@ -269,7 +271,7 @@ def _checked_width(base: str, evidence: EvidenceIndex | None, changes_uri: str) 
 
 def _identity(source: str, checksum: str, fingerprints: tuple[str | None, str | None]) -> dict[str, Any]:
     """Return what the vectors of a table depend on."""
-    files = [(file.uri, file.size, file.version) for file in storage.list_parquet(source)]
+    files = [(file.uri, file.size, file.version) for file in storage.list_tables(source)]
     mention_encoder, image_encoder = fingerprints
     return {
         "entities": checksum,

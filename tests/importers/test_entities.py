@@ -36,7 +36,7 @@ def test_every_import_writes_the_same_schema(tmp_path: Path, monkeypatch: pytest
     assert run(monkeypatch, "wikidata", dump, output, "--languages", "en", "de", "--leave-out", "Q5") == 0
     assert pq.read_schema(output) == SCHEMA
     (row,) = pq.read_table(output).to_pylist()
-    nothing = dict.fromkeys(("description", "aliases", "image_uri"))
+    nothing = dict.fromkeys(("description", "aliases", "image_uri", "other_names"))
     assert row == {"entity_id": "Q1", "name": "Earth", "popularity": 0.0, "language": "en", **nothing}
     assert run(monkeypatch, "dbpedia", triples, triples, output, "--languages", "en", "de") == 0
     assert pq.read_table(output).to_pylist() == [
@@ -58,7 +58,7 @@ def test_a_table_in_s3_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (("wikidata", "empty.json", "out.parquet"), 3, "there is no entity to write"),
+        (("wikidata", "empty.json", "out.parquet"), 3, "there are no entities to write"),
         (("wikidata", "none.json", "out.parquet"), 3, "'none.json' cannot be read"),
         (("wikidata", "dump.json.gz", "out.parquet"), 3, "damaged or cut off after line 0"),
         (("wikidata", "dump.json.gz", "empty.json"), 2, "'empty.json' is not named *.parquet: name the output last"),
