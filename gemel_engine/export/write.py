@@ -57,7 +57,7 @@ def export_run(output: str, target: str, kind: Format, entity_prefix: str = WIKI
         InputError: The run has not finished, or its input is missing or has changed.
         ConfigurationError: The file would be among the run's own.
     """
-    if storage.is_within(target, RunDirectory(output.rstrip("/")).data):
+    if _is_within(target, RunDirectory(output.rstrip("/")).data):
         raise ConfigurationError(f"{shown(target)} would be among the shards of the run: choose another place")
     with TemporaryDirectory() as temporary, _replacing(target, Path(temporary)) as path:
         if kind in ("nif", "elevant", "blink"):
@@ -125,3 +125,11 @@ def _flattened(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 def _json(value: object) -> str:
     return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _is_within(uri: str, directory: str) -> bool:
+    """Return whether an address is below a directory; links of both are followed."""
+    place, root = storage.local_path(uri), storage.local_path(directory)
+    if place is None or root is None:
+        return uri.startswith(f"{directory}/")
+    return place.resolve().is_relative_to(root.resolve())

@@ -86,14 +86,6 @@ def check_apart(output: str, source: str) -> None:
         )
 
 
-def is_within(uri: str, directory: str) -> bool:
-    """Return whether an address is below a directory; links of both are followed."""
-    place, root = normalised_uri(uri), normalised_uri(directory)
-    if not place.startswith("s3://") and not root.startswith("s3://"):
-        place, root = os.path.realpath(place), os.path.realpath(root)
-    return f"{place}/".startswith(f"{root}/")
-
-
 def resolve(uri: str) -> tuple[FileSystem, str]:
     """Return the pyarrow file system of an address and the path inside it.
 
