@@ -17,7 +17,7 @@ from gemel_engine.config.bounds import Amount, Count, CountOrZero, Fraction, See
 from gemel_engine.errors import ConfigurationError, InputError
 
 if TYPE_CHECKING:
-    from gemel_engine.evaluation.run import LinkedRun
+    from gemel_engine.evaluation.run import JudgedRun, LinkedRun
 
 Output = Annotated[Positional[str], arg(metavar="OUTPUT")]
 OutputDir = Annotated[Positional[Path], arg(metavar="OUTPUT_DIR")]
@@ -228,10 +228,7 @@ def evaluate(
             for the run itself are not used.
         max_image_bytes: Maximum size of an image file in bytes; a larger picture is not shown.
     """
-    from rich.console import Console
-
     from gemel_engine import storage
-    from gemel_engine.cli.tables import as_table
     from gemel_engine.config.components import ImagePolicy
     from gemel_engine.evaluation.run import LinkedRun, judge_run
     from gemel_engine.report.page import report_of
@@ -245,19 +242,29 @@ def evaluate(
         return
     if gold is not None or linked.has_gold():
         judged = judge_run(linked, gold=gold, train=train, against=other, protocol=protocol)
-        Console().print(as_table(judged))
-        if judged.is_below_baseline:
-            logger.warning(
-                "the accuracy is below that of a lookup without a model, which takes the entity that training mentions "
-                "of the surface form have most often, else the one of that name: see docs/report.md"
-            )
-        storage.write_bytes(f"{directory}/metrics.json", judged.to_json())
-        logger.info("%s/metrics.json", directory)
+        _tell(judged, directory)
     page = report_of(
         linked, judged, training=train, gallery_size=gallery_size, entities=entities, image_source=image_source
     )
     storage.write_bytes(f"{directory}/report.html", page.encode())
     logger.info("%s/report.html", directory)
+
+
+def _tell(judged: JudgedRun, directory: str) -> None:
+    """Print the judgement of a run, and write it."""
+    from rich.console import Console
+
+    from gemel_engine import storage
+    from gemel_engine.cli.tables import as_table
+
+    Console().print(as_table(judged))
+    if judged.is_below_baseline:
+        logger.warning(
+            "the accuracy is below that of a lookup without a model, which takes the entity that training mentions "
+            "of the surface form have most often, else the one of that name: see docs/report.md"
+        )
+    storage.write_bytes(f"{directory}/metrics.json", judged.to_json())
+    logger.info("%s/metrics.json", directory)
 
 
 def _evaluate_found(linked: LinkedRun, gold: str | None, directory: str) -> None:

@@ -140,11 +140,11 @@ def plan_run(
     _check_clusters(actors, price_per_actor_hour)
     started = time.monotonic()
     config = settled(config)
-    rows_per_shard = config.rows_per_shard
-    assert rows_per_shard is not None, "settled just now"
     plan, artifacts, contents = checked_plan(config)
     config = without_missing_evidence(config, artifacts)
     num_rows = count_rows(plan)
+    rows_per_shard = config.rows_per_shard or num_rows
+    longest = min(num_rows, rows_per_shard)
     windows = draw_windows(num_rows, sample_rows, seed)
     places = order_by_surface_form(plan)
     order = order_within_shards(plan) if places is None else np.argsort(places)
@@ -159,7 +159,6 @@ def plan_run(
         start_seconds=check_seconds + max(0.0, sample.first_seconds - of_first_window),
         stages=costs,
     )
-    rows_of_shard = min(num_rows, rows_per_shard)
     return RunPlan(
         num_rows=num_rows,
         sample_rows=sample.tally.rows,
@@ -167,7 +166,7 @@ def plan_run(
         rows_per_shard=rows_per_shard,
         start_seconds=workload.start_seconds,
         stage_costs=costs,
-        seconds_per_row={name: cost.seconds(1, rows_of_shard).times(1 / rows_of_shard) for name, cost in costs.items()},
+        seconds_per_row={name: cost.seconds(1, longest).times(1 / longest) for name, cost in costs.items()},
         peak_bytes=sample.tally.peak_bytes,
         input_bytes=sum(file.size for file in storage.list_tables(config.input)),
         output_bytes=round(sample.output_bytes / sample.tally.rows * num_rows),
