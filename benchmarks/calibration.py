@@ -101,7 +101,7 @@ def note(corpus: Corpus, found: dict[str, Any]) -> None:
 
 def link(corpus: Corpus, directory: Path, *overrides: str) -> None:
     """Run the linking job, unless it has finished."""
-    if (directory / "linked/report.json").exists():
+    if (directory / "linked/_report.json").exists():
         return
     arguments = ("--input", corpus.settings.input, "--output", f"{directory}/linked", *overrides)
     run("jobs/link_corpus.py", str(corpus.config), *arguments)

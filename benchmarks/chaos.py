@@ -111,7 +111,7 @@ def run(number: int, artifacts: dict[str, Path]) -> dict[str, Any]:
 def undisturbed(engine: str, artifacts: dict[str, Path]) -> str:
     """The output of an engine that nobody disturbs."""
     directory = WORK / f"undisturbed-{engine}"
-    if not (directory / "output/report.json").exists():
+    if not (directory / "output/_report.json").exists():
         corpus = Corpus.write(f"{directory}/corpus", artifacts, NUM_ROWS)
         link(corpus, directory, engine=engine)
     return f"{directory}/output"

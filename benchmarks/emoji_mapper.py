@@ -115,7 +115,7 @@ def main(
 def train(name: str) -> None:
     """Train a mapper, unless that was done."""
     output = WORK / name
-    if (output / "report.json").exists():
+    if (output / "_report.json").exists():
         return
     WORK.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "jobs/train.py", "jobs/configs/emoji.toml", "--output", str(output), *MAPPERS[name]]

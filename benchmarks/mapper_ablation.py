@@ -107,7 +107,7 @@ def measure(name: str, gold: dict[str, str]) -> dict[str, Any]:
     ]
     for command in (training, linking):
         run_script(WORK / "log.txt", *command)
-    report = json.loads((directory / "training/report.json").read_text())
+    report = json.loads((directory / "training/_report.json").read_text())
     right = right_of(directory / "linked/data", gold)
     value = {
         "accuracy_all": sum(right) / NUM_MENTIONS,

@@ -89,7 +89,7 @@ def linked(settings: Sequence[str]) -> dict[str, Any]:
     """What the run took."""
     shutil.rmtree(WORK / "linked", ignore_errors=True)
     spent = run("jobs/link_corpus.py", str(CONFIG), *settings)
-    report: dict[str, Any] = json.loads((WORK / "linked/report.json").read_text())
+    report: dict[str, Any] = json.loads((WORK / "linked/_report.json").read_text())
     output_bytes = sum(path.stat().st_size for path in (WORK / "linked/data").iterdir())
     return report | {"process_seconds": spent, "output_bytes": output_bytes}
 

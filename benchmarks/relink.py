@@ -188,15 +188,15 @@ def cost_of_update() -> dict[str, float]:
 
 def link(knowledge_base: str, output: str, *overrides: str) -> None:
     """Run the linking job, unless it has finished; an interrupted run goes on, and its costs are those of the rest."""
-    if not (WORK / output / "report.json").exists():
+    if not (WORK / output / "_report.json").exists():
         arguments = ("--input", f"{WORK}/sample.parquet", "--output", f"{WORK}/{output}")
         settings = ("--knowledge-base", f"{WORK}/{knowledge_base}", "--search.ranking", "objective", *overrides)
         run("jobs/link_corpus.py", str(CONFIG), *arguments, *settings)
 
 
 def report(output: str) -> dict[str, Any]:
-    """`report.json` of a run."""
-    return dict(json.loads((WORK / output / "report.json").read_text()))
+    """`_report.json` of a run."""
+    return dict(json.loads((WORK / output / "_report.json").read_text()))
 
 
 def predictions(output: str) -> dict[str, dict[str, Any]]:

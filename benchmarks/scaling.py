@@ -116,7 +116,7 @@ def job_cost(wikidiverse: Path, num_rows: int) -> dict[str, float]:
         peak = most_memory(job)
     seconds = time.perf_counter() - started
     assert job.returncode == 0, f"see {directory}/log.txt"
-    report = json.loads((directory / "linked/report.json").read_text())
+    report = json.loads((directory / "linked/_report.json").read_text())
     return {
         "rows": report["rows"],
         "seconds": seconds,

@@ -153,7 +153,7 @@ def measure(setting: Setting, gold: dict[str, str]) -> dict[str, float | None]:
         *("--prompt.terminator", setting.terminator),
         *("--search.ranking", "objective"),  # the default when the table was made
     )
-    report = json.loads((output / "report.json").read_text())
+    report = json.loads((output / "_report.json").read_text())
     linked = pq.read_table(output / "data", columns=["mention_id", "entity_id"]).to_pylist()
     return {
         "accuracy": sum(gold[row["mention_id"]] == row["entity_id"] for row in linked) / len(gold),

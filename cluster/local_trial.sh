@@ -72,5 +72,5 @@ submit python "$PWD/jobs/train.py" "$PWD/jobs/configs/emoji.toml" --output "$OUT
     --demonstrations "$PWD/build/emoji/demonstrations" --retrieval.num-demonstrations 2 \
     --optimisation.epochs 1 --optimisation.max-steps 2 --optimisation.batch-size 4 --validation.num-mentions 0
 
-python -m json.tool "$OUT/linked/report.json"
-python -m json.tool "$OUT/trained/report.json"
+python -m json.tool "$OUT/linked/_report.json"
+python -m json.tool "$OUT/trained/_report.json"

@@ -5,7 +5,6 @@ Run from the root of the repository. Arguments are overrides of `examples/emoji/
 
 from __future__ import annotations
 
-import logging
 import random
 import shutil
 import sys
@@ -16,74 +15,102 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from gemel_engine.cli import options
 from gemel_engine.config.loading import load_config
 from gemel_engine.config.settings import LinkConfig
-from gemel_engine.errors import GemelError
-from gemel_engine.evaluation.run import LinkedRun, judge_run
+from gemel_engine.evaluation.run import JudgedRun, LinkedRun, judge_run
 from gemel_engine.linking.job import link_corpus
 from gemel_engine.report.page import report_of
 
-WITH, WITHOUT, SHUFFLED = "with", "without", "shuffled"
+TRAIN = "examples/emoji/train.parquet"
+UNSEEN_MENTIONS = "examples/emoji/test_unseen.parquet"
+NUM_UNSEEN = 60
+WITH, WITHOUT, SHUFFLED, UNSEEN = "with", "without", "shuffled", "unseen"
 
 
 def main() -> None:
-    """Run the demo; the last line of the output is its summary."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    """Run the demo: one linking run over four kinds of mentions, and a report on the first kind."""
     config = load_config(LinkConfig, Path("examples/emoji/link.toml"), sys.argv[1:])
-    mentions = three_times(pq.read_table(config.input))
-    shutil.rmtree(config.output, ignore_errors=True)
-    Path(config.output).mkdir(parents=True)
-    pq.write_table(mentions, f"{config.output}/mentions.parquet")
-    config = replace(config, input=f"{config.output}/mentions.parquet", output=f"{config.output}/linked")
-    report = link_corpus(config)
-    linked = pq.read_table(f"{config.output}/data", columns=["mention_id", "entity_id"]).to_pylist()
-    entity_of = {row["mention_id"]: row["entity_id"] for row in linked}
-    right: dict[str, list[bool]] = {WITH: [], WITHOUT: [], SHUFFLED: []}
-    for row in mentions.select(["mention_id", "entity_id"]).to_pylist():
-        right[row["mention_id"].partition("/")[0]].append(entity_of[row["mention_id"]] == row["entity_id"])
-    accuracy = {kind: sum(found) / len(found) for kind, found in right.items()}
-    linked_run = LinkedRun.open(config.output)
-    page = report_of(linked_run, judge_run(linked_run), training="examples/emoji/train.parquet", gallery_size=60)
-    Path(config.output, "report.html").write_text(page, "utf-8")
-    print(
-        f"demo: feature mapper {report.feature_mapper}; {100 * (report.certified_share or 0):.0f}% of the answers are "
-        f"proved to be the best of all names, with {report.rollouts_per_mention or 0:.1f} rollouts a mention"
+    directory = Path(config.output)
+    shutil.rmtree(directory, ignore_errors=True)
+    (directory / "mentions").mkdir(parents=True)
+    kinds = kinds_of(pq.read_table(config.input), pq.read_table(UNSEEN_MENTIONS))
+    for kind, mentions in kinds.items():
+        pq.write_table(mentions, directory / f"mentions/{kind}.parquet")
+    kept = [with_kind(table, kind) for kind, table in kinds.items()]
+    mentions = pa.concat_tables(kept, promote_options="permissive")  # one kind has no pictures
+    pq.write_table(mentions.sort_by("mention"), directory / "all.parquet")
+    linked_at = f"{directory}/linked"
+    report = link_corpus(replace(config, input=f"{directory}/all.parquet", output=linked_at))
+    linked = LinkedRun.open(linked_at)
+    runs = {kind: of_kind(linked, kind, f"{directory}/mentions/{kind}.parquet") for kind in kinds}
+    judged = {kind: judge_run(run, train=TRAIN) for kind, run in runs.items()}
+    others = {"Beside the same without pictures": WITHOUT, "Beside the same with shuffled pictures": SHUFFLED}
+    comparisons = {heading: judge_run(runs[WITH], against=runs[other]).comparison for heading, other in others.items()}
+    page = report_of(
+        replace(runs[WITH], output="Emoji: 100 mentions with their pictures"),
+        judged[WITH],
+        training=TRAIN,
+        gallery_size=60,
+        comparisons={heading: found for heading, found in comparisons.items() if found is not None},
     )
+    (directory / "report.html").write_text(page, "utf-8")
+    accuracy = {kind: found.evaluation.accuracy.value for kind, found in judged.items()}
+    certified = 100 * judged[WITH].evaluation.certified_share.value
+    print(f"demo: {100 * accuracy[WITH]:.0f} of 100 mentions of emoji are linked right, by picture and text")
+    print(f"demo: look at them in a browser: {directory}/report.html")
     print(
         f"demo: accuracy with the pictures {accuracy[WITH]:.3f}, without {accuracy[WITHOUT]:.3f}, with the pictures "
         f"shuffled among the mentions {accuracy[SHUFFLED]:.3f}"
     )
-    print(f"demo: what was linked, to look at: {config.output}/report.html")
+    print(
+        f"demo: accuracy on {NUM_UNSEEN} mentions of entities that no training mention has, by aliases and pictures of "
+        f"the knowledge base: {accuracy[UNSEEN]:.3f}; without a model {baseline(judged[UNSEEN])}"
+    )
+    print(
+        f"demo: for {certified:.0f}% of the answers the search was complete: no other entity scores higher, right or "
+        f"wrong; {report.rollouts_per_mention or 0:.1f} questions to the language model for each mention"
+    )
     print(
         f"demo: rows={report.rows} errors={sum(report.errors.values())} accuracy={accuracy[WITH]:.3f} "
-        f"mentions_per_s={report.mentions_per_second:.2f} output={config.output}"
+        f"mentions_per_s={report.mentions_per_second:.2f} feature_mapper={report.feature_mapper} output={linked_at}"
     )
 
 
-def three_times(mentions: pa.Table) -> pa.Table:
-    """Every mention with its picture, without one, and with another mention's; those of a surface form together."""
-    pictures = mentions["image_bytes"].combine_chunks()
+def kinds_of(mentions: pa.Table, unseen: pa.Table) -> dict[str, pa.Table]:
+    """Every mention with its picture, without one, and with another mention's; and some of unseen entities."""
+    place, pictures = mentions.column_names.index("image_bytes"), mentions["image_bytes"].combine_chunks()
     order = list(range(len(mentions)))
     random.Random(0).shuffle(order)
     taken_from = dict(zip(order, order[1:] + order[:1], strict=True))  # one cycle: every picture moves
-    variants = {
-        WITH: pictures,
-        WITHOUT: pa.nulls(len(mentions), pictures.type),
-        SHUFFLED: pictures.take(pa.array([taken_from[row] for row in range(len(mentions))])),
+    shuffled = pictures.take(pa.array([taken_from[row] for row in range(len(mentions))]))
+    rows = sorted(random.Random(0).sample(range(len(unseen)), NUM_UNSEEN))
+    return {
+        WITH: mentions,
+        WITHOUT: mentions.set_column(place, "image_bytes", pa.nulls(len(mentions), pictures.type)),
+        SHUFFLED: mentions.set_column(place, "image_bytes", shuffled),
+        UNSEEN: unseen.take(rows).cast(mentions.schema),
     }
-    names = mentions.column_names
-    tables = [
-        mentions.set_column(
-            names.index("mention_id"), "mention_id", pc.binary_join_element_wise(kind, mentions["mention_id"], "/")
-        ).set_column(names.index("image_bytes"), "image_bytes", column)
-        for kind, column in variants.items()
-    ]
-    return pa.concat_tables(tables).sort_by("mention")
+
+
+def with_kind(mentions: pa.Table, kind: str) -> pa.Table:
+    """The mentions with their kind before their ids."""
+    ids = pc.binary_join_element_wise(kind, mentions["mention_id"], "/")
+    return mentions.set_column(mentions.column_names.index("mention_id"), "mention_id", ids)
+
+
+def of_kind(linked: LinkedRun, kind: str, mentions: str) -> LinkedRun:
+    """The part of a run that links one kind of mentions, as if it had been a run over their table."""
+    predictions = linked.predictions.filter(pc.starts_with(linked.predictions["mention_id"], f"{kind}/"))
+    ids = pc.utf8_slice_codeunits(predictions["mention_id"], len(kind) + 1)
+    predictions = predictions.set_column(0, predictions.schema.field(0), ids)
+    return replace(linked, predictions=predictions, settings=linked.settings | {"input": mentions})
+
+
+def baseline(judged: JudgedRun) -> str:
+    """Accuracy of a lookup."""
+    return "-" if judged.evaluation.baseline is None else f"{judged.evaluation.baseline.value:.3f}"
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except GemelError as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(error.exit_code)
+    options.run(main, "make demo")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,9 @@ def link(arguments: Sequence[str]) -> None:
         logger.info("%s", describe_run(config))
     else:
         link_corpus(config)
+        output = shlex.quote(config.output)
+        logger.info("to look at it, and to judge it by gold labels: gemel evaluate %s", output)
+        logger.info("to have it with the columns of the input: gemel export %s linked.csv", output)
 
 
 def find_mentions(arguments: Sequence[str]) -> None:
@@ -86,7 +90,7 @@ def train(arguments: Sequence[str]) -> None:
 class Sampling:
     """Predict time, memory and cost of a run by linking a sample of its mentions.
 
-    Any setting of CONFIG.toml can be given as a further option; `gemel link --help` lists them.
+    Any setting of CONFIG.toml can be given as a further option; `gemel link --help-all` lists them.
 
     Attributes:
         sample_rows: Maximum number of mentions to link. They are drawn as windows of consecutive
@@ -141,7 +145,7 @@ def plan(arguments: Sequence[str]) -> None:
 class Question:
     """Link one mention and show why the answer was chosen.
 
-    Any setting of CONFIG.toml can be given as a further option; `gemel link --help` lists them.
+    Any setting of CONFIG.toml can be given as a further option; `gemel link --help-all` lists them.
 
     Attributes:
         text: Sentence or caption that contains the mention.
@@ -213,7 +217,7 @@ def evaluate(
         found: Whether the mentions were found by `gemel find-mentions`, and are compared with gold
             mentions by their places: `group` (the document), `mention`, and `mention_start`, else
             `text`. Writes `found.json` instead.
-        write_to: Directory for the files. Default: `evaluation` in the output of the run.
+        write_to: Directory for the files. Default: `_evaluation` in the output of the run.
         entities: Parquet file or directory with the pictures of entities: the columns `entity_id`,
             and `image_bytes` or `image_uri`, as for `gemel build-kb`. Default: the addresses in the
             knowledge base of the run.
@@ -230,7 +234,7 @@ def evaluate(
     image_source = ImagePolicy(allowed_image_prefixes, max_image_bytes)
     linked = LinkedRun.open(output)
     other = None if against is None else LinkedRun.open(against)
-    directory, judged = write_to or f"{linked.output}/evaluation", None
+    directory, judged = write_to or f"{linked.output}/_evaluation", None
     if found:
         _evaluate_found(linked, gold, directory)
         return
@@ -252,6 +256,11 @@ def _write_metrics(judged: JudgedRun, directory: str) -> None:
     from gemel_engine.cli.tables import as_table
 
     Console().print(as_table(judged))
+    if judged.is_below_baseline:
+        logger.warning(
+            "the accuracy is below that of a lookup without a model, which takes the entity that training mentions "
+            "of the surface form have most often, else the one of that name: see docs/report.md"
+        )
     storage.write_bytes(f"{directory}/metrics.json", judged.to_json())
     logger.info("%s/metrics.json", directory)
 

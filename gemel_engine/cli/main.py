@@ -7,6 +7,8 @@ is validated before Ray is imported.
 
 from __future__ import annotations
 
+import os
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +17,17 @@ from importlib.metadata import version
 
 import tyro
 
-from gemel_engine.cli import artifacts, importers, jobs, knowledge_bases, options, serving, surveys
+from gemel_engine import verbosity
+from gemel_engine.cli import (
+    artifacts,
+    exports,
+    importers,
+    jobs,
+    knowledge_bases,
+    options,
+    serving,
+    surveys,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +56,7 @@ COMMANDS = {
     "import": Command(importers.import_entities, parses_arguments=True),
     "import-gemel": Command(artifacts.import_gemel, parses_arguments=True),
     "evaluate": Command(jobs.evaluate),
+    "export": Command(exports.export),
     "calibrate": Command(jobs.calibrate),
     "fit-score": Command(jobs.fit_score),
     "build-kb": Command(knowledge_bases.build_kb),
@@ -53,9 +66,12 @@ COMMANDS = {
     "init-mapper": Command(artifacts.init_mapper),
 }
 
+VERBOSE = "--verbose"
+
 DESCRIPTION = """Multimodal entity linking by generating entity names.
 
-`gemel COMMAND --help` explains a command, `gemel --version` prints the version.
+`gemel COMMAND --help` explains a command, `gemel --version` prints the version. Every command takes
+`--verbose`, which also prints the lines of Ray, vLLM and other libraries.
 
 Exit codes:
 0: success
@@ -63,25 +79,30 @@ Exit codes:
 2: invalid configuration or arguments
 3: invalid input
 4: missing, damaged or incompatible artifact
-5: more rows failed than `max_failed_fraction` allows"""
+5: more rows failed than `max_failed_fraction` allows
+130, 143: stopped by Ctrl-C or SIGTERM"""
 
 
 def main(*command: str) -> None:
     """Run the command given by `command` followed by the arguments of the process."""
     options.use_utf8()
     arguments = [*command, *sys.argv[1:]]
+    if VERBOSE in arguments:
+        os.environ[verbosity.VARIABLE] = "1"
+        arguments.remove(VERBOSE)
     named = COMMANDS.get(arguments[0]) if arguments else None
     if arguments == ["--version"]:
         sys.stdout.write(f"gemel {version('gemel-engine')}\n")
     elif named is not None and named.parses_arguments:
-        options.run(partial(named.function, arguments[1:]))
+        options.run(partial(named.function, arguments[1:]), shlex.join(["gemel", *arguments]))
     else:
         cli = tyro.extras.subcommand_cli_from_dict
         functions = {
             name: item.function if item.parses_arguments else options.checked(item.function)
             for name, item in COMMANDS.items()
         }
-        options.run(partial(cli, functions, prog="gemel", description=DESCRIPTION, args=arguments))
+        command_line = shlex.join(["gemel", *arguments])
+        options.run(partial(cli, functions, prog="gemel", description=DESCRIPTION, args=arguments), command_line)
 
 
 if __name__ == "__main__":

@@ -8,26 +8,36 @@ import io
 import locale
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, is_dataclass
 from functools import wraps
 from pathlib import Path
-from typing import TypeVar, get_type_hints
+from typing import Any, NoReturn, TypeVar, get_type_hints
 
 import tyro
 from pydantic import TypeAdapter, ValidationError
 
 from gemel_engine.display import make_visible, visible, visible_traceback
 from gemel_engine.errors import ConfigurationError, GemelError, redacted
+from gemel_engine.verbosity import is_verbose, quiet_libraries
 
 Config = TypeVar("Config")
 Options = TypeVar("Options")
+
+HELP, HELP_ALL = ("-h", "--help"), "--help-all"
 
 _SETTINGS = """Every option below is a setting of CONFIG.toml: `--search.width` overrides the key `width` in
 the table `[search]`.
 
 The file must contain the required settings. Name a file before `--help` to see its values."""
+
+_BASIC = "These are the basic settings; `--help-all` lists all of them.\n\n"
+
+
+_LONG_LAYOUT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 def use_utf8() -> None:
@@ -47,15 +57,32 @@ def use_utf8() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def run(command: Callable[[], object]) -> None:
-    """Call a command; an error ends the process, a `GemelError` with its own exit code."""
+def run(command: Callable[[], object], name: str | None = None) -> None:
+    """Call a command; an error ends the process, a `GemelError` with its own exit code.
+
+    Ctrl-C and SIGTERM, which `ray job stop` sends, end it with one line, and with 130 and 143.
+
+    Args:
+        command: The command.
+        name: Command line that goes on with an interrupted command.
+    """
     handler = logging.StreamHandler()
     handler.addFilter(make_visible)
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", handlers=[handler])
+    is_short = sys.stderr.isatty() and not is_verbose()
+    layout = "%(asctime)s %(levelname)s %(message)s" if is_short else _LONG_LAYOUT
+    logging.basicConfig(format=layout, datefmt="%H:%M:%S" if is_short else None, handlers=[handler])
+    quiet_libraries()
     # Not the root logger: open_clip and faiss log how they load to it.
     logging.getLogger("gemel_engine").setLevel(logging.INFO)
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, _interrupt)
     try:
         command()
+    except KeyboardInterrupt as stopped:
+        number = stopped.args[0] if stopped.args else signal.SIGINT
+        sys.stderr.write(f"stopped; to go on: {visible(redacted(name))}\n" if name else "stopped\n")
+        sys.exit(128 + number)
     except GemelError as error:
         cause = getattr(error, "cause", error)  # Ray puts its own text around what a task raises
         sys.stderr.write(f"error: {visible(redacted(str(cause)))}\n")
@@ -63,6 +90,13 @@ def run(command: Callable[[], object]) -> None:
     except Exception as error:
         sys.stderr.write(f"{redacted(visible_traceback(error))}\n")
         sys.exit(1)
+
+
+def _interrupt(number: int, _: object) -> NoReturn:
+    """Interrupt the command; a second signal ends the process at once."""
+    for handled in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(handled, lambda again, _: os._exit(128 + again))
+    raise KeyboardInterrupt(number)
 
 
 def checked(function: Callable[..., None]) -> Callable[..., None]:
@@ -92,7 +126,8 @@ def checked(function: Callable[..., None]) -> Callable[..., None]:
 def configure(config_type: type[Config], command: str, arguments: Sequence[str]) -> Config:
     """Return the configuration of a job from the arguments `CONFIG.toml [--key value ...]`.
 
-    `--help` lists all settings and ends the process; after a file, it also shows their values.
+    `--help` lists the basic settings, `--help-all` all of them, and ends the process; after a file,
+    it also shows their values.
 
     Args:
         config_type: Type of the configuration.
@@ -104,12 +139,29 @@ def configure(config_type: type[Config], command: str, arguments: Sequence[str])
     """
     from gemel_engine.config.loading import load_config
 
-    if arguments and arguments[0] in ("-h", "--help"):
-        tyro.cli(config_type, prog=f"{command} CONFIG.toml", description=_SETTINGS, args=["--help"])
+    if {*HELP, HELP_ALL} & set(arguments):
+        _explain(config_type, command, arguments)
     if not arguments or arguments[0].startswith("-"):
         raise ConfigurationError(f"name a configuration: {command} CONFIG.toml [--key value ...]")
     path, *overrides = arguments
     return load_config(config_type, Path(path), overrides, program=f"{command} {path}")
+
+
+def _explain(config_type: type[Any], command: str, arguments: Sequence[str]) -> NoReturn:
+    """Print the settings, with the values of a file if one is named, and end the process."""
+    from gemel_engine.cli.basic_settings import basic_type
+    from gemel_engine.config.loading import load_config
+    from gemel_engine.config.settings import LinkConfig
+
+    file = None if arguments[0].startswith("-") else arguments[0]
+    values = None if file is None else load_config(config_type, Path(file))
+    shown_type, description, defaults = config_type, _SETTINGS, {} if values is None else {"default": values}
+    if config_type is LinkConfig and HELP_ALL not in arguments:
+        shown_type, description, defaults = basic_type(config_type, values), _BASIC + _SETTINGS, {}
+    tyro.cli(
+        shown_type, prog=f"{command} {file or 'CONFIG.toml'}", description=description, args=["--help"], **defaults
+    )
+    raise AssertionError("--help ends the process")
 
 
 def asked(

@@ -39,15 +39,17 @@ def as_table(judged: JudgedRun) -> Table:
     add("accuracy", evaluation.accuracy)
     if evaluation.baseline is not None:
         add("accuracy without a model", evaluation.baseline)
+    for kind, figures in evaluation.buckets.items():
+        table.add_section()
+        for label, figure in figures.items():
+            add(f"{kind}: {label}", figure)
+    table.add_section()
+    add("mean over entities", evaluation.macro_accuracy)
     add("gold among the first 5", evaluation.hits_at_5)
     add("mean reciprocal rank", evaluation.mean_reciprocal_rank)
     if evaluation.pool_recall is not None:
         add("pool recall", evaluation.pool_recall)
     add("certified", evaluation.certified_share)
-    for kind, figures in evaluation.buckets.items():
-        table.add_section()
-        for label, figure in figures.items():
-            add(f"{kind}: {label}", figure)
     for score, item in judged.confidence.items():
         table.add_section()
         table.add_row(f"{score} score: calibration error", f"{item.expected_calibration_error:.3f}", "", "")

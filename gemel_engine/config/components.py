@@ -163,7 +163,7 @@ class SearchSettings:
 FeatureScaling = Literal["none", "z_score", "z_score_norm"]
 
 
-Dtype = Literal["float32", "bfloat16", "float16"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 def _checked_address(uri: str) -> str:
@@ -206,11 +206,12 @@ class LanguageModelSettings:
 
     Attributes:
         name: Local directory, or name on the model hub.
-        dtype: Data type of the weights and of the key-value cache.
+        dtype: Data type of the weights and of the key-value cache. `auto`: `bfloat16` on GPUs and
+            on CPUs with AVX512-BF16 or AMX, `float32` on others.
     """
 
     name: ModelName
-    dtype: Dtype = "bfloat16"
+    dtype: Dtype = "auto"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,6 +13,7 @@ from typing import Any, TypeVar, get_type_hints
 import tyro
 from pydantic import TypeAdapter, ValidationError
 
+from gemel_engine.config.machine import resolve_dtype
 from gemel_engine.errors import ConfigurationError, shown
 
 Config = TypeVar("Config")
@@ -50,20 +51,29 @@ def load_config(
         config = TypeAdapter(config_type).validate_python(values)
     except ValidationError as error:
         raise ConfigurationError(f"the configuration {path} is wrong: {_describe(error, config_type)}") from None
-    return validated(tyro.cli(config_type, prog=program, default=config, args=list(overrides))) if overrides else config
+    if not overrides:
+        return _resolved(config)
+    return validated(tyro.cli(config_type, prog=program, default=config, args=list(overrides)))
 
 
 def validated(config: Config) -> Config:
     """Validate a configuration that was created or changed in Python, where values are not checked.
+
+    Defaults that depend on the machine are resolved.
 
     Raises:
         ConfigurationError: A value is malformed or out of bounds.
     """
     adapter = TypeAdapter(type(config))
     try:
-        return adapter.validate_python(adapter.dump_python(config, warnings=False))
+        return _resolved(adapter.validate_python(adapter.dump_python(config, warnings=False)))
     except ValidationError as error:
         raise ConfigurationError(f"the configuration is wrong: {_describe(error, type(config))}") from None
+
+
+def _resolved(config: Config) -> Config:
+    resolved: Config = resolve_dtype(config)
+    return resolved
 
 
 def config_json(config: object) -> str:

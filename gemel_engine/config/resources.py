@@ -18,7 +18,7 @@ class PoolSettings:
         num_gpus: Number of GPUs of one actor: a whole number, or a fraction of one GPU that several
             actors share.
         memory_gib: Memory in GiB that Ray reserves for one actor; 0 reserves none. The memory used
-            by an actor is in the output of `gemel plan` and in `report.json`.
+            by an actor is in the output of `gemel plan` and in `_report.json`.
         num_threads: Number of CPU threads of the models in one actor; None: Ray's default, which is
             one thread for less than two CPUs.
     """

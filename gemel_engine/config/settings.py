@@ -83,7 +83,8 @@ class JobConfig:
         search: Objective, ranking and budget of the search for names.
         resources: Actor pools of the stages.
         columns: Names of the columns of the mentions, where they differ from the engine's own.
-        rows_per_shard: Maximum number of rows that are processed together, as a shard.
+        rows_per_shard: Maximum number of rows that are processed together, as a shard. None: by the
+            number of rows, so that there are about 32 shards or more, of 64 to 1,024 rows.
         max_failed_fraction: Maximum share of rows with an `error` before the job fails. Training
             does not count rows whose entity the knowledge base lacks.
         verify_artifacts: Whether to verify, before any work, the checksums of the artifacts and
@@ -104,7 +105,7 @@ class JobConfig:
     search: SearchSettings = field(default_factory=SearchSettings)
     resources: ResourceSettings = field(default_factory=ResourceSettings)
     columns: ColumnNames = field(default_factory=ColumnNames)
-    rows_per_shard: Count = 1024
+    rows_per_shard: Count | None = None
     max_failed_fraction: Fraction = 0.01
     verify_artifacts: bool = True
 
@@ -119,6 +120,9 @@ class JobConfig:
                 f"vision.device is {device!r} and resources.images.num_gpus {share:g}: an image encoder on a GPU "
                 "needs a share of one, such as 0.25, and one on a CPU needs none"
             )
+
+
+CarriedColumn = Literal["text", "mention", "mention_start", "group"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,6 +142,8 @@ class LinkConfig(JobConfig):
         score: How entities are ranked.
         calibration: Directory written by `gemel calibrate`, for the columns `confidence`
             and `is_nil`; None: the columns are empty.
+        output_columns: Columns of the input that the output has, too, beside `mention_id`. `gemel
+            export` joins the others.
         previous: Output of a finished run over the same input with an older knowledge base: only
             rows that the change of the knowledge base can affect are linked again. None: all rows
             are linked.
@@ -150,6 +156,7 @@ class LinkConfig(JobConfig):
     language_model: EngineSettings
     score: ScoreSettings = field(default_factory=ScoreSettings)
     calibration: Address | None = None
+    output_columns: tuple[CarriedColumn, ...] = ("text", "mention")
     previous: Address | None = None
     dry_run: bool = False
 
@@ -200,7 +207,7 @@ class TrainedModelSettings(LanguageModelSettings):
             storing its activations: less memory, a third more computation.
     """
 
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # float16 would need gradient scaling
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # float16 would need gradient scaling
     activation_checkpointing: bool = False
 
 

@@ -33,7 +33,7 @@ _NUM_RESAMPLES = 2000
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """A mean over mentions with its 95% bootstrap interval (percentiles)."""
+    """A mean over mentions, or entities, with its 95% bootstrap interval (percentiles)."""
 
     value: float
     low: float
@@ -66,6 +66,8 @@ class Evaluation:
         num_errors: Number of judged mentions whose row has an error.
         num_without_gold: Number of predictions without a gold row; they are not judged.
         accuracy: Share of right answers.
+        macro_accuracy: Mean over the gold entities of the share of right answers to their mentions,
+            so that frequent entities count no more than others.
         hits_at_5: Share of mentions with the gold entity among the first five candidates.
         mean_reciprocal_rank: Mean of 1 / rank of the gold entity among the candidates; 0 where it
             is not among them.
@@ -84,6 +86,7 @@ class Evaluation:
     num_errors: int
     num_without_gold: int
     accuracy: Measured
+    macro_accuracy: Measured
     hits_at_5: Measured
     mean_reciprocal_rank: Measured
     certified_share: Measured
@@ -235,6 +238,7 @@ class Judge:
             num_errors=int(judged["error"].notna().sum()),
             num_without_gold=len(set(predictions["mention_id"].to_pylist()) - set(self._gold["mention_id"])),
             accuracy=Measured.of(right),
+            macro_accuracy=Measured.of(right.groupby(judged["entity_id_gold"]).mean()),
             hits_at_5=Measured.of((found >= 1) & (found <= 5)),
             mean_reciprocal_rank=Measured.of(np.divide(1.0, found, where=found > 0, out=np.zeros(len(found)))),
             certified_share=Measured.of(judged["certified"].fillna(False).astype(bool)),
@@ -300,29 +304,27 @@ class Judge:
 
     def _kinds(self, judged: pd.DataFrame) -> Iterator[tuple[str, pd.Series]]:
         """Yield the name of each division and the kind of each mention, as an ordered category."""
-        if "has_picture" in judged:
-            yield "picture", _either(judged["has_picture"], "with", "without")
-        if self._entities is not None and "mention" in judged:
-            is_name = judged["mention"].str.casefold() == judged["entity_id_gold"].map(self._names).str.casefold()
-            yield "surface form", _either(is_name, "is the name", "is another")
-        if self._train is not None:
-            frequency = judged["entity_id_gold"].map(self._train["entity_id"].value_counts()).fillna(0)
-            yield "entity in training", _either(frequency > 0, "seen", "never seen")
-            yield (
-                "training mentions of the entity",
-                _grouped(frequency, [0, 2, 9], ["0", "1 to 2", "3 to 9", "10 or more"]),
-            )
-            if "mention" in judged:
-                meanings = self._train.groupby("mention")["entity_id"].nunique()
-                num_meanings = judged["mention"].map(meanings).fillna(0)
-                labels = ["never seen", "one entity", "several entities"]
-                yield "surface form in training", _grouped(num_meanings, [0, 1], labels)
         if self._entities is not None and "popularity" in self._entities and self._entities["popularity"].notna().any():
             popularity = self._entities.drop_duplicates("entity_id").set_index("entity_id")["popularity"]
             of_mention = judged["entity_id_gold"].map(popularity)
             ranks = of_mention.rank(pct=True).fillna(0)
             labels = ["unknown", "lowest quarter", "second", "third", "highest quarter"]
             yield "popularity of the entity", _grouped(ranks, [0, 0.25, 0.5, 0.75], labels)
+        if self._train is not None:
+            frequency = judged["entity_id_gold"].map(self._train["entity_id"].value_counts()).fillna(0)
+            yield "entity in training", _either(frequency > 0, "seen", "never seen")
+            if "mention" in judged:
+                meanings = self._train.groupby("mention")["entity_id"].nunique()
+                num_meanings = judged["mention"].map(meanings).fillna(0)
+                labels = ["never seen", "one entity", "several entities"]
+                yield "surface form in training", _grouped(num_meanings, [0, 1], labels)
+            labels = ["0", "1 to 2", "3 to 9", "10 or more"]
+            yield "training mentions of the entity", _grouped(frequency, [0, 2, 9], labels)
+        if self._entities is not None and "mention" in judged:
+            is_name = judged["mention"].str.casefold() == judged["entity_id_gold"].map(self._names).str.casefold()
+            yield "surface form", _either(is_name, "is the name", "is another")
+        if "has_picture" in judged:
+            yield "picture", _either(judged["has_picture"], "with", "without")
 
 
 def checked_frame(table: pa.Table, required: tuple[str, ...], what: str) -> pd.DataFrame:

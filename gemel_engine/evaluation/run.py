@@ -30,7 +30,7 @@ class LinkedRun:
     Attributes:
         output: Output directory, local or `s3://`.
         settings: The run's configuration without resources and output.
-        report: Contents of `report.json`.
+        report: Contents of `_report.json`.
         predictions: All rows, in `PREDICTION_SCHEMA`.
     """
 
@@ -47,7 +47,9 @@ class LinkedRun:
             InputError: The directory is not a linking output, or the run has not finished.
         """
         documents, output = [], output.rstrip("/")
-        for name in ("_run.json", "report.json"):
+        former = "report.json"  # of outputs that an older version wrote
+        report_name = former if storage.exists(f"{output}/{former}") else "_report.json"
+        for name in ("_run.json", report_name):
             if not storage.exists(f"{output}/{name}"):
                 raise InputError(f"{output} has no {name}: name the output of a linking run that has finished")
             document = storage.read_json(f"{output}/{name}", "put it back, or link again to a new output")
@@ -100,6 +102,12 @@ class JudgedRun:
     leaks: LeakAudit | None
     knowledge_base_names: int
     verdicts: pa.Table
+
+    @property
+    def is_below_baseline(self) -> bool:
+        """Return whether a lookup in names and training mentions, without a model, is right more often."""
+        baseline = self.evaluation.baseline
+        return baseline is not None and self.evaluation.accuracy.value < baseline.value
 
     def to_json(self) -> bytes:
         """Return the contents of `metrics.json`: everything except the verdicts."""

@@ -4,7 +4,7 @@
     OUTPUT/_documents/shard-*.parquet   number of mentions, or `error`, of each document
     OUTPUT/data/shard-*.parquet         mentions as linking reads them; created exclusively, after
                                         the shard's documents
-    OUTPUT/report.json                  counts
+    OUTPUT/_report.json                 counts
 
 A file under `data/` exists if and only if its shard is complete: a rerun searches the others.
 """
@@ -51,7 +51,7 @@ _DOCUMENT_RESULT = {
 
 @dataclass(frozen=True, slots=True)
 class FindReport:
-    """The contents of `report.json`.
+    """The contents of `_report.json`.
 
     Attributes:
         documents: Number of documents.

@@ -30,7 +30,7 @@ from gemel_engine.knowledge_base.changes import KnowledgeBaseChanges
 from gemel_engine.knowledge_base.store import MANIFEST
 from gemel_engine.pipeline.corpus import Shard
 from gemel_engine.pipeline.identity import incremental_differences
-from gemel_engine.pipeline.output import RunDirectory, load_claim
+from gemel_engine.pipeline.output import RunDirectory, has_predictions, load_claim
 from gemel_engine.storage import parquet
 from gemel_engine.types import CARD_PREFIX, PREDICTION_SCHEMA
 
@@ -74,7 +74,7 @@ class PreviousRun:
         return hashlib.sha256(storage.read_bytes(directory.claim)).hexdigest()
 
     def report(self) -> dict[str, Any]:
-        """Return the `report.json` of the previous run."""
+        """Return the `_report.json` of the previous run."""
         return dict(storage.read_json(RunDirectory(self.output).report, _REMEDY))
 
     def check(self, identity: Mapping[str, Any]) -> None:
@@ -148,7 +148,7 @@ class PreviousRun:
         except (OSError, InputError) as error:
             raise InputError(f"{shown(uri)} is missing or damaged ({error}): link without previous") from error
         ids = mentions["mention_id"].cast(pa.string())
-        if stored.schema != PREDICTION_SCHEMA or not stored["mention_id"].equals(ids):
+        if not has_predictions(stored.schema) or not stored["mention_id"].equals(ids):
             raise InputError(f"{shown(uri)} has not the predictions of the rows of {shard.name}: link without previous")
         changes = f"{self.changes}/entities.parquet"
         found = parquet.from_bytes(storage.read_bytes(changes), changes)
@@ -168,6 +168,7 @@ class PreviousRun:
         keeps_previous = uses_previous & (has_candidates | (self.counts()["num_added_names"] == 0))
         place = pa.array(np.arange(len(stored)), mask=~uses_previous)
         nullable = pa.schema([field.with_nullable(True) for field in PREDICTION_SCHEMA])
+        stored = stored.select(PREDICTION_SCHEMA.names)
         mentions = mentions.append_column("previous", stored.cast(nullable).to_struct_array().take(place))
         return mentions.append_column("keeps_previous", pa.array(keeps_previous))
 

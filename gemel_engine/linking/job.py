@@ -27,17 +27,27 @@ from ray.data import Dataset
 from gemel_engine import storage
 from gemel_engine.config.finding import FindConfig
 from gemel_engine.config.loading import validated
+from gemel_engine.config.machine import warn_of_slow_dtype
 from gemel_engine.config.settings import LinkConfig
 from gemel_engine.errors import ConfigurationError, shown
 from gemel_engine.extras import require
 from gemel_engine.finding.job import describe_search, find_mentions
 from gemel_engine.fingerprints import Contents
 from gemel_engine.linking.incremental import PreviousRun
+from gemel_engine.linking.live import LiveView
 from gemel_engine.linking.progress import Progress, Tally
 from gemel_engine.linking.report import LinkReport, check_failures, make_report
 from gemel_engine.linking.stages import GenerateEntityNames, read_with_places, write_ordered, write_parts
 from gemel_engine.pipeline import output_check
-from gemel_engine.pipeline.corpus import Shard, count_rows, order_by_surface_form, plan_identity, plan_shards, recut
+from gemel_engine.pipeline.corpus import (
+    Shard,
+    count_rows,
+    order_by_surface_form,
+    plan_identity,
+    plan_shards,
+    recut,
+    with_rows_per_shard,
+)
 from gemel_engine.pipeline.identity import run_digest, run_identity
 from gemel_engine.pipeline.output import (
     RunDirectory,
@@ -49,6 +59,7 @@ from gemel_engine.pipeline.output import (
     save_plan,
 )
 from gemel_engine.pipeline.ray_data import actor_pool, connect, encode_and_retrieve, own_errors, rows_of
+from gemel_engine.verbosity import is_verbose
 
 if TYPE_CHECKING:
     from gemel_engine.decoding.generator import Artifacts
@@ -68,8 +79,20 @@ def link_corpus(config: LinkConfig) -> LinkReport:
         GemelError: The configuration, the input or an artifact is unusable (raised before any
             work), or more rows failed than `max_failed_fraction` allows (the output is complete).
     """
+    with LiveView() as view:
+        report = _linked(config, view)
+    check_failures(config, report)
+    return report
+
+
+def _linked(config: LinkConfig, view: LiveView) -> LinkReport:
+    """Do what `link_corpus` does, up to the check of failures."""
     started = time.monotonic()
+    if config.find_mentions:
+        view.enter("finding mentions")
     config = with_found_mentions(config)
+    view.enter("checking input, models and artifacts")
+    config = settled(config)
     plan, artifacts, contents = checked_plan(config)
 
     from gemel_engine.assembly import without_missing_evidence
@@ -80,13 +103,28 @@ def link_corpus(config: LinkConfig) -> LinkReport:
     config = without_missing_evidence(config, artifacts)
     if (previous := PreviousRun.of(config)) is not None:
         previous.note_changes(config.knowledge_base)
+    view.enter("sorting the corpus by surface form")
     plan = ordered_plan(config, plan)
     finished = output_check.check_finished(config.output, plan, run)
     remaining = [shard for shard in plan if shard.name not in finished]
     tally = Tally()
     if remaining:
-        connect()
-        tally = _commit_as_completed(config.output, remaining, stream_receipts(config, remaining, contents), run)
+        view.enter("starting Ray")
+        connect(quiet=not is_verbose())
+        progress = Progress(config.output, count_rows(remaining))
+        logger.info(
+            "linking %d rows in %d shards of %d rows, in %s",
+            progress.num_rows,
+            len(remaining),
+            config.rows_per_shard,
+            config.language_model.dtype,
+        )
+        warn_of_slow_dtype(config)
+        view.enter("linking", progress)
+        receipts = stream_receipts(config, remaining, contents)
+        _commit_as_completed(config.output, remaining, receipts, run, progress)
+        tally = progress.tally
+    view.enter("checking the output")
     rows = output_check.read_complete(config.output, plan, run, ("error", "certified", "num_rollouts", "decided_by"))
     directory = RunDirectory(config.output)
     for working_files in (directory.parts, directory.marks):  # all shards are complete
@@ -94,12 +132,12 @@ def link_corpus(config: LinkConfig) -> LinkReport:
     report = make_report(config, artifacts, plan, remaining, tally, rows, time.monotonic() - started)
     if remaining or not storage.exists(directory.report):  # else keep that of the finishing run
         storage.write_bytes(directory.report, json.dumps(asdict(report), indent=2).encode())
-        logger.info("linked %s: %s", shown(config.output), report.summary())
+        done = {"rows": report.rows, "planned_rows": count_rows(remaining), "errors": report.errors}
+        logger.info("linked %s: %s", shown(config.output), report.summary(), extra=done)
     else:
         logger.info("nothing is left to link: %s has all %d rows", shown(config.output), report.rows)
     if report.carried_over is not None:
         logger.info("carried on %s: %s", shown(str(config.previous)), report.carried_over.summary())
-    check_failures(config, report)
     return report
 
 
@@ -111,6 +149,7 @@ def describe_run(config: LinkConfig) -> str:
     """
     if (search := _search_of(config)) is not None:
         return describe_search(search)
+    config = settled(config)
     plan, _, contents = checked_plan(config)
     finished: set[str] = set()
     if is_claimed(config.output):
@@ -121,9 +160,20 @@ def describe_run(config: LinkConfig) -> str:
     remaining = [shard for shard in plan if shard.name not in finished]
     num_rows, num_left = count_rows(plan), count_rows(remaining)
     return (
-        f"{config.output}: {num_left} of {num_rows} rows are to be linked, in {len(remaining)} of {len(plan)} shards; "
+        f"{config.output}: {num_left} of {num_rows} rows are to be linked, in {len(remaining)} of {len(plan)} shards "
+        f"of {config.rows_per_shard} rows; the language model computes in {config.language_model.dtype}; "
         "nothing has been done"
     )
+
+
+def settled(config: LinkConfig) -> LinkConfig:
+    """Return a validated configuration whose defaults by machine and corpus are chosen.
+
+    Raises:
+        GemelError: A setting is malformed, or the input cannot be read.
+    """
+    config = validated(config)
+    return with_rows_per_shard(config, config.input)
 
 
 def with_found_mentions(config: LinkConfig) -> LinkConfig:
@@ -148,7 +198,7 @@ def _search_of(config: LinkConfig) -> FindConfig | None:
         knowledge_base=config.knowledge_base,
         demonstrations=config.demonstrations,
         finder=config.finder,
-        rows_per_shard=config.rows_per_shard,
+        **({} if config.rows_per_shard is None else {"rows_per_shard": config.rows_per_shard}),
         max_failed_fraction=config.max_failed_fraction,
     )
 
@@ -163,7 +213,7 @@ def checked_plan(config: LinkConfig) -> tuple[list[Shard], Artifacts, Contents]:
     Raises:
         GemelError: Something is unusable, or the artifacts do not fit together.
     """
-    config = validated(config)
+    config = settled(config)
     if config.find_mentions:
         raise ConfigurationError(
             f"find_mentions is set, but this command needs the mentions of {shown(config.input)}: call `gemel "
@@ -205,9 +255,11 @@ def ordered_plan(config: LinkConfig, plan: list[Shard]) -> list[Shard]:
         return ordered
     if len(plan) == 1 or (places := order_by_surface_form(plan)) is None:
         return plan
-    connect()
+    connect(quiet=not is_verbose())
+    rows_per_shard = config.rows_per_shard
+    assert rows_per_shard is not None, "the plan was cut by it"
     # A sort exchanges data between all pairs of blocks: use few blocks, of several shards each.
-    rows_per_block = config.rows_per_shard * -(-len(places) // (config.rows_per_shard * _MAX_SORTED_BLOCKS))
+    rows_per_block = rows_per_shard * -(-len(places) // (rows_per_shard * _MAX_SORTED_BLOCKS))
     boundaries: list[int | float] = [*range(rows_per_block, len(places), rows_per_block)]
     name = uuid.uuid4().hex
     directory = f"{RunDirectory(config.output).ordered}/{name}"
@@ -215,7 +267,7 @@ def ordered_plan(config: LinkConfig, plan: list[Shard]) -> list[Shard]:
     dataset = dataset.map_batches(read_with_places, batch_size=1, batch_format="pyarrow", num_cpus=0.25)
     dataset = dataset.sort("place", boundaries=boundaries or [len(places)])  # none: Ray samples
     dataset = dataset.map_batches(
-        partial(write_ordered, directory=directory, rows_per_shard=config.rows_per_shard),
+        partial(write_ordered, directory=directory, rows_per_shard=rows_per_shard),
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=0.25,
@@ -223,7 +275,7 @@ def ordered_plan(config: LinkConfig, plan: list[Shard]) -> list[Shard]:
     dataset.set_name("sorting")
     num_written = sum(row["num_rows"] for row in rows_of(dataset.iter_batches(batch_size=None, batch_format="pyarrow")))
     assert num_written == len(places), f"{num_written} of {len(places)} rows were sorted"
-    ordered = save_plan(config.output, plan_shards(directory, config.rows_per_shard))
+    ordered = save_plan(config.output, plan_shards(directory, rows_per_shard))
     if name not in ordered[0].uri:
         storage.remove_tree(directory)  # another run of the same command was first
     return ordered
@@ -266,14 +318,13 @@ def stream_receipts(
 
 
 def _commit_as_completed(
-    output: str, remaining: Sequence[Shard], receipts: Iterable[Mapping[str, Any]], run: str
-) -> Tally:
-    """Commit each shard as soon as receipts cover its rows; return the sums of the receipts."""
+    output: str, remaining: Sequence[Shard], receipts: Iterable[Mapping[str, Any]], run: str, progress: Progress
+) -> None:
+    """Commit each shard as soon as receipts cover its rows; add all receipts to `progress`."""
     commit: Any = ray.remote(num_cpus=0)(commit_shard)
     plan = {shard.index: shard for shard in remaining}
     num_missing = {shard.index: shard.stop - shard.start for shard in remaining}
     parts: dict[int, list[str]] = defaultdict(list)
-    progress = Progress(output, sum(num_missing.values()))
     commits = []
     for receipt in receipts:
         index = receipt["shard"]
@@ -287,7 +338,6 @@ def _commit_as_completed(
                 ray.get(done)  # raises the errors of these commits
     with own_errors():
         ray.get(commits)
-    return progress.tally
 
 
 def _identity(config: LinkConfig, plan: Sequence[Shard], contents: Contents) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from gemel_engine.config.settings import LinkConfig
 from gemel_engine.errors import ConfigurationError
 from gemel_engine.fingerprints import Contents
 from gemel_engine.linking.capacity import ClusterPlan, Estimate, StageCost, Workload, draw_windows
-from gemel_engine.linking.job import checked_plan, ordered_plan, stream_receipts
+from gemel_engine.linking.job import checked_plan, ordered_plan, settled, stream_receipts
 from gemel_engine.linking.progress import Tally
 from gemel_engine.pipeline.corpus import (
     Shard,
@@ -38,6 +38,7 @@ from gemel_engine.pipeline.output import RunDirectory, read_columns
 from gemel_engine.pipeline.ray_data import connect
 from gemel_engine.storage.parquet import parquet_bytes
 from gemel_engine.types import PREDICTION_SCHEMA
+from gemel_engine.verbosity import is_verbose
 
 # The setting in `resources` of each stage's pool.
 _POOLS = {"image": "images", "retrieval": "retrieval", "generation": "generation"}
@@ -138,9 +139,12 @@ def plan_run(
 
     _check_clusters(actors, price_per_actor_hour)
     started = time.monotonic()
+    config = settled(config)
     plan, artifacts, contents = checked_plan(config)
     config = without_missing_evidence(config, artifacts)
     num_rows = count_rows(plan)
+    rows_per_shard = config.rows_per_shard or num_rows
+    longest = min(num_rows, rows_per_shard)
     windows = draw_windows(num_rows, sample_rows, seed)
     places = order_by_surface_form(plan)
     order = order_within_shards(plan) if places is None else np.argsort(places)
@@ -150,20 +154,19 @@ def plan_run(
     of_first_window = sum(cost.seconds(1, sample.rows[0]).value for cost in costs.values())
     workload = Workload(
         num_rows=num_rows,
-        num_shards=len(plan) if places is None else -(-num_rows // config.rows_per_shard),
-        rows_per_shard=config.rows_per_shard,
+        num_shards=len(plan) if places is None else -(-num_rows // rows_per_shard),
+        rows_per_shard=rows_per_shard,
         start_seconds=check_seconds + max(0.0, sample.first_seconds - of_first_window),
         stages=costs,
     )
-    rows_of_shard = min(num_rows, config.rows_per_shard)
     return RunPlan(
         num_rows=num_rows,
         sample_rows=sample.tally.rows,
         num_windows=len(windows),
-        rows_per_shard=config.rows_per_shard,
+        rows_per_shard=rows_per_shard,
         start_seconds=workload.start_seconds,
         stage_costs=costs,
-        seconds_per_row={name: cost.seconds(1, rows_of_shard).times(1 / rows_of_shard) for name, cost in costs.items()},
+        seconds_per_row={name: cost.seconds(1, longest).times(1 / longest) for name, cost in costs.items()},
         peak_bytes=sample.tally.peak_bytes,
         input_bytes=sum(file.size for file in storage.list_tables(config.input)),
         output_bytes=round(sample.output_bytes / sample.tally.rows * num_rows),
@@ -216,7 +219,7 @@ def link_windows(
             resources=_one_of_each(config.resources),
         )
         started = time.monotonic()
-        connect()
+        connect(quiet=not is_verbose())
         drawn = plan_shards(sampled.input, longest)
         if len(plan) > 1:
             ordered_plan(sampled, drawn)  # only to measure its time: the result is not used
@@ -236,7 +239,7 @@ def link_windows(
             },
             first_seconds=first_seconds,
             tally=whole,
-            output_bytes=_bytes_in_one_file(RunDirectory(sampled.output).parts),
+            output_bytes=_bytes_in_one_file(RunDirectory(sampled.output).parts, config.output_columns),
         )
     finally:
         storage.remove_tree(scratch)
@@ -251,8 +254,8 @@ def _write_windows(plan: Sequence[Shard], windows: Sequence[NDArray[np.int64]], 
         storage.write_bytes(f"{directory}/{number:05d}.parquet", parquet_bytes(table))
 
 
-def _bytes_in_one_file(parts: str) -> int:
-    return len(parquet_bytes(read_columns(parts, PREDICTION_SCHEMA.names)))
+def _bytes_in_one_file(parts: str, carried: Sequence[str]) -> int:
+    return len(parquet_bytes(read_columns(parts, [*PREDICTION_SCHEMA.names, *carried])))
 
 
 def _one_of_each(resources: ResourceSettings) -> ResourceSettings:

@@ -1,4 +1,4 @@
-"""Progress of a linking run as log lines and as Ray metrics.
+"""Progress of a linking run as sums and as Ray metrics; `live` shows it.
 
     ray_gemel_planned_rows_total{output}            number of rows that this run has to link
     ray_gemel_rows_total{output, outcome}           number of finished rows by outcome: `linked`, or
@@ -14,8 +14,6 @@ shard is finished.
 
 from __future__ import annotations
 
-import logging
-import sys
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -29,10 +27,6 @@ from gemel_engine.display import percent
 from gemel_engine.errors import shown
 from gemel_engine.pipeline.stages import COSTS, PEAKS, STAGE_PEAK_BYTES, STAGE_SECONDS
 
-logger = logging.getLogger(__name__)
-
-_SECONDS_BETWEEN_LINES = 10
-
 
 @dataclass(slots=True)
 class Tally:
@@ -41,12 +35,14 @@ class Tally:
     Attributes:
         rows: Number of finished rows.
         errors: Number of these rows with an error, by kind.
+        by_evidence: Number of these rows that evidence decided alone.
         costs: Sum of each column of `COSTS`.
         peaks: Maximum of each column of `PEAKS`, in bytes.
     """
 
     rows: int = 0
     errors: Counter[str] = field(default_factory=Counter)
+    by_evidence: int = 0
     costs: Counter[str] = field(default_factory=Counter)
     peaks: dict[str, int] = field(default_factory=dict)
 
@@ -54,6 +50,7 @@ class Tally:
         """Add a receipt, a row of `RECEIPT_SCHEMA`."""
         self.rows += receipt["num_rows"]
         self.errors.update(receipt["error_kinds"])
+        self.by_evidence += receipt["num_by_evidence"]
         self.costs.update({name: receipt[name] for name in COSTS if receipt[name] is not None})
         for name in PEAKS:
             if receipt[name] is not None:
@@ -86,7 +83,7 @@ class Tally:
 
 
 class Progress:
-    """Accumulates receipts; reports progress as log lines and metrics.
+    """Accumulates receipts and exports metrics.
 
     Args:
         output: Output directory of the run, a tag of its metrics.
@@ -95,9 +92,8 @@ class Progress:
 
     def __init__(self, output: str, num_rows: int) -> None:
         self.tally = Tally()
-        self._num_rows = num_rows
+        self.num_rows = num_rows
         self._first: tuple[float, int] | None = None  # time of the first receipt, and its rows
-        self._last_line = -float("inf")
         self._tags = {"output": shown(output).strip("'")}
         tags = ("output",)
         self._rows = metrics.Counter("gemel_rows", "Finished rows by outcome", (*tags, "outcome"))
@@ -108,16 +104,11 @@ class Progress:
         _increase(metrics.Counter("gemel_planned_rows", "Rows that the run has to link", tags), num_rows, self._tags)
 
     def add(self, receipt: Mapping[str, Any]) -> None:
-        """Add a row of `RECEIPT_SCHEMA`; write a log line if the last one is old enough."""
+        """Add a row of `RECEIPT_SCHEMA`."""
         self.tally.add(receipt)
         self._export(receipt)
-        now = time.monotonic()
         if self._first is None:
-            self._first = now, self.tally.rows
-        is_due = now - self._last_line >= _SECONDS_BETWEEN_LINES or self.tally.rows == self._num_rows
-        if is_due and not sys.stdout.isatty():  # on a terminal Ray Data draws bars instead
-            self._last_line = now
-            self._log(now)
+            self._first = time.monotonic(), self.tally.rows
 
     def _export(self, receipt: Mapping[str, Any]) -> None:
         of_receipt = Tally()
@@ -134,33 +125,42 @@ class Progress:
                 _increase(counter, value, self._tags | {key: label})
         _increase(self._rollouts, of_receipt.rollouts, self._tags)
 
-    def _log(self, now: float) -> None:
-        tally, rate = self.tally, self._rows_per_second(now)
+    def line(self) -> str:
+        """Return rate, time left and what was counted so far, without the number of rows."""
+        tally, rate = self.tally, self.rows_per_second
+        if not tally.rows:
+            return "models are loading, or the first shards are at work"
         busy = sum(tally.stage_seconds.values()) or 1.0
-        left = None if rate is None else timedelta(seconds=round((self._num_rows - tally.rows) / rate))
-        logger.info(
-            "linked %d of %d rows (%.1f%%), %s rows/s, %s left; %d errors; cache hits %s; busy: %s",
-            tally.rows,
-            self._num_rows,
-            100 * tally.rows / self._num_rows,
-            "-" if rate is None else f"{rate:.2f}",
-            "-" if left is None else left,
-            tally.errors.total(),
-            percent(tally.cache_hit_rate),
-            ", ".join(f"{stage} {100 * spent / busy:.0f}%" for stage, spent in tally.stage_seconds.items()),
-            extra={
-                "rows": tally.rows,
-                "planned_rows": self._num_rows,
-                "rows_per_second": rate,
-                "seconds_left": None if left is None else left.total_seconds(),
-                "errors": dict(tally.errors),
-            },
+        left = None if rate is None else timedelta(seconds=round((self.num_rows - tally.rows) / rate))
+        by_model = tally.rows - tally.errors.total() - tally.by_evidence
+        return ", ".join(
+            [
+                f"{'-' if rate is None else f'{rate:.2f}'} rows/s",
+                f"{'-' if left is None else left} left; {tally.errors.total()} errors",
+                f"{tally.by_evidence} decided by evidence",
+                f"{by_model} by the model; cache hits {percent(tally.cache_hit_rate)}; busy: "
+                + ", ".join(f"{stage} {100 * spent / busy:.0f}%" for stage, spent in tally.stage_seconds.items()),
+            ]
         )
 
-    def _rows_per_second(self, now: float) -> float | None:
+    def fields(self) -> dict[str, object]:
+        """Return the same as fields of a structured log record."""
+        rate = self.rows_per_second
+        return {
+            "rows": self.tally.rows,
+            "planned_rows": self.num_rows,
+            "rows_per_second": rate,
+            "seconds_left": None if rate is None else round((self.num_rows - self.tally.rows) / rate),
+            "errors": dict(self.tally.errors),
+            "by_evidence": self.tally.by_evidence,
+        }
+
+    @property
+    def rows_per_second(self) -> float | None:
         """Return the rate since the first receipt; None in the first second after it."""
-        assert self._first is not None, "called when there is a receipt"
-        started, rows = self._first
+        if self._first is None:
+            return None
+        (started, rows), now = self._first, time.monotonic()
         return (self.tally.rows - rows) / (now - started) if self.tally.rows > rows and now > started + 1 else None
 
 

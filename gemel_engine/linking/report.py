@@ -1,4 +1,4 @@
-"""The report of a linking run, which is saved as `report.json`."""
+"""The report of a linking run, which is saved as `_report.json`."""
 
 from __future__ import annotations
 

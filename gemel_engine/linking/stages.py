@@ -40,6 +40,7 @@ RECEIPT_SCHEMA = pa.schema(
         pa.field("shard", pa.int32(), nullable=False),
         pa.field("part", pa.string(), nullable=False),
         pa.field("num_rows", pa.int64(), nullable=False),
+        pa.field("num_by_evidence", pa.int64(), nullable=False),
         pa.field("error_kinds", pa.list_(pa.string()), nullable=False),  # one per row with an error
         *(pa.field(name, pa.float64()) for name in (*COSTS, *PEAKS)),
     ]
@@ -72,7 +73,7 @@ class GenerateEntityNames:
         from gemel_engine.assembly import check_contents, start_generator
 
         check_contents(contents, config)
-        self._output = config.output
+        self._output, self._carried = config.output, config.output_columns
         self._checks_prompts = config.retrieval.num_candidates > 0
         previous = PreviousRun.of(config)
         added_names = None if previous is None else previous.added_names()
@@ -110,6 +111,8 @@ class GenerateEntityNames:
         for row, prediction in zip(rows, linked, strict=True):
             predictions[row] = prediction
         table = predictions_to_table(predictions)
+        for carried in self._carried:
+            table = table.append_column(SMALL_SCHEMA.field(carried), _carried_values(batch, carried))
         for column in ("shard", "row", *COSTS, *PEAKS):
             if column in batch.column_names:
                 table = table.append_column(column, batch[column])
@@ -138,6 +141,12 @@ class GenerateEntityNames:
         return statistics.num_prompt_tokens, statistics.num_cached_tokens
 
 
+def _carried_values(batch: pa.Table, name: str) -> pa.ChunkedArray:
+    """Return a column of the input for the output, of nulls if the input lacks it."""
+    values = batch[name] if name in batch.column_names else pa.chunked_array([pa.nulls(len(batch))])
+    return values.cast(SMALL_SCHEMA.field(name).type)
+
+
 def write_parts(batch: pa.Table, output: str, plan: dict[int, Shard]) -> pa.Table:
     """Store the predictions of a batch by shard; return one row of `RECEIPT_SCHEMA` per shard."""
     receipts = []
@@ -147,8 +156,9 @@ def write_parts(batch: pa.Table, output: str, plan: dict[int, Shard]) -> pa.Tabl
         peaks = {name: pc.max(part[name]).as_py() for name in PEAKS if name in part.column_names}
         receipt = {
             "shard": index,
-            "part": write_part(output, plan[index], part.drop_columns([*costs, *peaks])),
+            "part": write_part(output, plan[index], part.drop_columns(["shard", *costs, *peaks])),
             "num_rows": part.num_rows,
+            "num_by_evidence": pc.sum(pc.equal(part["decided_by"], "evidence")).as_py() or 0,
             "error_kinds": [error_kind(error) for error in part["error"].drop_null().to_pylist()],
         }
         receipts.append(receipt | costs | peaks)

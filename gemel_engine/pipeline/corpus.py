@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +26,11 @@ from gemel_engine.storage.files import text_format
 from gemel_engine.storage.table import Table
 from gemel_engine.types import MENTION_COLUMNS, MENTION_REQUIRED_COLUMNS, mention_columns
 
+if TYPE_CHECKING:
+    from gemel_engine.config.settings import JobConfig
+
+Config = TypeVar("Config", bound="JobConfig")
+
 # The columns of the ordered corpus, and all columns that linking reads.
 SMALL_SCHEMA = pa.schema(
     [
@@ -33,6 +38,8 @@ SMALL_SCHEMA = pa.schema(
         for name in ("mention_id", "text", "mention", "mention_start", "candidate_ids", "group", "image_uri")
     ]
 )
+# The default of `rows_per_shard`: enough shards to see a run move, of rows that fill a batch of the engine.
+_NUM_SHARDS, _LEAST_ROWS_PER_SHARD, _MOST_ROWS_PER_SHARD = 32, 64, 1024
 _COLUMNS = (*SMALL_SCHEMA.names, "image_bytes", "image_features")
 
 
@@ -66,7 +73,7 @@ class Shard:
 
 def plan_shards(
     input_uri: str,
-    rows_per_shard: int,
+    rows_per_shard: int | None,
     also_required: Sequence[str] = (),
     stored_names: Mapping[str, str] | None = None,
     *,
@@ -77,7 +84,7 @@ def plan_shards(
 
     Args:
         input_uri: Table of mentions, or of rows with other columns, or directory of tables.
-        rows_per_shard: Maximum number of rows of a shard.
+        rows_per_shard: Maximum number of rows of a shard; None: a shard for each file.
         also_required: Columns that this run requires beside those that every run requires.
         stored_names: The corpus' names of columns that have another name there; it must have them.
         columns: Columns that the corpus may have; None: those of mentions.
@@ -97,11 +104,21 @@ def plan_shards(
         for piece in table.pieces([id_column, *table.parsed]):  # raises here what stages would
             ids.add(piece[id_column])
             chunks += piece[id_column].chunks
-        of_file = pa.chunked_array(chunks, pa.large_string())
-        cut = cut_file(table.file.uri, version_of(table.file), table.num_rows, rows_per_shard, len(shards))
+        of_file, num_rows = pa.chunked_array(chunks, pa.large_string()), rows_per_shard or max(1, table.num_rows)
+        cut = cut_file(table.file.uri, version_of(table.file), table.num_rows, num_rows, len(shards))
         shards += [replace(shard, ids=ids_digest(of_file[shard.start : shard.stop]), columns=names) for shard in cut]
     ids.check()
     return shards
+
+
+def with_rows_per_shard(config: Config, *inputs: str) -> Config:
+    """Return a configuration whose `rows_per_shard` is a number, by the number of input rows."""
+    if config.rows_per_shard is not None:
+        return config
+    num_rows = sum(table.num_rows for uri in inputs for table in parquet.open_tables(uri, {}))
+    at_least = max(_LEAST_ROWS_PER_SHARD, getattr(config.language_model, "max_num_seqs", 0))
+    rows_per_shard = max(at_least, min(_MOST_ROWS_PER_SHARD, -(-num_rows // _NUM_SHARDS)))
+    return replace(config, rows_per_shard=rows_per_shard)
 
 
 def check_columns(input_uri: str, also_required: Sequence[str], stored_names: Mapping[str, str]) -> None:

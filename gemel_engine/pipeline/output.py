@@ -7,10 +7,12 @@
     OUTPUT/_ordered/...                 corpus in the order of its surface forms, without pictures
     OUTPUT/_parts/shard-00003/...       finished rows of an unfinished shard
     OUTPUT/_marks/...                   marks of batches that are being processed, see `isolation`
+    OUTPUT/_changes/...                 what changed in the knowledge base, see `linking.incremental`
     OUTPUT/data/shard-00003.parquet     exists if and only if the shard is complete; created
                                         exclusively
-    OUTPUT/report.json                  counts and costs of the run
+    OUTPUT/_report.json                 counts and costs of the run
 
+Everything but `data/` begins with an underscore, so that readers of Parquet directories skip it.
 `data/` is a plain Parquet directory at any time and contains no row twice: the first driver that
 finishes a shard creates it, and a rerun skips it. The footer of each shard contains the digest of
 its run; `output_check` compares all shards with the plan.
@@ -90,7 +92,7 @@ class RunDirectory:
     @property
     def report(self) -> str:
         """Return the address of the run's report."""
-        return f"{self.output}/report.json"
+        return f"{self.output}/_report.json"
 
     @property
     def examples(self) -> str:
@@ -218,7 +220,7 @@ def finished_shards(output: str) -> set[str]:
 
 
 def write_part(output: str, shard: Shard, table: pa.Table) -> str:
-    """Store finished rows of a shard, predictions with a column `row`; return their address."""
+    """Store finished rows of a shard, with a column `row`; return their address."""
     uri = RunDirectory(output).new_part(shard.name)
     storage.write_bytes(uri, parquet_bytes(table))
     return uri
@@ -251,8 +253,13 @@ def commit_shard(output: str, shard: Shard, part_uris: Sequence[str], run: str =
         return False  # another driver finished all shards and removed the parts
     table = pa.concat_tables(parts).sort_by("row")
     assert table["row"].to_pylist() == list(range(shard.start, shard.stop)), f"{shard.name}: rows lost or repeated"
-    table = table.select(PREDICTION_SCHEMA.names).replace_schema_metadata({RUN_KEY: run})
+    table = table.drop_columns(["row"]).replace_schema_metadata({RUN_KEY: run})
     return storage.create_exclusive(finished, parquet_bytes(table))
+
+
+def has_predictions(schema: pa.Schema) -> bool:
+    """Return whether a table has the columns of a shard: predictions, then those of the input."""
+    return bool(pa.schema(list(schema)[: len(PREDICTION_SCHEMA)]) == PREDICTION_SCHEMA)
 
 
 def read_columns(directory: str, columns: Sequence[str]) -> pa.Table:

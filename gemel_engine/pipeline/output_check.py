@@ -18,7 +18,7 @@ from gemel_engine import storage
 from gemel_engine.errors import InputError, shown
 from gemel_engine.pipeline.corpus import Shard, ids_digest
 from gemel_engine.pipeline.identity import run_digest
-from gemel_engine.pipeline.output import RUN_KEY, RunDirectory, data_files, load_claim
+from gemel_engine.pipeline.output import RUN_KEY, RunDirectory, data_files, has_predictions, load_claim
 from gemel_engine.storage import parquet
 from gemel_engine.types import PREDICTION_SCHEMA
 
@@ -89,7 +89,7 @@ def _checked_columns(shard: Shard, output: str, run: str, columns: Sequence[str]
     try:
         with parquet.open_table(uri) as table:
             schema, found = table.stored_schema, table.num_rows
-            rows = table.read(["mention_id", *columns]) if schema == PREDICTION_SCHEMA else None
+            rows = table.read(["mention_id", *columns]) if has_predictions(schema) else None
     except (OSError, InputError) as error:
         raise InputError(f"{shown(uri)} is damaged ({error}): {_REMEDY}") from error
     if rows is None or (schema.metadata or {}).get(RUN_KEY) != run.encode():

@@ -7,13 +7,12 @@ import os
 import re
 import signal
 import socket
-import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 from urllib.parse import urlsplit
 
 import pyarrow as pa
@@ -29,9 +28,7 @@ from gemel_engine.errors import ConfigurationError, redacted, shown
 from gemel_engine.fingerprints import Contents
 from gemel_engine.pipeline.corpus import Shard
 from gemel_engine.pipeline.stages import IMAGE_COLUMNS, Annotate, EncodeImages, Retrieve, read_mentions
-
-logger = logging.getLogger(__name__)
-
+from gemel_engine.verbosity import is_verbose
 
 _OWN_ERROR = re.compile(r"^gemel_engine\.errors\.(\w+): (.*)$", re.MULTILINE)  # in a traceback
 
@@ -95,8 +92,12 @@ def run_each(
             pass
 
 
-def connect() -> None:
+def connect(*, quiet: bool = False) -> None:
     """Join the cluster that the job was submitted to, or start Ray on this machine.
+
+    Args:
+        quiet: Whether to hide Ray Data's progress and the output of all processes but this one,
+            errors apart; it stays in Ray's own logs.
 
     Raises:
         ConfigurationError: No cluster answers at RAY_ADDRESS, or Ray cannot be started here.
@@ -104,11 +105,12 @@ def connect() -> None:
     if ray.is_initialized():
         return
     root = logging.getLogger()
-    ours = root.handlers[:]
+    ours, on_stop = root.handlers[:], signal.getsignal(signal.SIGTERM)
+    options = {"log_to_driver": not quiet, "logging_level": logging.INFO if is_verbose() else logging.WARNING}
     if address := os.environ.get("RAY_ADDRESS"):
-        _join_cluster(address)
+        _join_cluster(address, options)
     else:
-        _start_ray()
+        _start_ray(options)
     of_data = [item for item in logging.getLogger("ray.data").handlers if isinstance(item, logging.StreamHandler)]
     if asked := [handler for handler in root.handlers if handler not in ours]:
         # With RAY_LOGGING_CONFIG_ENCODING, such as JSON, Ray formats the logs of all processes.
@@ -117,12 +119,18 @@ def connect() -> None:
             stream.setFormatter(asked[0].formatter)
     for handler in (*asked, *of_data):
         handler.addFilter(make_visible)
-    DataContext.get_current().enable_rich_progress_bars = False
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _stop)  # after ray.init, which sets its own
+    context = DataContext.get_current()
+    context.enable_rich_progress_bars = False
+    if quiet:
+        context.enable_progress_bars = False
+        logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # warns that they are disabled
+        for stream in of_data:
+            stream.setLevel(logging.WARNING)
+    if callable(on_stop) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_stop)  # ray.init has set its own
 
 
-def _join_cluster(address: str) -> None:
+def _join_cluster(address: str, options: Mapping[str, Any]) -> None:
     """Join a cluster; test the address first, since Ray would retry for 15 minutes."""
     try:
         if address not in ("auto", "local"):
@@ -130,7 +138,7 @@ def _join_cluster(address: str) -> None:
             if place.scheme not in ("", "ray") or not place.hostname or not place.port:
                 raise ValueError("it is not of the form host:port")
             socket.create_connection((place.hostname, place.port), _CONNECT_SECONDS).close()
-        ray.init(log_to_driver=True)
+        ray.init(**options)
     except (OSError, ValueError) as error:
         raise ConfigurationError(
             f"RAY_ADDRESS is {shown(address)}, where no cluster can be joined ({redacted(str(error))}): start it, give "
@@ -138,11 +146,11 @@ def _join_cluster(address: str) -> None:
         ) from error
 
 
-def _start_ray() -> None:
+def _start_ray(options: Mapping[str, Any]) -> None:
     """Start Ray on this machine; Ray has no exception class of its own for failures."""
     os.environ.pop("RAY_ADDRESS", None)  # it may be set and empty
     try:
-        ray.init(address="local", num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False)
+        ray.init(address="local", num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False, **options)
     except Exception as error:
         remedy = (
             "set TMPDIR, or RAY_TMPDIR, to a directory with a shorter path"
@@ -150,12 +158,6 @@ def _start_ray() -> None:
             else "see that the machine is not overloaded and that `ulimit -n` is at least 1024, then try again"
         )
         raise ConfigurationError(f"Ray cannot be started on this machine: {remedy} ({error})") from error
-
-
-def _stop(number: int, _: object) -> NoReturn:
-    """Exit on SIGTERM, which `ray job stop` sends some seconds before it kills."""
-    logger.warning("stopped; the same command goes on from the shards that are finished")
-    sys.exit(128 + number)
 
 
 def rows_of(batches: Iterable[pa.Table]) -> Iterator[dict[str, Any]]:

@@ -66,19 +66,19 @@ def render_report(
     gallery: Sequence[GalleryItem],
     evaluation: Evaluation | None = None,
     confidence: Mapping[str, ConfidenceQuality] | None = None,
-    comparison: Comparison | None = None,
+    comparisons: Mapping[str, Comparison] | None = None,
     leaks: LeakAudit | None = None,
 ) -> str:
     """Render a report; it has no section for an argument that is None.
 
     Args:
         title: Title of the page.
-        run: Contents of the run's `report.json`.
+        run: Contents of the run's `_report.json`.
         predictions: Output of the run, at least `certified`, `is_nil` and `num_rollouts`.
         gallery: Mentions to show (see `gallery_items`).
         evaluation: Accuracy of the run.
         confidence: Quality of each score, by its name; the first is drawn most prominently.
-        comparison: Comparison with another run.
+        comparisons: Comparisons with other runs, by their headings.
         leaks: Overlap with the training split.
     """
     cards = [_Card.of(item) for item in gallery]
@@ -91,7 +91,7 @@ def render_report(
         evaluation=evaluation,
         shares=_shares(predictions),
         confidence=confidence,
-        comparison=comparison,
+        comparisons=comparisons or {},
         leaks=leaks,
         stages=_stages(run),
         rollouts_plot=plots.rollouts(num_rollouts) if len(num_rollouts) else None,
@@ -113,6 +113,7 @@ def report_of(
     gallery_size: int,
     entities: str | None = None,
     image_source: ImagePolicy | None = None,
+    comparisons: Mapping[str, Comparison] | None = None,
 ) -> str:
     """Render the report of a finished run.
 
@@ -125,6 +126,7 @@ def report_of(
             the run's knowledge base.
         image_source: Policy for reading image addresses, independent of the run's own; None: no
             address is read.
+        comparisons: Comparisons with further runs, by their headings.
     """
     settings, index = linked.settings, None
     if settings["demonstrations"] is not None:
@@ -149,7 +151,10 @@ def report_of(
     return page(
         evaluation=judged.evaluation,
         confidence=judged.confidence,
-        comparison=judged.comparison,
+        comparisons={
+            **({} if judged.comparison is None else {"Beside another run": judged.comparison}),
+            **(comparisons or {}),
+        },
         leaks=judged.leaks,
     )
 

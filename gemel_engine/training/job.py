@@ -33,7 +33,7 @@ from gemel_engine.config.settings import TrainConfig
 from gemel_engine.decoding.language_model import DTYPES
 from gemel_engine.errors import ConfigurationError, InputError, shown
 from gemel_engine.extras import extra
-from gemel_engine.pipeline.corpus import count_rows, plan_identity, plan_shards
+from gemel_engine.pipeline.corpus import count_rows, plan_identity, plan_shards, with_rows_per_shard
 from gemel_engine.pipeline.identity import run_identity
 from gemel_engine.pipeline.output import RunDirectory, claim_output
 from gemel_engine.pipeline.ray_data import connect
@@ -97,6 +97,7 @@ def train_mapper(config: TrainConfig) -> TrainReport:
     splits = {"train": config.train}
     if config.dev is not None and config.validation.num_mentions:
         splits["dev"] = config.dev
+    config = with_rows_per_shard(config, *splits.values())
     required = ("entity_id", *(("image_features",) if config.vision.image_encoder is None else ()))
     names = config.columns.given()
     plans = {split: plan_shards(uri, config.rows_per_shard, required, names) for split, uri in splits.items()}

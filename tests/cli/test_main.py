@@ -14,6 +14,7 @@ import pytest
 from support.paths import ROOT
 
 from gemel_engine.cli.artifacts import build_demonstrations
+from gemel_engine.cli.basic_settings import BASIC_SETTINGS
 from gemel_engine.cli.main import COMMANDS, main
 from gemel_engine.config.components import ImagePolicy, VisionSettings
 from gemel_engine.decoding.language_model import language_model_fingerprint
@@ -62,9 +63,18 @@ def test_every_command_explains_itself(
 
 def test_a_job_explains_its_settings(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     exit_code(monkeypatch, "link", "--help")
-    assert "--search.max-rollouts INT" in capsys.readouterr().out
-    exit_code(monkeypatch, "link", str(ROOT / "examples/emoji/link.toml"), "--help")
-    assert "build/emoji/knowledge_base" in capsys.readouterr().out
+    basic = capsys.readouterr().out
+    assert "--search.max-rollouts INT" in basic
+    assert set(re.findall(r"--([a-z][a-z.-]+)", basic)) - {"help", "help-all", "no-dry-run", "search.width"} == {
+        name.replace("_", "-") for name in BASIC_SETTINGS
+    }
+    exit_code(monkeypatch, "link", "--help-all")
+    everything = capsys.readouterr().out
+    assert "--search.num-to-certify INT" in everything
+    assert all(f"--{name.replace('_', '-')}" in everything for name in BASIC_SETTINGS)
+    for asked in ("--help", "--help-all"):
+        exit_code(monkeypatch, "link", str(ROOT / "examples/emoji/link.toml"), asked)
+        assert "build/emoji/knowledge_base" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "jobs").glob("*.py")), ids=lambda script: script.stem)

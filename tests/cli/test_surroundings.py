@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +48,29 @@ def test_an_error_is_said_in_any_locale() -> None:
     done = python("jobs/link_corpus.py", "nöwhere.toml", **C_LOCALE)
     assert done.returncode == ConfigurationError.exit_code
     assert b"error: the configuration n\\xf6where.toml can't be read" in done.stderr
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_command_says_once_how_to_go_on(number: signal.Signals, code: int) -> None:
+    work = """
+import sys, time
+from gemel_engine.cli import main, options
+def work():
+    try:
+        print("at work", flush=True)
+        time.sleep(60)
+    finally:
+        print("cleaned up", flush=True)
+options.run(work, "gemel link 'a b.toml'")
+"""
+    running = subprocess.Popen(
+        [sys.executable, "-c", work], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert running.stdout is not None
+    assert running.stdout.readline() == "at work\n"
+    running.send_signal(number)
+    out, err = running.communicate(timeout=60)
+    assert (running.returncode, out, err) == (code, "cleaned up\n", "stopped; to go on: gemel link 'a b.toml'\n")
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,8 @@ def test_accuracy_hits_and_ranks_are_those_counted_by_hand() -> None:
     found = Judge(GOLD, entities=ENTITIES).evaluate(RUN)
     assert (found.num_mentions, found.num_nil, found.num_errors, found.num_without_gold) == (5, 1, 1, 1)
     assert found.accuracy.value == pytest.approx(2 / 5)
+    assert found.macro_accuracy.value == pytest.approx((1 / 3 + 1 / 2) / 2)  # of Q1 and Q4
+    assert next(iter(found.buckets)) == "popularity of the entity"
     assert found.hits_at_5.value == pytest.approx(3 / 5)
     assert found.mean_reciprocal_rank.value == pytest.approx((1 + 1 / 2 + 0 + 0 + 1) / 5)
     assert found.certified_share.value == pytest.approx(3 / 5)  # neither b nor the error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def output(tmp_path: Path, artifacts: dict[str, Path]) -> str:
         data = parquet_bytes(predictions_to_table(rows))
         storage.write_bytes(f"{directory}/data/shard-{number:05d}.parquet", data)
     storage.write_bytes(
-        f"{directory}/report.json", json.dumps({"rows": NUM_MENTIONS, "feature_mapper": "none"}).encode()
+        f"{directory}/_report.json", json.dumps({"rows": NUM_MENTIONS, "feature_mapper": "none"}).encode()
     )
     return directory
 
@@ -120,7 +121,7 @@ def test_the_recall_of_pools_is_measured_where_there_are_pools(
         options = ["--gallery-size", "5", "--entities", str(tmp_path / "entities.parquet")]
         monkeypatch.setattr("sys.argv", ["gemel", "evaluate", output, *options])
         main()
-        directory = Path(output, "evaluation")
+        directory = Path(output, "_evaluation")
         metrics = json.loads((directory / "metrics.json").read_text())
         return metrics, (directory / "report.html").read_text(), capsys.readouterr().out
 
@@ -206,15 +207,15 @@ def test_what_candidates_a_run_had_its_own_input_says(output: str, tmp_path: Pat
 def test_what_is_no_finished_run_is_refused(output: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"has no _run\.json"):
         LinkedRun.open(str(tmp_path))
-    Path(output, "report.json").unlink()
-    with pytest.raises(InputError, match=r"has no report\.json"):
+    Path(output, "_report.json").unlink()
+    with pytest.raises(InputError, match=r"has no _report\.json"):
         LinkedRun.open(output)
     pq.write_table(pa.table({"mention_id": ["a"]}), tmp_path / "unlabelled.parquet")
     with pytest.raises(InputError, match="no column entity_id"):
         read_gold(str(tmp_path / "unlabelled.parquet"))
 
 
-@pytest.mark.parametrize("name", ["_run.json", "report.json"])
+@pytest.mark.parametrize("name", ["_run.json", "_report.json"])
 @pytest.mark.parametrize("content", [b"", b'{"settings"', b"[]", b"\xff", b"[" * 100_000])
 def test_a_document_of_a_run_that_is_none_is_refused_by_its_name(output: str, name: str, content: bytes) -> None:
     Path(output, name).write_bytes(content)
@@ -248,8 +249,25 @@ def test_the_judge_says_which_addresses_are_read_and_not_the_judged(
     def report(*options: str) -> str:
         monkeypatch.setattr("sys.argv", ["gemel", "evaluate", output, "--gallery-size", "3", *options])
         main()
-        return Path(output, "evaluation/report.html").read_text()
+        return Path(output, "_evaluation/report.html").read_text()
 
     assert "data:image/webp" not in report()
     assert "data:image/webp" in report("--allowed-image-prefixes", str(picture.parent))
     assert "under none of allowed_prefixes" in report("--allowed-image-prefixes", "/elsewhere")
+
+
+def test_a_run_below_a_lookup_is_said(
+    output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Training mentions that mean what the gold labels say: a lookup is always right."""
+    mentions = pq.read_table(tmp_path / "mentions.parquet", columns=["mention", "text", "entity_id"]).slice(30)
+    ids = pa.array([f"t{n}" for n in range(len(mentions))])
+    pq.write_table(mentions.append_column("mention_id", ids), tmp_path / "train.parquet")
+    monkeypatch.setattr("sys.argv", ["gemel", "evaluate", output, "--gallery-size", "0"])
+    main()
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    monkeypatch.setattr("sys.argv", [*sys.argv, "--train", str(tmp_path / "train.parquet")])
+    main()
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warning.startswith("the accuracy is below that of a lookup without a model")
+    assert "less often right than a lookup" in Path(output, "_evaluation/report.html").read_text()

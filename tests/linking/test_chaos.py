@@ -144,7 +144,7 @@ def test_a_run_that_is_asked_to_stop_goes_on_later(corpus: Corpus, undisturbed: 
     chaos = Chaos(corpus.command(tmp_path / "link.toml", output), output, tmp_path / "log.txt", {}, None, [])
     chaos.run([Blow("driver, asked to stop", 0.0, at_work=True)])
     assert chaos.num_drivers == 2
-    assert "the same command goes on from the shards that are finished" in chaos.log.read_text()
+    assert "stopped; to go on: gemel link " in chaos.log.read_text()
     assert Damage.of(output, undisturbed) == NO_DAMAGE
     assert left_over(output) == set()
 

@@ -275,6 +275,6 @@ def test_what_cannot_be_carried_on_is_refused(
     manifest = tmp_path / "compact/knowledge_base.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"vocabulary_size": 1}))
     refused(replace(again, previous=moved.output), ArtifactError, "is not there any more")
-    (Path(finished.output) / "report.json").rename(tmp_path / "report.json")
-    refused(again, InputError, r"has no report\.json")
-    (tmp_path / "report.json").rename(Path(finished.output) / "report.json")
+    (Path(finished.output) / "_report.json").rename(tmp_path / "_report.json")
+    refused(again, InputError, r"has no _report\.json")
+    (tmp_path / "_report.json").rename(Path(finished.output) / "_report.json")

@@ -74,7 +74,7 @@ def test_every_row_comes_out_once_in_order(linked: tuple[LinkConfig, LinkReport]
     assert all(0 < row["probability"] <= 1 and 0 <= row["unexplored_mass"] <= 1 for row in rows)
     assert (report.rows, report.errors, report.shards, report.feature_mapper) == (9, {}, 3, "random")
     assert set(report.stage_seconds) == {"image", "retrieval", "generation"}
-    assert json.loads(storage.read_bytes(f"{config.output}/report.json")) == asdict(report)
+    assert json.loads(storage.read_bytes(f"{config.output}/_report.json")) == asdict(report)
     assert not storage.exists(f"{config.output}/_parts")
     assert not storage.exists(f"{config.output}/_marks")
 
@@ -171,7 +171,7 @@ def test_a_rerun_skips_finished_shards_and_refuses_other_settings(
     assert (report.shards_skipped, report.rows_linked_now, report.rows) == (2, 4, 9)
     assert predictions(config.output) == predictions(finished.output)
     link_corpus(config)  # has nothing to do, and leaves the report of who did the work
-    assert json.loads(Path(config.output, "report.json").read_text()) == asdict(report)
+    assert json.loads(Path(config.output, "_report.json").read_text()) == asdict(report)
     other = replace(config, search=replace(config.search, objective="mean"))
     with pytest.raises(ConfigurationError, match=r"differs in settings\.search\.objective"):
         link_corpus(other)
@@ -264,7 +264,7 @@ def test_bad_rows_become_errors_and_too_many_fail_the_job_at_its_end(
         None,
         None,
     ]
-    report = json.loads(storage.read_bytes(f"{config.output}/report.json"))
+    report = json.loads(storage.read_bytes(f"{config.output}/_report.json"))
     assert report["errors"] == {"invalid_mention": 4, "image": 1, "image_fetch": 1}
     assert {candidate["entity_id"] for candidate in rows[7]["candidates"]} == {"Q9", "Q3"}
     assert [row["mention_id"] for row in rows] == [f"m{n}" for n in range(9)]
@@ -469,7 +469,7 @@ def test_vllm_links_like_the_reference_on_s3(
         expected = linker.link_one(mention["text"], mention["mention"], mention["image_bytes"])
         assert row["entity_id"] == expected.entity_id
         assert row["log_prob"] == pytest.approx(expected.log_prob, abs=1e-3)
-    report = json.loads(storage.read_bytes(f"{prefix}/out/report.json"))
+    report = json.loads(storage.read_bytes(f"{prefix}/out/_report.json"))
     assert report["prefix_cache_hit_rate"] > 0
     secret = os.environ["AWS_SECRET_ACCESS_KEY"]
     assert secret not in finished.stderr + finished.stdout

@@ -122,6 +122,6 @@ def test_a_stopped_job_goes_on_when_it_is_submitted_again(
     assert num_finished < 640 // ROWS_PER_SHARD
     again = submit(dashboard, config, *options)
     assert again.returncode == 0, again.stdout[-5000:]
-    report = json.loads(storage.read_bytes(f"{output}/report.json"))
+    report = json.loads(storage.read_bytes(f"{output}/_report.json"))
     assert report["shards_skipped"] >= num_finished
     assert Damage.of(output, undisturbed) == NO_DAMAGE

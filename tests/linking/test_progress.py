@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import pty
 import re
+import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,10 +19,12 @@ from urllib.request import urlopen
 import pytest
 import ray
 from support.corpus import predictions, run_job, toml, write_mentions
+from support.paths import ROOT
 
 from gemel_engine.config.loading import load_config
 from gemel_engine.config.settings import LinkConfig
 from gemel_engine.linking.job import link_corpus
+from gemel_engine.linking.live import LiveView
 from gemel_engine.linking.progress import Progress, Tally
 from gemel_engine.linking.stages import RECEIPT_SCHEMA
 
@@ -35,7 +41,7 @@ def config(artifacts: dict[str, Path], tmp_path: Path) -> LinkConfig:
 
 
 def receipt(num_rows: int, **counted: Any) -> dict[str, Any]:
-    empty = dict.fromkeys(RECEIPT_SCHEMA.names) | {"shard": 0, "part": "part", "error_kinds": []}
+    empty = dict.fromkeys(RECEIPT_SCHEMA.names) | {"shard": 0, "part": "part", "error_kinds": [], "num_by_evidence": 0}
     return empty | {"num_rows": num_rows} | counted
 
 
@@ -85,32 +91,58 @@ def scraped(text: str, output: str) -> dict[tuple[str, str], float]:
     return found
 
 
-def test_lines_say_how_long_it_still_takes(
-    local_ray: None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    caplog.set_level(logging.INFO, "gemel_engine.linking.progress")
-    progress = Progress("output", 100)
-    clock = iter([100.0, 105.0, 110.0, 120.0])
+def test_lines_say_how_long_it_still_takes(local_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    progress, view = Progress("output", 100), LiveView()
+    view.enter("linking", progress)
+    assert view.line() == "linking: 0 of 100 rows (0.0%), models are loading, or the first shards are at work"
+    clock = iter([100.0, 110.0])
     monkeypatch.setattr("gemel_engine.linking.progress.time", SimpleNamespace(monotonic=lambda: next(clock)))
-    for finished in (10, 10, 20, 60):
-        progress.add(receipt(finished, generation_seconds=3.0, retrieval_seconds=1.0))
-    lines = [record.getMessage() for record in caplog.records]
-    assert lines == [
-        "linked 10 of 100 rows (10.0%), - rows/s, - left; 0 errors; cache hits -; busy: retrieval 25%, generation 75%",
-        "linked 40 of 100 rows (40.0%), 3.00 rows/s, 0:00:20 left; 0 errors; cache hits -; "
-        "busy: retrieval 25%, generation 75%",
-        "linked 100 of 100 rows (100.0%), 4.50 rows/s, 0:00:00 left; 0 errors; cache hits -; "
-        "busy: retrieval 25%, generation 75%",
-    ]
+    for finished in (10, 10, 20):
+        progress.add(receipt(finished, generation_seconds=3.0, retrieval_seconds=1.0, num_by_evidence=5))
+    assert view.line() == (
+        "linking: 40 of 100 rows (40.0%), 3.00 rows/s, 0:00:20 left; 0 errors, 15 decided by evidence, "
+        "25 by the model; cache hits -; busy: retrieval 25%, generation 75%"
+    )
 
 
-def test_on_a_terminal_ray_s_bars_are_enough(
-    local_ray: None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    caplog.set_level(logging.INFO, "gemel_engine.linking.progress")
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    Progress("output", 1).add(receipt(1))
-    assert caplog.records == []
+def test_off_a_terminal_lines_come_from_time_to_time(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "gemel_engine.linking.live")
+    with LiveView(seconds_between_lines=0.2) as view:
+        view.enter("checking")
+        time.sleep(0.3)
+        view.enter("sorting")
+        time.sleep(0.2)
+    assert [record.getMessage() for record in caplog.records] == ["checking", "sorting"]
+    time.sleep(0.3)
+    assert len(caplog.records) == 2
+
+
+def test_a_terminal_has_one_live_view_and_lines_above_it() -> None:
+    """On a terminal of 80 columns, whose last state has nothing of the view left."""
+    code = """
+import logging, time
+from gemel_engine.cli import options
+from gemel_engine.linking.live import LiveView
+def work():
+    with LiveView() as view:
+        view.enter("checking input")
+        time.sleep(0.6)
+        logging.getLogger("gemel_engine.x").info("a line")
+        time.sleep(0.4)
+options.run(work)
+"""
+    parent, child = pty.openpty()
+    running = subprocess.Popen([sys.executable, "-c", code], stdin=child, stdout=child, stderr=child, cwd=ROOT)
+    os.close(child)
+    written = b""
+    with suppress(OSError):  # the end of a terminal
+        while part := os.read(parent, 1024):
+            written += part
+    assert running.wait(60) == 0
+    text = written.decode()
+    assert "checking input" in text
+    assert re.search(r"\d\d:\d\d:\d\d INFO a line", text)
+    assert text.rindex("a line") < text.rindex("checking input")  # the view is drawn again, below
 
 
 @pytest.mark.heavy

@@ -259,5 +259,5 @@ def test_the_local_trial_links_and_trains(tmp_path: Path) -> None:
         pytest.skip("the demo's artifacts are not there: `make test-all` makes them")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     subprocess.run([CLUSTER / "local_trial.sh", tmp_path], check=True, env=os.environ | {"PATH": path})
-    linked, trained = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("linked", "trained"))
+    linked, trained = (json.loads((tmp_path / name / "_report.json").read_text()) for name in ("linked", "trained"))
     assert (linked["rows"], linked["errors"], trained["steps"]) == (100, {}, 2)

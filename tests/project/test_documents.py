@@ -65,7 +65,11 @@ _help: dict[tuple[str, ...], str] = {}
 def help_of(*command: str) -> str:
     if command not in _help:
         finished = subprocess.run(
-            [sys.executable, *command, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+            [sys.executable, *command, "--help-all" if "link" in command[-1] else "--help"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
         )
         _help[command] = finished.stdout
     return _help[command]

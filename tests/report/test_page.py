@@ -131,7 +131,11 @@ def everything(word: str = "bear", figure: Measured = Measured(0.5, 0.25, 0.75, 
         "gallery": items,
         "evaluation": evaluation(word, figure),
         "confidence": {word: QUALITY, "raw": QUALITY},
-        "comparison": Comparison(difference=figure, num_changed=2, won=(word,), lost=(word,) * 200, p_value=0.01),
+        "comparisons": {
+            "Beside another run": Comparison(
+                difference=figure, num_changed=2, won=(word,), lost=(word,) * 200, p_value=0.01
+            )
+        },
         "leaks": LeakAudit(num_mentions=3, mention_ids=0, texts=1, mentions_in_texts=0, pictures=None),
     }
 

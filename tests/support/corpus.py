@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from gemel_engine import storage
+from gemel_engine.pipeline.output import has_predictions
 from gemel_engine.types import PREDICTION_SCHEMA
 from support.names import ENTITY_NAMES
 from support.paths import ROOT
@@ -90,8 +91,8 @@ def write_mentions(path: Path, *changes: tuple[int, dict[str, Any]]) -> Path:
 def predictions(output: str) -> list[dict[str, Any]]:
     files = storage.list_parquet(f"{output}/data")
     tables = [pq.read_table(io.BytesIO(storage.read_bytes(file.uri))) for file in files]
-    assert all(table.schema == PREDICTION_SCHEMA for table in tables)
-    rows: list[dict[str, Any]] = pa.concat_tables(tables).to_pylist()
+    assert all(has_predictions(table.schema) for table in tables)
+    rows: list[dict[str, Any]] = pa.concat_tables(tables).select(PREDICTION_SCHEMA.names).to_pylist()
     return rows
 
 

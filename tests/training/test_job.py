@@ -95,7 +95,7 @@ def run_job(path: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
 
 
 def report(output: str) -> TrainReport:
-    return TrainReport(**json.loads(storage.read_bytes(f"{output}/report.json")))
+    return TrainReport(**json.loads(storage.read_bytes(f"{output}/_report.json")))
 
 
 @pytest.mark.gpu

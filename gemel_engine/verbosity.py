@@ -1,0 +1,36 @@
+"""Whether commands print the lines of Ray, vLLM and other libraries.
+
+The choice is an environment variable, so that it reaches the processes that a command starts.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+
+VARIABLE = "GEMEL_VERBOSE"
+
+
+def is_verbose() -> bool:
+    """Return whether libraries print all of their lines.
+
+    They also do where Ray is asked for structured logs: these are read by machines.
+    """
+    return bool(os.environ.get(VARIABLE) or os.environ.get("RAY_LOGGING_CONFIG_ENCODING"))
+
+
+def quiet_libraries() -> None:
+    """Hide what libraries print that a user cannot change; no error is hidden.
+
+    To be called before vLLM, Ray and transformers are imported. A variable that is already set
+    stays as it is.
+    """
+    if is_verbose():
+        return
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # Ray: what a later version will do with CUDA_VISIBLE_DEVICES, and that its tokens can be turned off.
+    warnings.filterwarnings("ignore", r"Tip: In future versions of Ray", FutureWarning)
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
