@@ -72,7 +72,7 @@ test-pythons: ## lint, check types and run the unit tests on each Python that is
 
 gpu-check: $(INSTALLED) ## check what a GPU changes; ENGINE=gpu installs for it, DEVICE=cpu tries the checks
 	$(BIN)/pytest tests -m gpu --device $(DEVICE) -v --tb=line
-	test $(DEVICE) = cpu || VLLM_USE_V2_MODEL_RUNNER=1 $(BIN)/pytest tests/decoding/test_engines.py -m gpu --device $(DEVICE) \
+	test $(DEVICE) = cpu || VLLM_USE_V2_MODEL_RUNNER=0 $(BIN)/pytest tests/decoding/test_engines.py -m gpu --device $(DEVICE) \
 		-v --tb=line
 
 test-all: $(KNOWLEDGE_BASE) $(DEMONSTRATIONS) ## run all tests, those with real models included

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
+import support
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -113,3 +119,17 @@ def test_rollouts_of_a_prompt_share_its_embeddings() -> None:
     assert second["is_token_ids"] == [True, False, False, True, False, False, True, True]
     for start, number in ((1, 0), (4, 1)):
         assert torch.equal(second["prompt_embeds"][start : start + 2], PICTURES[number].bfloat16())
+
+
+def test_model_runner_v2_puts_embeddings_at_the_positions_of_pictures() -> None:
+    """vLLM's own kernel, in a process of its own because Triton's interpreter is chosen when Triton is imported."""
+    pytest.importorskip("triton")
+    script = Path(support.__path__[0]) / "prompt_embeds_v2.py"
+    result = subprocess.run(
+        [sys.executable, script],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr

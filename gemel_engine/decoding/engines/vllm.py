@@ -182,6 +182,7 @@ def _to_rollout(output: RequestOutput) -> Rollout:
 def _set_environment() -> None:
     """Set what vLLM reads from environment variables only; the user may set what needn't be as it is."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # keys of cached blocks are ours: vllm_prompt.py
-    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # V2 is untried on GPUs: docs/gpu.md
+    # vLLM's own choice, which has to be known to give it the processor of that runner.
+    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "1" if torch.cuda.is_available() else "0")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
