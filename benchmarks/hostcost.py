@@ -3,10 +3,10 @@
 python benchmarks/hostcost.py
 
 A model of one tiny layer whose embeddings are 4,096 wide, in bfloat16, makes vLLM do with a prompt of 840 tokens what
-it does for a large model: take the request, hash its blocks, look them up, queue it. 17 pictures, as with the paper's
-16 demonstrations and a question; four rollouts of each prompt, the first of which prepares it. "Before" are a tensor
-filled with NaN for each rollout and vLLM's own keys of blocks. All take turns on one engine, with one torch thread and
-with two. Results go to `benchmarks/results/hostcost.json`.
+it does for a large model: take the request, hash its blocks, queue it. 17 pictures, as with the paper's 16
+demonstrations and a question; four rollouts of each prompt, the first of which prepares it. "Before" are a tensor
+filled with NaN for each rollout and vLLM's own keys of blocks. All take turns on one engine, in a process with one
+torch thread and in one with two. Results go to `benchmarks/results/hostcost.json`.
 """
 
 from __future__ import annotations
@@ -105,16 +105,14 @@ def measure(engine: VllmEngine, trie: PrefixTrie) -> dict[str, float]:
 
 
 def time_round(engine: VllmEngine, trie: PrefixTrie, submit: Submit, prompts: list[Prompt]) -> float:
-    """Milliseconds of one rollout among those of some prompts; the model's steps are not timed."""
+    """Milliseconds of one rollout among those of some prompts, which the model never computes."""
     paths = [tuple(trie.name_tokens(number)[:1]) for number in range(ROLLOUTS_PER_PROMPT)]
-    requests = [(prompt, RolloutRequest(path)) for prompt in prompts for path in paths]
+    requests = [(next(request_ids), prompt, RolloutRequest(path)) for prompt in prompts for path in paths]
     start = time.perf_counter()
-    for prompt, request in requests:
-        submit(engine, next(request_ids), prompt, request)
+    for request_id, prompt, request in requests:
+        submit(engine, request_id, prompt, request)
     seconds = time.perf_counter() - start
-    num_left = len(requests)
-    while num_left:
-        num_left -= len(engine.step())
+    engine._engine.abort_request([request_id for request_id, _, _ in requests])
     return seconds / len(requests) * 1e3
 
 

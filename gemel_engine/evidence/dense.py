@@ -23,16 +23,20 @@ import math
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Self
 
-import faiss
 import numpy as np
 from numpy.typing import NDArray
 
 from gemel_engine.errors import ArtifactError, ConfigurationError
 from gemel_engine.evidence.arrays import chunks, fill_places, open_array, scratch_array
+from gemel_engine.evidence.gpu import GpuSearch, Search, can_search_on_gpu
+from gemel_engine.extras import extra
 from gemel_engine.retrieval.table import SIMILARITY_DECIMALS, FloatArray
 from gemel_engine.storage.manifest import read_manifest, write_manifest
+
+with extra("cpu", "gpu"):
+    import faiss
 
 FORMAT_VERSION = 1
 _MANIFEST = "dense.json"
@@ -63,12 +67,6 @@ class DenseSettings:
             )
 
 
-class _Search(Protocol):
-    """Returns inner products and entities of each query's `limit` nearest vectors: (B, limit)."""
-
-    def __call__(self, queries: FloatArray, limit: int) -> tuple[FloatArray, NDArray[np.int64]]: ...
-
-
 class DenseIndex:
     """Finds entities by the cosine similarity of their vectors; an entity may have several.
 
@@ -78,11 +76,11 @@ class DenseIndex:
         settings: How vectors are stored and searched.
     """
 
-    def __init__(self, num_vectors: int, width: int, num_rows: int, settings: DenseSettings, search: _Search) -> None:
+    def __init__(self, num_vectors: int, width: int, num_rows: int, settings: DenseSettings, search: Search) -> None:
         self.num_vectors, self.width = num_vectors, width
         self.settings = settings
         self._num_rows = num_rows
-        self._search = search
+        self._search = self._on_cpu = search
 
     @classmethod
     def build(
@@ -157,7 +155,17 @@ class DenseIndex:
     @property
     def is_exact(self) -> bool:
         """Whether the vectors are stored as they are."""
-        return isinstance(self._search, _Exact)
+        return isinstance(self._on_cpu, _Exact)
+
+    def move_to_gpu(self) -> None:
+        """Search a copy of the vectors on the current GPU from now on, where faiss can."""
+        stored = self._on_cpu
+        if isinstance(stored, _Exact) and can_search_on_gpu():
+            index = faiss.IndexFlatIP(self.width)
+            index.add(np.ascontiguousarray(stored.vectors))
+            self._search = GpuSearch(index, stored.rows, stored)
+        elif isinstance(stored, _Compressed) and can_search_on_gpu(stored.index.code_size):
+            self._search = GpuSearch(stored.index, None, stored)
 
     @classmethod
     def open(cls, directory: Path) -> Self:
@@ -173,7 +181,7 @@ class DenseIndex:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ArtifactError(f"{directory / _MANIFEST} lacks counts ({error!r}); build it again") from error
-        search: _Search
+        search: Search
         search = _Exact(directory) if manifest.get("is_exact") else _Compressed(directory, num_probes)
         if (search.num_vectors, search.width) != (num_vectors, width):
             raise ArtifactError(f"the vectors in {directory} are not those of its manifest; build them again")
@@ -233,29 +241,29 @@ class _Compressed:
         fits = num_words == 256 and code_size * dimensions == self.width and len(sizes) == num_lists
         if not fits or not path.is_file() or path.stat().st_size != num_bytes or sizes.max() > self.num_vectors:
             raise ArtifactError(f"{path} is missing, or does not fit the arrays beside it; build the index again")
-        self._index = _trained(centroids, codebooks)
+        self.index = _trained(centroids, codebooks)
         self._lists = _mapped_lists(path, sizes, code_size)  # faiss keeps no reference
-        self._index.replace_invlists(self._lists)
-        self._index.ntotal = self.num_vectors
-        self._index.nprobe = num_probes
+        self.index.replace_invlists(self._lists)
+        self.index.ntotal = self.num_vectors
+        self.index.nprobe = num_probes
 
     def __call__(self, queries: FloatArray, limit: int) -> tuple[FloatArray, NDArray[np.int64]]:
-        similarities, rows = self._index.search(queries, limit)
+        similarities, rows = self.index.search(queries, limit)
         return similarities, rows
 
     def write_merged(self, directory: Path, new_rows: NDArray[np.int64], vectors: FloatArray, rows: RowArray) -> int:
         """Write `sizes.npy` and `lists.bin` of the kept and of further vectors; return their number."""
-        centroids = self._index.quantizer.reconstruct_n(0, self._index.nlist)
-        codebooks = faiss.vector_to_array(self._index.pq.centroids).reshape(self._index.pq.M, 256, -1)
+        centroids = self.index.quantizer.reconstruct_n(0, self.index.nlist)
+        codebooks = faiss.vector_to_array(self.index.pq.centroids).reshape(self.index.pq.M, 256, -1)
         added = _trained(centroids, codebooks)
         _add(added, vectors, rows)
         assert added.invlists is not None
         sizes = []
         with (directory / "lists.bin").open("wb") as file:
-            for number in range(self._index.nlist):
-                codes, entities = _list(self._lists, number, self._index.code_size)
+            for number in range(self.index.nlist):
+                codes, entities = _list(self._lists, number, self.index.code_size)
                 kept = new_rows[_checked(entities, len(new_rows))]
-                more_codes, more_entities = _list(added.invlists, number, self._index.code_size)
+                more_codes, more_entities = _list(added.invlists, number, self.index.code_size)
                 file.write(codes[kept >= 0].tobytes() + more_codes.tobytes())
                 file.write(kept[kept >= 0].tobytes() + more_entities.tobytes())
                 sizes.append(int((kept >= 0).sum()) + len(more_entities))
