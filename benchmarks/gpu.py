@@ -42,7 +42,6 @@ from gpu_models import (
     search,
     start_vllm,
 )
-from record import record
 
 RESULTS = Path("benchmarks/results/gpu.json")
 Figures = dict[str, Any]
@@ -58,6 +57,8 @@ def main() -> None:
     print(json.dumps(found, indent=2))
     if DEVICE == "cpu":
         return  # a try
+    from record import record  # needs packages that a bare machine may lack
+
     results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     what = f"{torch.cuda.get_device_name() if DEVICE == 'cuda' else 'CPU'}, torch {torch.__version__}, shape {SHAPE}"
     results[f"{part}_{SHAPE}_{DEVICE}"] = record(found, f"DEVICE={DEVICE} SHAPE={SHAPE} {' '.join(sys.argv)}", what)

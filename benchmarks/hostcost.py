@@ -31,7 +31,6 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 import numpy as np
 import torch
 import tyro
-from record import record
 from transformers import AutoModelForCausalLM, LlamaConfig
 from vllm import SamplingParams
 from vllm.inputs import EmbedsPrompt, TokensPrompt
@@ -69,6 +68,8 @@ def main(num_threads: int | None = None) -> None:
             environment = os.environ | {"OMP_NUM_THREADS": str(number)}
             subprocess.run([sys.executable, __file__, "--num-threads", str(number)], check=True, env=environment)
         return
+    from record import record  # needs packages that `gpu.py`, which measures with this, goes without
+
     assert torch.get_num_threads() == num_threads, "give OMP_NUM_THREADS"
     results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     with tempfile.TemporaryDirectory() as directory:
