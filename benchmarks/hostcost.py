@@ -85,7 +85,7 @@ def main(num_threads: int | None = None) -> None:
 
 def measure(engine: VllmEngine, trie: PrefixTrie) -> dict[str, float]:
     """Milliseconds of a rollout by kind, and what pictures cost in comparison with text."""
-    core: Any = engine._engine.engine_core
+    core: Any = engine.llm_engine.engine_core
     ours = core.engine_core.request_block_hasher
     theirs = ours.args[0]  # what `with_picture_keys` wraps
     kinds: dict[str, tuple[Submit, Any, bool]] = {
@@ -121,7 +121,7 @@ def time_round(engine: VllmEngine, trie: PrefixTrie, submit: Submit, prompts: li
     for request_id, prompt, request in requests:
         submit(engine, request_id, prompt, request)
     seconds, thread_seconds = time.perf_counter() - start, time.thread_time() - thread_start
-    engine._engine.abort_request([request_id for request_id, _, _ in requests])
+    engine.llm_engine.abort_request([request_id for request_id, _, _ in requests])
     return thread_seconds / len(requests) * 1e3, seconds / len(requests) * 1e3
 
 
@@ -152,7 +152,7 @@ def submit_before(engine: VllmEngine, request_id: str, prompt: Prompt, request: 
             "has_common_candidates": False,
         },
     )
-    engine._engine.add_request(request_id, made, parameters)
+    engine.llm_engine.add_request(request_id, made, parameters)
 
 
 def make_prompt(generator: np.random.Generator, has_pictures: bool) -> Prompt:

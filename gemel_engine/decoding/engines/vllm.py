@@ -45,6 +45,7 @@ class VllmEngine:
     Attributes:
         cache_statistics: Counts of all finished requests.
         llm_engine: vLLM's engine; while no rollout is queued, it takes other requests too.
+        prompts: Prompts in the form that vLLM takes.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class VllmEngine:
         self._trie = PrefixTrie.open(trie_directory)
         self._terminator = terminator
         self._num_children = num_children
-        self._prompts = VllmPrompts(language_model_width(settings.name), DTYPES[settings.dtype], self._trie.longest(0))
+        self.prompts = VllmPrompts(language_model_width(settings.name), DTYPES[settings.dtype], self._trie.longest(0))
         self.cache_statistics = CacheStatistics()
         _set_environment()
         additional = {"prefix_trie": str(trie_directory), "terminator": terminator}
@@ -112,7 +113,7 @@ class VllmEngine:
         trie = candidates or self._trie
         are_common = candidates is not None and candidates is self._common_candidates
         are_sent = candidates is not None and not are_common
-        prompt_input, arguments = self._prompts.input(prompt, request.path)
+        prompt_input, arguments = self.prompts.input(prompt, request.path)
         parameters = SamplingParams(
             temperature=0.0,
             max_tokens=trie.longest(trie.walk(request.path)) + 1,
