@@ -89,7 +89,7 @@ def device() -> Figures:
 
 def kernels() -> Figures:
     """The compiled kernels of vLLM load and compute what PyTorch does; on a GPU alone."""
-    import vllm._C_stable_libtorch  # noqa: F401
+    import vllm._C_stable_libtorch  # type: ignore[import-not-found]  # noqa: F401
     import vllm.vllm_flash_attn.flash_attn_interface as flash
 
     x = torch.randn(64, 2048, device="cuda", dtype=torch.bfloat16)
@@ -99,10 +99,10 @@ def kernels() -> Figures:
     q = torch.randn(70, 8, 128, device="cuda", dtype=torch.bfloat16)
     k, v = (torch.randn(70, 2, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     ends = torch.tensor([0, 70], device="cuda", dtype=torch.int32)
-    lengths = {"max_seqlen_q": 70, "cu_seqlens_q": ends, "max_seqlen_k": 70, "cu_seqlens_k": ends}
+    lengths: dict[str, Any] = {"max_seqlen_q": 70, "cu_seqlens_q": ends, "max_seqlen_k": 70, "cu_seqlens_k": ends}
     attended = flash.flash_attn_varlen_func(q, k, v, **lengths, causal=True, fa_version=3)
-    heads_first = [t.transpose(0, 1)[None].float() for t in (q, k.repeat_interleave(4, 1), v.repeat_interleave(4, 1))]
-    reference = torch.nn.functional.scaled_dot_product_attention(*heads_first, is_causal=True)[0].transpose(0, 1)
+    q, k, v = (t.transpose(0, 1)[None].float() for t in (q, k.repeat_interleave(4, 1), v.repeat_interleave(4, 1)))
+    reference = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)[0].transpose(0, 1)
     found = {
         "rms_norm_error": ((out.float() - expected).norm() / expected.norm()).item(),
         "attention_error": ((attended.float() - reference).norm() / reference.norm()).item(),

@@ -143,8 +143,8 @@ def start_vllm(model: Path, trie_directory: Path, max_prompt_tokens: int, *, has
     if os.environ.get("BARE") == "1":
         changes["compilation_config"] = {"custom_ops": ["none"]}
         changes["kernel_config"] = {"ir_op_priority": {"rms_norm": ["native"], "fused_add_rms_norm": ["native"]}}
-    arguments: Any = vllm_engine.EngineArgs
-    setattr(vllm_engine, "EngineArgs", lambda **given: arguments(**given | changes))  # noqa: B010
+    arguments = vars(vllm_engine)["EngineArgs"]
+    vars(vllm_engine)["EngineArgs"] = lambda **given: arguments(**given | changes)
     share = 0.15 if IS_TINY else 0.5
     settings = EngineSettings(name=str(model), dtype=DTYPE, gpu_memory_utilization=share, kv_cache_gib=1)
     return vllm_engine.VllmEngine(settings, trie_directory, TERMINATOR, NUM_CHILDREN, max_prompt_tokens)

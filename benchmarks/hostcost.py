@@ -180,7 +180,8 @@ def start(directory: Path) -> tuple[VllmEngine, PrefixTrie]:
         bos_token_id=1,
         eos_token_id=0,
     )
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(directory / "model")
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
+    model.save_pretrained(directory / "model")
     names = np.random.default_rng(0).integers(1, VOCABULARY - 1, (500, 4))
     trie = PrefixTrie.from_sequences(names.tolist())[0]
     trie.save(directory / "trie")

@@ -42,8 +42,8 @@ class GpuSearch:
 
     def __init__(self, index: Any, rows: NDArray[np.uint32] | None, on_cpu: Search) -> None:
         self._rows, self._on_cpu = rows, on_cpu
-        self._resources = faiss.StandardGpuResources()  # type: ignore[attr-defined]  # in faiss-gpu alone
-        self._index = faiss.index_cpu_to_gpu(self._resources, 0, index)  # type: ignore[attr-defined]
+        self._resources = faiss.StandardGpuResources()  # in faiss-gpu alone
+        self._index = faiss.index_cpu_to_gpu(self._resources, 0, index)
 
     def __call__(self, queries: FloatArray, limit: int) -> tuple[FloatArray, NDArray[np.int64]]:
         """Search as on the CPU."""

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import support
@@ -35,7 +36,8 @@ def first_hash() -> None:
 def prompt_of(layout: list[tuple[bool, int]]) -> tuple[Prompt, list[tuple[object, ...]]]:
     """A prompt, and what is at each of its positions."""
     token_ids: list[int] = []
-    prefixes, contents = [], []
+    prefixes: list[tuple[int, torch.Tensor]] = []
+    contents: list[tuple[object, ...]] = []
     for is_picture, number in layout:
         if is_picture:
             contents += [("picture", number, row) for row in range(len(PICTURES[number]))]
@@ -49,6 +51,7 @@ def prompt_of(layout: list[tuple[bool, int]]) -> tuple[Prompt, list[tuple[object
 
 def request_of(prompts: VllmPrompts, prompt: Prompt, path: tuple[int, ...]) -> Request:
     """A request as vLLM's engine makes it."""
+    given: Any
     given, arguments = prompts.input(prompt, path)
     return Request(
         "request",

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
-import triton
-import triton.language
+import triton  # type: ignore[import-untyped]
+import triton.language  # type: ignore[import-untyped]
 import vllm.triton_utils
 
 # vLLM leaves Triton out where there is no GPU.
@@ -40,7 +40,7 @@ class Buffer:
 
 def main() -> None:
     """Lay batches over token embeddings: a prompt in two pieces, one after cached blocks, one without pictures."""
-    prompt_embeds.UvaBackedTensor = Buffer
+    vars(prompt_embeds)["UvaBackedTensor"] = Buffer
     state = prompt_embeds.PromptEmbedsState(SLOTS, WIDTH, torch.float32, torch.device("cpu"))
     prompts = VllmPrompts(WIDTH, torch.float32, longest_path=4)
     first, second = torch.randn(2, 2, WIDTH), torch.randn(2, WIDTH)

@@ -90,7 +90,7 @@ class VllmPrompts:
         for start, prefix in prompt.visual_prefixes:
             rows = embeddings[start : start + len(prefix)].copy_(prefix)
             is_token[start : start + len(prefix)] = [False] * len(prefix)
-            digest = hashlib.sha256(rows.view(torch.uint8).numpy()).hexdigest()
+            digest = hashlib.sha256(rows.view(torch.uint8).numpy().data).hexdigest()
             place = PlaceholderRange(offset=start, length=len(prefix))
             pictures.append(MultiModalFeatureSpec(None, "prompt_embeds", digest, place))
         return PreparedPrompt(embeddings, is_token, pictures)
