@@ -9,6 +9,8 @@ VENV ?= .venv
 # gpu for machines with NVIDIA GPUs; a virtual environment holds one of the two.
 ENGINE ?= cpu
 DEVICE ?= cuda
+# Of the random models of gpu-bench: tiny, 1b or 8b.
+SHAPE ?= 1b
 UV_VERSION := 0.13.9
 
 BIN := $(VENV)/bin
@@ -31,7 +33,7 @@ export VLLM_NO_USAGE_STATS = 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo gazetteer-demo train-demo cluster-trial test test-unit test-pythons gpu-check test-all test-chaos \
+.PHONY: help install demo gazetteer-demo train-demo cluster-trial test test-unit test-pythons gpu-check gpu-bench test-all test-chaos \
 	check format lint hygiene types bench bench-decode ablations requirements dist clean
 
 help: ## list the targets
@@ -72,8 +74,13 @@ test-pythons: ## lint, check types and run the unit tests on each Python that is
 
 gpu-check: $(INSTALLED) ## check what a GPU changes; ENGINE=gpu installs for it, DEVICE=cpu tries the checks
 	$(BIN)/pytest tests -m gpu --device $(DEVICE) -v --tb=line
-	test $(DEVICE) = cpu || VLLM_USE_V2_MODEL_RUNNER=1 $(BIN)/pytest tests/decoding/test_engines.py -m gpu --device $(DEVICE) \
+	test $(DEVICE) = cpu || VLLM_USE_V2_MODEL_RUNNER=0 $(BIN)/pytest tests/decoding/test_engines.py -m gpu --device $(DEVICE) \
 		-v --tb=line
+
+gpu-bench: $(INSTALLED) ## measure what a GPU does; DEVICE=cpu SHAPE=tiny tries it, without a GPU's kernels
+	@set -e; for part in device $(if $(filter cuda,$(DEVICE)),kernels) hostcost mask training encoder transformers_engine vllm; do \
+		PYTHONPATH=. DEVICE=$(DEVICE) SHAPE=$(SHAPE) $(BIN)/python benchmarks/gpu.py $$part; \
+	done
 
 test-all: $(KNOWLEDGE_BASE) $(DEMONSTRATIONS) ## run all tests, those with real models included
 	$(BIN)/pytest -m ""

@@ -249,9 +249,12 @@ def free(
     """What the language model writes without a trie, token by token the most probable."""
     generator, engine = linker.generator, linker.generator.engine
     assert isinstance(engine, VllmEngine), "the configurations' engine"
-    parameters = SamplingParams(temperature=0.0, max_tokens=40, stop_token_ids=[generator.terminator], detokenize=False)
+    stop = [generator.terminator]
     for number, inputs in enumerate(zip(mentions, features, retrieved, strict=True)):
-        prompt = engine.vllm_prompt(generator.prompt(*inputs)[0], ())
+        prompt, arguments = engine.prompts.input(generator.prompt(*inputs)[0], ())
+        parameters = SamplingParams(
+            temperature=0.0, max_tokens=40, stop_token_ids=stop, detokenize=False, extra_args=arguments
+        )
         engine.llm_engine.add_request(str(number), prompt, parameters)
     names = [""] * len(mentions)
     while engine.llm_engine.has_unfinished_requests():

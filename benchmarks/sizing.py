@@ -4,7 +4,9 @@ python benchmarks/sizing.py WIKIDIVERSE
 
 On paper: from block lengths of WikiDiverse, which are counted, sizes of the models, which are public, and what a GPU's
 vendor says of it. Two cases bound what a corpus costs: no surface form comes twice, so that whole prompts are computed;
-and all come very often, so that of a prompt only its question is. Then the job's own pipeline is run with stages that
+and all come very often, so that of a prompt only its question is. Where evidence decides alone, the language model has
+nothing to do: the share of such mentions is that of WikiDiverse dev, in `score.json`. What a rollout costs the host, in
+`hostcost.json`, bounds what one engine takes, whatever the GPU. Then the job's own pipeline is run with stages that
 wait as long as the models would take, with as many actors as this machine bears, to see whether Ray keeps up. Results
 go to `benchmarks/results/sizing.json`, the tables to `benchmarks/results/sizing.md`.
 """
@@ -31,6 +33,7 @@ from gemel_engine.decoding.prompt import PromptBuilder
 from gemel_engine.tokenizer import load_tokenizer
 
 RESULTS = Path("benchmarks/results/sizing.json")
+HOST_COST, SCORE = Path("benchmarks/results/hostcost.json"), Path("benchmarks/results/score.json")
 TOKENIZER = "build/models/smollm2-135m"
 PREFIX_LENGTH = 4
 NAME_TOKENS = 6  # of a rollout, terminator included
@@ -122,9 +125,12 @@ def costs(model: Model, gpu: Gpu, blocks: dict[str, float]) -> dict[str, Any]:
     prompt = model.num_demonstrations * (blocks["demonstration"] + PREFIX_LENGTH) + question
     decoded = (1 + NUM_FOLLOW_UPS) * NAME_TOKENS + NUM_FOLLOW_UPS * FOLLOW_UP_TOKENS
     image = 2 * model.image_weights * model.image_tokens
-    rates = {}
+    share = json.loads(SCORE.read_text())["wikidiverse.decided_by_evidence"]["value"]
+    host_seconds = json.loads(HOST_COST.read_text())["picture_840x4096_ms"]["value"] / 1e3 * (1 + NUM_FOLLOW_UPS)
+    rates, cascade = {}, {}
     for case, tokens in (("distinct", prompt + decoded), ("shared", question + decoded)):
         rates[case] = EFFICIENCY * gpu.rate / (2 * model.weights * tokens + image)
+        cascade[case] = EFFICIENCY * gpu.rate / ((1 - share) * 2 * model.weights * tokens + image)
     cache = gpu.memory * 0.9 - 2 * (model.weights + model.image_weights)
     return {
         "model": model.name,
@@ -137,6 +143,10 @@ def costs(model: Model, gpu: Gpu, blocks: dict[str, float]) -> dict[str, Any]:
         "kv_tokens": cache / model.kv_bytes,
         "mentions_per_second_distinct": rates["distinct"],
         "mentions_per_second_shared": rates["shared"],
+        "decided_by_evidence": share,
+        "mentions_per_second_distinct_cascade": cascade["distinct"],
+        "mentions_per_second_shared_cascade": cascade["shared"],
+        "searches_per_second_host": 1 / host_seconds,
         "many": [of_many(num_gpus, rates) for num_gpus in (8, 64, 512)],
     }
 
@@ -213,6 +223,20 @@ def tables(blocks: dict[str, float], rows: list[dict[str, Any]], pipeline: dict[
         f"{row['tokens_computed_shared']:.0f} | {row['teraflop_distinct']:.1f} / {row['teraflop_shared']:.1f} | "
         f"{row['mentions_per_second_distinct']:.0f} / {row['mentions_per_second_shared']:.0f} | "
         f"{row['kv_tokens']:,.0f} |"
+        for row in rows
+    ]
+    lines += [
+        "",
+        f"Evidence decides {rows[0]['decided_by_evidence']:.0%} of the mentions alone (WikiDiverse dev, risk 3%). The "
+        f"host's thread submits the rollouts of at most {rows[0]['searches_per_second_host']:,.0f} other mentions a "
+        "second to an engine.",
+        "",
+        "| | GPU | mentions/s a GPU with evidence, forms distinct / shared |",
+        "|---|---|---|",
+    ]
+    lines += [
+        f"| {row['model']} | {row['gpu']} | {row['mentions_per_second_distinct_cascade']:.0f} / "
+        f"{row['mentions_per_second_shared_cascade']:.0f} |"
         for row in rows
     ]
     lines += [

@@ -48,7 +48,7 @@ class Block:
         return len(self.token_ids) + (0 if self.visual_prefix is None else len(self.visual_prefix))
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Prompt:
     """Input of the language model.
 

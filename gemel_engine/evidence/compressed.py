@@ -11,13 +11,16 @@ import math
 from pathlib import Path
 from typing import Any
 
-import faiss
 import numpy as np
 from numpy.typing import NDArray
 
 from gemel_engine.errors import ArtifactError
 from gemel_engine.evidence.arrays import chunks, open_array
+from gemel_engine.extras import extra
 from gemel_engine.retrieval.table import FloatArray
+
+with extra("cpu", "gpu"):
+    import faiss
 
 _ID_BYTES = 8
 _SAMPLES_PER_LIST = 64
@@ -42,21 +45,21 @@ class Compressed:
         fits = num_words == 256 and code_size * dimensions == self.width and len(sizes) == num_lists
         if not fits or not path.is_file() or path.stat().st_size != num_bytes or sizes.max() > self.num_vectors:
             raise ArtifactError(f"{path} is missing, or does not fit the arrays beside it; build the index again")
-        self._index = _trained(centroids, codebooks)
+        self.index = _trained(centroids, codebooks)
         self._centroids, self._ends = centroids, np.cumsum(sizes.astype(np.int64))
         self._lists = _mapped_lists(path, sizes, code_size)  # faiss keeps no reference
-        self._index.replace_invlists(self._lists)
-        self._index.ntotal = self.num_vectors
-        self._index.nprobe = num_probes
+        self.index.replace_invlists(self._lists)
+        self.index.ntotal = self.num_vectors
+        self.index.nprobe = num_probes
 
     def __call__(self, queries: FloatArray, limit: int) -> tuple[FloatArray, NDArray[np.int64]]:
         """Return inner products and entities of each query's nearest vectors, (B, limit) each."""
-        similarities, rows = self._index.search(queries, limit)
+        similarities, rows = self.index.search(queries, limit)
         return similarities, rows
 
     def entities(self) -> NDArray[np.integer[Any]]:
         """Return the entity of each vector, (N,), list by list."""
-        lists = (_list(self._lists, number, self._index.code_size)[1] for number in range(self._index.nlist))
+        lists = (_list(self._lists, number, self.index.code_size)[1] for number in range(self.index.nlist))
         return np.concatenate([entities.astype(np.uint32) for entities in lists])
 
     def vectors_at(self, numbers: NDArray[np.intp]) -> FloatArray:
@@ -64,25 +67,25 @@ class Compressed:
         lists = np.searchsorted(self._ends, numbers, side="right")
         offsets = numbers - np.concatenate([[0], self._ends])[lists]
         codes = [
-            _list(self._lists, number, self._index.code_size)[0][offset]
+            _list(self._lists, number, self.index.code_size)[0][offset]
             for number, offset in zip(lists.tolist(), offsets.tolist(), strict=True)
         ]
-        vectors: FloatArray = self._index.pq.decode(np.stack(codes)) + self._centroids[lists]
+        vectors: FloatArray = self.index.pq.decode(np.stack(codes)) + self._centroids[lists]
         return vectors
 
     def write_merged(self, directory: Path, new_rows: NDArray[np.int64], vectors: FloatArray, rows: RowArray) -> int:
         """Write `sizes.npy` and `lists.bin` of the kept and of further vectors; return their number."""
-        centroids = self._index.quantizer.reconstruct_n(0, self._index.nlist)
-        codebooks = faiss.vector_to_array(self._index.pq.centroids).reshape(self._index.pq.M, 256, -1)
+        centroids = self.index.quantizer.reconstruct_n(0, self.index.nlist)
+        codebooks = faiss.vector_to_array(self.index.pq.centroids).reshape(self.index.pq.M, 256, -1)
         added = _trained(centroids, codebooks)
         _add(added, vectors, rows)
         assert added.invlists is not None
         sizes = []
         with (directory / "lists.bin").open("wb") as file:
-            for number in range(self._index.nlist):
-                codes, entities = _list(self._lists, number, self._index.code_size)
+            for number in range(self.index.nlist):
+                codes, entities = _list(self._lists, number, self.index.code_size)
                 kept = new_rows[checked(entities, len(new_rows))]
-                more_codes, more_entities = _list(added.invlists, number, self._index.code_size)
+                more_codes, more_entities = _list(added.invlists, number, self.index.code_size)
                 file.write(codes[kept >= 0].tobytes() + more_codes.tobytes())
                 file.write(kept[kept >= 0].tobytes() + more_entities.tobytes())
                 sizes.append(int((kept >= 0).sum()) + len(more_entities))

@@ -26,15 +26,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, Self
 
-import faiss
 import numpy as np
 from numpy.typing import NDArray
 
 from gemel_engine.errors import ArtifactError, ConfigurationError
 from gemel_engine.evidence.arrays import fill_places, open_array, scratch_array
 from gemel_engine.evidence.compressed import Compressed, RowArray, checked, write_compressed
+from gemel_engine.evidence.gpu import GpuSearch, Search, can_search_on_gpu
+from gemel_engine.extras import extra
 from gemel_engine.retrieval.table import SIMILARITY_DECIMALS, FloatArray
 from gemel_engine.storage.manifest import read_manifest, write_manifest
+
+with extra("cpu", "gpu"):
+    import faiss
 
 FORMAT_VERSION = 1
 _MANIFEST = "dense.json"
@@ -59,10 +63,8 @@ class DenseSettings:
             )
 
 
-class _Search(Protocol):
-    """Returns inner products and entities of each query's `limit` nearest vectors: (B, limit)."""
-
-    def __call__(self, queries: FloatArray, limit: int) -> tuple[FloatArray, NDArray[np.int64]]: ...
+class _Stored(Search, Protocol):
+    """A search of vectors in files, which can be read one by one."""
 
     def entities(self) -> NDArray[np.integer[Any]]:
         """Return the entity of each vector, (N,)."""
@@ -82,11 +84,12 @@ class DenseIndex:
         settings: How vectors are stored and searched.
     """
 
-    def __init__(self, num_vectors: int, width: int, num_rows: int, settings: DenseSettings, search: _Search) -> None:
+    def __init__(self, num_vectors: int, width: int, num_rows: int, settings: DenseSettings, search: _Stored) -> None:
         self.num_vectors, self.width = num_vectors, width
         self.settings = settings
         self._num_rows = num_rows
-        self._search = search
+        self._search: Search = search
+        self._on_cpu = search
 
     @classmethod
     def build(
@@ -141,17 +144,18 @@ class DenseIndex:
             num_rows: Number of entities.
         """
         old = cls.open(base)
-        if isinstance(old._search, _Exact):
-            kept = new_rows[old._search.rows]
-            sources = [(old._search.vectors, np.flatnonzero(kept >= 0)), (vectors, np.arange(len(rows)))]
+        stored = old._on_cpu
+        if isinstance(stored, _Exact):
+            kept = new_rows[stored.rows]
+            sources = [(stored.vectors, np.flatnonzero(kept >= 0)), (vectors, np.arange(len(rows)))]
             all_rows = np.concatenate([kept[kept >= 0], rows]).astype(np.uint32)
             order = np.argsort(all_rows, kind="stable")
             with scratch_array(directory / "merged.tmp", (len(order), old.width)) as merged:
                 fill_places(merged, np.argsort(order), sources)
                 return cls.build(directory, merged, all_rows[order], num_rows, old.settings)
         directory.mkdir(parents=True, exist_ok=True)
-        assert isinstance(old._search, Compressed)
-        num_vectors = old._search.write_merged(directory, new_rows, vectors, rows)
+        assert isinstance(stored, Compressed)
+        num_vectors = stored.write_merged(directory, new_rows, vectors, rows)
         for name in ("centroids.npy", "codebooks.npy"):
             shutil.copyfile(base / name, directory / name)
         counts = {"num_vectors": num_vectors, "width": old.width, "num_rows": num_rows, "is_exact": False}
@@ -161,7 +165,17 @@ class DenseIndex:
     @property
     def is_exact(self) -> bool:
         """Whether the vectors are stored as they are."""
-        return isinstance(self._search, _Exact)
+        return isinstance(self._on_cpu, _Exact)
+
+    def move_to_gpu(self) -> None:
+        """Search a copy of the vectors on the current GPU from now on, where faiss can."""
+        stored = self._on_cpu
+        if isinstance(stored, _Exact) and can_search_on_gpu():
+            index = faiss.IndexFlatIP(self.width)
+            index.add(np.ascontiguousarray(stored.vectors))
+            self._search = GpuSearch(index, stored.rows, stored)
+        elif isinstance(stored, Compressed) and can_search_on_gpu(stored.index.code_size):
+            self._search = GpuSearch(stored.index, None, stored)
 
     @classmethod
     def open(cls, directory: Path) -> Self:
@@ -177,7 +191,7 @@ class DenseIndex:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ArtifactError(f"{directory / _MANIFEST} lacks counts ({error!r}); build it again") from error
-        search: _Search
+        search: _Stored
         search = _Exact(directory) if manifest.get("is_exact") else Compressed(directory, num_probes)
         if (search.num_vectors, search.width) != (num_vectors, width):
             raise ArtifactError(f"the vectors in {directory} are not those of its manifest; build them again")
@@ -211,7 +225,7 @@ class DenseIndex:
         if not num_vectors.any():
             return {}
         numbers = np.concatenate([order[start:stop] for start, stop in zip(first, last, strict=True)])
-        cosines = np.round(self._search.vectors_at(numbers) @ query, SIMILARITY_DECIMALS).tolist()
+        cosines = np.round(self._on_cpu.vectors_at(numbers) @ query, SIMILARITY_DECIMALS).tolist()
         best: dict[int, float] = {}
         for row, cosine in zip(np.repeat(rows, num_vectors).tolist(), cosines, strict=True):
             best[row] = max(cosine, best.get(row, -1.0))
@@ -220,7 +234,7 @@ class DenseIndex:
     @cached_property
     def _by_entity(self) -> tuple[NDArray[np.intp], NDArray[np.integer[Any]]]:
         """The numbers of all vectors by entity, and the entities in that order."""
-        entities = self._search.entities()
+        entities = self._on_cpu.entities()
         order = np.argsort(entities, kind="stable")
         return order, entities[order]
 

@@ -11,14 +11,17 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from typing import Self
 
-import faiss
 import numpy as np
 
 from gemel_engine.evidence.normal_form import normal_form
+from gemel_engine.extras import extra
 from gemel_engine.knowledge_base.store import KnowledgeBase
 from gemel_engine.retrieval.index import DemonstrationIndex
 from gemel_engine.retrieval.table import SIMILARITY_DECIMALS, FloatArray
 from gemel_engine.types import Features
+
+with extra("cpu", "gpu"):
+    import faiss
 
 
 class FormStatistics:

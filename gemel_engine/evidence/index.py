@@ -128,6 +128,13 @@ class EvidenceIndex:
             popularity,
         )
 
+    def move_to_gpu(self) -> None:
+        """Search embeddings and pictures on the current GPU from now on, where faiss can."""
+        if self.texts is not None:
+            self.texts.move_to_gpu()
+        if self.pictures is not None:
+            self.pictures.index.move_to_gpu()
+
 
 def complete_evidence(
     entities: pa.Table,

@@ -34,7 +34,7 @@ class Retriever:
         knowledge_base: Knowledge base of the run.
         index: Demonstration index; None without demonstrations.
         evidence: Evidence index of the knowledge base; None: no candidates and no cards.
-        device: torch device of the mention encoder.
+        device: torch device of the mention encoder; on a GPU, candidates are searched there too.
 
     Attributes:
         encoder: Mention encoder; None if nothing needs it.
@@ -62,6 +62,8 @@ class Retriever:
         self._pool: CandidatePool | None = None
         self._vision_width: int | None = None
         if evidence is not None and settings.num_candidates:
+            if device == "cuda":
+                evidence.move_to_gpu()
             forms = None if index is None else FormStatistics.of_index(index, knowledge_base)
             self._pool = CandidatePool(evidence, forms, CandidatePoolSettings(size=settings.num_candidates))
             of_index = None if index is None else index.metadata.vision_width

@@ -30,13 +30,13 @@ from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-import faiss
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gemel_engine.errors import ArtifactError, InputError
+from gemel_engine.extras import extra
 from gemel_engine.retrieval.pictures import Pictures
 from gemel_engine.retrieval.table import (
     SIMILARITY_DECIMALS,
@@ -53,6 +53,9 @@ from gemel_engine.retrieval.table import (
 )
 from gemel_engine.storage import parquet
 from gemel_engine.storage.manifest import claimed, file_sha256, parse_manifest, read_manifest, write_manifest
+
+with extra("cpu", "gpu"):
+    import faiss
 
 if TYPE_CHECKING:
     from gemel_engine.retrieval.encoder import MentionEncoder

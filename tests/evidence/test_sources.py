@@ -182,6 +182,24 @@ def test_any_entity_is_compared_with_a_query(tmp_path: Path, exact_up_to: int) -
     assert index.similarities(query, list(nearest)) == pytest.approx(nearest, abs=2e-5)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("exact_up_to", [0, 5000])
+def test_a_gpu_finds_what_a_cpu_finds(device: str, tmp_path: Path, exact_up_to: int) -> None:
+    """Without a GPU, an index that is to be moved to one stays as it is."""
+    stored, queries = vectors(3000, width=64), vectors(20, width=64, seed=1)
+    index = DenseIndex.build(
+        tmp_path, stored, np.arange(3000, dtype=np.uint32) // 2, 1500, DenseSettings(exact_up_to=exact_up_to)
+    )
+    expected = index.nearest(queries, 50)
+    index.move_to_gpu()
+    assert (index._search is index._on_cpu) is (device == "cpu")
+    for found, on_cpu in zip(index.nearest(queries, 50), expected, strict=True):
+        assert [value for _, value in found] == pytest.approx([value for _, value in on_cpu], abs=2e-5)
+        values = dict(found)
+        assert all(values[row] == pytest.approx(value, abs=2e-5) for row, value in on_cpu[:40] if row in values)
+        assert len({row for row, _ in on_cpu[:40]} - set(values)) <= 1, "rounding may exchange neighbours"
+
+
 def test_compressed_lists_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     good, bad = tmp_path / "good", tmp_path / "bad"
     rows = np.arange(500, dtype=np.uint32)

@@ -3,8 +3,6 @@
 A logits processor (`vllm_mask.py`) applies the prefix trie: it leaves the log-probs of allowed
 tokens only. With `processed_logits`, vLLM takes the best of these and reports the K best. The
 prompt is sent with every rollout of its mention: all but its last block is then a cache hit.
-
-D language-model width, P prefix length, T tokens.
 """
 
 from __future__ import annotations
@@ -16,7 +14,6 @@ from typing import Any
 
 import torch._dynamo
 from vllm import EngineArgs, LLMEngine, SamplingParams, envs
-from vllm.inputs import EmbedsPrompt, TokensPrompt
 from vllm.logprobs import FlatLogprobs
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
@@ -25,6 +22,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from gemel_engine.config.components import EngineSettings
 from gemel_engine.decoding.engines.base import CacheStatistics, Rollout, RolloutRequest
 from gemel_engine.decoding.engines.vllm_mask import TrieLogitsProcessor, TrieLogitsProcessorV2
+from gemel_engine.decoding.engines.vllm_prompt import VllmPrompts, with_picture_keys
 from gemel_engine.decoding.language_model import DTYPES, check_language_model, language_model_width, warn_if_slow
 from gemel_engine.decoding.prompt import Prompt
 from gemel_engine.errors import EngineDiedError
@@ -47,6 +45,7 @@ class VllmEngine:
     Attributes:
         cache_statistics: Counts of all finished requests.
         llm_engine: vLLM's engine; while no rollout is queued, it takes other requests too.
+        prompts: Prompts in the form that vLLM takes.
     """
 
     def __init__(
@@ -62,8 +61,7 @@ class VllmEngine:
         self._trie = PrefixTrie.open(trie_directory)
         self._terminator = terminator
         self._num_children = num_children
-        self._width = language_model_width(settings.name)
-        self._dtype = DTYPES[settings.dtype]
+        self.prompts = VllmPrompts(language_model_width(settings.name), DTYPES[settings.dtype], self._trie.longest(0))
         self.cache_statistics = CacheStatistics()
         _set_environment()
         additional = {"prefix_trie": str(trie_directory), "terminator": terminator}
@@ -103,6 +101,9 @@ class VllmEngine:
                 seed=0,
             )
         )
+        core: Any = self.llm_engine.engine_core
+        if core.engine_core.request_block_hasher is not None:
+            core.engine_core.request_block_hasher = with_picture_keys(core.engine_core.request_block_hasher)
         if not os.path.isdir(settings.name):
             check_language_model(settings.name)  # they may just have been downloaded
 
@@ -112,6 +113,7 @@ class VllmEngine:
         trie = candidates or self._trie
         are_common = candidates is not None and candidates is self._common_candidates
         are_sent = candidates is not None and not are_common
+        prompt_input, arguments = self.prompts.input(prompt, request.path)
         parameters = SamplingParams(
             temperature=0.0,
             max_tokens=trie.longest(trie.walk(request.path)) + 1,
@@ -126,9 +128,11 @@ class VllmEngine:
                 "excluded": list(request.excluded),
                 "candidates": [trie.name_tokens(name) for name in range(trie.num_names)] if are_sent else None,
                 "has_common_candidates": are_common,
+                **arguments,
             },
+            skip_clone=True,  # it is this request's own
         )
-        self.llm_engine.add_request(request_id, self.vllm_prompt(prompt, request.path), parameters)
+        self.llm_engine.add_request(request_id, prompt_input, parameters)
 
     def step(self) -> list[tuple[str, Rollout]]:
         """Run one engine step over all queued rollouts; returns the finished ones with their ids.
@@ -154,22 +158,6 @@ class VllmEngine:
                 raise EngineDiedError("a process of the language model's engine has ended: start it again") from error
             raise
 
-    def vllm_prompt(self, prompt: Prompt, path: tuple[int, ...]) -> EmbedsPrompt | TokensPrompt:
-        """Return the prompt followed by `path`; only visual positions have embeddings.
-
-        The other positions contain NaN. vLLM never reads them, but its cache keys cover them, so
-        NaN makes sure that a token position never matches a visual one.
-        """
-        token_ids = [*prompt.token_ids, *path]
-        if not prompt.visual_prefixes:
-            return TokensPrompt(prompt_token_ids=token_ids)
-        embeddings = torch.full((len(token_ids), self._width), math.nan, dtype=self._dtype)  # (T, D)
-        is_token = [True] * len(token_ids)
-        for start, prefix in prompt.visual_prefixes:
-            embeddings[start : start + len(prefix)] = prefix.to(embeddings)
-            is_token[start : start + len(prefix)] = [False] * len(prefix)
-        return EmbedsPrompt(prompt_embeds=embeddings, prompt_token_ids=token_ids, prompt_is_token_ids=is_token)
-
 
 def _to_rollout(output: RequestOutput) -> Rollout:
     """Return the log-probs of allowed tokens, step by step.
@@ -193,8 +181,9 @@ def _to_rollout(output: RequestOutput) -> Rollout:
 
 
 def _set_environment() -> None:
-    """Set what vLLM reads from environment variables only, unless the user has set it."""
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # V2 is untried on GPUs: docs/gpu.md
+    """Set what vLLM reads from environment variables only; the user may set what needn't be as it is."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # keys of cached blocks are ours: vllm_prompt.py
+    # vLLM's own choice, which has to be known to give it the processor of that runner.
+    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "1" if torch.cuda.is_available() else "0")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
