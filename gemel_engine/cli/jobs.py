@@ -202,8 +202,7 @@ def evaluate(
 ) -> None:
     """Evaluate a finished linking run against gold labels.
 
-    Prints a table and writes `metrics.json` and `report.html`. Without gold labels, only the report
-    is written.
+    Prints a table and writes `metrics.json` and `report.html`; without gold labels only the latter.
 
     Args:
         output: Output of the run, local or s3://bucket/prefix.
@@ -224,8 +223,8 @@ def evaluate(
             knowledge base of the run.
         gallery_size: Number of mentions shown in the report.
         allowed_image_prefixes: Allowed prefixes of an `image_uri` whose picture the report shows:
-            absolute local directories, s3://bucket/prefix, https://host/path. The prefixes allowed
-            for the run itself are not used.
+            absolute local directories, s3://bucket/prefix, https://host/path. Those of the
+            run are not used.
         max_image_bytes: Maximum size of an image file in bytes; a larger picture is not shown.
     """
     from gemel_engine import storage
