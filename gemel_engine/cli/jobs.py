@@ -223,8 +223,7 @@ def evaluate(
             knowledge base of the run.
         gallery_size: Number of mentions shown in the report.
         allowed_image_prefixes: Allowed prefixes of an `image_uri` whose picture the report shows:
-            absolute local directories, s3://bucket/prefix, https://host/path. Those of the
-            run are not used.
+            absolute local directories, s3://bucket/prefix, https://host/path, not the run's.
         max_image_bytes: Maximum size of an image file in bytes; a larger picture is not shown.
     """
     from gemel_engine import storage
