@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 
@@ -139,12 +139,10 @@ def plan_run(
 
     _check_clusters(actors, price_per_actor_hour)
     started = time.monotonic()
-    config = settled(config)
-    plan, artifacts, contents = checked_plan(config)
+    plan, artifacts, contents = checked_plan(config := settled(config))
     config = without_missing_evidence(config, artifacts)
     num_rows = count_rows(plan)
     rows_per_shard = config.rows_per_shard or num_rows
-    longest = min(num_rows, rows_per_shard)
     windows = draw_windows(num_rows, sample_rows, seed)
     places = order_by_surface_form(plan)
     order = order_within_shards(plan) if places is None else np.argsort(places)
@@ -166,7 +164,7 @@ def plan_run(
         rows_per_shard=rows_per_shard,
         start_seconds=workload.start_seconds,
         stage_costs=costs,
-        seconds_per_row={name: cost.seconds(1, longest).times(1 / longest) for name, cost in costs.items()},
+        seconds_per_row=_seconds_per_row(costs, min(num_rows, rows_per_shard)),
         peak_bytes=sample.tally.peak_bytes,
         input_bytes=sum(file.size for file in storage.list_tables(config.input)),
         output_bytes=round(sample.output_bytes / sample.tally.rows * num_rows),
@@ -176,6 +174,11 @@ def plan_run(
         errors=dict(sample.tally.errors),
         clusters=_predict_clusters(workload, config, actors, price_per_actor_hour),
     )
+
+
+def _seconds_per_row(costs: Mapping[str, StageCost], num_rows: int) -> dict[str, Estimate]:
+    """Return the time of each stage for a row of a shard of `num_rows` rows."""
+    return {name: cost.seconds(1, num_rows).times(1 / num_rows) for name, cost in costs.items()}
 
 
 def _predict_clusters(
