@@ -41,7 +41,6 @@ COMMANDS = {
     "import-gemel": Command(artifacts.import_gemel, parses_arguments=True),
     "evaluate": Command(jobs.evaluate),
     "calibrate": Command(jobs.calibrate),
-    "fit-score": Command(jobs.fit_score),
     "build-kb": Command(knowledge_bases.build_kb),
     "update-kb": Command(knowledge_bases.update_kb),
     "compact-kb": Command(knowledge_bases.compact_kb),

@@ -96,8 +96,9 @@ class LinkConfig(JobConfig):
         input: Parquet file or directory of mentions, local or s3://bucket/prefix.
         language_model: The frozen language model and its engine.
         score: How entities are ranked.
-        calibration: Directory written by `gemel calibrate`, for the columns `confidence`
-            and `is_nil`; None: the columns are empty.
+        calibration: Directory written by `gemel calibrate`: weights of the score, and models of the
+            columns `confidence`, `nil_probability` and `is_nil`. None: the weights that ship with
+            the package, which were fitted on other corpora; `confidence` is not calibrated.
         previous: Output of a finished run over the same input with an older knowledge base: only
             rows that the change of the knowledge base can affect are linked again. None: all rows
             are linked.
@@ -115,8 +116,8 @@ class LinkConfig(JobConfig):
         JobConfig.__post_init__(self)  # super() fails in a dataclass with slots
         if self.vision.image_encoder is not None and self.vision.feature_mapper is None:
             raise ValueError("vision.image_encoder needs vision.feature_mapper: set both, or neither")
-        if self.score.kind == "language_model" and (self.score.risk or self.score.weights):
-            raise ValueError('score.risk and score.weights need score.kind = "combined": set it, or leave them out')
+        if self.score.kind == "language_model" and self.score.risk:
+            raise ValueError('score.risk needs score.kind = "combined": set it, or leave the risk out')
         if self.previous is not None and (self.search.ranking, self.search.objective) == ("mean", "sum"):
             raise ValueError(
                 "search.ranking is 'mean': whether added names change such a ranking shows only when everything is "

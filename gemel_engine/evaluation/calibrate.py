@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
 from itertools import compress
 from typing import Any
@@ -11,21 +12,28 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from gemel_engine.decoding.confidence import (
+    EVIDENCE,
     LEAST_SCALE,
     Calibration,
     LogisticModel,
     Numbers,
     Outcomes,
+    Term,
     evidence_of,
     scoring_settings,
 )
 from gemel_engine.errors import ConfigurationError, InputError
+from gemel_engine.evaluation.answers import Answers, RankedAnswers, answers_of_model
 from gemel_engine.evaluation.gold import entities_to_judge, read_gold, surface_forms
 from gemel_engine.evaluation.judge import Judge
 from gemel_engine.evaluation.quality import quality
 from gemel_engine.evaluation.run import LinkedRun
+from gemel_engine.evidence.weights import ScoreWeights
 from gemel_engine.extras import extra
 
+NIL_SHARE = 0.2  # of the surface forms, whose entities are held out where labels have too few NIL
+
+_SEED = 0
 _NUM_FOLDS = 5
 _FREEDOMS = (1.0, 0.3, 0.1, 0.03, 0.01)  # inverse strengths of regularisation
 _LEAST = 20  # least number of mentions of each outcome for fitting
@@ -34,57 +42,115 @@ _LEAST_CALLED = 10  # least number of mentions called NIL for which a precision 
 Folds = list[tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]]
 
 
-def fit_calibration(
-    predictions: pa.Table,
-    surface_forms: Sequence[str],
-    is_right: Outcomes,
-    is_nil: Outcomes,
-    *,
-    scoring: Mapping[str, Any],
-    nil_precision: float = 0.8,
-) -> Calibration:
-    """Fit a calibration to the predictions of a run.
+def calibrate_run(linked: LinkedRun, *, gold: str | None = None, nil_precision: float = 0.8) -> Calibration:
+    """Fit a calibration to a run over mentions with gold labels.
 
     Args:
-        predictions: N rows of `PREDICTION_SCHEMA`; rows without a log-prob are ignored.
-        surface_forms: Surface forms of the mentions (N). Mentions of one form share their
-            demonstrations, so cross-validation keeps them in one fold.
-        is_right: Whether each answer is right (N,).
-        is_nil: Whether each mention's entity is not in the knowledge base (N,).
-        scoring: Result of `scoring_settings` for the run.
+        linked: The run.
+        gold: Parquet file or directory with gold labels (see `read_gold`); the run's input by
+            default.
         nil_precision: Required precision of `is_nil`, measured by cross-validation.
+
+    Raises:
+        InputError: There are no labels, an outcome has too few mentions or surface forms, mentions
+            have `candidate_ids`, or a run by the score has no candidate pools.
+        ArtifactError: The knowledge base of the run was replaced.
+        ConfigurationError: No threshold of NIL reaches the required precision.
+    """
+    linked.check_knowledge_base()
+    labelled = read_gold(gold or linked.settings["input"], linked.settings["input"])
+    if "candidate_ids" in labelled.column_names and labelled["candidate_ids"].null_count < len(labelled):
+        raise InputError(
+            "some mentions of the run have candidate_ids, and a search over a few names gives other evidence than one "
+            "over all: fit the calibration on a run without candidates"
+        )
+    knowledge_base = linked.open_knowledge_base()
+    judge = Judge(labelled, entities=entities_to_judge(knowledge_base, labelled, [linked.predictions]))
+    rows, *_ = judge.outcomes(linked.predictions)
+    gold_ids = judge.verdicts(linked.predictions)["entity_id"].to_pylist()
+    usable = np.array(rows["error"].is_null())
+    rows, gold_ids = rows.filter(pa.array(usable)), list(compress(gold_ids, usable))
+    forms, scoring = surface_forms(labelled, rows), scoring_settings(linked.settings)
+    contents = linked.checksums()
+    if scoring["score"]["kind"] == "language_model":
+        answers = answers_of_model(rows, forms, gold_ids)
+        return fit_calibration(answers, answers, None, nil_precision, scoring=scoring, contents=contents)
+    if not any(pool.as_py() for pool in rows["pool"]):
+        raise InputError(
+            f"no row of {linked.output} has a candidate pool, so that no score can be fitted: build the knowledge base "
+            'with an evidence index, or set score.kind = "language_model", and link again'
+        )
+    ranked = RankedAnswers(rows, forms, gold_ids, knowledge_base)
+    answers = of_nil = ranked.answers()
+    if gold_ids.count(None) < _LEAST:
+        of_nil = ranked.answers(held_out(forms))
+    return fit_calibration(answers, of_nil, ranked.weights, nil_precision, scoring=scoring, contents=contents)
+
+
+def held_out(forms: Sequence[str]) -> frozenset[str]:
+    """Return the surface forms whose entities are held out, to learn what NIL looks like."""
+    distinct = sorted(set(forms))
+    return frozenset(random.Random(_SEED).sample(distinct, round(NIL_SHARE * len(distinct))))
+
+
+def fit_calibration(
+    answers: Answers,
+    of_nil: Answers,
+    weights: ScoreWeights | None,
+    nil_precision: float,
+    *,
+    scoring: Mapping[str, Any],
+    contents: Mapping[str, str],
+) -> Calibration:
+    """Fit a calibration to answers.
+
+    Mentions of one surface form share their demonstrations and candidates, so cross-validation
+    keeps them in one fold.
+
+    Args:
+        answers: Answers to labelled mentions.
+        of_nil: Answers among which some are of NIL; NIL is not fitted if there are too few.
+        weights: Weights of the score by which the answers were ranked; None: there is no score.
+        nil_precision: Required precision of `is_nil`, measured by cross-validation.
+        scoring: Result of `scoring_settings` for the run.
+        contents: See `Calibration`.
 
     Raises:
         InputError: An outcome has too few mentions, or they have too few surface forms.
         ConfigurationError: No threshold reaches the required precision.
     """
-    usable = np.array(predictions["log_prob"].is_valid())
-    surface_forms = list(compress(surface_forms, usable))
-    evidence, forms = evidence_of(predictions.filter(usable), surface_forms), np.unique_inverse(surface_forms)[1]
-    is_right, is_nil = is_right[usable], is_nil[usable]
-    if min(is_right.sum(), (~is_right).sum()) < _LEAST:
+    is_right, are_final = answers.are_right, answers.are_final
+    num_right, num_final = int(is_right[are_final].sum()), int(are_final.sum())
+    if min(num_right, num_final - num_right) < _LEAST:
         raise InputError(
-            f"{is_right.sum()} of {len(is_right)} answers are right: calibration needs at least {_LEAST} right and "
-            f"{_LEAST} wrong ones; link more mentions with gold labels"
+            f"{num_right} of {num_final} answers are right: calibration needs at least {_LEAST} right and {_LEAST} "
+            "wrong ones; link more mentions with gold labels"
         )
-    right, left_out = _fitted(evidence, is_right, forms)
-    judged = quality(left_out, is_right)
+    right, left_out = _fitted(answers, is_right)
+    judged = quality(left_out[are_final], is_right[are_final])
     fitted_on = {
-        "num_mentions": float(len(is_right)),
-        "accuracy": float(is_right.mean()),
+        "num_mentions": float(num_final),
+        "accuracy": num_right / num_final,
         "expected_calibration_error": judged.expected_calibration_error,
         "brier_score": judged.brier_score,
+        "area_under_risk_coverage": judged.area_under_risk_coverage,
     }
     nil, threshold = None, None
-    if is_nil.sum() >= _LEAST:
-        nil, left_out = _fitted(evidence, is_nil, forms)
-        threshold, reached = _threshold(left_out, is_nil, nil_precision)
-        fitted_on |= {"num_nil": float(is_nil.sum()), **reached}
+    are_nil = of_nil.are_nil
+    if are_nil[of_nil.are_final].sum() >= _LEAST:
+        nil, left_out = _fitted(of_nil, are_nil)
+        final = of_nil.are_final
+        threshold, reached = _threshold(left_out[final], are_nil[final], nil_precision)
+        are_held_out = float(of_nil is not answers)
+        fitted_on |= {"num_nil": float(are_nil[final].sum()), "nil_held_out": are_held_out, "seed": float(_SEED)}
+        fitted_on |= reached
     return Calibration(
+        weights=weights,
         right=right,
         nil=nil,
         nil_threshold=threshold,
         scoring=dict(scoring),
+        contents=dict(contents),
         fitted_on=fitted_on,
     )
 
@@ -98,25 +164,24 @@ def fit_logistic(evidence: Numbers, outcomes: Outcomes, freedom: float) -> Logis
         from sklearn.linear_model import LogisticRegression  # slow to import, rarely needed
 
     mean, scale = evidence.mean(axis=0), evidence.std(axis=0)
-    scale = np.where(scale > LEAST_SCALE, scale, 1.0)
-    fitted = LogisticRegression(C=freedom, max_iter=1000).fit((evidence - mean) / scale, outcomes)
-    return LogisticModel(
-        mean=tuple(mean.tolist()),
-        scale=tuple(scale.tolist()),
-        weights=tuple(fitted.coef_[0].tolist()),
-        bias=float(fitted.intercept_[0]),
-    )
+    varies = np.flatnonzero(scale > LEAST_SCALE)
+    standardised = (evidence[:, varies] - mean[varies]) / scale[varies]
+    fitted = LogisticRegression(C=freedom, max_iter=1000).fit(standardised, outcomes)
+    columns = zip(varies.tolist(), fitted.coef_[0].tolist(), strict=True)
+    terms = {EVIDENCE[c]: Term(mean=float(mean[c]), scale=float(scale[c]), weight=weight) for c, weight in columns}
+    return LogisticModel(terms=terms, bias=float(fitted.intercept_[0]))
 
 
-def _fitted(evidence: Numbers, outcomes: Outcomes, forms: npt.NDArray[np.intp]) -> tuple[LogisticModel, Numbers]:
+def _fitted(answers: Answers, outcomes: Outcomes) -> tuple[LogisticModel, Numbers]:
     """Fit a model with the regularisation that cross-validation prefers.
 
     Returns:
-        The model fitted to all mentions, and the cross-validated probability of each mention (N,).
+        The model fitted to all answers, and the cross-validated probability of each (N,).
     """
     with extra("report"):
         from sklearn.metrics import log_loss
 
+    evidence, forms = evidence_of(answers.predictions, answers.forms), np.unique_inverse(answers.forms)[1]
     folds = _folds(evidence, outcomes, forms)
     left_out = {freedom: _left_out(evidence, outcomes, folds, freedom) for freedom in _FREEDOMS}
     best = min(left_out, key=lambda freedom: log_loss(outcomes, left_out[freedom]))
@@ -166,35 +231,3 @@ def _threshold(probabilities: Numbers, is_nil: Outcomes, wanted: float) -> tuple
         "nil_precision": float(precision[first]),
         "nil_recall": float(recall[first]),
     }
-
-
-def calibrate_run(linked: LinkedRun, *, gold: str | None = None, nil_precision: float) -> Calibration:
-    """Fit a calibration to a run over mentions with gold labels.
-
-    Args:
-        linked: The run.
-        gold: Parquet file or directory with gold labels (see `read_gold`); the run's input by
-            default.
-        nil_precision: Required precision of `is_nil` (see `fit_calibration`).
-
-    Raises:
-        InputError: There are no labels, an outcome has too few mentions, or mentions have
-            `candidate_ids`.
-        ConfigurationError: No threshold of NIL reaches the required precision.
-    """
-    labelled = read_gold(gold or linked.settings["input"], linked.settings["input"])
-    if "candidate_ids" in labelled.column_names and labelled["candidate_ids"].null_count < len(labelled):
-        raise InputError(
-            "some mentions of the run have candidate_ids, and a search over a few names gives other evidence than one "
-            "over all: fit the calibration on a run without candidates"
-        )
-    entities = entities_to_judge(linked.open_knowledge_base(), labelled, [linked.predictions])
-    predictions, is_right, is_nil = Judge(labelled, entities=entities).outcomes(linked.predictions)
-    return fit_calibration(
-        predictions,
-        surface_forms(labelled, predictions),
-        is_right,
-        is_nil,
-        nil_precision=nil_precision,
-        scoring=scoring_settings(linked.settings),
-    )
