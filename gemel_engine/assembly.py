@@ -121,10 +121,12 @@ def open_calibration(config: LinkConfig, artifacts: Artifacts) -> Calibration | 
     calibration.check_scoring(json.loads(config_json(config)))
     uses_score = config.score.kind == "combined" and artifacts.evidence is not None
     if uses_score != (calibration.weights is not None):
-        theirs, ours = ("no", "has some") if uses_score else ("its", "has none")
+        theirs = (
+            "without candidate pools, which this run has" if uses_score else "with candidate pools, which this lacks"
+        )
         raise ConfigurationError(
-            f"the calibration {config.calibration} was fitted on a run with {theirs} candidate pools, and this run {ours}: "
-            "fit it again on a run with this knowledge base, or leave it out"
+            f"the calibration {config.calibration} was fitted on a run {theirs}: fit it again on a run with this "
+            "knowledge base, or leave it out"
         )
     _check_knowledge_base(config, calibration)
     return calibration

@@ -85,6 +85,9 @@ class EntityNameGenerator:
             are none.
         weights: Weights of the score; None: the language model ranks alone.
         risk: Share of wrong answers accepted where evidence decides alone; 0: it never does.
+
+    Attributes:
+        weights: Weights of the score; None: the language model ranks alone.
     """
 
     def __init__(
@@ -107,7 +110,7 @@ class EntityNameGenerator:
         self._max_in_flight = max_in_flight
         self._calibration = calibration
         self.added_names = added_names
-        self._weights = weights
+        self.weights = weights
         self._threshold = None if weights is None or not risk else weights.threshold(risk)
         pictures = None if artifacts.evidence is None or not self._with_pictures else artifacts.evidence.pictures
         self._cards = EntityCards(artifacts.knowledge_base, pictures, prompt.card_text)
@@ -154,12 +157,12 @@ class EntityNameGenerator:
     def _task(
         self, mention: Mention, features: Features | None, retrieved: Retrieved, earlier: Prediction | None
     ) -> NameTask | ScoreTask:
-        if self._weights is None or not self._uses_score(retrieved):
+        if self.weights is None or not self._uses_score(retrieved):
             return NameTask(self, mention, features, retrieved, earlier)
-        return ScoreTask(self, mention, features, retrieved, self._weights, self._threshold)
+        return ScoreTask(self, mention, features, retrieved, self.weights, self._threshold)
 
     def _uses_score(self, retrieved: Retrieved) -> bool:
-        return self._weights is not None and bool(retrieved.candidates)
+        return self.weights is not None and bool(retrieved.candidates)
 
     def prompt(
         self, mention: Mention, features: Features | None, retrieved: Retrieved
