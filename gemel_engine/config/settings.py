@@ -99,9 +99,9 @@ class LinkConfig(JobConfig):
         calibration: Directory written by `gemel calibrate`: weights of the score, and models of the
             columns `confidence`, `nil_probability` and `is_nil`. None: the weights that ship with
             the package, which were fitted on other corpora; `confidence` is not calibrated.
-        previous: Output of a finished run over the same input with an older knowledge base: only
-            rows that the change of the knowledge base can affect are linked again. None: all rows
-            are linked.
+        previous: Output of a finished run over the same input with an older knowledge base or
+            another calibration: only rows that the change can affect are linked again. None: all
+            rows are linked.
         dry_run: Whether to only validate everything and report the number of rows to link.
     """
 
@@ -118,7 +118,8 @@ class LinkConfig(JobConfig):
             raise ValueError("vision.image_encoder needs vision.feature_mapper: set both, or neither")
         if self.score.kind == "language_model" and self.score.risk:
             raise ValueError('score.risk needs score.kind = "combined": set it, or leave the risk out')
-        if self.previous is not None and (self.search.ranking, self.search.objective) == ("mean", "sum"):
+        ranks_by_mean = (self.search.ranking, self.search.objective) == ("mean", "sum")
+        if self.previous is not None and ranks_by_mean and self.score.kind == "language_model":
             raise ValueError(
                 "search.ranking is 'mean': whether added names change such a ranking shows only when everything is "
                 'linked again; leave out `previous`, or set search.ranking = "objective" in both runs'

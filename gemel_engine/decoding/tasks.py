@@ -64,6 +64,10 @@ class MentionTask(ABC, Generic[Result]):
     def prepare(self) -> tuple[Prompt, Search[Result]] | None:
         """Return prompt and search; None if no search is needed."""
 
+    def can_continue(self) -> bool:
+        """Return whether the earlier prediction is enough to begin from."""
+        return True
+
     @abstractmethod
     def finish(self, result: Result) -> None:
         """Turn the result of the search into the prediction."""
@@ -205,6 +209,7 @@ class ScoreTask(MentionTask[EntitySearchResult]):
         weights: Weights of the score.
         threshold: Lowest probability by evidence alone at which the language model is not asked;
             None: it is always asked.
+        earlier: Its prediction by another score; see `EntityNameGenerator.generate`.
     """
 
     def __init__(
@@ -215,38 +220,35 @@ class ScoreTask(MentionTask[EntitySearchResult]):
         retrieved: Retrieved,
         weights: ScoreWeights,
         threshold: float | None,
+        earlier: Prediction | None = None,
     ) -> None:
         super().__init__(generator, mention, features, retrieved)
+        self._earlier = earlier
         self._weights = weights
         self._threshold = threshold
         self._scope = Scope(generator.artifacts.knowledge_base, generator.artifacts.knowledge_base.trie)
         self._bonuses: dict[int, float] = {}  # of the allowed candidates, by row, the highest first
 
     def prepare(self) -> tuple[Prompt, EntitySearch] | None:
-        """Return prompt and search; None if evidence decides alone."""
+        """Return prompt and search; None if evidence decides alone, or the earlier search is enough."""
         generator = self._generator
         try:
-            self._scope = scope = Scope.of(generator.artifacts.knowledge_base, self._mention)
-            numbers = {candidate.row: scope.number(candidate.row) for candidate in self._retrieved.candidates}
-            allowed = [candidate for candidate in self._retrieved.candidates if numbers[candidate.row] is not None]
-            self._bonuses = bonuses_of(
-                self._mention.mention,
-                [candidate.row for candidate in allowed],
-                [candidate.reasons for candidate in allowed],
-                self._weights,
-                generator.artifacts.knowledge_base,
-            )
+            self._hear_evidence()
             if self._is_plain():
                 self.prediction = self._ranked(Prediction(self._mention.mention_id, pool=self._pool()), None)
+                return None
+            if (again := self._again()) is not None:
+                self.prediction = again
                 return None
             prompt, self._used = generator.prompt(self._mention, self._features, self._retrieved)
         except MentionError as error:
             self._fail(error)
             return None
+        scope = self._scope
         pool = [
             BonusEntity(row, bonus, (number,))
             for row, bonus in self._bonuses.items()
-            if (number := numbers[row]) is not None
+            if (number := scope.number(row)) is not None
         ]
         search = EntitySearch(
             scope.trie,
@@ -290,6 +292,34 @@ class ScoreTask(MentionTask[EntitySearchResult]):
         # Of what the row says alone, as when a calibration is fitted to rows.
         ranking = ranking_of(self._bonuses, Heard.of(prediction, self._scope), self._weights.language_model)
         self.prediction = replace(prediction, confidence=ranking.certainty)
+
+    def can_continue(self) -> bool:
+        """Return whether the earlier prediction proves the new ranking, and the question is still asked."""
+        try:
+            self._hear_evidence()
+        except MentionError:
+            return False
+        return not self._is_plain() and self._again() is not None
+
+    def _hear_evidence(self) -> None:
+        """Set the allowed names, and the bonuses of the allowed candidates.
+
+        Raises:
+            InvalidMentionError: The mention's own candidates are not in the knowledge base.
+        """
+        self._scope = scope = Scope.of(self._generator.artifacts.knowledge_base, self._mention)
+        allowed = [item for item in self._retrieved.candidates if scope.number(item.row) is not None]
+        rows, reasons = [item.row for item in allowed], [item.reasons for item in allowed]
+        self._bonuses = bonuses_of(self._mention.mention, rows, reasons, self._weights, scope.knowledge_base)
+
+    def _again(self) -> Prediction | None:
+        """Return the earlier prediction in its new order; None if the order is not proved."""
+        heard = None if self._earlier is None else Heard.of(self._earlier, self._scope)
+        if self._earlier is None or heard is None or not heard.log_probs:
+            return None
+        again = self._ranked(replace(self._earlier, pool=self._pool()), heard)
+        is_proved = (again.num_certified or 0) >= self._generator.search_settings.num_to_certify
+        return again if is_proved else None
 
     def _is_plain(self) -> bool:
         """Return whether evidence is certain enough to decide alone.

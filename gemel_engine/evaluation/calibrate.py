@@ -36,6 +36,7 @@ NIL_SHARE = 0.2  # of the surface forms, whose entities are held out where label
 _SEED = 0
 _NUM_FOLDS = 5
 _FREEDOMS = (1.0, 0.3, 0.1, 0.03, 0.01)  # inverse strengths of regularisation
+_SOURCES = (("is_asked", "logit_certainty"), EVIDENCE)  # of confidence, by the score: few numbers, or all
 _LEAST = 20  # least number of mentions of each outcome for fitting
 _LEAST_CALLED = 10  # least number of mentions called NIL for which a precision is computed
 
@@ -126,7 +127,7 @@ def fit_calibration(
             f"{num_right} of {num_final} answers are right: calibration needs at least {_LEAST} right and {_LEAST} "
             "wrong ones; link more mentions with gold labels"
         )
-    right, left_out = _fitted(answers, is_right)
+    right, left_out = _fitted(answers, is_right, _SOURCES if weights is not None else _SOURCES[-1:])
     judged = quality(left_out[are_final], is_right[are_final])
     fitted_on = {
         "num_mentions": float(num_final),
@@ -138,7 +139,7 @@ def fit_calibration(
     nil, threshold = None, None
     are_nil = of_nil.are_nil
     if are_nil[of_nil.are_final].sum() >= _LEAST:
-        nil, left_out = _fitted(of_nil, are_nil)
+        nil, left_out = _fitted(of_nil, are_nil, _SOURCES[-1:])
         final = of_nil.are_final
         threshold, reached = _threshold(left_out[final], are_nil[final], nil_precision)
         are_held_out = float(of_nil is not answers)
@@ -155,16 +156,22 @@ def fit_calibration(
     )
 
 
-def fit_logistic(evidence: Numbers, outcomes: Outcomes, freedom: float) -> LogisticModel:
-    """Fit a logistic regression to evidence (N, F) and outcomes (N,).
+def fit_logistic(
+    evidence: Numbers, outcomes: Outcomes, freedom: float, source: Sequence[str] = EVIDENCE
+) -> LogisticModel:
+    """Fit a logistic regression.
 
-    `freedom` is the inverse strength of regularisation: a smaller one keeps weights nearer to 0.
+    Args:
+        evidence: Numbers of evidence, (N, F).
+        outcomes: Outcomes, (N,).
+        freedom: Inverse strength of regularisation: a smaller one keeps weights nearer to 0.
+        source: Names of the numbers that are used.
     """
     with extra("report"):
         from sklearn.linear_model import LogisticRegression  # slow to import, rarely needed
 
     mean, scale = evidence.mean(axis=0), evidence.std(axis=0)
-    varies = np.flatnonzero(scale > LEAST_SCALE)
+    varies = np.flatnonzero((scale > LEAST_SCALE) & np.isin(EVIDENCE, source))
     standardised = (evidence[:, varies] - mean[varies]) / scale[varies]
     fitted = LogisticRegression(C=freedom, max_iter=1000).fit(standardised, outcomes)
     columns = zip(varies.tolist(), fitted.coef_[0].tolist(), strict=True)
@@ -172,8 +179,8 @@ def fit_logistic(evidence: Numbers, outcomes: Outcomes, freedom: float) -> Logis
     return LogisticModel(terms=terms, bias=float(fitted.intercept_[0]))
 
 
-def _fitted(answers: Answers, outcomes: Outcomes) -> tuple[LogisticModel, Numbers]:
-    """Fit a model with the regularisation that cross-validation prefers.
+def _fitted(answers: Answers, outcomes: Outcomes, sources: Sequence[Sequence[str]]) -> tuple[LogisticModel, Numbers]:
+    """Fit a model with the evidence and the regularisation that cross-validation prefers.
 
     Returns:
         The model fitted to all answers, and the cross-validated probability of each (N,).
@@ -183,9 +190,13 @@ def _fitted(answers: Answers, outcomes: Outcomes) -> tuple[LogisticModel, Number
 
     evidence, forms = evidence_of(answers.predictions, answers.forms), np.unique_inverse(answers.forms)[1]
     folds = _folds(evidence, outcomes, forms)
-    left_out = {freedom: _left_out(evidence, outcomes, folds, freedom) for freedom in _FREEDOMS}
-    best = min(left_out, key=lambda freedom: log_loss(outcomes, left_out[freedom]))
-    return fit_logistic(evidence, outcomes, best), left_out[best]
+    left_out = {
+        (tuple(source), freedom): _left_out(evidence, outcomes, folds, freedom, source)
+        for source in sources
+        for freedom in _FREEDOMS
+    }
+    best = min(left_out, key=lambda choice: log_loss(outcomes, left_out[choice]))
+    return fit_logistic(evidence, outcomes, best[1], best[0]), left_out[best]
 
 
 def _folds(evidence: Numbers, outcomes: Outcomes, forms: npt.NDArray[np.intp]) -> Folds:
@@ -203,11 +214,11 @@ def _folds(evidence: Numbers, outcomes: Outcomes, forms: npt.NDArray[np.intp]) -
     return splits
 
 
-def _left_out(evidence: Numbers, outcomes: Outcomes, folds: Folds, freedom: float) -> Numbers:
+def _left_out(evidence: Numbers, outcomes: Outcomes, folds: Folds, freedom: float, source: Sequence[str]) -> Numbers:
     """Return the probability of each mention by a model fitted without its surface form."""
     probabilities = np.empty(len(outcomes))
     for fitted, judged in folds:
-        probabilities[judged] = fit_logistic(evidence[fitted], outcomes[fitted], freedom)(evidence[judged])
+        probabilities[judged] = fit_logistic(evidence[fitted], outcomes[fitted], freedom, source)(evidence[judged])
     return probabilities
 
 
