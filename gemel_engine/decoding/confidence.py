@@ -27,7 +27,7 @@ from gemel_engine.errors import ConfigurationError
 from gemel_engine.evidence.features import FEATURES, features_of
 from gemel_engine.evidence.weights import ScoreWeights
 from gemel_engine.storage.manifest import claimed, parse_manifest, read_manifest, write_manifest
-from gemel_engine.types import CARD_PREFIX, Prediction
+from gemel_engine.types import CARD_PREFIX, Candidate, Prediction
 
 FORMAT_VERSION = 4
 EVIDENCE = (
@@ -51,6 +51,7 @@ EVIDENCE = (
     "logit_certainty",  # share of the answer in the softmax of the scores
     "bonus",
     *(f"answer_{name}" for name in FEATURES),
+    *(f"lead_{name}" for name in FEATURES),  # of the answer before the second candidate
 )
 
 MANIFEST = "calibration.json"
@@ -255,14 +256,19 @@ def _of_demonstrations(prediction: Prediction) -> list[float]:
 
 def _of_pool(prediction: Prediction, form: str) -> list[float]:
     if prediction.decided_by == "language_model" or not prediction.candidates:
-        return [0.0] * (2 + len(FEATURES))
-    answer = prediction.candidates[0]
-    reasons = {item.entity_id: item.reasons for item in prediction.pool}.get(answer.entity_id)
-    # Outside of its pool, an entity has no features, as in the score.
-    features = [0.0] * len(FEATURES)
-    if reasons is not None:
-        features = features_of(form, [answer.entity_name], [reasons])[0].tolist()
-    return [_logit(prediction.confidence or 0.0), answer.bonus or 0.0, *features]
+        return [0.0] * (2 + 2 * len(FEATURES))
+    answer, *others = prediction.candidates[:2]
+    features = _features(prediction, form, answer)
+    lead = features - _features(prediction, form, others[0]) if others else np.zeros(len(FEATURES))
+    return [_logit(prediction.confidence or 0.0), answer.bonus or 0.0, *features.tolist(), *lead.tolist()]
+
+
+def _features(prediction: Prediction, form: str, candidate: Candidate) -> Numbers:
+    """Return the features of a candidate (F,); outside of the pool it has none, as in the score."""
+    for item in prediction.pool:
+        if item.entity_id == candidate.entity_id:
+            return features_of(form, [candidate.entity_name], [item.reasons])[0]
+    return np.zeros(len(FEATURES))
 
 
 def _logit(share: float) -> float:

@@ -126,4 +126,4 @@ class RankedAnswers:
             heard = heard.without(knowledge_base.row_of_entity(without))
         prediction = replace(prediction, pool=pool)
         for found in ([None] if bonuses else []) + ([heard] if heard is not None and heard.log_probs else []):
-            yield ranked_again(prediction, self._scope, bonuses, found, weights.language_model, 1)
+            yield ranked_again(prediction, self._scope, bonuses, found, weights.language_model, 2)

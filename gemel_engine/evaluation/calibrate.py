@@ -172,6 +172,8 @@ def fit_logistic(
 
     mean, scale = evidence.mean(axis=0), evidence.std(axis=0)
     varies = np.flatnonzero((scale > LEAST_SCALE) & np.isin(EVIDENCE, source))
+    if not len(varies):
+        return LogisticModel(terms={}, bias=float(np.log(outcomes.mean() / (1 - outcomes.mean()))))
     standardised = (evidence[:, varies] - mean[varies]) / scale[varies]
     fitted = LogisticRegression(C=freedom, max_iter=1000).fit(standardised, outcomes)
     columns = zip(varies.tolist(), fitted.coef_[0].tolist(), strict=True)

@@ -118,10 +118,31 @@ def test_a_run_goes_on_with_an_update_of_knowledge_base_and_evidence(
     again = replace(updated, output=f"{config.output}-again", previous=config.output)
     report = link_corpus(again)
     assert report.carried_over is not None
-    assert report.carried_over.rows_linked == 9  # evidence took part in all
+    assert report.carried_over.rows_linked == 9  # a name was added
     full, found = predictions(updated.output), predictions(again.output)
     assert [row["entity_id"] for row in found] == [row["entity_id"] for row in full]
     assert [row["demonstration_ids"] for row in found] == [row["demonstration_ids"] for row in full]
     pools = {row["mention_id"]: {item["entity_id"] for item in row["pool"]} for row in found}
     by_alias = [row["mention_id"] for row in predictions(config.output) if row["entity_name"] == "brown bear"]
     assert all("N1" in pools[mention_id] for mention_id in by_alias)
+
+
+@pytest.mark.heavy
+def test_other_weights_rank_again_without_the_language_model(
+    config: LinkConfig, local_ray: None, tmp_path: Path
+) -> None:
+    link_corpus(config)
+    other = replace(WEIGHTS, features={"likeness": 4.0, "words_of_form": 1.0}, language_model=0.3)
+    changed = calibrated(config, other, tmp_path / "other")
+    full = replace(changed, output=f"{config.output}-full")
+    in_full = link_corpus(full)
+    report = link_corpus(replace(changed, output=f"{config.output}-again", previous=config.output))
+    assert report.carried_over is not None
+    assert report.carried_over.rows_kept > 0
+    assert report.carried_over.rows_kept + report.carried_over.rows_linked == 9
+    assert report.rollouts < in_full.rollouts
+    for ours, theirs in zip(predictions(f"{config.output}-again"), predictions(full.output), strict=True):
+        assert (ours["entity_id"], ours["decided_by"]) == (theirs["entity_id"], "score")
+        assert ours["certified"]
+        assert ours["score"] == pytest.approx(theirs["score"], abs=1e-3)
+        assert ours["demonstration_ids"] == theirs["demonstration_ids"]
