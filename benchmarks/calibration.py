@@ -30,20 +30,24 @@ from numpy.typing import NDArray
 from record import record
 from sklearn.metrics import roc_auc_score
 
-from gemel_engine.cli.knowledge_bases import EncoderOptions
+from gemel_engine.assembly import load_picture_encoder, open_artifacts
 from gemel_engine.config.components import EngineSettings, KnowledgeBaseSettings, RetrievalSettings
 from gemel_engine.config.loading import config_json, load_config
 from gemel_engine.config.settings import LinkConfig
 from gemel_engine.decoding.confidence import Calibration
-from gemel_engine.decoding.generator import EntityNameGenerator
+from gemel_engine.decoding.generator import Artifacts, EntityNameGenerator
 from gemel_engine.errors import MentionError
 from gemel_engine.evaluation.calibrate import calibrate_run
 from gemel_engine.evaluation.quality import quality
 from gemel_engine.evaluation.run import LinkedRun
+from gemel_engine.evidence.index import DIRECTORY as EVIDENCE
+from gemel_engine.evidence.index import EntityPictures, build_evidence, entities_checksum
 from gemel_engine.evidence.retrieved import Retrieved
+from gemel_engine.evidence.retriever import Retriever
 from gemel_engine.evidence.weights import ScoreWeights
-from gemel_engine.linker import Linker
-from gemel_engine.pipeline.knowledge_bases import build
+from gemel_engine.knowledge_base.build import build_knowledge_base, read_entities
+from gemel_engine.knowledge_base.store import KnowledgeBase
+from gemel_engine.retrieval.encoder import MentionEncoder
 from gemel_engine.tokenizer import load_tokenizer
 from gemel_engine.types import Features, Mention, Prediction, predictions_to_table
 
@@ -61,30 +65,28 @@ logger = logging.getLogger("calibration")
 class Prepared:
     """A corpus with what retrieval finds for it in one knowledge base."""
 
-    linker: Linker
+    config: LinkConfig
+    artifacts: Artifacts
     rows: list[dict[str, Any]]
     mentions: list[Mention]
     features: list[Features | None]
     retrieved: list[Retrieved]
 
     @classmethod
-    def of(cls, config: LinkConfig) -> Self:
-        """Encode pictures and retrieve."""
-        linker, rows = Linker(config), pq.read_table(config.input).to_pylist()
+    def of(cls, config: LinkConfig, rows: list[dict[str, Any]], features: list[Features | None]) -> Self:
+        """Retrieve, with the features of the mentions' pictures."""
         mentions = [Mention(row["mention_id"], row["text"], row["mention"], group=row.get("group")) for row in rows]
-        features, retrieved = linker.prepare(mentions, [row.get("image_bytes") for row in rows])
-        return cls(
-            linker, rows, mentions, [None if isinstance(item, MentionError) else item for item in features], retrieved
-        )
+        artifacts = open_artifacts(config)
+        retriever = Retriever(config.retrieval, artifacts.knowledge_base, artifacts.index, artifacts.evidence)
+        return cls(config, artifacts, rows, mentions, features, retriever.retrieve(mentions, features))
 
     def linked(self, weights: ScoreWeights, calibration: Calibration | None = None) -> list[Prediction]:
-        """Predictions by evidence alone: at any probability, it is certain enough."""
-        config = self.linker.config
+        """Predictions by evidence alone: at any probability, it is certain enough to ask no engine."""
         generator = EntityNameGenerator(
-            self.linker.generator.artifacts,
-            self.linker.generator.engine,
-            config.prompt,
-            config.search,
+            self.artifacts,
+            None,  # type: ignore[arg-type]
+            self.config.prompt,
+            self.config.search,
             calibration=calibration,
             weights=replace(weights, risks=((0.0, 0.0),)),
             risk=1.0,
@@ -92,10 +94,10 @@ class Prepared:
         return generator.generate(self.mentions, self.features, self.retrieved)
 
     @property
-    def gold(self) -> list[str | None]:
-        """Entity of each mention; None if the knowledge base lacks it."""
-        row_of = self.linker.generator.artifacts.knowledge_base.row_of_entity
-        return [row["entity_id"] if row_of(row["entity_id"]) is not None else None for row in self.rows]
+    def are_nil(self) -> NDArray[np.bool_]:
+        """Whether the knowledge base lacks the entity of each mention."""
+        row_of = self.artifacts.knowledge_base.row_of_entity
+        return np.array([row_of(row["entity_id"]) is None for row in self.rows])
 
 
 def main(data: tyro.conf.Positional[Path], *, language_model: str, mention_encoder: str) -> None:
@@ -108,7 +110,7 @@ def main(data: tyro.conf.Positional[Path], *, language_model: str, mention_encod
     """
     WORK.mkdir(parents=True, exist_ok=True)
     prepare(data, language_model, mention_encoder)
-    engine = EngineSettings(name=language_model, engine="transformers", dtype="float32")
+    engine = EngineSettings(name=language_model)
     of_texts = LinkConfig(
         input=str(data / "dev.parquet"),
         output=str(WORK / "linked"),
@@ -124,28 +126,53 @@ def main(data: tyro.conf.Positional[Path], *, language_model: str, mention_encod
     )
     results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for name, config, entities in (("wikidiverse", of_texts, data), ("emoji", of_pictures, EMOJI)):
-        reduced = without_entities(config, entities / "entities.parquet", WORK / name)
-        values, what = judged(Prepared.of(config), Prepared.of(reduced), WORK / name)
+        rows = pq.read_table(config.input).to_pylist()
+        features = picture_features(config, rows)
+        whole = Prepared.of(config, rows, features)
+        logger.info("%s: retrieved", name)
+        reduced = without_entities(whole, entities / "entities.parquet", WORK / name)
+        values, what = judged(whole, Prepared.of(reduced, rows, features), WORK / name)
         results[f"{name}_evidence"] = {key: record(value, command, what) for key, value in values.items()}
         RESULTS.write_text(json.dumps(results, indent=2) + "\n")
         logger.info("%s: %s", name, values)
 
 
-def without_entities(config: LinkConfig, entities: Path, directory: Path) -> LinkConfig:
-    """The run with a knowledge base that lacks a fifth of the entities."""
-    knowledge_base = directory / "knowledge_base"
-    if not (knowledge_base / "knowledge_base.json").exists():
+def picture_features(config: LinkConfig, rows: Sequence[dict[str, Any]]) -> list[Features | None]:
+    """Features of the mentions' pictures."""
+    if config.vision.image_encoder is None:
+        return [None] * len(rows)
+    found = load_picture_encoder(config.vision).encode([row["image_bytes"] for row in rows])
+    return [None if isinstance(item, MentionError) else item for item in found]
+
+
+def without_entities(whole: Prepared, entities: Path, directory: Path) -> LinkConfig:
+    """The run with a knowledge base that lacks a fifth of the entities; pictures keep their features."""
+    config, target = whole.config, directory / "knowledge_base"
+    if not (target / EVIDENCE / "evidence.json").exists():
         directory.mkdir(parents=True, exist_ok=True)
         table = pq.read_table(entities)
         ids = sorted(table["entity_id"].to_pylist())
         kept = pa.array(random.Random(SEED).sample(ids, round(len(ids) * (1 - REMOVED_SHARE))))
         pq.write_table(table.filter(pc.is_in(table["entity_id"], kept)), directory / "entities.parquet")
-        encoders = EncoderOptions(
-            mention_encoder=config.retrieval.mention_encoder, image_encoder=config.vision.image_encoder
-        ).encoders()
-        tokenizer = load_tokenizer(config.language_model.name)
-        build(str(directory / "entities.parquet"), str(knowledge_base), tokenizer, KnowledgeBaseSettings(), encoders)
-    return replace(config, knowledge_base=str(knowledge_base))
+        read = read_entities(str(directory / "entities.parquet"))
+        build_knowledge_base(read, load_tokenizer(config.language_model.name), target, KnowledgeBaseSettings())
+        knowledge_base, evidence = KnowledgeBase.open(target, verify=True), whole.artifacts.evidence
+        pictures = None
+        if evidence is not None and evidence.pictures is not None:
+            row_of = whole.artifacts.knowledge_base.row_of_entity
+            rows = [row_of(knowledge_base.entity_id(row)) for row in range(knowledge_base.num_entities)]
+            found = {n: evidence.pictures.features_of(row) for n, row in enumerate(rows) if row is not None}
+            known = {n: features for n, features in found.items() if features is not None}
+            fingerprint = evidence.manifest.image_encoder_fingerprint
+            pictures = EntityPictures(np.stack(list(known.values())), np.array(list(known), np.uint32), fingerprint)
+        build_evidence(
+            knowledge_base.table(),
+            target / EVIDENCE,
+            knowledge_base=entities_checksum(target),
+            mention_encoder=MentionEncoder(str(config.retrieval.mention_encoder)),
+            pictures=pictures,
+        )
+    return replace(config, knowledge_base=str(target))
 
 
 def judged(whole: Prepared, reduced: Prepared, directory: Path) -> tuple[dict[str, float], str]:
@@ -160,7 +187,7 @@ def judged(whole: Prepared, reduced: Prepared, directory: Path) -> tuple[dict[st
     first = whole.linked(ScoreWeights.open())
     confidence, is_right, raw = np.empty(len(forms)), np.empty(len(forms), bool), np.empty(len(forms))
     nil, called = np.empty(len(forms)), np.empty(len(forms), bool)
-    are_nil = np.array([gold is None for gold in reduced.gold])
+    are_nil = reduced.are_nil
     for half in (halves, ~halves):
         fitted = calibrated(whole, first, half, directory)
         assert fitted.weights is not None, "a run with pools"
@@ -194,7 +221,7 @@ def calibrated(whole: Prepared, first: Sequence[Prediction], half: NDArray[np.bo
     labels = [row for row, is_labelled in zip(whole.rows, half, strict=True) if is_labelled]
     gold = pa.table({name: [row[name] for row in labels] for name in ("mention_id", "entity_id")})
     pq.write_table(gold, directory / "gold.parquet")
-    settings = json.loads(config_json(whole.linker.config))
+    settings = json.loads(config_json(whole.config))
     run = LinkedRun(str(WORK), settings, {}, predictions_to_table(list(first)))
     return calibrate_run(run, gold=str(directory / "gold.parquet"), nil_precision=NIL_PRECISION)
 
