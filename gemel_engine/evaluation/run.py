@@ -10,12 +10,16 @@ import numpy as np
 import pyarrow as pa
 
 from gemel_engine import storage
+from gemel_engine.decoding.confidence import MANIFEST as CALIBRATION_MANIFEST
+from gemel_engine.decoding.confidence import Calibration
 from gemel_engine.errors import ArtifactError, InputError
 from gemel_engine.evaluation.gold import entities_to_judge, read_gold
 from gemel_engine.evaluation.judge import Comparison, Evaluation, EvaluationProtocol, Judge
 from gemel_engine.evaluation.leaks import LeakAudit, audit_leaks
 from gemel_engine.evaluation.quality import ConfidenceQuality, quality
 from gemel_engine.evidence.update import open_knowledge_base
+from gemel_engine.evidence.weights import MANIFEST as WEIGHTS_MANIFEST
+from gemel_engine.evidence.weights import SHIPPED, ScoreWeights
 from gemel_engine.fingerprints import json_sha256, read_manifest_at
 from gemel_engine.knowledge_base.store import MANIFEST, KnowledgeBase
 from gemel_engine.storage import parquet
@@ -94,6 +98,19 @@ class LinkedRun:
             for name, part in parts.items()
             if part is not None
         }
+
+    def open_weights(self) -> ScoreWeights | None:
+        """Open the weights of the run's score; None if it had none, or if they are not there any more."""
+        settings, artifacts = self.settings, self.identity.get("artifacts") or {}
+        address = settings.get("calibration")
+        if (settings.get("score") or {}).get("kind") != "combined":
+            return None
+        name, uri = "calibration", f"{address}/{CALIBRATION_MANIFEST}"
+        if address is None:
+            name, uri = "weights", f"{SHIPPED}/{WEIGHTS_MANIFEST}"
+        if not storage.exists(uri) or read_manifest_at(uri) != artifacts.get(name):
+            return None
+        return ScoreWeights.open() if address is None else Calibration.open(storage.download_directory(address)).weights
 
     def open_knowledge_base(self) -> KnowledgeBase:
         """Open the knowledge base of the run, from its original address."""
