@@ -117,7 +117,7 @@ requirements: $(INSTALLED) ## resolve requirements-cpu.txt and requirements-gpu.
 	$(call resolve,gpu,$(EXTRAS) aws)
 
 # What both files hold beside the engine.
-EXTRAS := report train import demo dev
+EXTRAS := report train import serve demo dev
 COMPILE := $(BIN)/uv pip compile --quiet --no-annotate --no-header --no-emit-index-url --no-emit-find-links pyproject.toml
 
 # One file of pins serves all of PYTHONS: those of the newest; the others have to resolve to the same.

@@ -251,11 +251,11 @@ def free(
     assert isinstance(engine, VllmEngine), "the configurations' engine"
     parameters = SamplingParams(temperature=0.0, max_tokens=40, stop_token_ids=[generator.terminator], detokenize=False)
     for number, inputs in enumerate(zip(mentions, features, retrieved, strict=True)):
-        prompt = engine._vllm_prompt(generator.prompt(*inputs)[0], ())
-        engine._engine.add_request(str(number), prompt, parameters)
+        prompt = engine.vllm_prompt(generator.prompt(*inputs)[0], ())
+        engine.llm_engine.add_request(str(number), prompt, parameters)
     names = [""] * len(mentions)
-    while engine._engine.has_unfinished_requests():
-        for output in engine._engine.step():
+    while engine.llm_engine.has_unfinished_requests():
+        for output in engine.llm_engine.step():
             if output.finished:
                 assert isinstance(output, RequestOutput)
                 token_ids = list(output.outputs[0].token_ids)

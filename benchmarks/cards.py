@@ -28,12 +28,10 @@ from record import record, to_digits
 
 from gemel_engine.config.components import EngineSettings, KnowledgeBaseSettings, RetrievalSettings, ScoreSettings
 from gemel_engine.config.settings import LinkConfig
-from gemel_engine.evidence.index import DIRECTORY, build_evidence
 from gemel_engine.evidence.retriever import Retriever
-from gemel_engine.knowledge_base.build import build_knowledge_base, read_entities
-from gemel_engine.knowledge_base.store import KnowledgeBase
-from gemel_engine.knowledge_base.update_files import read_contents
 from gemel_engine.linker import Linker
+from gemel_engine.pipeline.entity_vectors import EntityEncoders
+from gemel_engine.pipeline.knowledge_bases import build
 from gemel_engine.retrieval.encoder import MentionEncoder
 from gemel_engine.retrieval.index import DemonstrationIndex
 from gemel_engine.retrieval.reading import read_demonstrations, read_names
@@ -115,17 +113,13 @@ def publish(values: dict[str, object], name: str, command: str, what: str) -> No
 def prepare(data: Path, language_model: str, mention_encoder: str) -> None:
     """Build the knowledge base with its evidence index and the demonstration index, where they are missing."""
     knowledge_base = WORK / "knowledge_base"
-    encoder = MentionEncoder(mention_encoder)
     if not (knowledge_base / "knowledge_base.json").exists():
-        entities = read_entities(str(data / "entities.parquet"))
-        build_knowledge_base(entities, load_tokenizer(language_model), knowledge_base, KnowledgeBaseSettings())
-        table = KnowledgeBase.open(knowledge_base, verify=True).table()
-        checksum = str(read_contents(knowledge_base)["entities_sha256"])
-        build_evidence(table, knowledge_base / DIRECTORY, knowledge_base=checksum, mention_encoder=encoder)
+        entities, encoders = str(data / "entities.parquet"), EntityEncoders(mention_encoder=mention_encoder)
+        build(entities, str(knowledge_base), load_tokenizer(language_model), KnowledgeBaseSettings(), encoders)
     if not (WORK / "demonstrations/index.json").exists():
         names = read_names(str(data / "entities.parquet"))
         demonstrations = read_demonstrations(str(data / "train.parquet"), names)
-        DemonstrationIndex.build(WORK / "demonstrations", demonstrations, encoder)
+        DemonstrationIndex.build(WORK / "demonstrations", demonstrations, MentionEncoder(mention_encoder))
 
 
 def buckets_of(rows: Sequence[dict[str, Any]], data: Path) -> list[str]:

@@ -97,7 +97,7 @@ def budgets(
     mentions = ours.sample(num_mentions)
     settings = replace(ours.config.search, objective=objective, max_rollouts=max(BUDGETS), width=1)
     names = ours.artifacts.knowledge_base
-    retrieved = ours._retriever.retrieve(mentions, [None] * len(mentions))
+    retrieved = ours.retriever.retrieve(mentions, [None] * len(mentions))
     searches = {}
 
     class Watched(NameSearch):

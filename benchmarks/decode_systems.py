@@ -64,7 +64,7 @@ class Systems:
         self.generator = start_generator(config, self.artifacts)
         self._engine: Any = self.generator.engine
         assert self.artifacts.index is not None, "written by benchmarks/wikidiverse.py"
-        self._retriever = Retriever(
+        self.retriever = Retriever(
             config.retrieval, self.artifacts.knowledge_base, self.artifacts.index, self.artifacts.evidence
         )
         self.dev = pq.read_table(wikidiverse / "dev.parquet").to_pylist()
@@ -78,7 +78,7 @@ class Systems:
 
     def prompts(self, mentions: Sequence[Mention]) -> list[tuple[int, ...]]:
         """The tokens that every system reads."""
-        retrieved = self._retriever.retrieve(mentions, [None] * len(mentions))
+        retrieved = self.retriever.retrieve(mentions, [None] * len(mentions))
         built = [
             self.generator.prompt(mention, None, found)[0] for mention, found in zip(mentions, retrieved, strict=True)
         ]
@@ -90,7 +90,7 @@ class Systems:
 
     def ours(self, mentions: Sequence[Mention]) -> tuple[Cost, list[Prediction]]:
         """Retrieval not counted, as for the others; prompts are."""
-        retrieved = self._retriever.retrieve(mentions, [None] * len(mentions))
+        retrieved = self.retriever.retrieve(mentions, [None] * len(mentions))
         self._reset()
         started = time.perf_counter()
         predictions = self.generator.generate(mentions, [None] * len(mentions), retrieved)
@@ -102,7 +102,7 @@ class Systems:
     def floor(self, prompts: Sequence[tuple[int, ...]]) -> Cost:
         """The same engine reads every prompt once and answers one free token."""
         self._reset()
-        engine, tokens = self._engine._engine, 0
+        engine, tokens = self._engine.llm_engine, 0
         parameters = SamplingParams(temperature=0.0, max_tokens=1, detokenize=False)
         started = time.perf_counter()
         for number, prompt in enumerate(prompts):
@@ -113,7 +113,7 @@ class Systems:
         return Cost(time.perf_counter() - started, [], tokens)
 
     def _reset(self) -> None:
-        assert self._engine._engine.reset_prefix_cache(), "the cache of an idle engine can be emptied"
+        assert self._engine.llm_engine.reset_prefix_cache(), "the cache of an idle engine can be emptied"
         self._engine.cache_statistics.num_prompt_tokens = self._engine.cache_statistics.num_cached_tokens = 0
 
 

@@ -27,7 +27,7 @@ from record import record
 
 from gemel_engine.evidence.dense import DenseIndex
 from gemel_engine.evidence.forms import FormStatistics
-from gemel_engine.evidence.index import MANIFEST, EvidenceIndex, build_evidence
+from gemel_engine.evidence.index import MANIFEST, EvidenceIndex, complete_evidence
 from gemel_engine.evidence.normal_form import normal_form
 from gemel_engine.evidence.pool import CandidatePool
 from gemel_engine.retrieval.encoder import MentionEncoder
@@ -123,7 +123,7 @@ def built(names: Sequence[str], directory: Path) -> tuple[EvidenceIndex, dict[st
     if (directory / MANIFEST).exists():
         return EvidenceIndex.open(directory), {}
     started, processor = time.perf_counter(), time.process_time()
-    evidence = build_evidence(pa.table({"name": names}), directory, knowledge_base="benchmark")
+    evidence = complete_evidence(pa.table({"name": names}), directory, knowledge_base="benchmark")
     costs: dict[str, object] = {
         "build_seconds": round(time.perf_counter() - started, 1),
         "build_processor_seconds": round(time.process_time() - processor, 1),

@@ -192,20 +192,25 @@ def artifact_manifests(config: JobConfig) -> dict[str, Any]:
     Raises:
         ArtifactError: An artifact is missing or damaged.
     """
+    return {name: read_manifest_at(uri) for name, uri in _manifest_addresses(config).items()}
+
+
+def _manifest_addresses(config: JobConfig) -> dict[str, str]:
+    """Return the address of the manifest of each artifact of a run, by the artifact's name."""
     calibration = config.calibration if isinstance(config, LinkConfig) else None
-    manifests = {
+    addresses: dict[str, str | None] = {
         "knowledge_base": f"{config.knowledge_base}/{KNOWLEDGE_BASE_MANIFEST}",
         "demonstrations": config.demonstrations and f"{config.demonstrations}/{INDEX_MANIFEST}",
         "feature_mapper": config.vision.feature_mapper and f"{config.vision.feature_mapper}/{MAPPER_MANIFEST}",
         "calibration": calibration and f"{calibration}/{CALIBRATION_MANIFEST}",
     }
     if isinstance(config, LinkConfig) and config.score.kind == "combined" and not calibration:
-        manifests["weights"] = f"{SHIPPED_WEIGHTS}/{WEIGHTS_MANIFEST}"
+        addresses["weights"] = f"{SHIPPED_WEIGHTS}/{WEIGHTS_MANIFEST}"
     for file in (EVIDENCE_MANIFEST, EVIDENCE_UPDATE_MANIFEST):
         evidence = f"{config.knowledge_base}/{EVIDENCE_DIRECTORY}/{file}"
         if config.retrieval.num_candidates and storage.exists(evidence):
-            manifests["evidence"] = evidence
-    return {name: read_manifest_at(uri) for name, uri in manifests.items() if uri}
+            addresses["evidence"] = evidence
+    return {name: uri for name, uri in addresses.items() if uri}
 
 
 def check_contents(began_with: Contents | None, config: JobConfig) -> None:
@@ -236,14 +241,15 @@ def open_retriever(config: JobConfig, contents: Contents | None = None) -> Retri
     Raises:
         ArtifactError: A model or an artifact is missing or damaged, or differs from `contents`.
     """
-    index = None
-    if (directory := config.demonstrations) is not None:
-        check_content(contents, "demonstrations", directory, read_manifest_at(f"{directory}/{INDEX_MANIFEST}"))
-        index = DemonstrationIndex.open(download_directory(directory))
     if contents is not None:
-        manifests = artifact_manifests(config)
-        for part in ("knowledge_base", "evidence"):
-            check_content(contents, part, config.knowledge_base, manifests.get(part))
+        addresses = _manifest_addresses(config)
+        for part in ("demonstrations", "knowledge_base", "evidence"):
+            directory = config.demonstrations if part == "demonstrations" else config.knowledge_base
+            found = read_manifest_at(addresses[part]) if part in addresses else None
+            check_content(contents, part, directory, found)
+    index = None
+    if config.demonstrations is not None:
+        index = DemonstrationIndex.open(download_directory(config.demonstrations))
     knowledge_base = open_knowledge_base(config.knowledge_base)
     evidence = open_evidence(knowledge_base.directory) if config.retrieval.num_candidates else None
     device = "cuda" if config.resources.retrieval.num_gpus else "cpu"

@@ -41,6 +41,7 @@ def import_wikidata(
     languages: Languages = ("en",),
     leave_out: tuple[str, ...] = (),
     image_width: ThumbnailWidth = 500,
+    names_in_all_languages: bool = False,
 ) -> None:
     """Read the items of Wikidata that have a label in one of the languages.
 
@@ -54,6 +55,8 @@ def import_wikidata(
             others are aliases.
         leave_out: More types of items to leave out, such as Q13442814 for scholarly articles.
         image_width: Width of the pictures in pixels, one of those that Wikimedia serves.
+        names_in_all_languages: Whether labels in the other languages are names that the linker may
+            generate (`other_names`), not only aliases that help to find the entity.
     """
     from gemel_engine.importers.entities import ImportReport, check_output, write_entities
     from gemel_engine.importers.wikidata import WIKIMEDIA_PAGES, read_wikidata
@@ -61,11 +64,24 @@ def import_wikidata(
     check_output(output, [dump])
     report = ImportReport()
     left_out_types = frozenset((*WIKIMEDIA_PAGES, *leave_out))
-    entities = read_wikidata(dump, report, languages=languages, left_out_types=left_out_types, image_width=image_width)
+    entities = read_wikidata(
+        dump,
+        report,
+        languages=languages,
+        left_out_types=left_out_types,
+        image_width=image_width,
+        with_other_names=names_in_all_languages,
+    )
     write_entities(output, entities, report)
 
 
-def import_dbpedia(files: Files, *, languages: Languages = ("en",), image_width: ThumbnailWidth = 500) -> None:
+def import_dbpedia(
+    files: Files,
+    *,
+    languages: Languages = ("en",),
+    image_width: ThumbnailWidth = 500,
+    names_in_all_languages: bool = False,
+) -> None:
     """Read the resources of DBpedia that have a label in one of the languages.
 
     Memory stays below 1 GiB; the directory for temporary files (TMPDIR) needs about twice the
@@ -78,6 +94,8 @@ def import_dbpedia(files: Files, *, languages: Languages = ("en",), image_width:
         languages: Language codes. The first with a label gives name and description; labels in the
             others are aliases.
         image_width: Width of the pictures in pixels, one of those that Wikimedia serves.
+        names_in_all_languages: Whether labels in the other languages are names that the linker may
+            generate (`other_names`), not only aliases that help to find the entity.
     """
     from gemel_engine.importers.dbpedia import read_dbpedia
     from gemel_engine.importers.entities import ImportReport, check_output, write_entities
@@ -87,7 +105,14 @@ def import_dbpedia(files: Files, *, languages: Languages = ("en",), image_width:
     *dumps, output = files
     check_output(Path(output), dumps)
     report = ImportReport()
-    write_entities(Path(output), read_dbpedia(dumps, report, languages=languages, image_width=image_width), report)
+    entities = read_dbpedia(
+        dumps,
+        report,
+        languages=languages,
+        image_width=image_width,
+        with_other_names=names_in_all_languages,
+    )
+    write_entities(Path(output), entities, report)
 
 
 def import_table(input: Input, output: Output, *, columns: tuple[str, ...] = (), separator: Separator = "|") -> None:
@@ -98,10 +123,10 @@ def import_table(input: Input, output: Output, *, columns: tuple[str, ...] = (),
             Parquet files: local or s3://bucket/prefix. Text may be compressed by gzip, bzip2 or
             Zstandard; fields of CSV may be quoted, those of TSV may not. Required columns:
             `entity_id` and `name`; optional columns: `description`, `popularity`, `aliases`,
-            `image_uri`, `language`.
+            `image_uri`, `language`, `other_names`.
         output: Parquet file to write; an existing one is replaced.
         columns: Names of columns in the table where they differ: name=title aliases=redirects.
-        separator: Text between the items of `aliases` and `image_uri` in CSV and TSV.
+        separator: Text between the items of `aliases`, `image_uri` and `other_names` in CSV and TSV.
     """
     from gemel_engine.importers.entities import ImportReport, check_output, write_entities
     from gemel_engine.importers.table import parse_columns, read_table

@@ -7,9 +7,8 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal
 
-import tyro
 from tyro.conf import Positional, arg
 
 from gemel_engine.cli import options
@@ -18,8 +17,6 @@ from gemel_engine.errors import InputError
 
 Output = Annotated[Positional[str], arg(metavar="OUTPUT")]
 OutputDir = Annotated[Positional[Path], arg(metavar="OUTPUT_DIR")]
-Options = TypeVar("Options")
-Config = TypeVar("Config")
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +83,7 @@ def plan(arguments: Sequence[str]) -> None:
     """
     from gemel_engine.config.settings import LinkConfig
 
-    sampling, config = _asked(Sampling, LinkConfig, "gemel plan", arguments)
+    sampling, config = options.asked(Sampling, LinkConfig, "gemel plan", arguments)
 
     from rich.console import Console
 
@@ -136,7 +133,7 @@ def explain(arguments: Sequence[str]) -> None:
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     from gemel_engine.config.settings import LinkConfig
 
-    question, config = _asked(Question, LinkConfig, "gemel explain", arguments)
+    question, config = options.asked(Question, LinkConfig, "gemel explain", arguments)
 
     from rich.console import Console
 
@@ -242,17 +239,3 @@ def calibrate(
     if fitted.weights is not None:
         logger.info("%s: %s; language model %.3g", calibration, fitted.weights.features, fitted.weights.language_model)
     logger.info("%s: %s", calibration, ", ".join(f"{name} {value:.3g}" for name, value in fitted.fitted_on.items()))
-
-
-def _asked(
-    options_type: type[Options], config_type: type[Config], command: str, arguments: Sequence[str]
-) -> tuple[Options, Config]:
-    """Return a command's own options, and the configuration with all other options as overrides."""
-    from gemel_engine.config.loading import validated
-
-    if {"-h", "--help"} & set(arguments):
-        tyro.cli(options_type, prog=f"{command} CONFIG.toml", args=["--help"])
-    found, settings = tyro.cli(
-        options_type, prog=f"{command} CONFIG.toml", args=arguments[1:], return_unknown_args=True
-    )
-    return validated(found), options.configure(config_type, command, [*arguments[:1], *settings])

@@ -112,8 +112,8 @@ def build_kb(
 
     Args:
         entities: Parquet file or directory of Parquet files, local or s3://bucket/prefix. Required
-            columns: `entity_id` and `name`; optional columns: `aliases`, `description`,
-            `popularity`, `language` (of name and description), and pictures, one or a list of them:
+            columns: `entity_id` and `name`; optional columns: `aliases`, `other_names` (aliases that
+            may be generated, too), `description`, `popularity`, `language`, and pictures, one or a list of them:
             `image_features`, else `image_bytes`, else `image_uri`.
         output: New or empty directory, local or s3://bucket/prefix.
         names: Which names are usable.
@@ -136,7 +136,7 @@ def build_kb(
     report = built.knowledge_base
     logger.info(
         "%s: %d entities, %d names of at most %d tokens, %d entities skipped, %d aliases repeated, %d aliases "
-        "that are names of other entities, in %.1f s",
+        "that are names of other entities, %d other names, in %.1f s",
         output,
         report.num_entities,
         report.num_names,
@@ -144,6 +144,7 @@ def build_kb(
         sum(report.num_skipped.values()),
         report.num_repeated_aliases,
         report.num_aliases_like_names,
+        report.num_other_names,
         time.perf_counter() - started,
     )
     if built.evidence is not None:

@@ -15,7 +15,7 @@ from importlib.metadata import version
 
 import tyro
 
-from gemel_engine.cli import artifacts, importers, jobs, knowledge_bases, options
+from gemel_engine.cli import artifacts, importers, jobs, knowledge_bases, options, serving
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,7 @@ COMMANDS = {
     "plan": Command(jobs.plan, parses_arguments=True),
     "train": Command(jobs.train, parses_arguments=True),
     "explain": Command(jobs.explain, parses_arguments=True),
+    "serve": Command(serving.serve, parses_arguments=True),
     "import": Command(importers.import_entities, parses_arguments=True),
     "import-gemel": Command(artifacts.import_gemel, parses_arguments=True),
     "evaluate": Command(jobs.evaluate),

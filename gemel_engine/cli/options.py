@@ -22,6 +22,7 @@ from gemel_engine.display import make_visible, visible, visible_traceback
 from gemel_engine.errors import ConfigurationError, GemelError, redacted
 
 Config = TypeVar("Config")
+Options = TypeVar("Options")
 
 _SETTINGS = """Every option below is a setting of CONFIG.toml: `--search.width` overrides the key `width` in
 the table `[search]`.
@@ -109,3 +110,17 @@ def configure(config_type: type[Config], command: str, arguments: Sequence[str])
         raise ConfigurationError(f"name a configuration: {command} CONFIG.toml [--key value ...]")
     path, *overrides = arguments
     return load_config(config_type, Path(path), overrides, program=f"{command} {path}")
+
+
+def asked(
+    options_type: type[Options], config_type: type[Config], command: str, arguments: Sequence[str]
+) -> tuple[Options, Config]:
+    """Return a command's own options, and the configuration with all other options as overrides."""
+    from gemel_engine.config.loading import validated
+
+    if {"-h", "--help"} & set(arguments):
+        tyro.cli(options_type, prog=f"{command} CONFIG.toml", args=["--help"])
+    found, settings = tyro.cli(
+        options_type, prog=f"{command} CONFIG.toml", args=arguments[1:], return_unknown_args=True
+    )
+    return validated(found), configure(config_type, command, [*arguments[:1], *settings])

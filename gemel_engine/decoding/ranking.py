@@ -27,37 +27,58 @@ class Heard:
     """What the language model found for a mention.
 
     Attributes:
-        log_probs: Log-prob of each entity whose name is among the candidates, by row.
+        log_probs: Log-prob of the best name found of each entity, by row.
+        log_limits: Upper bound, beside `log_rest`, of the log-prob of further names of entities, by
+            row: of those that have several names or share one with an entity that has; which name
+            was found, a row does not say.
         log_mass: Log of an upper bound of the probability of all names.
-        log_rest: Upper bound of the log-prob of every other name.
+        log_rest: Upper bound of the log-prob of every name that was not found.
     """
 
     log_probs: Mapping[int, float]
+    log_limits: Mapping[int, float]
     log_mass: float
     log_rest: float
 
     @classmethod
     def of(cls, prediction: Prediction, scope: Scope) -> Self | None:
-        """Read it from a prediction; None if the language model was not asked.
-
-        Entities that share the name of a candidate have its log-prob.
-        """
+        """Read it from a prediction; None if the language model was not asked."""
         if prediction.log_prob is None or prediction.probability is None:
             return None
-        of_names: dict[int, float] = {}
-        for candidate in prediction.candidates:
-            row = scope.knowledge_base.row_of_entity(candidate.entity_id)
-            number = None if row is None else scope.number(row)
-            if number is not None and candidate.log_prob is not None:
-                of_names[number] = candidate.log_prob
+        row_of = scope.knowledge_base.row_of_entity
+        stated = {
+            row: candidate.log_prob
+            for candidate in prediction.candidates
+            if candidate.log_prob is not None and (row := row_of(candidate.entity_id)) is not None
+        }
+        log_probs, log_limits = dict(stated), {}
+        for row, log_prob in stated.items():
+            names = scope.numbers(row)
+            if len(names) > 1:
+                log_limits[row] = -math.inf
+            for other in {other for name in names for other in scope.entities(name)} - stated.keys():
+                known = log_probs if len(names) == len(scope.numbers(other)) == 1 else log_limits
+                known[other] = max(log_prob, known.get(other, log_prob))
         log_mass = prediction.log_prob - math.log(max(prediction.probability, 1e-300))
-        share = 1 - sum(math.exp(log_prob - log_mass) for log_prob in of_names.values())
-        log_probs = {row: log_prob for name, log_prob in of_names.items() for row in scope.entities(name)}
-        return cls(log_probs, log_mass, log_mass + math.log(max(share, 0.0) + _ROUNDING))
+        # Entities of one name have equal log-probs; two names that happen to have count once, too.
+        share = 1 - sum(math.exp(log_prob - log_mass) for log_prob in set(stated.values()))
+        return cls(log_probs, log_limits, log_mass, log_mass + math.log(max(share, 0.0) + _ROUNDING))
 
     def without(self, row: int | None) -> Self:
         """Return it for a knowledge base without an entity."""
         return replace(self, log_probs={found: value for found, value in self.log_probs.items() if found != row})
+
+    def bounds(self, bonuses: Mapping[int, float], weight: float) -> dict[int | None, float]:
+        """Return an upper bound of the score by names that were not found.
+
+        Returns:
+            A bound of each entity of which not all names were found, by its row where it has a bonus
+            or a limit, under None for all others.
+        """
+        rows = bonuses.keys() - self.log_probs.keys() | self.log_limits.keys()
+        limits = {row: max(self.log_rest, self.log_limits.get(row, self.log_rest)) for row in rows}
+        found: dict[int | None, float] = {row: weight * limit + bonuses.get(row, 0.0) for row, limit in limits.items()}
+        return {None: weight * self.log_rest, **found}
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,12 +136,12 @@ def ranking_of(bonuses: Mapping[int, float], heard: Heard | None, weight: float)
     others = sorted(((row, None, bonus) for row, bonus in bonuses.items() if row not in log_probs), key=_place)
     ranked = (*known, *others)
     scores = [score for *_, score in known or others]
-    num_certified, bounds = 0, []
+    num_certified, silent = 0, []
     if heard is not None and known:
-        floor = weight * heard.log_rest
-        bounds = [floor + bonus for *_, bonus in others]
-        num_certified = sum(score >= max([floor, *bounds]) for score in scores)
-    shares = softmax(np.array(scores + [min(bound, scores[0]) for bound in bounds]))
+        bounds = heard.bounds(bonuses, weight)
+        num_certified = sum(score >= max(bounds.values()) for score in scores)
+        silent = [min(bounds[row], scores[0]) for row, *_ in others]
+    shares = softmax(np.array(scores + silent))
     margin = scores[0] - scores[1] if len(scores) > 1 else None
     return Ranking(ranked, float(shares[0]), num_certified, margin)
 

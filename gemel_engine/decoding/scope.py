@@ -45,7 +45,7 @@ class Scope:
                 else "candidate_ids is empty: list at least one entity, or leave it null to search the knowledge base"
             )
         rows = frozenset(row for row in known.values() if row is not None)
-        names = sorted({knowledge_base.name_of_row(row) for row in rows})
+        names = sorted({name for row in rows for name in knowledge_base.names_of_row(row)})
         trie, numbers = PrefixTrie.from_sequences([knowledge_base.name_tokens(name) for name in names])
         in_order = sorted(zip(numbers, names, strict=True))
         return cls(knowledge_base, trie, tuple(name for _, name in in_order), rows)
@@ -55,9 +55,9 @@ class Scope:
         found = self.knowledge_base.entities_of_name(number if self.names is None else self.names[number])
         return [row for row in found if self.rows is None or row in self.rows]
 
-    def number(self, row: int) -> int | None:
-        """Return the number in the trie of an entity's name; None if it is not allowed."""
+    def numbers(self, row: int) -> tuple[int, ...]:
+        """Return the numbers in the trie of an entity's names; none if it is not allowed."""
         if self.rows is not None and row not in self.rows:
-            return None
-        name = self.knowledge_base.name_of_row(row)
-        return name if self.names is None else self.names.index(name)
+            return ()
+        names = self.knowledge_base.names_of_row(row)
+        return tuple(names if self.names is None else map(self.names.index, names))

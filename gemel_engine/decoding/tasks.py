@@ -174,18 +174,18 @@ class NameTask(MentionTask[SearchResult]):
     def _candidates(self, names: Sequence[FoundName]) -> tuple[Candidate, ...]:
         """Return the entities of names, only the mention's own candidates if it has any.
 
-        Entities of one name are ordered by the candidate pool, then as in the knowledge base.
+        Entities of one name are ordered by the candidate pool, then as in the knowledge base. An
+        entity of several names is there once, with the best one's log-prob.
         """
         knowledge_base, own = self._generator.artifacts.knowledge_base, self._mention.candidate_ids
         allowed = None if own is None else set(own)
         score = {candidate.row: candidate.score for candidate in self._retrieved.candidates}
-        entities = (
-            (knowledge_base.entity(row), name.log_prob)
-            for name in names
-            for row in sorted(
-                knowledge_base.entities_of_name(name.name_index), key=lambda row: -score.get(row, -math.inf)
-            )
-        )
+        log_probs: dict[int, float] = {}  # by row
+        for name in names:
+            rows = knowledge_base.entities_of_name(name.name_index)
+            for row in sorted(rows, key=lambda row: -score.get(row, -math.inf)):
+                log_probs.setdefault(row, name.log_prob)
+        entities = ((knowledge_base.entity(row), log_prob) for row, log_prob in log_probs.items())
         return tuple(
             Candidate(entity.entity_id, entity.name, log_prob)
             for entity, log_prob in entities
@@ -245,11 +245,7 @@ class ScoreTask(MentionTask[EntitySearchResult]):
             self._fail(error)
             return None
         scope = self._scope
-        pool = [
-            BonusEntity(row, bonus, (number,))
-            for row, bonus in self._bonuses.items()
-            if (number := scope.number(row)) is not None
-        ]
+        pool = [BonusEntity(row, bonus, scope.numbers(row)) for row, bonus in self._bonuses.items()]
         search = EntitySearch(
             scope.trie,
             scope.entities,
@@ -308,7 +304,7 @@ class ScoreTask(MentionTask[EntitySearchResult]):
             InvalidMentionError: The mention's own candidates are not in the knowledge base.
         """
         self._scope = scope = Scope.of(self._generator.artifacts.knowledge_base, self._mention)
-        allowed = [item for item in self._retrieved.candidates if scope.number(item.row) is not None]
+        allowed = [item for item in self._retrieved.candidates if scope.numbers(item.row)]
         rows, reasons = [item.row for item in allowed], [item.reasons for item in allowed]
         self._bonuses = bonuses_of(self._mention.mention, rows, reasons, self._weights, scope.knowledge_base)
 

@@ -12,19 +12,17 @@ from numpy.lib.format import open_memmap
 from numpy.typing import DTypeLike, NDArray
 
 from gemel_engine.errors import ArtifactError
+from gemel_engine.storage.arrays import map_array
 
 
 def open_array(path: Path, dtype: DTypeLike, num_dimensions: int) -> NDArray[Any]:
-    """Map an array that `numpy.save` wrote, without unpickling.
+    """Map an array that `numpy.save` wrote, read-only.
 
     Raises:
         ArtifactError: The file is missing or damaged, or its array has another type or number of
             dimensions.
     """
-    try:
-        array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise ArtifactError(f"{path} is missing or damaged ({error}); build the evidence index again") from error
+    array = map_array(path, "build the evidence index again")
     if array.dtype != dtype or array.ndim != num_dimensions:
         raise ArtifactError(f"{path} holds {array.dtype} of shape {array.shape}; build the evidence index again")
     return array

@@ -26,16 +26,14 @@ from pydantic import ConfigDict, PositiveInt, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from gemel_engine.errors import ArtifactError, InputError
-from gemel_engine.evidence.arrays import chunks, open_array, scratch_array
-from gemel_engine.evidence.dense import DenseIndex, DenseSettings
+from gemel_engine.evidence.arrays import open_array
+from gemel_engine.evidence.dense import DenseIndex
 from gemel_engine.evidence.dictionary import NameDictionary
 from gemel_engine.evidence.lexical import LexicalIndex
 from gemel_engine.evidence.pictures import PictureIndex
 from gemel_engine.knowledge_base.store import KnowledgeBase
 from gemel_engine.knowledge_base.update_files import read_contents
-from gemel_engine.retrieval.encoder import MentionEncoder
 from gemel_engine.storage.manifest import file_sha256, read_manifest, write_manifest
-from gemel_engine.types import Features
 
 FORMAT_VERSION = 1
 MANIFEST = "evidence.json"
@@ -43,22 +41,6 @@ DIRECTORY = "evidence"  # in the directory of the knowledge base
 TEXTS, PICTURES = "texts", "pictures"
 _POPULARITY = "popularity.npy"
 _CHUNK = 1 << 13
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class EntityPictures:
-    """Features of entities' pictures; an entity may have any number of them.
-
-    Attributes:
-        features: Features of N pictures, shape (N, C).
-        rows: Entity of each picture, shape (N,).
-        image_encoder_fingerprint: Fingerprint of the encoder that computed the features; None:
-            unknown.
-    """
-
-    features: Features
-    rows: NDArray[np.uint32]
-    image_encoder_fingerprint: str | None
 
 
 @pydantic_dataclass(frozen=True, slots=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True))
@@ -113,7 +95,7 @@ class EvidenceIndex:
 
     @classmethod
     def open(cls, directory: Path, *, knowledge_base: str | None = None, verify: bool = False) -> Self:
-        """Map what `build_evidence` wrote.
+        """Map what `complete_evidence` wrote.
 
         Args:
             directory: Local directory; it may be read-only.
@@ -147,54 +129,19 @@ class EvidenceIndex:
         )
 
 
-def build_evidence(
-    entities: pa.Table,
-    directory: Path,
-    *,
-    knowledge_base: str,
-    mention_encoder: MentionEncoder | None = None,
-    pictures: EntityPictures | None = None,
-    settings: DenseSettings | None = None,
-) -> EvidenceIndex:
-    """Write the evidence index of a knowledge base and open it.
-
-    Args:
-        entities: Result of `KnowledgeBase.table()`: columns `name`, and optionally `aliases`,
-            `description` and `popularity`.
-        directory: Empty output directory, created if it does not exist.
-        knowledge_base: Checksum of these entities.
-        mention_encoder: Encoder of names, aliases and descriptions; None: without embeddings.
-        pictures: Features of the entities' pictures; None: without pictures.
-        settings: How vectors are stored and searched; None: the defaults.
-
-    Raises:
-        InputError: There are no entities.
-    """
-    if mention_encoder is not None:
-        _build_texts(directory / TEXTS, entities, mention_encoder, settings)
-    if pictures is not None and len(pictures.rows):
-        PictureIndex.build(directory / PICTURES, pictures.features, pictures.rows, len(entities), settings)
-    return complete_evidence(
-        entities,
-        directory,
-        knowledge_base=knowledge_base,
-        mention_encoder_fingerprint=None if mention_encoder is None else mention_encoder.fingerprint,
-        image_encoder_fingerprint=None if pictures is None else pictures.image_encoder_fingerprint,
-    )
-
-
 def complete_evidence(
     entities: pa.Table,
     directory: Path,
     *,
     knowledge_base: str,
-    mention_encoder_fingerprint: str | None,
-    image_encoder_fingerprint: str | None,
+    mention_encoder_fingerprint: str | None = None,
+    image_encoder_fingerprint: str | None = None,
 ) -> EvidenceIndex:
     """Write all of an evidence index but embeddings and pictures, which are there if it has any.
 
     Args:
-        entities: As for `build_evidence`.
+        entities: Result of `KnowledgeBase.table()`: columns `name`, and optionally `aliases` and
+            `popularity`.
         directory: Output directory, empty but for `texts` and `pictures`.
         knowledge_base: Checksum of these entities.
         mention_encoder_fingerprint: Fingerprint of the encoder of `texts`; None without.
@@ -284,22 +231,6 @@ def _names_and_aliases(entities: pa.Table) -> Iterator[tuple[int, str, list[str]
         for name, others in zip(batch["name"].to_pylist(), aliases, strict=True):
             yield row, name, [alias for alias in others or () if alias]
             row += 1
-
-
-def _build_texts(directory: Path, entities: pa.Table, encoder: MentionEncoder, settings: DenseSettings | None) -> None:
-    """Embed and index names, aliases and descriptions; embeddings are kept in a temporary file."""
-    has_descriptions = "description" in entities.column_names
-    descriptions = entities["description"].to_pylist() if has_descriptions else [None] * len(entities)
-    texts = [
-        (row, text)
-        for row, name, aliases in _names_and_aliases(entities)
-        for text in texts_of(name, aliases, descriptions[row])
-    ]
-    rows = np.array([row for row, _ in texts], np.uint32)
-    with scratch_array(directory / "embeddings.tmp", (len(texts), encoder.width)) as vectors:
-        for part in chunks(len(texts)):
-            vectors[part] = encoder.encode([text for _, text in texts[part]])
-        DenseIndex.build(directory, vectors, rows, len(entities), settings)
 
 
 def _popularity(column: pa.ChunkedArray) -> NDArray[np.float32]:

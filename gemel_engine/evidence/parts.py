@@ -24,14 +24,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from gemel_engine.errors import InputError, shown
+from gemel_engine.errors import InputError, MentionError, shown
 from gemel_engine.evidence.arrays import scratch_array
 from gemel_engine.evidence.dense import DenseIndex, DenseSettings
 from gemel_engine.evidence.index import PICTURES, TEXTS
 from gemel_engine.evidence.pictures import PictureIndex
 from gemel_engine.retrieval.table import FloatArray
 from gemel_engine.storage import parquet
-from gemel_engine.types import Column
+from gemel_engine.storage.columns import Column
 
 PART_SCHEMA = pa.schema(
     [
@@ -49,6 +49,34 @@ _COLUMNS = {field.name: Column.like(field.type) for field in PART_SCHEMA} | {
 _COUNTED = ("entity_id", "num_texts", "num_pictures", "faults")
 _COUNTED_SCHEMA = pa.schema([pa.field(name, PART_SCHEMA.field(name).type) for name in _COUNTED])
 Kind = Literal["texts", "pictures"]
+
+
+def make_part(
+    entity_ids: pa.Array | pa.ChunkedArray,
+    texts: Sequence[FloatArray],
+    pictures: Sequence[Sequence[FloatArray | MentionError]] | None,
+) -> pa.Table:
+    """Return a part.
+
+    Args:
+        entity_ids: Identifier of each entity.
+        texts: Embeddings (N, E) of the texts of each entity.
+        pictures: Features of each entity's pictures, or why they are unusable; None: the table says
+            nothing of pictures.
+    """
+    of_entities = [[]] * len(texts) if pictures is None else pictures
+    usable = [[item for item in found if not isinstance(item, MentionError)] for found in of_entities]
+    return pa.table(
+        {
+            "entity_id": entity_ids,
+            "num_texts": [len(vectors) for vectors in texts],
+            "texts": [vectors.ravel() for vectors in texts],
+            "num_pictures": [None if pictures is None else len(features) for features in usable],
+            "pictures": [np.concatenate(features) if features else [] for features in usable],
+            "faults": [[str(item) for item in found if isinstance(item, MentionError)] for found in of_entities],
+        },
+        schema=PART_SCHEMA,
+    )
 
 
 class VectorParts:

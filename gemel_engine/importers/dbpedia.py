@@ -79,7 +79,12 @@ ORDER BY entity, kind, rank, facts.rowid
 
 
 def read_dbpedia(
-    dumps: Sequence[str], report: ImportReport, *, languages: Sequence[str], image_width: ThumbnailWidth
+    dumps: Sequence[str],
+    report: ImportReport,
+    *,
+    languages: Sequence[str],
+    image_width: ThumbnailWidth,
+    with_other_names: bool = False,
 ) -> Iterator[ImportedEntity]:
     """Yield the resources that have a label in one of the languages, sorted by address.
 
@@ -97,6 +102,7 @@ def read_dbpedia(
         report: Receives the numbers of resources left out and of malformed lines.
         languages: Language codes, the most wanted first.
         image_width: Width of the pictures in pixels.
+        with_other_names: Whether labels in the other languages are `other_names`, too.
 
     Raises:
         ConfigurationError: The directory for temporary files has no room.
@@ -113,7 +119,7 @@ def read_dbpedia(
         for dump in dumps:
             _read(dump, store, report)
         for page, values in _facts_by_entity(database):
-            entity = _entity(page.removeprefix(home), values, languages, image_width, store.has_links)
+            entity = _entity(page.removeprefix(home), values, languages, image_width, store.has_links, with_other_names)
             if isinstance(entity, ImportedEntity):
                 yield entity
             else:
@@ -226,6 +232,7 @@ def _entity(
     languages: Sequence[str],
     image_width: ThumbnailWidth,
     has_links: bool,
+    with_other_names: bool,
 ) -> ImportedEntity | str:
     """Return the entity with these facts, or the reason why it is none."""
     labels = [(rank, str(label)) for rank, label in values[_Kind.LABEL] if str(label).strip()]
@@ -245,6 +252,7 @@ def _entity(
         aliases=list(other_names(name, aliases)),
         image_uri=list(dict.fromkeys(pictures)),
         language=languages[rank],
+        other_names=tuple(other_names(name, (label for _, label in labels))) if with_other_names else (),
     )
 
 

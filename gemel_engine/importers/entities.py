@@ -27,6 +27,7 @@ SCHEMA = pa.schema(
         pa.field("aliases", pa.list_(pa.string())),
         pa.field("image_uri", pa.list_(pa.string())),
         pa.field("language", pa.string()),
+        pa.field("other_names", pa.list_(pa.string())),
     ]
 )
 _ROWS_PER_GROUP = 1 << 16
@@ -47,6 +48,7 @@ class ImportedEntity:
         aliases: Other names, in any language, without duplicates.
         image_uri: Addresses of pictures, the best first.
         language: Language code of name and description.
+        other_names: Those of the aliases that may be generated, too.
     """
 
     entity_id: str
@@ -56,6 +58,7 @@ class ImportedEntity:
     aliases: Sequence[str] = ()
     image_uri: Sequence[str] = ()
     language: str | None = None
+    other_names: Sequence[str] = ()
 
 
 @dataclass(slots=True)

@@ -21,7 +21,7 @@ from gemel_engine.storage.parquet import open_tables
 
 _TEXT_FILE = re.compile(r".*\.(csv|tsv|jsonl|ndjson|json)(\.(gz|bz2|zst))?", re.IGNORECASE | re.DOTALL)
 _DELIMITERS = {"csv": ",", "tsv": "\t"}
-_LISTS = ("aliases", "image_uri")
+_LISTS = ("aliases", "image_uri", "other_names")
 _MAX_NAMES_SHOWN = 30
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ def read_table(
         source: Address of the table; for Parquet, also of a directory.
         report: Receives the number of rows that are malformed, or lack an identifier or a name.
         columns: The table's names of columns of `SCHEMA`; the others have their own names.
-        separator: Text between the items of `aliases` and `image_uri` in CSV and TSV.
+        separator: Text between the items of lists in CSV and TSV.
 
     Raises:
         InputError: The table cannot be read, or lacks a column that is required or in `columns`.
@@ -185,6 +185,7 @@ def _entity(values: Mapping[str, Any]) -> ImportedEntity:
         popularity=_number("popularity", values["popularity"]),
         aliases=list(other_names(texts["name"], lists["aliases"])),
         image_uri=list(dict.fromkeys(filter(None, lists["image_uri"]))),
+        other_names=tuple(other_names(texts["name"], lists["other_names"])),
     )
 
 

@@ -83,6 +83,7 @@ def read_wikidata(
     languages: Sequence[str],
     left_out_types: Collection[str],
     image_width: ThumbnailWidth,
+    with_other_names: bool = False,
 ) -> Iterator[ImportedEntity]:
     """Yield the items that have a label in one of the languages.
 
@@ -96,6 +97,7 @@ def read_wikidata(
         languages: Language codes, the most wanted first.
         left_out_types: Identifiers of types; an item that is an instance of one is left out.
         image_width: Width of the pictures in pixels.
+        with_other_names: Whether labels in the other languages are `other_names`, too.
 
     Raises:
         InputError: The dump cannot be read, or is cut off.
@@ -106,6 +108,7 @@ def read_wikidata(
         languages=tuple(languages),
         left_out_types=frozenset(left_out_types),
         image_width=image_width,
+        with_other_names=with_other_names,
     )
     for entities, counts in map_in_processes(read, _parts(dump)):
         report.add(counts)
@@ -142,6 +145,7 @@ def _read_part(
     languages: Sequence[str],
     left_out_types: Collection[str],
     image_width: ThumbnailWidth,
+    with_other_names: bool,
 ) -> tuple[list[ImportedEntity], ImportReport]:
     entities, report = [], ImportReport()
     for number, text in part:
@@ -151,7 +155,7 @@ def _read_part(
             report.add_unusable(f"{shown(dump)}, line {number}", _first_fault(error))
             continue
         reason = _reason_to_leave_out(item, left_out_types)
-        entity = None if reason else _entity(item, languages, image_width)
+        entity = None if reason else _entity(item, languages, image_width, with_other_names)
         if entity is not None:
             entities.append(entity)
         else:
@@ -171,7 +175,9 @@ def _reason_to_leave_out(item: _Item, left_out_types: Collection[str]) -> str | 
     return "of a type that is left out" if types.intersection(left_out_types) else None
 
 
-def _entity(item: _Item, languages: Sequence[str], image_width: ThumbnailWidth) -> ImportedEntity | None:
+def _entity(
+    item: _Item, languages: Sequence[str], image_width: ThumbnailWidth, with_other_names: bool
+) -> ImportedEntity | None:
     labels, aliases, descriptions = dict(item.labels), dict(item.aliases), dict(item.descriptions)
     default = labels.get(_DEFAULT_LANGUAGE)
     for language in languages:
@@ -186,6 +192,7 @@ def _entity(item: _Item, languages: Sequence[str], image_width: ThumbnailWidth) 
         for code in (*languages, _DEFAULT_LANGUAGE)
         for term in (*([labels[code]] if code in labels else []), *aliases.get(code, ()))
     ]
+    translations = [labels[code].value for code in languages if code in labels and with_other_names]
     pictures = [value for value in _values(item, "image") if isinstance(value, str)]
     return ImportedEntity(
         entity_id=item.id,
@@ -195,6 +202,7 @@ def _entity(item: _Item, languages: Sequence[str], image_width: ThumbnailWidth) 
         aliases=list(other_names(label.value, names)),
         image_uri=[picture_address(name, image_width) for name in dict.fromkeys(pictures)],
         language=language,
+        other_names=tuple(other_names(label.value, translations)),
     )
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from tokenize import TokenError
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gemel_engine.errors import ArtifactError
-from gemel_engine.storage.local import open_regular
+from gemel_engine.storage.arrays import map_array
 from gemel_engine.storage.manifest import file_sha256
 
 UnsignedArray = NDArray[np.unsignedinteger[Any]]
@@ -36,7 +35,7 @@ def layout(array: UnsignedArray) -> dict[str, Any]:
     return {"dtype": array.dtype.str, "shape": list(array.shape)}
 
 
-def map_array(path: Path, files: Mapping[str, Any], verify: bool) -> UnsignedArray:
+def open_array(path: Path, files: Mapping[str, Any], verify: bool) -> UnsignedArray:
     """Map an array of a trie into memory, read-only.
 
     Args:
@@ -47,12 +46,7 @@ def map_array(path: Path, files: Mapping[str, Any], verify: bool) -> UnsignedArr
     Raises:
         ArtifactError: The file is missing, damaged, or not the array in the manifest.
     """
-    try:
-        open_regular(path).close()
-        # Unlike np.load this reads no archives; a plain array, because indexing a memmap is slow.
-        array = np.asarray(np.lib.format.open_memmap(path, mode="r"))  # type: ignore[no-untyped-call]
-    except (OSError, ValueError, TypeError, OverflowError, SyntaxError, TokenError) as error:  # the header is Python
-        raise ArtifactError(f"{path} is missing or damaged ({error}); build the knowledge base again") from error
+    array: UnsignedArray = map_array(path, "build the knowledge base again")
     entry = files.get(path.name)
     if not isinstance(entry, dict) or entry != layout(array) | {"sha256": entry.get("sha256")} or array.ndim != 1:
         raise ArtifactError(f"{path} is not the array that trie.json describes; build the knowledge base again")

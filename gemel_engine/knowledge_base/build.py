@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +16,16 @@ from transformers import PreTrainedTokenizerFast
 from gemel_engine.config.components import KnowledgeBaseSettings
 from gemel_engine.errors import InputError, shown
 from gemel_engine.knowledge_base.arrays import IntArray
-from gemel_engine.knowledge_base.columns import ENTITY_COLUMNS, ENTITY_SCHEMA, PICTURE_COLUMNS, STORED_SCHEMA, as_lists
-from gemel_engine.knowledge_base.names import TokenisedNames, count_skipped, reasons_to_skip
+from gemel_engine.knowledge_base.columns import (
+    ENTITY_COLUMNS,
+    ENTITY_SCHEMA,
+    PICTURE_COLUMNS,
+    STORED_SCHEMA,
+    all_aliases,
+    as_lists,
+)
+from gemel_engine.knowledge_base.names import TokenisedNames, count_skipped, normalised_name, reasons_to_skip
+from gemel_engine.knowledge_base.other_names import OtherNames, tokenise_other_names
 from gemel_engine.knowledge_base.store import FORMAT_VERSION, MANIFEST, TRIE_DIRECTORY
 from gemel_engine.knowledge_base.trie import MANIFEST as TRIE_MANIFEST
 from gemel_engine.knowledge_base.trie import PrefixTrie
@@ -39,6 +47,7 @@ class KnowledgeBaseReport:
         num_skipped: Number of entities left out, by reason.
         num_repeated_aliases: Number of aliases that an earlier row, or the same one, has too.
         num_aliases_like_names: Number of aliases that are the name of another entity.
+        num_other_names: Number of names of entities besides their main names.
     """
 
     num_entities: int
@@ -47,6 +56,7 @@ class KnowledgeBaseReport:
     num_skipped: dict[str, int]
     num_repeated_aliases: int
     num_aliases_like_names: int
+    num_other_names: int = 0
 
 
 def read_entities(uri: str, also: Sequence[str] = ()) -> pa.Table:
@@ -83,8 +93,9 @@ def build_knowledge_base(
     marker, is too long, or if its tokens contain a special token or do not decode to the name.
 
     Args:
-        entities: Columns `entity_id` and `name`, and optionally others of `ENTITY_SCHEMA`; other
-            columns are ignored.
+        entities: Columns `entity_id` and `name`, and optionally others of `ENTITY_SCHEMA` and
+            `other_names`, lists of further names that may be generated; unusable ones among these
+            are left out. Other columns are ignored.
         tokenizer: Tokenizer of the language model.
         directory: New or empty directory.
         settings: How to treat unusable names.
@@ -96,15 +107,28 @@ def build_knowledge_base(
     """
     with claimed(directory):
         fingerprint = tokenizer_fingerprint(tokenizer)
+        other_names = _other_names(entities)
         entities = checked_entities(entities)
+        if other_names is not None:
+            aliases = map(all_aliases, entities["aliases"].to_pylist(), other_names.to_pylist())
+            field = ENTITY_SCHEMA.field("aliases")
+            entities = entities.set_column(
+                entities.column_names.index("aliases"), field, [pa.array(list(aliases), field.type)]
+            )
         names = TokenisedNames.tokenise(entities["name"], tokenizer)
         reasons = reasons_to_skip(entities["name"], names, tokenizer, settings.max_name_tokens)
         num_skipped = count_skipped(entities["entity_id"], reasons, settings.on_bad_name)
         is_kept = reasons == ""
         manifest = {"tokenizer_fingerprint": fingerprint, "vocabulary_size": len(tokenizer)}
-        return save_knowledge_base(
-            directory, entities.filter(pa.array(is_kept)), names.select(is_kept), manifest, num_skipped
-        )
+        token_ids, offsets = names.select(is_kept)
+        owners = np.zeros(0, np.intp)
+        if other_names is not None:
+            others = other_names.filter(pa.array(is_kept))
+            other_ids, other_offsets, owners = tokenise_other_names(others, tokenizer, settings.max_name_tokens)
+            token_ids = np.concatenate([token_ids, other_ids])
+            offsets = np.concatenate([offsets, offsets[-1] + other_offsets[1:]])
+        kept = entities.filter(pa.array(is_kept))
+        return save_knowledge_base(directory, kept, (token_ids, offsets), manifest, num_skipped, owners)
 
 
 def save_knowledge_base(
@@ -113,18 +137,22 @@ def save_knowledge_base(
     names: tuple[IntArray, IntArray],
     manifest: Mapping[str, object],
     num_skipped: dict[str, int],
+    owners: NDArray[np.intp] | None = None,
 ) -> KnowledgeBaseReport:
-    """Write a knowledge base from entities with tokenised names.
+    """Write a knowledge base from S entities with tokenised names.
 
     Args:
         directory: Directory to write to.
         entities: Rows of `ENTITY_SCHEMA`, in any order.
-        names: Tokens of the rows' names, as `PrefixTrie.build` takes them.
+        names: Tokens of the rows' names and then of other names, as `PrefixTrie.build` takes them.
         manifest: Contents of the manifest besides counts and checksums.
         num_skipped: Number of entities left out, by reason.
+        owners: Row in `entities` of each other name's entity; None: there are none.
     """
-    trie, name_of_row = PrefixTrie.build(*names)
-    stored = _sort_entities(entities, name_of_row)
+    trie, name_of_sequence = PrefixTrie.build(*names)
+    name_of_row = name_of_sequence[: len(entities)]
+    order = _order(entities, name_of_row)
+    stored = _stored(entities, name_of_row, order)
     trie.save(directory / TRIE_DIRECTORY)
     path = directory / "entities.arrow"
     with pa.ipc.new_file(str(path), STORED_SCHEMA) as writer:
@@ -136,10 +164,16 @@ def save_knowledge_base(
         num_skipped,
         *_count_aliases(stored["aliases"], stored["name"]),
     )
-    checksums = {
+    checksums: dict[str, object] = {
         "entities_sha256": file_sha256(path),
         "trie_sha256": file_sha256(directory / TRIE_DIRECTORY / TRIE_MANIFEST),
     }
+    if owners is not None and len(owners):
+        place = np.argsort(order)  # row in the knowledge base of each of `entities`
+        others = OtherNames.of(name_of_sequence[len(entities) :], place[owners], name_of_row[order])
+        if len(others):
+            checksums["other_names_sha256"] = others.save(directory)
+            report = replace(report, num_other_names=len(others))
     write_manifest(directory / MANIFEST, FORMAT_VERSION, {**manifest, **checksums, **asdict(report)})
     return report
 
@@ -195,10 +229,34 @@ def _count_aliases(aliases: pa.ChunkedArray, names: pa.ChunkedArray) -> tuple[in
     return num_repeated, pc.sum(is_name, min_count=0).as_py()
 
 
-def _sort_entities(entities: pa.Table, name_of_row: NDArray[np.intp]) -> pa.Table:
-    """Return rows of `STORED_SCHEMA` by name, descending popularity (unknown last), and id."""
+def _other_names(entities: pa.Table) -> pa.ChunkedArray | None:
+    """Return the column `other_names` normalised as names are; None if no entity has any.
+
+    Raises:
+        InputError: The column does not contain lists of strings.
+    """
+    if "other_names" not in entities.column_names:
+        return None
+    found = entities["other_names"]
+    try:
+        lists = as_lists(found).cast(pa.list_(pa.large_string())).to_pylist()
+    except (pa.ArrowException, UnicodeDecodeError) as error:
+        raise InputError(f"column 'other_names' is not valid lists of strings ({error}); correct it") from error
+    names = [list(dict.fromkeys(normalised_name(name) for name in row or () if name)) for row in lists]
+    return pa.chunked_array([pa.array(names, pa.list_(pa.large_string()))]) if any(names) else None
+
+
+def _order(entities: pa.Table, name_of_row: NDArray[np.intp]) -> NDArray[np.intp]:
+    """Return the places of rows by name, descending popularity (unknown last), and id."""
     named = entities.append_column("name_index", pa.array(name_of_row.astype(np.uint32)))
     keys = [("name_index", "ascending"), ("popularity", "descending"), ("entity_id", "ascending")]
-    ordered = named.take(pc.sort_indices(named, sort_keys=keys))
+    order: NDArray[np.intp] = pc.sort_indices(named, sort_keys=keys).to_numpy().astype(np.intp)
+    return order
+
+
+def _stored(entities: pa.Table, name_of_row: NDArray[np.intp], order: NDArray[np.intp]) -> pa.Table:
+    """Return the rows of `STORED_SCHEMA` in an order."""
+    ordered = entities.take(pa.array(order))
     row_by_id = pc.sort_indices(ordered["entity_id"]).cast(pa.uint32())
+    ordered = ordered.append_column("name_index", pa.array(name_of_row[order].astype(np.uint32)))
     return ordered.append_column("row_by_id", row_by_id).cast(STORED_SCHEMA)

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from gemel_engine import storage
+from gemel_engine.errors import ConfigurationError
 from gemel_engine.knowledge_base.store import KnowledgeBase
 from gemel_engine.knowledge_base.trie import PrefixTrie
 from gemel_engine.storage.parquet import parquet_bytes
@@ -35,7 +36,16 @@ class KnowledgeBaseChanges:
 
     @classmethod
     def between(cls, old: KnowledgeBase, new: KnowledgeBase) -> Self:
-        """Compare two knowledge bases, both opened with `verify`."""
+        """Compare two knowledge bases, both opened with `verify`.
+
+        Raises:
+            ConfigurationError: An entity of one has several names.
+        """
+        if len(old.other_names) or len(new.other_names):
+            raise ConfigurationError(
+                "a knowledge base whose entities have other names (column 'other_names') can't be compared with an "
+                "earlier one: leave previous out, which links all rows again"
+            )
         before, after = old.table(), new.table()
         ids, names = (after[name].combine_chunks() for name in ("entity_id", "name"))
         place = pc.index_in(before["entity_id"], ids).combine_chunks()

@@ -8,6 +8,7 @@ Shapes: S entities.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from gemel_engine.errors import ArtifactError
-from gemel_engine.types import BOOLEAN, FEATURES, IDENTIFIER, NUMBER, PICTURE, TEXT, Column
+from gemel_engine.storage.columns import BOOLEAN, FEATURES, IDENTIFIER, NUMBER, PICTURE, TEXT, Column
 
 ENTITY_SCHEMA = pa.schema(
     [
@@ -38,6 +39,7 @@ ENTITY_COLUMNS = {
     "entity_id": IDENTIFIER,
     "name": IDENTIFIER,  # a name may be a number, such as 1984
     "aliases": Column.list_of(IDENTIFIER),
+    "other_names": Column.list_of(IDENTIFIER),  # also aliases; only when a knowledge base is built
     "description": TEXT,
     "popularity": NUMBER,
     "language": TEXT,
@@ -82,6 +84,11 @@ def as_lists(values: pa.ChunkedArray | pa.Array) -> pa.ChunkedArray | pa.Array:
     return pa.ListArray.from_arrays(
         pa.array(offsets), flat.drop_null().cast(pa.large_string()), pa.list_(pa.large_string()), mask=mask
     )
+
+
+def all_aliases(aliases: Iterable[str] | None, other_names: Iterable[str] | None) -> list[str]:
+    """Return aliases, then those of other names that are not among them."""
+    return list(dict.fromkeys([*(aliases or ()), *(other_names or ())]))
 
 
 class StringColumn:

@@ -4,10 +4,12 @@
                             trie.json; written last
     trie/                   tokens of the names, see `trie.py`
     entities.arrow          one record batch: entities in the order of their names
+    other_names.arrow       further names of entities, see `other_names.py`; optional
 
 Both are memory-mapped, so that opening millions of entities takes little time and processes share
 the pages; their files must not be written to or truncated while a process has them open.
-Entities with equal names share one name and are adjacent. No language model is used here.
+Entities with equal names share one name and are adjacent. An entity may have other names, too; what
+is called its name is the main one. No language model is used here.
 
 Shapes: S entities.
 """
@@ -34,6 +36,7 @@ from gemel_engine.knowledge_base.columns import (
     as_stored,
     earlier_schema,
 )
+from gemel_engine.knowledge_base.other_names import OtherNames
 from gemel_engine.knowledge_base.trie import MANIFEST as TRIE_MANIFEST
 from gemel_engine.knowledge_base.trie import PrefixTrie
 from gemel_engine.storage import parquet
@@ -76,14 +79,21 @@ class KnowledgeBase:
         trie: Prefix trie of the names; its name numbers are the name indexes here.
         trie_directory: Directory of the trie, for processes that map it themselves.
         tokenizer_fingerprint: Fingerprint of the tokenizer that it was built with.
+        other_names: Names of entities besides their main names.
     """
 
     def __init__(
-        self, trie: PrefixTrie, trie_directory: Path, entities: pa.RecordBatch, tokenizer_fingerprint: str
+        self,
+        trie: PrefixTrie,
+        trie_directory: Path,
+        entities: pa.RecordBatch,
+        tokenizer_fingerprint: str,
+        other_names: OtherNames,
     ) -> None:
         self.trie = trie
         self.trie_directory = trie_directory
         self.tokenizer_fingerprint = tokenizer_fingerprint
+        self.other_names = other_names
         self._entities = entities
         self._ids, self._names = StringColumn(entities["entity_id"]), StringColumn(entities["name"])
         self._texts = {name: StringColumn(entities[name]) for name in _TEXTS if name in entities.schema.names}
@@ -119,7 +129,14 @@ class KnowledgeBase:
                 if not is_known or not entities.num_rows:
                     raise ArtifactError(f"{path} has other columns than a knowledge base; build it again")
             entities.validate(full=verify)
-            knowledge_base = cls(trie, directory / TRIE_DIRECTORY, entities, str(manifest.get("tokenizer_fingerprint")))
+            checksum = manifest.get("other_names_sha256")
+            knowledge_base = cls(
+                trie,
+                directory / TRIE_DIRECTORY,
+                entities,
+                str(manifest.get("tokenizer_fingerprint")),
+                OtherNames.open(directory, trie.num_names, entities.num_rows, checksum),
+            )
             is_consistent = knowledge_base._has_consistent_lengths(manifest.get("num_entities")) and (
                 not verify
                 or (file_sha256(path) == manifest.get("entities_sha256") and knowledge_base._is_well_ordered())
@@ -136,8 +153,12 @@ class KnowledgeBase:
         return self.trie_directory.parent
 
     def name_of_row(self, row: int) -> int:
-        """Return the name index of the entity in a row, from 0 to S - 1."""
+        """Return the name index of the main name of the entity in a row, from 0 to S - 1."""
         return int(self._name_index[row])
+
+    def names_of_row(self, row: int) -> list[int]:
+        """Return the name indexes of all names of the entity in a row, the main one first."""
+        return [self.name_of_row(row), *self.other_names.names_of(row)]
 
     @property
     def num_entities(self) -> int:
@@ -177,21 +198,25 @@ class KnowledgeBase:
         has_id = pc.is_in(table["entity_id"], entity_ids.combine_chunks())
         return table.filter(pc.or_(has_id, pc.is_in(table["name"], names.combine_chunks())))
 
-    def entities_of_name(self, name_index: int) -> range:
+    def entities_of_name(self, name_index: int) -> Sequence[int]:
         """Return the rows of the entities of a name.
 
-        They are sorted by descending popularity (unknown last), ties by id.
+        Those of which it is the main name come first, sorted by descending popularity (unknown
+        last), ties by id.
 
         Raises:
             ArtifactError: The name has no entity, because the file is damaged.
         """
+        rows: Sequence[int]
         rows = range(bisect_left(self._name_index, name_index), bisect_right(self._name_index, name_index))
+        if len(self.other_names):
+            rows = [*rows, *self.other_names.entities_of(name_index)]
         if not rows:
             raise ArtifactError(f"the knowledge base has no entity of name {name_index}; build it again")
         return rows
 
     def names_of_entities(self, entity_ids: Sequence[str]) -> list[int | None]:
-        """Return the name index of each entity; None for an unknown id."""
+        """Return the name index of each entity's main name; None for an unknown id."""
         return [self._name_of_entity(entity_id) for entity_id in entity_ids]
 
     def name_tokens(self, name_index: int) -> list[int]:
@@ -229,16 +254,18 @@ class KnowledgeBase:
         return (
             self.num_entities == num_entities
             and self.num_entities > 0
-            and self._name_index[0] == 0
-            and self._name_index[-1] == self.trie.num_names - 1
+            and min([self._name_index[0], *self.other_names.name_index[:1]]) == 0
+            and max([self._name_index[-1], *self.other_names.name_index[-1:]]) == self.trie.num_names - 1
         )
 
     def _is_well_ordered(self) -> bool:
-        steps = np.diff(self._name_index.astype(np.int64))
+        names = np.concatenate([self._name_index, self.other_names.name_index])
+        steps = np.diff(np.sort(names).astype(np.int64))
         ids = self._entities["entity_id"].take(self._entities["row_by_id"])
         return bool(
             ids.null_count == self._entities["name"].null_count == 0
             and np.isin(steps, (0, 1)).all()
+            and (np.diff(self._name_index.astype(np.int64)) >= 0).all()
             and pc.all(pc.less(ids[:-1], ids[1:]), min_count=0).as_py()
         )
 

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemel_engine.errors import ArtifactError
-from gemel_engine.knowledge_base.arrays import IntArray, UnsignedArray, layout, map_array, smallest
+from gemel_engine.knowledge_base.arrays import IntArray, UnsignedArray, layout, open_array, smallest
 from gemel_engine.storage.manifest import file_sha256, read_manifest, write_manifest
 
 FORMAT_VERSION = 2
@@ -269,7 +269,7 @@ class PrefixTrie:
         files = read_manifest(path, FORMAT_VERSION, without_checksum=_WITHOUT_CHECKSUM).get("files")
         if not isinstance(files, dict):
             raise ArtifactError(f"{path} lists no files; build the knowledge base again")
-        trie = cls(**{field.name: map_array(directory / f"{field.name}.npy", files, verify) for field in fields(cls)})
+        trie = cls(**{field.name: open_array(directory / f"{field.name}.npy", files, verify) for field in fields(cls)})
         if not trie._has_consistent_shapes() or not trie._is_safe() or (verify and not trie._is_well_formed()):
             raise ArtifactError(f"the arrays in {directory} do not form a prefix trie; build the knowledge base again")
         return trie

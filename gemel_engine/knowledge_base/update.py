@@ -167,6 +167,11 @@ def _write_update(
             f"the knowledge base {shown(base)} was built with another tokenizer than {tokenizer.name_or_path!r}: give "
             "the one that it was built with"
         )
+    if len(knowledge_base.other_names) or "other_names" in changes.column_names:
+        raise ConfigurationError(
+            f"the knowledge base {shown(base)}, or its changes, have 'other_names', which updates can't change: build "
+            "the knowledge base again from the whole table of entities"
+        )
     entities, is_retired = checked_changes(changes)
     found = knowledge_base.names_of_entities(entities["entity_id"].to_pylist())
     is_known = np.array([name is not None for name in found])

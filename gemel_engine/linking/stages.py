@@ -21,12 +21,12 @@ from gemel_engine.pipeline.output import write_part
 from gemel_engine.pipeline.stages import (
     COSTS,
     PEAKS,
-    _features,
-    _keep_previous,
-    _with_cost,
-    _with_use,
     column_values,
+    image_features_of,
     mentions_without_error,
+    which_keep_previous,
+    with_cost,
+    with_use,
 )
 from gemel_engine.storage.parquet import parquet_bytes
 from gemel_engine.types import Prediction, predictions_to_table, row_to_prediction
@@ -85,7 +85,7 @@ class GenerateEntityNames:
     def _generate(self, batch: pa.Table) -> pa.Table:
         started = time.monotonic()
         prompt_tokens, cached_tokens = self._cache_counts()
-        mentions, features = mentions_without_error(batch), _features(batch)
+        mentions, features = mentions_without_error(batch), image_features_of(batch)
         rows = [row for row, mention in enumerate(mentions) if mention is not None]
         retrieved = [row_to_retrieved(item) for item in column_values(batch, "retrieved")]
         previous = [None if row is None else row_to_prediction(row) for row in column_values(batch, "previous")]
@@ -113,14 +113,14 @@ class GenerateEntityNames:
         for column in ("shard", "row", *COSTS, *PEAKS):
             if column in batch.column_names:
                 table = table.append_column(column, batch[column])
-        table = _with_use(table, "generation", started)
+        table = with_use(table, "generation", started)
         now = self._cache_counts()
         num_rollouts = sum(
             (after.num_rollouts or 0) - (0 if before is None else before.num_rollouts or 0)
             for before, after in zip(previous, predictions, strict=True)
             if after.error is None
         )
-        keep_previous = _keep_previous(batch)
+        keep_previous = which_keep_previous(batch)
         num_kept = sum(keep_previous[row] and previous[row] is not None for row in range(batch.num_rows))
         costs = {
             "prompt_tokens": now[0] - prompt_tokens,
@@ -130,7 +130,7 @@ class GenerateEntityNames:
             "rows_extended": len(previous) - previous.count(None) - num_kept,
         }
         for name, cost in costs.items():
-            table = _with_cost(table, name, cost)
+            table = with_cost(table, name, cost)
         return table
 
     def _cache_counts(self) -> tuple[int, int]:

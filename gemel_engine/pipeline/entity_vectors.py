@@ -20,8 +20,8 @@ from gemel_engine.config.bounds import NumPixels
 from gemel_engine.config.components import ImagePolicy
 from gemel_engine.errors import ArtifactError, ConfigurationError, MentionError, shown
 from gemel_engine.evidence.index import texts_of
-from gemel_engine.evidence.parts import PART_SCHEMA
-from gemel_engine.knowledge_base.columns import ENTITY_COLUMNS
+from gemel_engine.evidence.parts import make_part
+from gemel_engine.knowledge_base.columns import ENTITY_COLUMNS, all_aliases
 from gemel_engine.knowledge_base.names import normalised_name
 from gemel_engine.pipeline.corpus import Shard, check_version, cut_file, version_of
 from gemel_engine.storage import parquet
@@ -33,6 +33,7 @@ _ROWS_PER_READ = 128  # which may contain pictures
 _PICTURES_PER_PASS = 16
 _CPUS_PER_ACTOR = 2
 TEXT_COLUMNS = ("entity_id", "name", "aliases", "description")
+_READ = (*TEXT_COLUMNS, "other_names")
 IMAGE_COLUMNS = ("image_features", "image_bytes", "image_uri")
 _RECORD = "parts.json"
 
@@ -127,10 +128,10 @@ class EncodeEntities:
         with parquet.open_table(shard.uri, ENTITY_COLUMNS, ("entity_id",)) as table:
             has_pictures = not set(IMAGE_COLUMNS).isdisjoint(table.names)
             rows = range(shard.start, shard.stop)
-            entities = table.read(TEXT_COLUMNS, rows)
+            entities = table.read(_READ, rows)
             pictures = list(self._encoded(table.pieces(IMAGE_COLUMNS, rows, _ROWS_PER_READ))) if has_pictures else None
         check_version(shard)
-        part = _part(entities, self._embedded(entities), pictures)
+        part = make_part(entities["entity_id"], self._embedded(entities), pictures)
         storage.create_exclusive(f"{self._parts}/{shard.name}.parquet", parquet.parquet_bytes(part))
 
     def _embedded(self, entities: pa.Table) -> list[Features]:
@@ -138,9 +139,11 @@ class EncodeEntities:
         if self._texts is None:
             return [np.zeros((0, 0), np.float32)] * len(entities)
         rows = entities.to_pylist()
-        texts = [
-            texts_of(normalised_name(row["name"] or ""), row.get("aliases"), row.get("description")) for row in rows
-        ]
+        texts = []
+        for row in rows:
+            others = (normalised_name(name) for name in row.get("other_names") or () if name)
+            aliases = all_aliases(row.get("aliases"), others)
+            texts.append(texts_of(normalised_name(row["name"] or ""), aliases, row.get("description")))
         vectors = self._texts.encode([text for of_entity in texts for text in of_entity])
         return np.split(vectors, np.cumsum([len(of_entity) for of_entity in texts])[:-1])
 
@@ -190,24 +193,6 @@ def features_width(entities_uri: str) -> int | None:
 def _as_features(values: NDArray[np.float64]) -> Features:
     with np.errstate(over="ignore"):  # values too large become infinite
         return values.astype(np.float32)
-
-
-def _part(
-    entities: pa.Table, texts: Sequence[Features], pictures: Sequence[list[Features | MentionError]] | None
-) -> pa.Table:
-    of_entities = [[]] * len(texts) if pictures is None else pictures
-    usable = [[item for item in found if not isinstance(item, MentionError)] for found in of_entities]
-    return pa.table(
-        {
-            "entity_id": entities["entity_id"],
-            "num_texts": [len(vectors) for vectors in texts],
-            "texts": [vectors.ravel() for vectors in texts],
-            "num_pictures": [None if pictures is None else len(features) for features in usable],
-            "pictures": [np.concatenate(features) if features else [] for features in usable],
-            "faults": [[str(item) for item in found if isinstance(item, MentionError)] for found in of_entities],
-        },
-        schema=PART_SCHEMA,
-    )
 
 
 def encode_entities(

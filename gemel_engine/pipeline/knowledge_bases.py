@@ -105,7 +105,7 @@ def build(
     storage.check_kept(output)
     output = _absolute(output)
     with _staged(output) as staging:
-        report = build_knowledge_base(read_entities(entities_uri), tokenizer, staging, settings)
+        report = build_knowledge_base(read_entities(entities_uri, also=("other_names",)), tokenizer, staging, settings)
         if encoders is None:
             return BuildReport(report, None)
         fingerprints = encoders.fingerprints()
@@ -154,7 +154,7 @@ def update(
             another width than those of the base.
     """
     with _staged(_absolute(str(output))) as staging:
-        table = read_entities(changes_uri, also=("retired",))
+        table = read_entities(changes_uri, also=("retired", "other_names"))
         base_directory = local_knowledge_base(base)
         evidence = open_evidence(base_directory)
         fingerprints = encoders.fingerprints()

@@ -128,7 +128,7 @@ class EncodeImages:
         features = column_values(batch, "image_features")
         needed = [
             error is None and item is None and not (keeps_previous and self._skips_kept)
-            for error, item, keeps_previous in zip(errors, features, _keep_previous(batch), strict=True)
+            for error, item, keeps_previous in zip(errors, features, which_keep_previous(batch), strict=True)
         ]
         for row, item in enumerate(self._encoder.encode(self._files(batch, needed))):
             if isinstance(item, MentionError):
@@ -138,7 +138,7 @@ class EncodeImages:
         columns = ("image_features", *IMAGE_COLUMNS)
         batch = batch.drop_columns([column for column in columns if column in batch.column_names])
         batch = batch.append_column("image_features", pa.array(features, pa.list_(pa.float32())))
-        return _with_use(with_errors(batch, errors), "image", started, beside_bytes=decoder_peak_bytes())
+        return with_use(with_errors(batch, errors), "image", started, beside_bytes=decoder_peak_bytes())
 
     def _files(self, batch: pa.Table, needed: list[bool]) -> Iterator[bytes | ImageFetchError | None]:
         """Yield the image file of each row, None if it needs none; fetch those given by address."""
@@ -164,8 +164,8 @@ class Retrieve:
 
     def _retrieve(self, batch: pa.Table) -> pa.Table:
         started = time.monotonic()
-        mentions, features = mentions_without_error(batch), _features(batch)
-        is_skipped = _keep_previous(batch) if self._skips_kept else [False] * batch.num_rows
+        mentions, features = mentions_without_error(batch), image_features_of(batch)
+        is_skipped = which_keep_previous(batch) if self._skips_kept else [False] * batch.num_rows
         rows = [row for row, mention in enumerate(mentions) if mention is not None and not is_skipped[row]]
         found = self._retriever.retrieve(
             [mention for row in rows if (mention := mentions[row]) is not None], [features[row] for row in rows]
@@ -174,7 +174,7 @@ class Retrieve:
         for row, item in zip(rows, found, strict=True):
             retrieved[row] = item
         batch = batch.append_column("retrieved", retrieved_to_array(retrieved))
-        return _with_use(batch, "retrieval", started)
+        return with_use(batch, "retrieval", started)
 
 
 def _without_invalid_text(table: pa.Table) -> tuple[pa.Table, list[str | None]]:
@@ -208,7 +208,7 @@ def mentions_without_error(batch: pa.Table) -> list[Mention | None]:
     return [mention if error is None else None for mention, error in zip(_all_mentions(batch), errors, strict=True)]
 
 
-def _features(batch: pa.Table) -> list[Features | None]:
+def image_features_of(batch: pa.Table) -> list[Features | None]:
     """Return the image features (C,) of each row, None without a picture."""
     if "image_features" not in batch.column_names:
         return [None] * batch.num_rows
@@ -217,7 +217,7 @@ def _features(batch: pa.Table) -> list[Features | None]:
         return [None if row is None else row.to_numpy(zero_copy_only=False).astype(np.float32) for row in vectors]
 
 
-def _keep_previous(batch: pa.Table) -> list[bool]:
+def which_keep_previous(batch: pa.Table) -> list[bool]:
     """Return whether each row keeps its previous prediction, so that no model is needed for it."""
     return [bool(keeps_previous) for keeps_previous in column_values(batch, "keeps_previous")]
 
@@ -232,7 +232,7 @@ def with_errors(batch: pa.Table, errors: list[str | None]) -> pa.Table:
     return batch.set_column(batch.column_names.index("error"), "error", pa.array(errors, pa.string()))
 
 
-def _with_use(batch: pa.Table, stage: str, started: float, beside_bytes: int = 0) -> pa.Table:
+def with_use(batch: pa.Table, stage: str, started: float, beside_bytes: int = 0) -> pa.Table:
     """Add the seconds that a stage spent on a batch, and the largest memory of this process.
 
     Args:
@@ -241,11 +241,12 @@ def _with_use(batch: pa.Table, stage: str, started: float, beside_bytes: int = 0
         started: Start of the work on the batch, by `time.monotonic`.
         beside_bytes: Largest memory of a helper process, added to that of this process.
     """
-    batch = _with_cost(batch, STAGE_SECONDS[stage], time.monotonic() - started)
+    batch = with_cost(batch, STAGE_SECONDS[stage], time.monotonic() - started)
     peak = 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + beside_bytes  # Linux counts in KiB
     return batch.append_column(STAGE_PEAK_BYTES[stage], pa.array(np.full(batch.num_rows, peak)))
 
 
-def _with_cost(batch: pa.Table, name: str, cost: float) -> pa.Table:
+def with_cost(batch: pa.Table, name: str, cost: float) -> pa.Table:
+    """Add a column with the cost of a batch, spread evenly over its rows."""
     num_rows = max(1, batch.num_rows)
     return batch.append_column(name, pa.array(np.full(batch.num_rows, cost / num_rows)))

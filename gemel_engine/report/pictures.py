@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from gemel_engine.config.components import ImagePolicy
 from gemel_engine.errors import MentionError
 from gemel_engine.storage import parquet
-from gemel_engine.types import Column
+from gemel_engine.storage.columns import Column
 from gemel_engine.vision.decode import decode_image
 from gemel_engine.vision.fetch import fetch_image
 

@@ -26,7 +26,6 @@ from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import cached_property
 from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import Self
@@ -36,10 +35,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from gemel_engine.errors import ArtifactError, InputError
 from gemel_engine.retrieval.encoder import MentionEncoder
+from gemel_engine.retrieval.pictures import Pictures
 from gemel_engine.retrieval.table import (
     SIMILARITY_DECIMALS,
     TEXT_COLUMNS,
@@ -84,9 +83,10 @@ class DemonstrationIndex:
         self._search = faiss.IndexFlatIP(metadata.surface_width)
         self._search.add(as_matrix(table["surface_embedding"], metadata.surface_width)[starts])
         self._last_pictures: tuple[int, list[int], FloatArray] | None = None
-        self._features: FloatArray | None = None
+        self._pictures: Pictures | None = None
         if metadata.vision_width is not None:
-            self._features = as_matrix(table["image_features"], metadata.vision_width)
+            is_present = table["image_features"].is_valid().to_numpy()
+            self._pictures = Pictures(as_matrix(table["image_features"], metadata.vision_width), is_present)
 
     @classmethod
     def build(
@@ -169,8 +169,7 @@ class DemonstrationIndex:
         mention_id, text, mention, entity_id, name, group = (
             self._table[column][row].as_py() for column in TEXT_COLUMNS
         )
-        has_features = self._features is not None and self._table["image_features"][row].is_valid
-        features = self._features[row] if self._features is not None and has_features else None
+        features = None if self._pictures is None else self._pictures[row]
         return Demonstration(mention_id, text, mention, entity_id, name, group, features)
 
     def column(self, name: str) -> list[str]:
@@ -251,10 +250,10 @@ class DemonstrationIndex:
         Returns:
             Row numbers, the most similar last.
         """
-        if self._features is None or not k:
+        if self._pictures is None or not k:
             return []
-        rows, pictures = self._pictures_of_form(bisect_right(self._first_row, row) - 1)
-        likeness = np.round(pictures @ self._standardise(features), SIMILARITY_DECIMALS)
+        rows, pictures = self._pictures_of_form(self._pictures, bisect_right(self._first_row, row) - 1)
+        likeness = self._pictures.cosines(pictures, features)
         by_likeness = (rows[place] for place in np.argsort(-likeness, kind="stable"))
         return list(islice((row for row in by_likeness if self._groups[row] != exclude_group), k))[::-1]
 
@@ -269,10 +268,10 @@ class DemonstrationIndex:
             Cosines (N,), rounded to 5 decimals; NaN for a demonstration without a picture.
         """
         found = np.full(len(rows), np.nan, np.float32)
-        if self._features is not None and len(rows):
-            has_picture = self._is_pictured[np.array(rows)]
-            pictures = self._standardise(self._features[np.array(rows)[has_picture]])
-            found[has_picture] = np.round(pictures @ self._standardise(features), SIMILARITY_DECIMALS)
+        if self._pictures is not None and len(rows):
+            chosen = np.array(rows)
+            is_present = self._pictures.is_present[chosen]
+            found[is_present] = self._pictures.cosines(self._pictures.standardised(chosen[is_present]), features)
         return found
 
     def sample(self, surface_form: str, k: int, seed: int, exclude_group: str | None = None) -> list[int]:
@@ -289,36 +288,16 @@ class DemonstrationIndex:
                 drawn[row] = None
         return list(drawn)
 
-    def _pictures_of_form(self, form: int) -> tuple[list[int], FloatArray]:
+    def _pictures_of_form(self, pictures: Pictures, form: int) -> tuple[list[int], FloatArray]:
         """Return the rows of a surface form that have pictures, and their standardised features.
 
         The last form's are cached, since mentions come sorted by surface form.
         """
         if self._last_pictures is None or self._last_pictures[0] != form:
-            assert self._features is not None
-            span = range(self._first_row[form], self._first_row[form + 1])
-            rows = [row for row in span if self._is_pictured[row]]
-            self._last_pictures = form, rows, self._standardise(self._features[rows])
+            first, end = self._first_row[form : form + 2]
+            rows = (first + np.flatnonzero(pictures.is_present[first:end])).tolist()
+            self._last_pictures = form, rows, pictures.standardised(rows)
         return self._last_pictures[1:]
-
-    @cached_property
-    def _is_pictured(self) -> NDArray[np.bool_]:
-        is_pictured: NDArray[np.bool_] = self._table["image_features"].is_valid().to_numpy()
-        return is_pictured
-
-    @cached_property
-    def _moments(self) -> tuple[FloatArray, FloatArray]:
-        """Mean and standard deviation of the image features, each (C,)."""
-        assert self._features is not None
-        pictured = self._features[self._is_pictured]
-        return pictured.mean(axis=0), pictured.std(axis=0)
-
-    def _standardise(self, features: FloatArray) -> FloatArray:
-        """Centre and scale image features (..., C), then scale rows to length 1."""
-        mean, deviation = self._moments
-        centred = (features - mean) / np.maximum(deviation, 1e-6)
-        standardised: FloatArray = centred / np.maximum(np.linalg.norm(centred, axis=-1, keepdims=True), 1e-6)
-        return standardised
 
     def _retrieve_one(self, query: FloatArray, k: int, excluded: str | None) -> list[int]:
         num_rows, num_forms = min(k, self._num_allowed(excluded)), max(k, 1)

@@ -19,7 +19,8 @@ from gemel_engine.errors import ImageFetchError, InputError, MentionError
 from gemel_engine.knowledge_base.names import are_demonstrable, normalised_name
 from gemel_engine.retrieval.table import Demonstration
 from gemel_engine.storage import parquet
-from gemel_engine.types import IDENTIFIER, MENTION_COLUMNS, Features, are_features
+from gemel_engine.storage.columns import IDENTIFIER
+from gemel_engine.types import MENTION_COLUMNS, Features, are_features
 from gemel_engine.vision.encoder import ImageEncoder, PictureEncoder
 from gemel_engine.vision.fetch import fetch_image
 

@@ -6,7 +6,7 @@ The memory for a file is bounded, whatever its compression, dictionaries and nes
 `_EXPANSION` times its size or `_ALWAYS_ALLOWED`, and `_PIECE_BYTES` or one row for a piece. Sizes
 in the footer are trusted.
 
-Columns are converted by the rules of `types.Column`, so that files of different tools become one
+Columns are converted by the rules of `storage.columns`, so that files of different tools become one
 table.
 """
 
@@ -22,11 +22,11 @@ import pyarrow.parquet as pq
 from gemel_engine.config.addresses import local_path
 from gemel_engine.errors import InputError
 from gemel_engine.storage import files as storage
+from gemel_engine.storage.columns import Column
 from gemel_engine.storage.files import InputFile
 from gemel_engine.storage.local import open_regular
 from gemel_engine.storage.parquet_footer import EXTENSION_KEY
 from gemel_engine.storage.table import Table, check_memory, explain_unreadable
-from gemel_engine.types import Column
 
 
 def open_table(

@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from gemel_engine.errors import InputError
+from gemel_engine.storage.columns import Column, is_any_list
 from gemel_engine.storage.files import InputFile
 from gemel_engine.storage.parquet_footer import read_chunks
-from gemel_engine.types import Column, is_any_list
 
 _ALWAYS_ALLOWED = 256 << 20
 _EXPANSION = 100

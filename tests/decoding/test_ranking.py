@@ -16,55 +16,58 @@ pytestmark = pytest.mark.unit
 
 
 class Names:
-    """Entities Q0, Q1, … of which some share names, as much of a knowledge base as ranking needs."""
+    """Entities Q0, Q1, … with their names, some shared, as much of a knowledge base as ranking needs."""
 
-    def __init__(self, name_of: list[int]) -> None:
-        self.name_of = name_of
+    def __init__(self, names_of: list[list[int]]) -> None:
+        self.names_of = names_of
 
     def row_of_entity(self, entity_id: str) -> int | None:
         row = int(entity_id.removeprefix("Q"))
-        return row if row < len(self.name_of) else None
+        return row if row < len(self.names_of) else None
 
     def entity(self, row: int) -> SimpleNamespace:
-        return SimpleNamespace(entity_id=f"Q{row}", name=f"name {self.name_of[row]}")
+        return SimpleNamespace(entity_id=f"Q{row}", name=f"name {self.names_of[row][0]}")
 
-    def name_of_row(self, row: int) -> int:
-        return self.name_of[row]
+    def names_of_row(self, row: int) -> list[int]:
+        return self.names_of[row]
 
     def entities_of_name(self, name: int) -> list[int]:
-        return [row for row, other in enumerate(self.name_of) if other == name]
+        return [row for row, names in enumerate(self.names_of) if name in names]
 
 
 def scope(names: Names) -> Scope:
     return Scope(names, None)  # type: ignore[arg-type]
 
 
-def row(names: Names, known: list[int], log_probs: np.ndarray, unexplored: float) -> Prediction:
-    """What a search says that found the names of these entities, and stores only the entities themselves."""
-    found = sorted(known, key=lambda entity: -log_probs[names.name_of[entity]])
-    best = float(log_probs[names.name_of[found[0]]])
-    mass = np.exp(log_probs).sum() + unexplored
+def row(names: Names, found: list[int], log_probs: np.ndarray, size: int, unexplored: float = 0.0) -> Prediction:
+    """What a search says that found these names, and stores the most probable of their entities."""
+    best: dict[int, float] = {}
+    for name in found:
+        for entity in names.entities_of_name(name):
+            best[entity] = max(float(log_probs[name]), best.get(entity, -np.inf))
+    stored = sorted(best, key=lambda entity: -best[entity])[:size]
+    first = best[stored[0]]
     return Prediction(
         "m",
-        entity_id=f"Q{found[0]}",
-        log_prob=best,
-        probability=float(np.exp(best) / mass),
-        candidates=(
-            *(Candidate(f"Q{e}", "", float(log_probs[names.name_of[e]])) for e in found),
-            Candidate("Q0", "", None, 1.0),
-        ),
+        entity_id=f"Q{stored[0]}",
+        log_prob=first,
+        probability=float(np.exp(first) / (np.exp(log_probs).sum() + unexplored)),
+        candidates=(*(Candidate(f"Q{e}", "", best[e]) for e in stored), Candidate("Q0", "", None, 1.0)),
     )
 
 
-@pytest.mark.parametrize("seed", range(200))
-def test_what_is_certified_is_the_best_of_all_entities(seed: int) -> None:
+@pytest.mark.parametrize("num_names_of_entity", [1, 3])
+@pytest.mark.parametrize("seed", range(150))
+def test_what_is_certified_is_the_best_of_all_entities(seed: int, num_names_of_entity: int) -> None:
     rng = np.random.default_rng(seed)
     num_names = int(rng.integers(3, 12))
-    names = Names(rng.integers(0, num_names, size=2 * num_names).tolist())
-    shares = rng.dirichlet(np.full(num_names, 0.2))
-    log_probs = np.log(np.maximum(shares, 1e-12) * rng.uniform(0.3, 1.0))
-    known = rng.permutation(2 * num_names)[: rng.integers(1, 5)].tolist()
-    prediction = row(names, known, log_probs, unexplored=float(rng.uniform(0, 0.05)))
+    names = Names(
+        [rng.permutation(num_names)[: rng.integers(1, num_names_of_entity + 1)].tolist() for _ in range(2 * num_names)]
+    )
+    used = sorted({name for of_entity in names.names_of for name in of_entity})
+    log_probs = np.log(np.maximum(rng.dirichlet(np.full(num_names, 0.2)), 1e-12) * rng.uniform(0.3, 1.0))
+    found = rng.permutation(used)[: rng.integers(1, 5)].tolist()
+    prediction = row(names, found, log_probs, int(rng.integers(1, 6)), float(rng.uniform(0, 0.05)))
     pool = rng.permutation(2 * num_names)[: rng.integers(0, num_names)].tolist()
     bonuses = dict(zip(pool, rng.normal(scale=2.0, size=len(pool)).tolist(), strict=True))
     weight = float(rng.uniform(0.1, 2.0))
@@ -72,7 +75,10 @@ def test_what_is_certified_is_the_best_of_all_entities(seed: int) -> None:
     heard = Heard.of(prediction, scope(names))
     assert heard is not None
     again = ranked_again(prediction, scope(names), bonuses, heard, weight, 99)
-    truth = {e: weight * log_probs[name] + bonuses.get(e, 0.0) for e, name in enumerate(names.name_of)}
+    truth = {
+        e: weight * max(log_probs[name] for name in of_entity) + bonuses.get(e, 0.0)
+        for e, of_entity in enumerate(names.names_of)
+    }
     best = sorted(truth.values(), reverse=True)
     for place, candidate in enumerate(again.candidates[: again.num_certified]):
         assert truth[int(candidate.entity_id[1:])] == pytest.approx(best[place])
@@ -84,17 +90,17 @@ def test_what_is_certified_is_the_best_of_all_entities(seed: int) -> None:
 
 def test_most_rows_of_a_finished_search_are_proved_again() -> None:
     rng, num_proved = np.random.default_rng(0), 0
-    names = Names(list(range(10)))
+    names = Names([[name] for name in range(10)])
     for _ in range(100):
         log_probs = np.log(rng.dirichlet(np.full(10, 0.2)) + 1e-12)
         known = np.argsort(-log_probs)[:4].tolist()
-        heard = Heard.of(row(names, known, log_probs, 0.0), scope(names))
+        heard = Heard.of(row(names, known, log_probs, 4), scope(names))
         num_proved += ranking_of({known[1]: 1.0, 9: 0.5}, heard, 0.5).num_certified > 0
     assert num_proved > 70
 
 
 def test_evidence_alone_orders_by_bonus_and_proves_nothing() -> None:
-    names = Names([0, 1, 2])
+    names = Names([[0], [1], [2]])
     weights = ScoreWeights(features={"form_prior": 1.0}, language_model=1.0, risks=(), fitted_on={})
     bonuses = bonuses_of("x", [0, 2], [{"form": 0.9}, {"form": 9.9}], weights, names)  # type: ignore[arg-type]
     assert list(bonuses) == [2, 0]
@@ -107,8 +113,8 @@ def test_evidence_alone_orders_by_bonus_and_proves_nothing() -> None:
 
 
 def test_an_entity_held_out_is_not_found() -> None:
-    names = Names([0, 1])
-    heard = Heard.of(row(names, [0, 1], np.log([0.6, 0.3]), 0.0), scope(names))
+    names = Names([[0], [1]])
+    heard = Heard.of(row(names, [0, 1], np.log([0.6, 0.3]), 2), scope(names))
     assert heard is not None
     assert heard.without(0).log_probs == {1: pytest.approx(np.log(0.3))}
     assert Heard.of(Prediction("m"), scope(names)) is None

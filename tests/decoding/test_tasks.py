@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from support.names import ENTITY_NAMES
 
-from gemel_engine.config.components import PromptSettings, SearchSettings
+from gemel_engine.config.components import KnowledgeBaseSettings, PromptSettings, SearchSettings
 from gemel_engine.decoding.engines.reference import TransformersEngine
 from gemel_engine.decoding.generator import Artifacts, EntityNameGenerator
 from gemel_engine.decoding.language_model import FrozenLanguageModel
 from gemel_engine.evidence.retrieved import PoolCandidate, PromptItem, Retrieved
 from gemel_engine.evidence.weights import ScoreWeights
+from gemel_engine.knowledge_base.build import build_knowledge_base
 from gemel_engine.knowledge_base.store import KnowledgeBase
 from gemel_engine.retrieval.index import DemonstrationIndex
 from gemel_engine.tokenizer import load_tokenizer
@@ -159,3 +162,39 @@ def test_without_candidates_the_language_model_ranks_alone(opened: Artifacts, en
     prediction = link(generator(opened, engine), Retrieved((PromptItem(0),)))
     assert prediction.decided_by == "language_model"
     assert prediction.pool == ()
+
+
+@pytest.mark.parametrize("weights", [None, WEIGHTS], ids=["language model", "score"])
+def test_the_best_of_an_entitys_names_counts(
+    weights: ScoreWeights | None,
+    artifacts: dict[str, Path],
+    opened: Artifacts,
+    engine: TransformersEngine,
+    tmp_path: Path,
+) -> None:
+    names = {"A": ["brown bear", "Braunb\u00e4r"], "B": ["river bank", "brown bears"], "C": ["polar bear"]}
+    several = pa.table(
+        {"entity_id": list(names), "name": [main for main, *_ in names.values()], "other_names": [*names.values()]}
+    )
+    flat = [name for of_entity in names.values() for name in of_entity]
+    tables = {"several": several, "single": pa.table({"entity_id": flat, "name": flat})}
+    everything = SearchSettings(num_candidates=99, num_to_certify=99, max_rollouts=9999, ranking="objective")
+    model = FrozenLanguageModel(str(artifacts["language_model"]), "float32")
+    newline = generator(opened, engine).terminator
+    found = {}
+    for name, table in tables.items():
+        build_knowledge_base(table, opened.tokenizer, tmp_path / name, KnowledgeBaseSettings())
+        knowledge_base = KnowledgeBase.open(tmp_path / name, verify=True)
+        known = replace(opened, knowledge_base=knowledge_base, trie_directory=knowledge_base.trie_directory, index=None)
+        reference = TransformersEngine(model, knowledge_base.trie, newline, 10)
+        row = knowledge_base.row_of_entity("A" if name == "several" else "brown bear")
+        assert row is not None
+        pool = (PoolCandidate(row, 1.0, {"form": 0.01}),)
+        found[name] = link(generator(known, reference, weights, search=everything), Retrieved((), (), pool))
+
+    single = {candidate.entity_id: candidate.log_prob for candidate in found["single"].candidates}
+    for candidate in found["several"].candidates:
+        best = max(log_prob for name in names[candidate.entity_id] if (log_prob := single[name]) is not None)
+        assert candidate.log_prob == pytest.approx(best, abs=1e-4)
+    assert sorted(candidate.entity_id for candidate in found["several"].candidates) == ["A", "B", "C"]
+    assert found["several"].certified

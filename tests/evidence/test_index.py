@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from support.evidence import build_evidence
 from support.tables import make_tokenizer
 
 from gemel_engine.config.components import KnowledgeBaseSettings
@@ -15,9 +16,7 @@ from gemel_engine.errors import ArtifactError, ConfigurationError, InputError
 from gemel_engine.evidence.forms import FormStatistics
 from gemel_engine.evidence.index import (
     MANIFEST,
-    EntityPictures,
     EvidenceIndex,
-    build_evidence,
     entities_checksum,
     open_evidence,
 )
@@ -40,8 +39,9 @@ MENTION = Mention("m", "Queen and Mercury in Oslo", "Mercury", group="g")
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory, encoder: MentionEncoder) -> Path:
     directory = tmp_path_factory.mktemp("evidence")
-    pictures = EntityPictures(np.eye(3, 4, dtype=np.float32), np.array([2, 2, 3], np.uint32), "an image encoder")
-    build_evidence(ENTITIES, directory, knowledge_base="abc", mention_encoder=encoder, pictures=pictures)
+    first, second, third = np.eye(3, 4, dtype=np.float32)
+    pictures = {2: np.stack([first, second]), 3: third[None]}
+    build_evidence(ENTITIES, directory, mention_encoder=encoder, pictures=pictures)
     return directory
 
 
@@ -62,16 +62,16 @@ def test_an_index_knows_its_counts_and_encoders(evidence: EvidenceIndex, encoder
 
 
 def test_an_index_of_names_alone_is_searched_without_encoders(tmp_path: Path) -> None:
-    evidence = build_evidence(ENTITIES.select(["name"]), tmp_path, knowledge_base="abc")
+    evidence = build_evidence(ENTITIES.select(["name"]), tmp_path)
     assert evidence.texts is None
     assert evidence.pictures is None
     assert CandidatePool(evidence).pool([MENTION])[0].candidates
     with pytest.raises(InputError, match="no entities"):
-        build_evidence(ENTITIES.slice(0, 0), tmp_path / "none", knowledge_base="abc")
+        build_evidence(ENTITIES.slice(0, 0), tmp_path / "none")
 
 
 def test_a_damaged_or_foreign_index_is_refused(tmp_path: Path) -> None:
-    build_evidence(ENTITIES, tmp_path, knowledge_base="abc")
+    build_evidence(ENTITIES, tmp_path)
     with pytest.raises(ArtifactError, match="of another knowledge base"):
         EvidenceIndex.open(tmp_path, knowledge_base="abd")
     (tmp_path / "dictionary/kinds.npy").write_bytes((tmp_path / "dictionary/rows.npy").read_bytes())
@@ -146,8 +146,8 @@ def test_impossible_settings_of_a_pool_are_refused() -> None:
 
 def test_the_raw_features_of_an_entity_s_first_picture_are_kept(tmp_path: Path) -> None:
     features = np.random.default_rng(0).normal(3, 5, (4, 6)).astype(np.float32)
-    pictures = EntityPictures(features, np.array([3, 1, 3, 0], np.uint32), None)
-    found = build_evidence(ENTITIES, tmp_path, knowledge_base="abc", pictures=pictures).pictures
+    pictures = {0: features[3:], 1: features[1:2], 3: features[[0, 2]]}
+    found = build_evidence(ENTITIES, tmp_path, pictures=pictures).pictures
     assert found is not None
     kept = [found.features_of(row) for row in range(5)]
     assert [None if values is None else values.tolist() for values in kept] == [

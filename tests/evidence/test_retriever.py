@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from support.evidence import build_evidence
 from support.tables import make_tokenizer
 
 from gemel_engine.config.components import KnowledgeBaseSettings, RetrievalSettings
 from gemel_engine.evidence.cards import EntityCards
 from gemel_engine.evidence.forms import FormStatistics
-from gemel_engine.evidence.index import DIRECTORY, EntityPictures, EvidenceIndex, build_evidence, entities_checksum
+from gemel_engine.evidence.index import DIRECTORY, EvidenceIndex, entities_checksum
 from gemel_engine.evidence.retrieved import PromptItem, Retrieved, retrieved_to_array, row_to_retrieved
 from gemel_engine.evidence.retriever import Retriever
 from gemel_engine.knowledge_base.build import build_knowledge_base
@@ -38,9 +39,8 @@ def knowledge_base(tmp_path_factory: pytest.TempPathFactory, encoder: MentionEnc
     directory = tmp_path_factory.mktemp("knowledge_base") / "kb"
     build_knowledge_base(ENTITIES, make_tokenizer(), directory, KnowledgeBaseSettings())
     opened = KnowledgeBase.open(directory, verify=True)
-    pictured = np.array([row_of(opened, "planet"), row_of(opened, "singer")], np.uint32)
-    order = np.argsort(pictured)
-    pictures = EntityPictures(np.eye(2, 4, dtype=np.float32)[order], pictured[order], "an image encoder")
+    planet, singer = np.eye(2, 4, dtype=np.float32)
+    pictures = {row_of(opened, "planet"): planet[None], row_of(opened, "singer"): singer[None]}
     build_evidence(
         opened.table(),
         directory / DIRECTORY,

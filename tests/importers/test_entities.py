@@ -36,7 +36,7 @@ def test_every_import_writes_the_same_schema(tmp_path: Path, monkeypatch: pytest
     assert run(monkeypatch, "wikidata", dump, output, "--languages", "en", "de", "--leave-out", "Q5") == 0
     assert pq.read_schema(output) == SCHEMA
     (row,) = pq.read_table(output).to_pylist()
-    nothing = dict.fromkeys(("description", "aliases", "image_uri"))
+    nothing = dict.fromkeys(("description", "aliases", "image_uri", "other_names"))
     assert row == {"entity_id": "Q1", "name": "Earth", "popularity": 0.0, "language": "en", **nothing}
     assert run(monkeypatch, "dbpedia", triples, triples, output, "--languages", "en", "de") == 0
     assert pq.read_table(output).to_pylist() == [

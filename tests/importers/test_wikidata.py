@@ -90,6 +90,19 @@ def test_an_item_becomes_an_entity(tmp_path: Path, pack: Callable[[bytes], bytes
     )
 
 
+def test_labels_in_the_other_languages_may_be_generated_if_asked_for(tmp_path: Path) -> None:
+    (paris,) = read_wikidata(
+        dump(tmp_path, PARIS),
+        ImportReport(),
+        languages=("en", "ja", "de"),
+        left_out_types=(),
+        image_width=500,
+        with_other_names=True,
+    )
+    assert paris.other_names == ("パリ",)
+    assert "パリ" in paris.aliases
+
+
 def test_the_first_language_with_a_label_gives_the_name(tmp_path: Path) -> None:
     source = dump(tmp_path, PARIS, item(1, labels=terms(de="Weltall"), descriptions=terms(en="everything")))
     found, report = read(source, "ja", "de")

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 from support.corpus import picture, toml
+from support.evidence import build_evidence
 from support.names import ENTITY_NAMES
 
 from gemel_engine.cli.main import main
@@ -20,7 +21,7 @@ from gemel_engine.config.loading import load_config
 from gemel_engine.config.settings import LinkConfig
 from gemel_engine.errors import ConfigurationError, ImageError, InvalidMentionError
 from gemel_engine.evidence.cards import Card
-from gemel_engine.evidence.index import DIRECTORY, build_evidence, entities_checksum
+from gemel_engine.evidence.index import DIRECTORY, entities_checksum
 from gemel_engine.evidence.reasons import in_words
 from gemel_engine.knowledge_base.build import build_knowledge_base
 from gemel_engine.knowledge_base.store import KnowledgeBase

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import random
-import shutil
 from base64 import b64decode
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,10 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
-from selenium.webdriver import Chrome, ChromeOptions
-from selenium.webdriver.chrome.service import Service
+from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
+from support.browser import FAINT_TEXTS, needs_browser, open_browser, show
 from support.paths import ROOT
 from support.reports import COLUMNS, QUALITY, RUN, evaluation
 
@@ -31,38 +29,8 @@ from gemel_engine.retrieval.reading import read_demonstrations, read_names
 from gemel_engine.types import PREDICTION_SCHEMA
 
 EMOJI = ROOT / "examples" / "emoji"
-BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
-DRIVER = shutil.which("chromedriver")
 HOSTILE = "</article><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'> bear\x00\u202e"
-# Texts whose contrast to their background is below 4.5, WCAG's limit; switched-off buttons may be so faint.
-FAINT_TEXTS = """
-    const channels = (colour) => colour.match(/[\\d.]+/g).map(Number);
-    const luminance = (colour) => {
-        const linear = (c) => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
-        const [r, g, b] = channels(colour).map((c) => linear(c / 255));
-        return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-    };
-    const background = (element) => {
-        const colour = getComputedStyle(element).backgroundColor;
-        return channels(colour)[3] === 0 ? background(element.parentElement) : colour;
-    };
-    const isFaint = (element) => {
-        const style = getComputedStyle(element);
-        const colours = [element.closest("svg") ? style.fill : style.color, background(element)];
-        const [dark, light] = colours.map(luminance).sort((a, b) => a - b);
-        return (light + 0.05) / (dark + 0.05) < 4.5;
-    };
-    return [...document.querySelectorAll("body *:not(script)")]
-        .filter((e) => [...e.childNodes].some((node) => node.nodeType === 3 && node.data.trim()))
-        .filter((e) => !e.closest(":disabled") && isFaint(e)).map((e) => e.outerHTML.slice(0, 200));
-"""
-
-pytestmark = [
-    pytest.mark.heavy,
-    pytest.mark.skipif(
-        not (BROWSER and DRIVER), reason="needs Chromium and its driver: apt-get install chromium chromium-driver"
-    ),
-]
+pytestmark = [pytest.mark.heavy, needs_browser]
 
 
 @pytest.fixture(scope="module")
@@ -133,22 +101,7 @@ def answer(number: int, entity_id: str, names: dict[str, str], demonstration_ids
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
-    assert BROWSER is not None
-    options = ChromeOptions()
-    options.binary_location = BROWSER
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    profile = tmp_path_factory.mktemp("profile")
-    for argument in (
-        "headless=new",
-        "disable-gpu",
-        "disable-dev-shm-usage",
-        "hide-scrollbars",
-        f"user-data-dir={profile}",
-    ):
-        options.add_argument(f"--{argument}")
-    if os.geteuid() == 0:
-        options.add_argument("--no-sandbox")  # Chromium's sandbox refuses root
-    with Chrome(options=options, service=Service(DRIVER)) as browser:
+    with open_browser(tmp_path_factory.mktemp("profile")) as browser:
         yield browser
 
 
@@ -158,13 +111,6 @@ def opened(browser: Chrome, page: Path) -> Chrome:
     show(browser, width=1280, scheme="light")
     browser.get(page.as_uri())
     return browser
-
-
-def show(browser: Chrome, width: int, scheme: str) -> None:
-    metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-    features = [{"name": "prefers-color-scheme", "value": scheme}]
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
 
 
 def screenshot(browser: Chrome, path: Path) -> NDArray[np.uint8]:

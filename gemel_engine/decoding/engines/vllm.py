@@ -46,6 +46,7 @@ class VllmEngine:
 
     Attributes:
         cache_statistics: Counts of all finished requests.
+        llm_engine: vLLM's engine; while no rollout is queued, it takes other requests too.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class VllmEngine:
             torch._dynamo.config.disable = True
         # vLLM's type annotation allows the first interface only.
         processors: list[Any] = [TrieLogitsProcessorV2 if envs.VLLM_USE_V2_MODEL_RUNNER else TrieLogitsProcessor]
-        self._engine = LLMEngine.from_engine_args(
+        self.llm_engine = LLMEngine.from_engine_args(
             EngineArgs(
                 model=settings.name,
                 load_format="hf",  # by default vLLM may prefer files that were not checked
@@ -127,7 +128,7 @@ class VllmEngine:
                 "has_common_candidates": are_common,
             },
         )
-        self._engine.add_request(request_id, self._vllm_prompt(prompt, request.path), parameters)
+        self.llm_engine.add_request(request_id, self.vllm_prompt(prompt, request.path), parameters)
 
     def step(self) -> list[tuple[str, Rollout]]:
         """Run one engine step over all queued rollouts; returns the finished ones with their ids.
@@ -145,15 +146,15 @@ class VllmEngine:
 
     def _step(self) -> list[Any]:
         try:
-            return self._engine.step()
+            return self.llm_engine.step()
         except Exception as error:
             # vLLM's error doesn't say whether a worker has ended; its executor does.
-            executor = getattr(self._engine, "model_executor", None)
+            executor = getattr(self.llm_engine, "model_executor", None)
             if isinstance(error, EngineDeadError) or getattr(executor, "is_failed", False):
                 raise EngineDiedError("a process of the language model's engine has ended: start it again") from error
             raise
 
-    def _vllm_prompt(self, prompt: Prompt, path: tuple[int, ...]) -> EmbedsPrompt | TokensPrompt:
+    def vllm_prompt(self, prompt: Prompt, path: tuple[int, ...]) -> EmbedsPrompt | TokensPrompt:
         """Return the prompt followed by `path`; only visual positions have embeddings.
 
         The other positions contain NaN. vLLM never reads them, but its cache keys cover them, so
