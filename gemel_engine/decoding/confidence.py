@@ -120,7 +120,7 @@ class Calibration:
         right: Model of the probability that the entity is the right one.
         nil: Model of the probability that the knowledge base lacks the mention's entity; None if it
             was fitted without such mentions.
-        nil_threshold: Lowest probability at which `is_nil` is true.
+        nil_threshold: Lowest probability at which `is_nil` is true; None: it stays empty.
         scoring: Settings on which the evidence depends; see `scoring_settings`.
         contents: Fingerprint of the run's language model, and checksums of its knowledge base, its
             input and its weights, by name, as far as the run recorded them.
@@ -136,8 +136,8 @@ class Calibration:
     fitted_on: dict[str, float]
 
     def __post_init__(self) -> None:
-        if (self.nil is None) != (self.nil_threshold is None):
-            raise ValueError("nil and nil_threshold must both be given, or neither")
+        if self.nil is None and self.nil_threshold is not None:
+            raise ValueError("nil_threshold needs nil")
         if self.scoring.keys() != {*_SECTIONS} or not all(self.scoring.values()):
             raise ValueError(f"scoring must have settings of {', '.join(_SECTIONS)}")
 
@@ -153,7 +153,7 @@ class Calibration:
                 prediction,
                 confidence=confidence,
                 nil_probability=nil_probability,
-                is_nil=None if nil_probability is None else nil_probability >= self.nil_threshold,
+                is_nil=None if self.nil_threshold is None else nil_probability >= self.nil_threshold,
             )
             for prediction, confidence, nil_probability in zip(usable, right, nil, strict=True)
         )

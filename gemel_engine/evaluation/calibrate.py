@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Mapping, Sequence
 from itertools import compress
@@ -22,7 +23,7 @@ from gemel_engine.decoding.confidence import (
     evidence_of,
     scoring_settings,
 )
-from gemel_engine.errors import ConfigurationError, InputError
+from gemel_engine.errors import InputError
 from gemel_engine.evaluation.answers import Answers, RankedAnswers, answers_of_model
 from gemel_engine.evaluation.gold import entities_to_judge, read_gold, surface_forms
 from gemel_engine.evaluation.judge import Judge
@@ -30,6 +31,8 @@ from gemel_engine.evaluation.quality import quality
 from gemel_engine.evaluation.run import LinkedRun
 from gemel_engine.evidence.weights import ScoreWeights
 from gemel_engine.extras import extra
+
+logger = logging.getLogger(__name__)
 
 NIL_SHARE = 0.2  # of the surface forms, whose entities are held out where labels have too few NIL
 
@@ -50,13 +53,13 @@ def calibrate_run(linked: LinkedRun, *, gold: str | None = None, nil_precision: 
         linked: The run.
         gold: Parquet file or directory with gold labels (see `read_gold`); the run's input by
             default.
-        nil_precision: Required precision of `is_nil`, measured by cross-validation.
+        nil_precision: Required precision of `is_nil`, measured by cross-validation. If no threshold
+            reaches it, there is none.
 
     Raises:
         InputError: There are no labels, an outcome has too few mentions or surface forms, mentions
             have `candidate_ids`, or a run by the score has no candidate pools.
         ArtifactError: The knowledge base of the run was replaced.
-        ConfigurationError: No threshold of NIL reaches the required precision.
     """
     linked.check_knowledge_base()
     labelled = read_gold(gold or linked.settings["input"], linked.settings["input"])
@@ -118,7 +121,6 @@ def fit_calibration(
 
     Raises:
         InputError: An outcome has too few mentions, or they have too few surface forms.
-        ConfigurationError: No threshold reaches the required precision.
     """
     is_right, are_final = answers.are_right, answers.are_final
     num_right, num_final = int(is_right[are_final].sum()), int(are_final.sum())
@@ -224,23 +226,25 @@ def _left_out(evidence: Numbers, outcomes: Outcomes, folds: Folds, freedom: floa
     return probabilities
 
 
-def _threshold(probabilities: Numbers, is_nil: Outcomes, wanted: float) -> tuple[float, dict[str, float]]:
-    """Return the lowest threshold that reaches a wanted precision, and the metrics at it."""
+def _threshold(probabilities: Numbers, is_nil: Outcomes, wanted: float) -> tuple[float | None, dict[str, float]]:
+    """Return the lowest threshold that reaches a wanted precision, None without one, and the metrics."""
     with extra("report"):
         from sklearn.metrics import precision_recall_curve, roc_auc_score
 
+    found = {"nil_auc": float(roc_auc_score(is_nil, probabilities))}
     precision, recall, thresholds = precision_recall_curve(is_nil, probabilities)
     num_called = len(probabilities) - np.searchsorted(np.sort(probabilities), thresholds)
     can_tell = num_called >= _LEAST_CALLED
     reaching = np.flatnonzero(can_tell & (precision[:-1] >= wanted))
     if not len(reaching):
-        raise ConfigurationError(
-            f"no threshold finds NIL with precision {wanted} among {_LEAST_CALLED} mentions or more; the highest "
-            f"precision there is {precision[:-1][can_tell].max():.2f}: ask for less"
+        logger.warning(
+            "no threshold finds NIL with precision %g among %d mentions or more; the highest precision there is %.2f: "
+            "is_nil stays empty; fit again with a lower one",
+            wanted,
+            _LEAST_CALLED,
+            precision[:-1][can_tell].max(),
         )
+        return None, found
     first = reaching[0]
-    return float(thresholds[first]), {
-        "nil_auc": float(roc_auc_score(is_nil, probabilities)),
-        "nil_precision": float(precision[first]),
-        "nil_recall": float(recall[first]),
-    }
+    found |= {"nil_precision": float(precision[first]), "nil_recall": float(recall[first])}
+    return float(thresholds[first]), found

@@ -156,13 +156,16 @@ def test_rows_with_an_error_stay_as_they_are(calibration: Calibration) -> None:
     assert calibration.apply([], []) == []
 
 
-def test_nil_has_the_precision_that_was_asked_for(calibration: Calibration) -> None:
+def test_nil_has_the_precision_that_was_asked_for(calibration: Calibration, caplog: pytest.LogCaptureFixture) -> None:
     assert calibration.fitted_on["nil_precision"] >= 0.4
     assert calibration.fitted_on["nil_held_out"] == 0
     called = np.array([bool(prediction.is_nil) for prediction in calibration.apply(PREDICTIONS, FORMS)])
     assert IS_NIL[called].mean() == pytest.approx(0.4, abs=0.05)
-    with pytest.raises(ConfigurationError, match="ask for less"):
-        fitted(answers(are_nil=IS_NIL), 1.0)
+    unreached = fitted(answers(are_nil=IS_NIL), 1.0)
+    assert "fit again with a lower one" in caplog.text
+    assert (unreached.nil_threshold, unreached.fitted_on.get("nil_precision")) == (None, None)
+    found = unreached.apply(PREDICTIONS[:1], FORMS[:1])[0]
+    assert (found.is_nil, found.nil_probability is None) == (None, False)
     without = fitted(answers())
     assert without.nil is None
     assert without.apply(PREDICTIONS[:1], FORMS[:1])[0].is_nil is None
@@ -225,7 +228,6 @@ def test_a_changed_weight_is_refused(calibration: Calibration, tmp_path: Path) -
         {"scoring": {}},
         {"scoring": {"search": {"objective": "sum"}}},
         {"scoring": {"search": 1}},
-        {"nil_threshold": None},
         {"nil_threshold": float("nan")},
         {"nil_threshold": 2.0},
         {"nil": None},
