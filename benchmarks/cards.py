@@ -5,8 +5,9 @@ python benchmarks/cards.py DATA --language-model MODEL --mention-encoder MODEL [
 DATA holds `train.parquet`, `dev.parquet` and `entities.parquet` (names alone). Each of the settings, such as
 "num_demonstrations=4 num_cards=4", is linked by one process with one engine; those that
 `benchmarks/results/cards.json` has for the same mentions are skipped. "zero_shot=1" leaves the training mentions out:
-neither demonstrations nor form statistics. All mentions and the default settings without `--settings` give the
-figures `cards` and `zero_shot` of `benchmarks/results/evidence.json`.
+neither demonstrations nor form statistics. The default settings, `--settings` "zero_shot=0" and "zero_shot=1", give the
+figures `cards` and `zero_shot`. Surface forms are linked in random order and noted after each batch, so that what a
+stopped run has noted is a sample, too.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import logging
 import random
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +41,10 @@ from gemel_engine.tokenizer import load_tokenizer
 from gemel_engine.types import Mention, Prediction
 
 RESULTS = Path("benchmarks/results/cards.json")
-PUBLISHED = Path("benchmarks/results/evidence.json")
 WORK = Path("build/cards")
 SEED = 0
+BATCH = 50  # mentions between two notes
+FIGURES = {"zero_shot=0": "cards", "zero_shot=1": "zero_shot"}
 
 logger = logging.getLogger("cards")
 
@@ -78,14 +81,17 @@ def main(
     results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for text in settings or ("zero_shot=0", "zero_shot=1"):
         key = f"{text} ({len(rows)})"
-        if key not in results:
-            values = measured(linker, rows, buckets, text)
-            what = f"WikiDiverse dev, text only, {len(rows)} mentions, SmolLM2-135M in float32, 7,642 names"
-            results[key] = record(values, f'{command}--settings "{text}"', what)
+        if key in results and results[key]["value"]["mentions"] == len(rows):
+            continue
+        for values in measured(linker, rows, buckets, text):
+            what = f"WikiDiverse dev, text only, {values['mentions']} mentions, SmolLM2-135M in float32, 7,642 names"
+            note = partial(record, command=f'{command}--settings "{text}"', what=what)
+            results[key] = note(values)
+            if text in FIGURES:
+                figures = {f"{FIGURES[text]}.{name}": value for name, value in values.items() if name != "right"}
+                results |= {name: note(value) for name, value in figures.items()}
             RESULTS.write_text(json.dumps(results, indent=2) + "\n")
-            if not settings and num_mentions is None:
-                publish(values, "zero_shot" if text == "zero_shot=1" else "cards", command.rstrip(), what)
-        logger.info("%s %s", key, {name: v for name, v in results[key]["value"].items() if name != "right"})
+            logger.info("%s %s", key, {name: value for name, value in values.items() if name != "right"})
 
 
 def opened(data: Path, language_model: str, mention_encoder: str) -> Linker:
@@ -101,13 +107,6 @@ def opened(data: Path, language_model: str, mention_encoder: str) -> Linker:
             score=ScoreSettings(kind="language_model"),
         )
     )
-
-
-def publish(values: dict[str, object], name: str, command: str, what: str) -> None:
-    """Note the figures of the defaults among the published ones."""
-    published = json.loads(PUBLISHED.read_text())
-    published |= {f"{name}.{key}": record(value, command, what) for key, value in values.items() if key != "right"}
-    PUBLISHED.write_text(json.dumps(published, indent=2) + "\n")
 
 
 def prepare(data: Path, language_model: str, mention_encoder: str) -> None:
@@ -139,30 +138,47 @@ def buckets_of(rows: Sequence[dict[str, Any]], data: Path) -> list[str]:
     return [bucket(row) for row in rows]
 
 
-def measured(linker: Linker, rows: Sequence[dict[str, Any]], buckets: Sequence[str], text: str) -> dict[str, object]:
-    """Accuracy in all and by bucket, rollouts and prompt tokens for a mention, and each mention's digit."""
+def measured(
+    linker: Linker, rows: Sequence[dict[str, Any]], buckets: Sequence[str], text: str, *, with_pictures: bool = False
+) -> Iterator[dict[str, object]]:
+    """Link the mentions in batches, and yield the figures of those linked so far after each."""
     changes = {name: int(value) for name, value in (pair.split("=") for pair in text.split())}
     is_zero_shot = bool(changes.pop("zero_shot", 0))
     config, artifacts = linker.config, linker.generator.artifacts
     settings = RetrievalSettings(**{**asdict(config.retrieval), **changes})
     index = None if is_zero_shot else artifacts.index
     linker.retriever = Retriever(settings, artifacts.knowledge_base, index, artifacts.evidence)
-    mentions = [Mention(row["mention_id"], row["text"], row["mention"]) for row in rows]
+    forms = sorted({row["mention"] for row in rows})
+    place = dict(zip(forms, random.Random(SEED).sample(range(len(forms)), len(forms)), strict=True))
+    order = sorted(range(len(rows)), key=lambda number: (place[rows[number]["mention"]], number))
     before, started = linker.generator.engine.cache_statistics.num_prompt_tokens, time.perf_counter()
-    predictions: list[Prediction] = linker.link(mentions, [None] * len(mentions))
-    right = [prediction.entity_id == row["entity_id"] for prediction, row in zip(predictions, rows, strict=True)]
-    of_bucket = defaultdict(list)
-    for bucket, is_right in zip(buckets, right, strict=True):
-        of_bucket[bucket].append(is_right)
+    predictions: dict[int, Prediction] = {}
+    for start in range(0, len(order), BATCH):
+        batch = order[start : start + BATCH]
+        mentions = [Mention(row["mention_id"], row["text"], row["mention"]) for row in (rows[n] for n in batch)]
+        pictures = [rows[number].get("image_bytes") if with_pictures else None for number in batch]
+        predictions |= dict(zip(batch, linker.link(mentions, pictures), strict=True))
+        num_tokens = linker.generator.engine.cache_statistics.num_prompt_tokens - before
+        yield {
+            **accuracies(predictions, rows, buckets),
+            "prompt_tokens": round(num_tokens / len(predictions), 1),
+            "seconds": round(time.perf_counter() - started, 1),
+        }
+
+
+def accuracies(
+    predictions: dict[int, Prediction], rows: Sequence[dict[str, Any]], buckets: Sequence[str]
+) -> dict[str, object]:
+    """Accuracy in all and by bucket, rollouts for a mention, and a digit for each linked mention in the rows' order."""
+    right, of_bucket = [], defaultdict(list)
+    for number, prediction in sorted(predictions.items()):
+        right.append(prediction.entity_id == rows[number]["entity_id"])
+        of_bucket[buckets[number]].append(right[-1])
     return {
         "all": round(float(np.mean(right)), 4),
         **{bucket: round(float(np.mean(values)), 4) for bucket, values in sorted(of_bucket.items())},
-        "rollouts": round(float(np.mean([prediction.num_rollouts or 0 for prediction in predictions])), 2),
-        "certified": round(float(np.mean([bool(prediction.certified) for prediction in predictions])), 4),
-        "prompt_tokens": round(
-            (linker.generator.engine.cache_statistics.num_prompt_tokens - before) / len(predictions), 1
-        ),
-        "seconds": round(time.perf_counter() - started, 1),
+        "rollouts": round(float(np.mean([found.num_rollouts or 0 for found in predictions.values()])), 2),
+        "certified": round(float(np.mean([bool(found.certified) for found in predictions.values()])), 4),
         "mentions": len(predictions),
         "right": to_digits(right),
     }

@@ -25,26 +25,19 @@ import pyarrow.parquet as pq
 import tyro
 from cards import buckets_of, opened, prepare
 from record import difference, record, to_digits
+from score_evidence import EMOJI, RESULTS, WORK, Pools, emoji_train, with_pictures, with_pools
 
 from gemel_engine.config.components import SearchSettings
 from gemel_engine.decoding.generator import EntityNameGenerator
-from gemel_engine.evaluation.fit_score import LabelledPools, conditional_logit, fit_score
+from gemel_engine.evaluation.fit_score import LabelledPools, fit_score
+from gemel_engine.evaluation.quality import quality
 from gemel_engine.evidence import weights as shipped
-from gemel_engine.evidence.features import FEATURES
-from gemel_engine.evidence.index import open_evidence
-from gemel_engine.evidence.retrieved import Retrieved
 from gemel_engine.evidence.retriever import Retriever
 from gemel_engine.evidence.weights import ScoreWeights, softmax
-from gemel_engine.knowledge_base.store import KnowledgeBase
 from gemel_engine.linker import Linker
-from gemel_engine.retrieval.index import DemonstrationIndex
-from gemel_engine.types import Mention, PoolEntity, Prediction, predictions_to_table
+from gemel_engine.types import Mention, Prediction, predictions_to_table
 
-RESULTS = Path("benchmarks/results/score.json")
-WORK = Path("build/score")
-EMOJI = Path("build/emoji")  # of `make demo`
 SEED = 0
-NUM_EMOJI = 1500
 NUM_ASKED = 10  # candidates of a training mention whose log-probs are asked for
 
 logger = logging.getLogger("score")
@@ -148,51 +141,12 @@ def fitted(linker: Linker, data: Path, num_train: int, num_asked: int) -> ScoreW
         "language_model": Path(linker.config.language_model.name).name,
     }
     pools = LabelledPools.of(predictions_to_table(predictions), forms, gold, artifacts.knowledge_base)
-    weights = with_pictures(fit_score(pools, fitted_on=what), emoji_pools(linker))
+    encoder = linker.config.retrieval.mention_encoder
+    assert encoder is not None
+    of_emoji = Pools("emoji_train", EMOJI, encoder, emoji_train, True)
+    weights = with_pictures(fit_score(pools, fitted_on=what), of_emoji.labelled)
     weights.save(path)
     return weights
-
-
-def with_pictures(weights: ScoreWeights, pools: LabelledPools) -> ScoreWeights:
-    """The weights of aliases and pictures, which WikiDiverse as it is here lacks, by another corpus."""
-    bonuses = pools.features @ np.array([weights.features[name] for name in FEATURES])
-    added = ("equal_alias", "picture")
-    columns = np.column_stack([bonuses, *(pools.features[:, FEATURES.index(name)] for name in added)])
-    scale, *fitted = conditional_logit(columns, pools.starts, pools.gold).tolist()
-    return replace(
-        weights, features=weights.features | {name: value / scale for name, value in zip(added, fitted, strict=True)}
-    )
-
-
-def emoji_pools(linker: Linker) -> LabelledPools:
-    """Pools of the emoji corpus' training mentions, without the drawings of their own artist."""
-    knowledge_base = KnowledgeBase.open(EMOJI / "knowledge_base")
-    evidence, index = open_evidence(EMOJI / "knowledge_base"), DemonstrationIndex.open(EMOJI / "demonstrations")
-    settings = replace(linker.config.retrieval, exclude_group=True)
-    retriever = Retriever(settings, knowledge_base, index, evidence)
-    items = [index[row] for row in random.Random(SEED).sample(range(len(index)), NUM_EMOJI)]
-    mentions = [Mention(item.mention_id, item.text, item.mention, group=item.group) for item in items]
-    retrieved = retriever.retrieve(mentions, [item.features for item in items])
-    return LabelledPools.of(
-        predictions_to_table(with_pools(mentions, retrieved, knowledge_base)),
-        [item.mention for item in items],
-        [item.entity_id for item in items],
-        knowledge_base,
-    )
-
-
-def with_pools(
-    mentions: Sequence[Mention], retrieved: Sequence[Retrieved], knowledge_base: KnowledgeBase
-) -> list[Prediction]:
-    """Predictions that have a pool and nothing else."""
-    entity_id = knowledge_base.entity_id
-    return [
-        Prediction(
-            mention.mention_id,
-            pool=tuple(PoolEntity(entity_id(item.row), item.score, item.reasons) for item in found.candidates),
-        )
-        for mention, found in zip(mentions, retrieved, strict=True)
-    ]
 
 
 def certainty(linker: Linker, weights: ScoreWeights, form: str, prediction: Prediction) -> float:
@@ -251,6 +205,9 @@ def judged(
             to_digits(right["score"][least_sure]), to_digits(right["evidence_alone"][least_sure])
         ),
     }
+    measured = quality(np.array([prediction.confidence or 0.0 for prediction in of_score]), right["score"])
+    results["confidence.ece"] = round(measured.expected_calibration_error, 4)
+    results["confidence.risk_coverage_area"] = round(measured.area_under_risk_coverage, 4)
     for name, values in right.items():
         results[f"wikidiverse.{name}"] = round(float(values.mean()), 4)
         results[f"wikidiverse.least_sure_{name}"] = round(float(values[least_sure].mean()), 4)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-from transformers import PreTrainedTokenizerFast
 
 from gemel_engine.config.settings import JobConfig
 from gemel_engine.decoding.generator import Artifacts
@@ -15,6 +16,9 @@ from gemel_engine.retrieval.encoder import MentionEncoder
 from gemel_engine.retrieval.index import DemonstrationIndex
 from gemel_engine.vision.encoder import ImageEncoder
 from gemel_engine.vision.mapper import FeatureMapper
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 _NAMES_CHECKED = 1000
 

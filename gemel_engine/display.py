@@ -46,6 +46,33 @@ def visible(text: str, *, lines: bool = False) -> str:
     return _LOOSE_SELECTOR.sub(lambda selector: f"‹U+{ord(selector[0]):04X}›", text)
 
 
+# Invisible characters that change nothing about the characters beside them.
+_IDLE = "\u00ad\u034f\u061c\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff\ufff0-\ufffb"
+# Joiners, selectors, fillers and tags: they change the character before them, but only in scripts from
+# Hebrew on, and in emoji.
+_JOINING = (
+    "\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200c\u200d\u3164\ufe00-\ufe0f\uffa0"
+    "\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff"
+)
+UNSEEN = f"[{_IDLE}{_JOINING}]"  # a regular expression of what `without_unseen` looks at
+_ANY_IDLE, _ANY_JOINING = re.compile(f"[{_IDLE}]+"), re.compile(f"[{_JOINING}]+")
+_LOOSE_JOINING = re.compile(f"(?<![\u0590-\U0010ffff#*0-9©®])[{_JOINING}]+")
+
+
+def without_unseen(text: str, *, also_joining: bool = False) -> str:
+    """Remove characters without width, by which two equal-looking texts differ.
+
+    Those that shape the character before them (joiners, selectors of emoji) are kept there.
+
+    Args:
+        text: Text.
+        also_joining: Whether to remove these, too, for a comparison.
+    """
+    if text.isascii():
+        return text
+    return (_ANY_JOINING if also_joining else _LOOSE_JOINING).sub("", _ANY_IDLE.sub("", text))
+
+
 def visible_traceback(error: BaseException) -> str:
     """Format an error with its traceback, indented so that no line of it looks like a log line."""
     return textwrap.indent(visible("".join(traceback.format_exception(error)), lines=True).rstrip(), "  ")

@@ -9,7 +9,8 @@
     ├── EngineDiedError         a process of the language model's engine has ended      exit code 1
     └── MentionError            one row cannot be linked: it becomes the row's `error`
         ├── InvalidMentionError     empty surface form, offset outside the text, ...
-        ├── PromptTooLongError      the mention's own text exceeds the prompt limit
+        ├── InvalidDocumentError    the text of a document is empty or not UTF-8
+        ├── PromptTooLongError      the surface form exceeds the prompt limit
         ├── ImageError              the image's bytes are not a decodable picture
         └── ImageFetchError         the image's address is not allowed or not reachable
 
@@ -140,8 +141,14 @@ class InvalidMentionError(MentionError):
     kind = "invalid_mention"
 
 
+class InvalidDocumentError(MentionError):
+    """The text of a document is unusable, so that no mention is found in it."""
+
+    kind = "invalid_document"
+
+
 class PromptTooLongError(MentionError):
-    """The mention's own block does not fit into the prompt, even without demonstrations."""
+    """The surface form does not fit into the prompt, even without text and demonstrations."""
 
     kind = "prompt_too_long"
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from threading import RLock
-
-from transformers import PreTrainedTokenizerFast
+from typing import TYPE_CHECKING
 
 from gemel_engine.assembly import load_picture_encoder, open_artifacts, start_generator
 from gemel_engine.compatibility import check_encoders
@@ -23,6 +22,9 @@ from gemel_engine.evidence.weights import ScoreWeights
 from gemel_engine.knowledge_base.store import Entity, KnowledgeBase
 from gemel_engine.retrieval.table import Demonstration
 from gemel_engine.types import Features, Mention, Prediction, fault_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-from gemel_engine.checkpoint import check_files
 from gemel_engine.errors import ArtifactError, ConfigurationError, not_loadable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
@@ -27,6 +28,11 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
         ArtifactError: The tokenizer is missing or cannot be loaded.
         ConfigurationError: The tokenizer has no fast implementation.
     """
+    # These take seconds to import; all other functions need neither.
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    from gemel_engine.checkpoint import check_files
+
     check_files(name_or_path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)

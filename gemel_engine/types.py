@@ -6,13 +6,14 @@ This module depends on no model, not on Ray, and reads no files.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from gemel_engine.display import without_unseen
 from gemel_engine.errors import InvalidMentionError
 from gemel_engine.storage.columns import FEATURES, IDENTIFIER, PICTURE, TEXT, Column
 
@@ -38,6 +39,21 @@ MENTION_COLUMNS = {
     "entity_id": IDENTIFIER,
     "entity_name": TEXT,
 }
+
+
+def mention_columns(stored_names: Mapping[str, str], *, or_own: bool = False) -> dict[str, Column]:
+    """Return the columns of mentions as a file names them.
+
+    Args:
+        stored_names: The file's names of columns that have another name there.
+        or_own: Whether a file may also have these columns under their own names.
+    """
+    return {
+        name: replace(column, stored_names=(theirs, *((name,) if or_own else ())))
+        if (theirs := stored_names.get(name))
+        else column
+        for name, column in MENTION_COLUMNS.items()
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +158,8 @@ class Prediction:
             same order.
         num_demonstrations_dropped: Number of demonstrations and cards omitted to keep the prompt
             within its limit.
+        num_characters_dropped: Number of characters of the text omitted for the same reason; a
+            window around the surface form is kept.
         pool: Candidate pool of the mention, the best first; empty without an evidence index.
         num_rollouts: Number of rollouts that the search requested from the language model,
             including those of the previous run if this prediction continues one of its predictions.
@@ -166,6 +184,7 @@ class Prediction:
     demonstration_ids: tuple[str, ...] = ()
     demonstration_entity_ids: tuple[str, ...] = ()
     num_demonstrations_dropped: int | None = None
+    num_characters_dropped: int | None = None
     pool: tuple[PoolEntity, ...] = ()
     num_rollouts: int | None = None
     error: str | None = None
@@ -177,7 +196,7 @@ def fault_of(mention: Mention) -> InvalidMentionError | None:
     Text and surface form may be missing, and candidates may contain nulls, as in rows of a table.
     """
     form, text, start = mention.mention, mention.text, mention.mention_start
-    if not form or not form.strip():
+    if not form or not without_unseen(form, also_joining=True).strip():
         return InvalidMentionError("the mention is empty: give the surface form")
     if len(form) > _MAX_MENTION_CHARACTERS:
         return InvalidMentionError(
@@ -253,6 +272,7 @@ PREDICTION_SCHEMA = pa.schema(
         pa.field("demonstration_ids", pa.list_(pa.string())),
         pa.field("demonstration_entity_ids", pa.list_(pa.string())),
         pa.field("num_demonstrations_dropped", pa.int32()),
+        pa.field("num_characters_dropped", pa.int32()),
         pa.field(
             "pool",
             pa.list_(

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from gemel_engine.cli import options as command_line
 from gemel_engine.cli.tables import print_explanation
-from gemel_engine.display import make_visible, visible
+from gemel_engine.display import make_visible, visible, without_unseen
 from gemel_engine.errors import InputError
 from gemel_engine.linker import Explanation
 from gemel_engine.pipeline.output import check_claim
@@ -26,6 +26,24 @@ HOSTILE = f"\x1b[2J\x9b31m\n{FORGED}\r\u202e\u2066\u200b\u2060\ufeff\U000e0041\u
 SHOWN = f"␛[2J\ufffd31m␊{FORGED}␍‹U+202E›‹U+2066›‹U+200B›‹U+2060›‹U+FEFF›‹U+E0041›‹U+2028›{FORGED}"
 # Format characters that are drawn: signs over numbers, and those that arrange hieroglyphs.
 DRAWN = {*range(0x600, 0x606), 0x6DD, 0x70F, 0x890, 0x891, 0x8E2, 0x110BD, 0x110CD, *range(0x13430, 0x13440)}
+
+
+@pytest.mark.parametrize(
+    ("text", "kept", "compared"),
+    [
+        ("P\u200bar\u00adis\ufeff", "Paris", "Paris"),
+        ("\u202ePa\u200dris\u200c", "Paris", "Paris"),
+        ("\u0645\u06cc\u200c\u062e", "\u0645\u06cc\u200c\u062e", "\u0645\u06cc\u062e"),
+        ("\U0001f468\u200d\U0001f680", "\U0001f468\u200d\U0001f680", "\U0001f468\U0001f680"),
+        ("1\ufe0f\u20e3", "1\ufe0f\u20e3", "1\u20e3"),
+        ("\U0001f3f4\U000e0067\U000e007f", "\U0001f3f4\U000e0067\U000e007f", "\U0001f3f4"),
+        ("a\u2028b", "a\u2028b", "a\u2028b"),  # separates lines, and is refused in names
+        ("\u200b\u3164", "", ""),
+    ],
+)  # fmt: skip
+def test_characters_without_width_are_removed_where_they_do_nothing(text: str, kept: str, compared: str) -> None:
+    assert without_unseen(text) == kept
+    assert without_unseen(text, also_joining=True) == compared
 
 
 def test_every_character_that_is_unseen_is_made_visible() -> None:

@@ -36,15 +36,15 @@ def build_demonstrations(
     max_image_pixels: NumPixels = 50_000_000,
     allowed_image_prefixes: tuple[str, ...] = (),
     max_image_bytes: NumBytes = 20_000_000,
+    columns: tuple[str, ...] = (),
 ) -> None:
     """Build a demonstration index from a training split.
 
     Args:
-        mentions: Parquet file or directory of Parquet files, local or s3://bucket/prefix. Required
-            columns: `mention_id`, `text`, `mention`, `entity_id`; optional columns: `entity_name`,
-            `group`, `image_features`, `image_bytes`, `image_uri`.
-        entities: Parquet file or directory of Parquet files with the columns `entity_id` and
-            `name`.
+        mentions: Table in Parquet, CSV, TSV or JSON Lines, or a directory, local or
+            s3://bucket/prefix. Required columns: `mention_id`, `text`, `mention`, `entity_id`;
+            optional columns: `entity_name`, `group`, `image_features`, `image_bytes`, `image_uri`.
+        entities: Table with the columns `entity_id` and `name`, in the same formats.
         output_dir: Local directory; an existing index in it is replaced.
         mention_encoder: Sentence encoder of surface forms: local directory, or name on the model
             hub.
@@ -56,14 +56,18 @@ def build_demonstrations(
         allowed_image_prefixes: Allowed prefixes of an `image_uri`: absolute local directories,
             s3://bucket/prefix, https://host/path.
         max_image_bytes: Maximum size of an image file in bytes; a larger one is unusable.
+        columns: Names of columns of the mentions where they differ: mention=surface entity_id=label.
     """
     from gemel_engine.config.components import ImagePolicy
+    from gemel_engine.importers.table import parse_columns
     from gemel_engine.retrieval.encoder import MentionEncoder
     from gemel_engine.retrieval.index import DemonstrationIndex
     from gemel_engine.retrieval.reading import PictureReader, read_demonstrations, read_names
+    from gemel_engine.types import MENTION_COLUMNS
     from gemel_engine.vision.encoder import ImageEncoder
 
     started = time.perf_counter()
+    names = parse_columns(columns, tuple(MENTION_COLUMNS))
     pictures = None
     if image_encoder is not None:
         encoder = ImageEncoder(image_encoder, pretrained=image_encoder_pretrained, device=device)
@@ -71,7 +75,7 @@ def build_demonstrations(
         pictures = PictureReader(encoder, policy, max_image_pixels)
     index = DemonstrationIndex.build(
         output_dir,
-        read_demonstrations(mentions, read_names(entities), pictures),
+        read_demonstrations(mentions, read_names(entities), pictures, names),
         MentionEncoder(mention_encoder, device=device),
         image_encoder_fingerprint=None if pictures is None else pictures.encoder.fingerprint,
     )

@@ -1,10 +1,10 @@
-"""The command `gemel import`: tables of entities from public dumps and other tables."""
+"""The command `gemel import`: tables from public dumps, corpora and other tables."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from pydantic import Field
@@ -18,16 +18,18 @@ Dump = Annotated[Positional[str], arg(metavar="DUMP")]
 Files = Annotated[Positional[tuple[str, ...]], arg(metavar="DUMP... OUTPUT.parquet")]
 Input = Annotated[Positional[str], arg(metavar="INPUT")]
 Output = Annotated[Positional[Path], arg(metavar="OUTPUT.parquet")]
+Layout = Annotated[Positional[Literal["wikidiverse", "melbench", "aida", "blink"]], arg(metavar="LAYOUT")]
 Languages = Annotated[tuple[str, ...], Field(min_length=1)]
 Separator = Annotated[str, Field(min_length=1)]
 
 
 def import_entities(arguments: Sequence[str]) -> None:
-    """Make a table of entities for `gemel build-kb`, from Wikidata, DBpedia or another table."""
+    """Make a table of entities for `gemel build-kb`, or of mentions, from what others publish."""
     commands: dict[str, Callable[..., None]] = {
         "wikidata": checked(import_wikidata),
         "dbpedia": checked(import_dbpedia),
         "table": checked(import_table),
+        "mentions": checked(import_mentions),
     }
     tyro.extras.subcommand_cli_from_dict(
         commands, prog="gemel import", description=import_entities.__doc__, args=arguments
@@ -134,3 +136,37 @@ def import_table(input: Input, output: Output, *, columns: tuple[str, ...] = (),
     check_output(output, [input])
     report = ImportReport()
     write_entities(output, read_table(input, report, columns=parse_columns(columns), separator=separator), report)
+
+
+def import_mentions(
+    layout: Layout,
+    input: Input,
+    output: Output,
+    *,
+    pictures: str | None = None,
+    part: Literal["train", "testa", "testb"] | None = None,
+) -> None:
+    """Read the mentions of a published corpus, with their gold labels.
+
+    Mentions without an entity have no label. A label that is an address in Wikipedia becomes the
+    title of the page.
+
+    Args:
+        layout: wikidiverse (JSON of its authors), melbench (JSON of WikiMEL or Richpedia-MEL), aida
+            (tokens of AIDA-CoNLL-YAGO), or blink (JSON Lines).
+        input: File of the corpus, local or s3://bucket/key.
+        output: Parquet file to write; an existing one is replaced.
+        pictures: Directory or address that has the pictures of wikidiverse or melbench by their
+            names. Default: pictures have the addresses that the corpus gives.
+        part: Documents of aida to read. Default: all.
+    """
+    from gemel_engine.importers.entities import ImportReport, check_output, write_rows
+    from gemel_engine.importers.mentions import LAYOUTS, MENTION_SCHEMA
+
+    check_output(output, [input])
+    takes_pictures, is_aida = layout in ("wikidiverse", "melbench"), layout == "aida"
+    if (pictures and not takes_pictures) or (part and not is_aida):
+        raise ConfigurationError(f"--{'part' if part else 'pictures'} is of no use for {layout}: leave it out")
+    report = ImportReport()
+    options = {"pictures": pictures} if takes_pictures else {"part": part} if is_aida else {}
+    write_rows(output, LAYOUTS[layout](input, report, **options), report, MENTION_SCHEMA, "mentions")

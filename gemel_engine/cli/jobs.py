@@ -7,13 +7,16 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
 from gemel_engine.cli import options
 from gemel_engine.config.bounds import Amount, Count, CountOrZero, Fraction, Seed
-from gemel_engine.errors import InputError
+from gemel_engine.errors import ConfigurationError, InputError
+
+if TYPE_CHECKING:
+    from gemel_engine.evaluation.run import LinkedRun
 
 Output = Annotated[Positional[str], arg(metavar="OUTPUT")]
 OutputDir = Annotated[Positional[Path], arg(metavar="OUTPUT_DIR")]
@@ -27,8 +30,10 @@ def link(arguments: Sequence[str]) -> None:
     Arguments: CONFIG.toml [--key value ...].
     """
     from gemel_engine.config.settings import LinkConfig
+    from gemel_engine.pipeline.corpus import check_columns
 
     config = options.configure(LinkConfig, "gemel link", arguments)
+    check_columns(config.input, config.vision.required_columns, config.columns.given())
 
     from gemel_engine.linking.job import describe_run, link_corpus
 
@@ -38,14 +43,39 @@ def link(arguments: Sequence[str]) -> None:
         link_corpus(config)
 
 
+def find_mentions(arguments: Sequence[str]) -> None:
+    """Find the mentions of a corpus of documents, which `gemel link` then links.
+
+    Arguments: CONFIG.toml [--key value ...].
+    """
+    from gemel_engine.config.finding import FindConfig
+
+    config = options.configure(FindConfig, "gemel find-mentions", arguments)
+
+    from gemel_engine.finding.job import find_mentions
+
+    find_mentions(config)
+    if config.gold is not None:
+        from rich.console import Console
+
+        from gemel_engine.cli.tables import spans_table
+        from gemel_engine.evaluation.spans import judge_spans, read_found, read_gold_spans
+
+        judged = judge_spans(read_found(config.output), read_gold_spans(config.gold))
+        Console().print(spans_table(judged))
+
+
 def train(arguments: Sequence[str]) -> None:
     """Train the feature mapper, or resume from its last checkpoint.
 
     Arguments: CONFIG.toml [--key value ...].
     """
     from gemel_engine.config.settings import TrainConfig
+    from gemel_engine.pipeline.corpus import check_columns
 
     config = options.configure(TrainConfig, "gemel train", arguments)
+    for corpus in filter(None, (config.train, config.dev)):
+        check_columns(corpus, ("entity_id",), config.columns.given())
 
     from gemel_engine.training.job import train_mapper
 
@@ -82,8 +112,10 @@ def plan(arguments: Sequence[str]) -> None:
     Arguments: CONFIG.toml [--actors N ...] [--key value ...].
     """
     from gemel_engine.config.settings import LinkConfig
+    from gemel_engine.pipeline.corpus import check_columns
 
     sampling, config = options.asked(Sampling, LinkConfig, "gemel plan", arguments)
+    check_columns(config.input, config.vision.required_columns, config.columns.given())
 
     from rich.console import Console
 
@@ -157,6 +189,7 @@ def evaluate(
     train: str | None = None,
     against: str | None = None,
     protocol: Literal["entity", "name", "candidates"] = "entity",
+    found: bool = False,
     write_to: str | None = None,
     entities: str | None = None,
     gallery_size: CountOrZero = 60,
@@ -178,6 +211,9 @@ def evaluate(
         protocol: When an answer is correct: `entity`: the same entity identifier; `name`: the same
             entity name (GEMEL's protocol); `candidates`: the same identifier, among the mention's
             own candidates only.
+        found: Whether the mentions of the run were found by `gemel find-mentions`, and are compared
+            with gold mentions by their places: `group` (the document's id), `mention`, and
+            `mention_start`, else `text`. Writes `found.json` instead.
         write_to: Directory for the files. Default: `evaluation` in the output of the run.
         entities: Parquet file or directory with the pictures of entities: the columns `entity_id`,
             and `image_bytes` or `image_uri`, as for `gemel build-kb`. Default: the addresses in the
@@ -200,6 +236,9 @@ def evaluate(
     linked = LinkedRun.open(output)
     other = None if against is None else LinkedRun.open(against)
     directory, judged = write_to or f"{linked.output}/evaluation", None
+    if found:
+        _evaluate_found(linked, gold, directory)
+        return
     if gold is not None or linked.has_gold():
         judged = judge_run(linked, gold=gold, train=train, against=other, protocol=protocol)
         Console().print(as_table(judged))
@@ -210,6 +249,22 @@ def evaluate(
     )
     storage.write_bytes(f"{directory}/report.html", page.encode())
     logger.info("%s/report.html", directory)
+
+
+def _evaluate_found(linked: LinkedRun, gold: str | None, directory: str) -> None:
+    """Compare a run over found mentions with gold mentions, and print and write the result."""
+    from rich.console import Console
+
+    from gemel_engine import storage
+    from gemel_engine.cli.tables import spans_table
+    from gemel_engine.evaluation.spans import judge_spans_of_run
+
+    if gold is None:
+        raise ConfigurationError("--found is given without --gold: name a table of gold mentions")
+    judged = judge_spans_of_run(linked, gold)
+    Console().print(spans_table(judged))
+    storage.write_bytes(f"{directory}/found.json", judged.to_json())
+    logger.info("%s/found.json", directory)
 
 
 def calibrate(

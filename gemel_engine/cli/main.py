@@ -15,7 +15,7 @@ from importlib.metadata import version
 
 import tyro
 
-from gemel_engine.cli import artifacts, importers, jobs, knowledge_bases, options, serving
+from gemel_engine.cli import artifacts, importers, jobs, knowledge_bases, options, serving, surveys
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,10 @@ class Command:
 
 
 COMMANDS = {
+    "init": Command(surveys.init),
+    "doctor": Command(surveys.doctor),
     "link": Command(jobs.link, parses_arguments=True),
+    "find-mentions": Command(jobs.find_mentions, parses_arguments=True),
     "plan": Command(jobs.plan, parses_arguments=True),
     "train": Command(jobs.train, parses_arguments=True),
     "explain": Command(jobs.explain, parses_arguments=True),

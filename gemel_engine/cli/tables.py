@@ -16,6 +16,7 @@ from rich.text import Text
 from gemel_engine.display import cut, excerpt, on_one_line, percent, shares, visible
 from gemel_engine.evaluation.judge import Measured
 from gemel_engine.evaluation.run import JudgedRun
+from gemel_engine.evaluation.spans import JudgedSpans
 from gemel_engine.evidence.cards import Card
 from gemel_engine.evidence.comparison import Argument
 from gemel_engine.evidence.reasons import in_words
@@ -105,6 +106,17 @@ _BAR_WIDTH = 16
 _NOTHING = "–"
 
 
+def spans_table(judged: JudgedSpans) -> Table:
+    """Return the comparison of found mentions with gold as a table."""
+    table = Table(title=f"{judged.mentions.num_gold} gold mentions, {judged.mentions.num_found} found")
+    for heading in ("", "precision", "recall", "F1", "right"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for name, item in (("place", judged.mentions), ("place and entity", judged.linked)):
+        if item is not None:
+            table.add_row(name, f"{item.precision:.3f}", f"{item.recall:.3f}", f"{item.f1:.3f}", str(item.num_right))
+    return table
+
+
 def print_explanation(explanation: Explanation, console: Console) -> None:
     """Print answer, rankings with and without the picture, pool, demonstrations and prompt."""
     console.print(_answer(explanation))
@@ -147,7 +159,8 @@ def _search(prediction: Prediction) -> str:
     return (
         f"{certificate}; rollouts {prediction.num_rollouts}; margin {_number(prediction.margin)}; "
         f"unexplored mass at most {percent(prediction.unexplored_mass, _NOTHING)}; "
-        f"demonstrations left out {prediction.num_demonstrations_dropped}"
+        f"demonstrations left out {prediction.num_demonstrations_dropped}, "
+        f"characters of the text {prediction.num_characters_dropped}"
     )
 
 

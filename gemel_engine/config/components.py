@@ -263,21 +263,19 @@ class RetrievalSettings:
             knowledge base proposes for a mention; 0: none, and no cards.
         num_cards: Number of candidates that precede a question as cards, those that its surface
             form alone proposes. Mentions of a surface form share them in the engine's cache.
-        num_own_cards: Number of further cards, chosen by the mention's text and picture too; they
-            come last, nearest to the question.
-        cards_first: Whether cards come before demonstrations.
+        num_own_cards: Number of further cards: the best candidates by text and picture too. They
+            come last, nearest to the question, even if they are among the others.
         seed: Seed of the policy `random`.
     """
 
-    num_demonstrations: CountOrZero = 8
+    num_demonstrations: CountOrZero = 4
     num_similar_pictures: CountOrZero = 0
     policy: Literal["similar", "random"] = "similar"
     exclude_group: bool = False
     mention_encoder: ModelName | None = None
     num_candidates: CountOrZero = 32
-    num_cards: CountOrZero = 6
-    num_own_cards: CountOrZero = 2
-    cards_first: bool = False
+    num_cards: CountOrZero = 3
+    num_own_cards: CountOrZero = 1
     seed: Seed = 0
 
 

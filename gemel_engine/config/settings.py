@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
@@ -28,7 +28,41 @@ from gemel_engine.config.components import (
     SearchSettings,
     VisionSettings,
 )
+from gemel_engine.config.finding import FinderSettings
 from gemel_engine.config.resources import ResourceSettings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ColumnNames:
+    """Names of the columns of mentions in the input, where they differ from the engine's own.
+
+    Attributes:
+        mention_id: Name of `mention_id`, such as `id`.
+        text: Name of `text`, the sentence or caption.
+        mention: Name of `mention`, the surface form.
+        mention_start: Name of `mention_start`, the character offset of the surface form.
+        candidate_ids: Name of `candidate_ids`, the only entities to consider.
+        group: Name of `group`, such as the document.
+        image_uri: Name of `image_uri`, the picture's address.
+        image_bytes: Name of `image_bytes`, the picture's file.
+        image_features: Name of `image_features`, the picture's features.
+        entity_id: Name of `entity_id`, the gold label.
+    """
+
+    mention_id: str | None = None
+    text: str | None = None
+    mention: str | None = None
+    mention_start: str | None = None
+    candidate_ids: str | None = None
+    group: str | None = None
+    image_uri: str | None = None
+    image_bytes: str | None = None
+    image_features: str | None = None
+    entity_id: str | None = None
+
+    def given(self) -> dict[str, str]:
+        """Return the names that differ, by the engine's own."""
+        return {name: theirs for name, theirs in asdict(self).items() if theirs and theirs != name}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +82,7 @@ class JobConfig:
         prompt: Layout of the prompts.
         search: Objective, ranking and budget of the search for names.
         resources: Actor pools of the stages.
+        columns: Names of the columns of the mentions, where they differ from the engine's own.
         rows_per_shard: Maximum number of rows that are processed together, as a shard.
         max_failed_fraction: Maximum share of rows with an `error` before the job fails. Training
             does not count rows whose entity the knowledge base lacks.
@@ -68,6 +103,7 @@ class JobConfig:
     prompt: PromptSettings = field(default_factory=PromptSettings)
     search: SearchSettings = field(default_factory=SearchSettings)
     resources: ResourceSettings = field(default_factory=ResourceSettings)
+    columns: ColumnNames = field(default_factory=ColumnNames)
     rows_per_shard: Count = 1024
     max_failed_fraction: Fraction = 0.01
     verify_artifacts: bool = True
@@ -93,7 +129,11 @@ class LinkConfig(JobConfig):
     files are missing.
 
     Attributes:
-        input: Parquet file or directory of mentions, local or s3://bucket/prefix.
+        input: Mentions in Parquet, CSV, TSV or JSON Lines, a file or a directory, local or
+            s3://bucket/prefix; with `find_mentions`, documents.
+        find_mentions: Whether to find the mentions of the documents in `input` first, as `gemel
+            find-mentions` does.
+        finder: How mentions are found.
         language_model: The frozen language model and its engine.
         score: How entities are ranked.
         calibration: Directory written by `gemel calibrate`: weights of the score, and models of the
@@ -106,6 +146,8 @@ class LinkConfig(JobConfig):
     """
 
     input: Address
+    find_mentions: bool = False
+    finder: FinderSettings = field(default_factory=FinderSettings)
     language_model: EngineSettings
     score: ScoreSettings = field(default_factory=ScoreSettings)
     calibration: Address | None = None
@@ -123,6 +165,11 @@ class LinkConfig(JobConfig):
             raise ValueError(
                 "search.ranking is 'mean': whether added names change such a ranking shows only when everything is "
                 'linked again; leave out `previous`, or set search.ranking = "objective" in both runs'
+            )
+        if self.previous is not None and self.find_mentions:
+            raise ValueError(
+                "find_mentions is set, but `previous` needs the mentions of that run: give these as `input`, and leave "
+                "out find_mentions"
             )
         self._check_gpus(self.language_model, self.resources.generation.num_gpus)
 
@@ -270,9 +317,9 @@ class TrainConfig(JobConfig):
     demonstrations.
 
     Attributes:
-        train: Parquet file or directory of mentions with `entity_id`, local or s3://bucket/prefix.
-        dev: Parquet file or directory of mentions to validate on, like `train`; None: no
-            validation.
+        train: Mentions with `entity_id` in Parquet, CSV, TSV or JSON Lines, a file or a directory,
+            local or s3://bucket/prefix.
+        dev: Mentions to validate on, like `train`; None: no validation.
         language_model: The frozen language model.
         vision: Image encoder (None: mentions must have image features), and the feature mapper to
             start from, if any.

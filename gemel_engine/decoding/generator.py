@@ -171,10 +171,11 @@ class EntityNameGenerator:
         """Return the prompt for a mention, and the demonstrations and cards that fit into it.
 
         Raises:
-            PromptTooLongError: The mention's own text is too long.
+            PromptTooLongError: The surface form is too long.
             InvalidMentionError: The image features can't be used with the feature mapper.
         """
-        question = self._builder.question(mention.text, mention.mention, self._visual_prefix(features))
+        prefix = self._visual_prefix(features)
+        question = self._builder.question(mention.text, mention.mention, prefix, mention.mention_start)
         items = retrieved.items
         blocks = [self._block(item, mention.mention if item.is_card else "") for item in items]
         places = self._builder.fitting(blocks, len(retrieved.shared), question)

@@ -10,11 +10,13 @@ P prefix length, D language-model width, T tokens, K demonstrations.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gemel_engine.config.components import PromptSettings
+from gemel_engine.decoding.window import place_of, window
 from gemel_engine.errors import ConfigurationError, PromptTooLongError
 from gemel_engine.tokenizer import check_special_tokens, encode_text
 
@@ -25,14 +27,22 @@ if TYPE_CHECKING:
 
 VISUAL_PLACEHOLDER = 0  # token id at the position of a visual embedding; never looked up
 _MAX_CHARACTERS_PER_TOKEN = 128  # more than the longest known tokens have
+_WINDOW_CHARACTERS_PER_TOKEN = 8  # twice as many as tokens have in most texts
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Token ids of a demonstration or a question, and the visual prefix (P, D) in front of them."""
+    """Token ids of a demonstration or a question, and the visual prefix (P, D) in front of them.
+
+    Attributes:
+        token_ids: Token ids.
+        visual_prefix: Embeddings of the picture; None without one.
+        num_characters_dropped: Number of characters of the text that are left out.
+    """
 
     token_ids: tuple[int, ...]
     visual_prefix: Tensor | None
+    num_characters_dropped: int = 0
 
     def __len__(self) -> int:
         return len(self.token_ids) + (0 if self.visual_prefix is None else len(self.visual_prefix))
@@ -46,10 +56,12 @@ class Prompt:
         token_ids: T token ids, with `VISUAL_PLACEHOLDER` at the positions of visual prefixes.
         visual_prefixes: Position of the first embedding and the embeddings (P, D) of each visual
             prefix, in order.
+        num_characters_dropped: Number of characters of the mention's text that are left out.
     """
 
     token_ids: tuple[int, ...]
     visual_prefixes: tuple[tuple[int, Tensor], ...]
+    num_characters_dropped: int = 0
 
 
 class PromptBuilder:
@@ -78,20 +90,40 @@ class PromptBuilder:
                 raise ConfigurationError("prompt.begin_with_bos is set, but the tokenizer has no BOS token: unset it")
             self.beginning = (tokenizer.bos_token_id,)
 
-    def question(self, text: str, mention: str, visual_prefix: Tensor | None) -> Block:
+    def question(self, text: str, mention: str, visual_prefix: Tensor | None, start: int | None = None) -> Block:
         """Return the block that asks for the mention's entity.
 
+        Of a text for which `query_reserve` has no room, a window around the mention is left.
+
+        Args:
+            text: Sentence, caption or article.
+            mention: Surface form.
+            visual_prefix: Embeddings (P, D) of the picture; None without one.
+            start: Character offset of the surface form; None: its first occurrence, or the
+                beginning of a text that does not contain it.
+
         Raises:
-            PromptTooLongError: The block exceeds `query_reserve`.
+            PromptTooLongError: The block exceeds `query_reserve` with the surface form alone.
         """
-        self._check_length(len(text) + len(mention))
-        block = Block(self._question_tokens(text, mention), visual_prefix)
-        if len(block) > self._settings.query_reserve:
+        reserve = self._settings.query_reserve
+        if len(text) + len(mention) <= _MAX_CHARACTERS_PER_TOKEN * reserve:  # a megabyte takes seconds to tokenise
+            block = Block(self._question_tokens(text, mention), visual_prefix)
+            if len(block) <= reserve:
+                return block
+        place = place_of(text, mention, start)
+
+        def shortened(num_characters: int) -> Block:
+            kept = window(text, *place, num_characters)
+            return Block(self._question_tokens(kept, mention), visual_prefix, len(text) - len(kept))
+
+        sizes = range(min(len(text), _WINDOW_CHARACTERS_PER_TOKEN * reserve) + 1)
+        num_fitting = bisect_left(sizes, True, key=lambda size: len(shortened(size)) > reserve)
+        if num_fitting == 0:
             raise PromptTooLongError(
-                f"the mention's text takes {len(block)} tokens, but query_reserve is {self._settings.query_reserve}: "
-                "shorten the text to the sentences around the mention, or raise the reserve"
+                f"the mention takes {len(shortened(0))} tokens without the text around it, but query_reserve is "
+                f"{reserve}: raise the reserve"
             )
-        return block
+        return shortened(num_fitting - 1)
 
     def demonstration(self, text: str, mention: str, name: str, visual_prefix: Tensor | None) -> Block:
         """Return the block of a question with its answer."""
@@ -124,15 +156,7 @@ class PromptBuilder:
                 visual_prefixes.append((len(token_ids), block.visual_prefix))
                 token_ids.extend([VISUAL_PLACEHOLDER] * len(block.visual_prefix))
             token_ids.extend(block.token_ids)
-        return Prompt(tuple(token_ids), tuple(visual_prefixes))
-
-    def _check_length(self, num_characters: int) -> None:
-        """Raise for a text that can't fit before it is tokenised: a megabyte takes seconds."""
-        if num_characters > _MAX_CHARACTERS_PER_TOKEN * self._settings.query_reserve:
-            raise PromptTooLongError(
-                f"the mention's text has {num_characters} characters, and query_reserve is "
-                f"{self._settings.query_reserve} tokens: shorten the text to the sentences around the mention"
-            )
+        return Prompt(tuple(token_ids), tuple(visual_prefixes), question.num_characters_dropped)
 
     def _question_tokens(self, text: str, mention: str) -> tuple[int, ...]:
         return encode_text(self._tokenizer, self._settings.template.format(text=text, mention=mention))

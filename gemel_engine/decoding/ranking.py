@@ -185,8 +185,15 @@ def ranked_again(
     if heard is not None and first.log_prob is not None:
         share = math.exp(first.log_prob - heard.log_mass)
         return replace(again, decided_by="score", probability=share)
-    nothing_shown = dict.fromkeys(("demonstration_ids", "demonstration_entity_ids"), ())
-    return replace(again, **nothing_shown, unexplored_mass=None, num_demonstrations_dropped=0, num_rollouts=0)
+    return replace(
+        again,
+        unexplored_mass=None,
+        demonstration_ids=(),
+        demonstration_entity_ids=(),
+        num_demonstrations_dropped=0,
+        num_characters_dropped=0,
+        num_rollouts=0,
+    )
 
 
 def _place(item: tuple[int, float | None, float]) -> tuple[float, int]:

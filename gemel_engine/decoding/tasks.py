@@ -33,7 +33,12 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result", SearchResult, EntitySearchResult)
 
-_DEMONSTRATION_FIELDS = ("demonstration_ids", "demonstration_entity_ids", "num_demonstrations_dropped")
+_PROMPT_FIELDS = (
+    "demonstration_ids",
+    "demonstration_entity_ids",
+    "num_demonstrations_dropped",
+    "num_characters_dropped",
+)
 
 
 class MentionTask(ABC, Generic[Result]):
@@ -59,6 +64,7 @@ class MentionTask(ABC, Generic[Result]):
         self._features = features
         self._retrieved = retrieved
         self._used: tuple[PromptItem, ...] = ()
+        self._num_characters_dropped = 0
 
     @abstractmethod
     def prepare(self) -> tuple[Prompt, Search[Result]] | None:
@@ -75,10 +81,17 @@ class MentionTask(ABC, Generic[Result]):
     def _fail(self, error: MentionError) -> None:
         self.prediction = Prediction(self._mention.mention_id, error=str(error))
 
-    def _used_demonstrations(self) -> dict[str, Any]:
-        """Return the fields about the prompt's demonstrations and cards."""
+    def _prompt(self) -> Prompt:
+        """Return the prompt, and note what it has and what it lacks."""
+        prompt, self._used = self._generator.prompt(self._mention, self._features, self._retrieved)
+        self._num_characters_dropped = prompt.num_characters_dropped
+        return prompt
+
+    def _prompt_fields(self) -> dict[str, Any]:
+        """Return the fields about the prompt."""
         num_dropped = len(self._retrieved.items) - len(self._used)
-        return dict(zip(_DEMONSTRATION_FIELDS, (*self._generator.ids(self._used), num_dropped), strict=True))
+        values = (*self._generator.ids(self._used), num_dropped, self._num_characters_dropped)
+        return dict(zip(_PROMPT_FIELDS, values, strict=True))
 
     def _pool(self) -> tuple[PoolEntity, ...]:
         entity_id = self._generator.artifacts.knowledge_base.entity_id
@@ -124,7 +137,7 @@ class NameTask(MentionTask[SearchResult]):
                 self.prediction = self._predict(found)
                 return None
         try:
-            prompt, self._used = self._generator.prompt(self._mention, self._features, self._retrieved)
+            prompt = self._prompt()
             if search is None:
                 scope = Scope.of(self._generator.artifacts.knowledge_base, self._mention)
                 self._trie = None if scope.names is None else scope.trie
@@ -166,7 +179,7 @@ class NameTask(MentionTask[SearchResult]):
             certified=result.num_certified > 0,
             num_certified=result.num_certified,
             candidates=candidates,
-            **self._used_demonstrations(),
+            **self._prompt_fields(),
             pool=self._pool(),
             num_rollouts=result.num_rollouts,
         )
@@ -192,10 +205,10 @@ class NameTask(MentionTask[SearchResult]):
             if allowed is None or entity.entity_id in allowed
         )
 
-    def _used_demonstrations(self) -> dict[str, Any]:
+    def _prompt_fields(self) -> dict[str, Any]:
         if self._earlier is not None:  # which had the same prompt
-            return {name: getattr(self._earlier, name) for name in _DEMONSTRATION_FIELDS}
-        return super()._used_demonstrations()
+            return {name: getattr(self._earlier, name) for name in _PROMPT_FIELDS}
+        return super()._prompt_fields()
 
 
 class ScoreTask(MentionTask[EntitySearchResult]):
@@ -240,7 +253,7 @@ class ScoreTask(MentionTask[EntitySearchResult]):
             if (again := self._again()) is not None:
                 self.prediction = again
                 return None
-            prompt, self._used = generator.prompt(self._mention, self._features, self._retrieved)
+            prompt = self._prompt()
         except MentionError as error:
             self._fail(error)
             return None
@@ -281,7 +294,7 @@ class ScoreTask(MentionTask[EntitySearchResult]):
             certified=result.num_certified > 0,
             num_certified=result.num_certified,
             candidates=tuple(candidates),
-            **self._used_demonstrations(),
+            **self._prompt_fields(),
             pool=self._pool(),
             num_rollouts=result.num_rollouts,
         )

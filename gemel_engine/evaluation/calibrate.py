@@ -62,7 +62,8 @@ def calibrate_run(linked: LinkedRun, *, gold: str | None = None, nil_precision: 
         ArtifactError: The knowledge base of the run was replaced.
     """
     linked.check_knowledge_base()
-    labelled = read_gold(gold or linked.settings["input"], linked.settings["input"])
+    corpus = linked.settings["input"]
+    labelled = read_gold(gold or corpus, corpus, stored_names=linked.stored_names)
     if "candidate_ids" in labelled.column_names and labelled["candidate_ids"].null_count < len(labelled):
         raise InputError(
             "some mentions of the run have candidate_ids, and a search over a few names gives other evidence than one "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 
 import numpy as np
@@ -12,7 +12,8 @@ import pyarrow.compute as pc
 from gemel_engine.errors import InputError
 from gemel_engine.knowledge_base.store import KnowledgeBase
 from gemel_engine.storage import parquet
-from gemel_engine.types import MENTION_COLUMNS
+from gemel_engine.storage.columns import Column
+from gemel_engine.types import mention_columns
 
 _GOLD_COLUMNS = ("mention_id", "entity_id", "mention", "text", "candidate_ids", "image_uri")
 _PICTURES = ("image_bytes", "image_uri", "image_features")
@@ -24,14 +25,21 @@ def surface_forms(gold: pa.Table, predictions: pa.Table) -> list[str]:
     return [form_of[mention_id] for mention_id in predictions["mention_id"].to_pylist()]
 
 
-def read_gold(uri: str, linked: str | None = None, *, with_digests: bool = False) -> pa.Table:
+def read_gold(
+    uri: str,
+    linked: str | None = None,
+    *,
+    stored_names: Mapping[str, str] | None = None,
+    with_digests: bool = False,
+) -> pa.Table:
     """Read the small columns of mentions with gold labels.
 
     Args:
-        uri: Parquet file or directory.
+        uri: Table, or directory of tables.
         linked: Input of the run that linked these mentions; None if there is no run.
             `candidate_ids` is read from it alone, and so is every other column if the labels have
             no `text`.
+        stored_names: The run's `columns`; labels may also have the engine's own names.
         with_digests: Whether to read all pictures and compute their digests.
 
     Returns:
@@ -41,14 +49,15 @@ def read_gold(uri: str, linked: str | None = None, *, with_digests: bool = False
     Raises:
         InputError: The mentions have no labels.
     """
+    columns = mention_columns(stored_names or {}, or_own=True)
+    labels = _small_columns(uri, columns, with_digests=with_digests, with_labels=True)
     if linked is None or linked == uri:
-        return _small_columns(uri, with_digests=with_digests, with_labels=True)
-    labels = _small_columns(uri, with_digests=with_digests, with_labels=True)
+        return labels
     ours = [name for name in labels.column_names if name != "candidate_ids"]
     labels = labels.select(ours if "text" in ours else ["mention_id", "entity_id"])
     ids = labels["mention_id"].combine_chunks()
     with_digests &= "image_digest" not in labels.column_names
-    described = _small_columns(linked, ids, with_digests=with_digests)
+    described = _small_columns(linked, columns, ids, with_digests=with_digests)
     place = pc.index_in(ids, described["mention_id"].combine_chunks())
     for name in described.column_names:
         if name not in labels.column_names:
@@ -57,7 +66,12 @@ def read_gold(uri: str, linked: str | None = None, *, with_digests: bool = False
 
 
 def _small_columns(
-    uri: str, wanted: pa.Array | None = None, *, with_digests: bool, with_labels: bool = False
+    uri: str,
+    columns: Mapping[str, Column],
+    wanted: pa.Array | None = None,
+    *,
+    with_digests: bool,
+    with_labels: bool = False,
 ) -> pa.Table:
     """Read the columns of `read_gold`, of all mentions or of those with wanted ids.
 
@@ -65,9 +79,12 @@ def _small_columns(
         InputError: `with_labels` is set and there is no column `entity_id`.
     """
     tables = []
-    for table in parquet.open_tables(uri, MENTION_COLUMNS, ["mention_id"]):
+    for table in parquet.open_tables(uri, columns, ["mention_id"]):
         if with_labels and "entity_id" not in table.names:
-            raise InputError(f"{table.file.uri} has no column entity_id: name a table of mentions with gold labels")
+            raise InputError(
+                f"{table.file.uri} has no column entity_id, only {', '.join(table.names)}: name a table of mentions "
+                "with gold labels"
+            )
         tables += [
             _described(piece if wanted is None else piece.filter(pc.is_in(piece["mention_id"], wanted)), with_digests)
             for piece in table.pieces((*_GOLD_COLUMNS, *_PICTURES))

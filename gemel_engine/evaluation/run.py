@@ -23,7 +23,7 @@ from gemel_engine.evidence.weights import SHIPPED, ScoreWeights
 from gemel_engine.fingerprints import json_sha256, read_manifest_at
 from gemel_engine.knowledge_base.store import MANIFEST, KnowledgeBase
 from gemel_engine.storage import parquet
-from gemel_engine.types import MENTION_COLUMNS, PREDICTION_COLUMNS, PREDICTION_SCHEMA
+from gemel_engine.types import PREDICTION_COLUMNS, PREDICTION_SCHEMA, mention_columns
 
 _SETTINGS = {"input": str, "knowledge_base": str, "demonstrations": str | None}  # read here
 
@@ -71,7 +71,13 @@ class LinkedRun:
 
     def has_gold(self) -> bool:
         """Return whether the run's input has a column `entity_id`."""
-        return any("entity_id" in table.names for table in parquet.open_tables(self.settings["input"], MENTION_COLUMNS))
+        columns = mention_columns(self.stored_names)
+        return any("entity_id" in table.names for table in parquet.open_tables(self.settings["input"], columns))
+
+    @property
+    def stored_names(self) -> dict[str, str]:
+        """Return the input's names of columns that have another name there."""
+        return {name: theirs for name, theirs in (self.settings.get("columns") or {}).items() if theirs}
 
     def has_knowledge_base(self) -> bool:
         """Return whether the knowledge base is still at its original address."""
@@ -163,9 +169,9 @@ def judge_run(
     Raises:
         InputError: There are no labels, or they belong to other mentions than the run's.
     """
-    labels = gold or linked.settings["input"]
-    labelled = read_gold(labels, linked.settings["input"], with_digests=train is not None)
-    training = None if train is None else read_gold(train, with_digests=True)
+    labels, names = gold or linked.settings["input"], linked.stored_names
+    labelled = read_gold(labels, linked.settings["input"], stored_names=names, with_digests=train is not None)
+    training = None if train is None else read_gold(train, stored_names=names, with_digests=True)
     knowledge_base = linked.open_knowledge_base()
     runs = [linked.predictions, *([] if against is None else [against.predictions])]
     entities = entities_to_judge(knowledge_base, labelled, runs)
@@ -173,7 +179,8 @@ def judge_run(
     evaluation, comparison = judge.evaluate(linked.predictions), None
     if against is not None:
         try:  # the run itself has been judged, so an error here is about the other one
-            Judge(read_gold(labels, against.settings["input"]), entities=entities, protocol=protocol)
+            others = read_gold(labels, against.settings["input"], stored_names=against.stored_names)
+            Judge(others, entities=entities, protocol=protocol)
             comparison = judge.compare(against.predictions, linked.predictions)
         except InputError as error:
             raise InputError(f"of the run to compare with: {error}") from error

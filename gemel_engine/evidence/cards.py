@@ -1,8 +1,7 @@
 """Turn entities into cards: demonstrations that nobody has annotated.
 
-A card asks for an entity as a demonstration does, and answers with its name: the text is the
-description of the entity or its name, the surface form is its name or the alias that equals the
-surface form of the mention, the picture is its first one.
+A card asks for the surface form of a mention, as if it meant the entity, and answers with the name of
+the entity: the text is its description or its name, the picture is its first one.
 
 Shapes: C vision width.
 """
@@ -14,7 +13,6 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from gemel_engine.config.components import CardText
-from gemel_engine.evidence.normal_form import normal_form
 from gemel_engine.evidence.pictures import PictureIndex
 from gemel_engine.knowledge_base.names import are_demonstrable
 from gemel_engine.knowledge_base.store import KnowledgeBase
@@ -44,7 +42,7 @@ class EntityCards:
     """Makes the cards of the entities of a knowledge base.
 
     Args:
-        knowledge_base: Names, aliases and descriptions.
+        knowledge_base: Names and descriptions.
         pictures: Features of the entities' pictures; None: cards without pictures.
         text: What the text of a card is.
     """
@@ -59,20 +57,16 @@ class EntityCards:
 
         Args:
             row: Row of the entity in the knowledge base.
-            surface_form: Surface form of the mention, which selects the alias.
+            surface_form: Surface form of the mention.
         """
         entity = self._knowledge_base.entity(row)
-        form = normal_form(surface_form)
-        equal = (alias for alias in entity.aliases if normal_form(alias) == form and _is_usable(alias, entity.name))
-        name = entity.name
-        mention = name if normal_form(name) == form else next(equal, name)
-        text = name
+        name = text = entity.name
         if self._text == "description" and entity.description:
             description = _shortened(entity.description)
             if _is_usable(description, name):
                 text = description
         features = None if self._pictures is None else self._pictures.features_of(row)
-        return Card(text, mention, name, features)
+        return Card(text, surface_form, name, features)
 
 
 def _shortened(description: str) -> str:
@@ -83,5 +77,5 @@ def _shortened(description: str) -> str:
 
 
 def _is_usable(text: str, name: str) -> bool:
-    """Return whether a text can stand in a demonstration; an alias or a description may be anything."""
+    """Return whether a text can stand in a demonstration; a description may be anything."""
     return bool(text) and bool(are_demonstrable(*(pa.array([item], pa.string()) for item in (text, text, name)))[0])

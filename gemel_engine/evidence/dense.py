@@ -19,29 +19,25 @@ Shapes: N vectors, E vector width, L lists, B queries.
 
 from __future__ import annotations
 
-import math
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import faiss
 import numpy as np
 from numpy.typing import NDArray
 
 from gemel_engine.errors import ArtifactError, ConfigurationError
-from gemel_engine.evidence.arrays import chunks, fill_places, open_array, scratch_array
+from gemel_engine.evidence.arrays import fill_places, open_array, scratch_array
+from gemel_engine.evidence.compressed import Compressed, RowArray, checked, write_compressed
 from gemel_engine.retrieval.table import SIMILARITY_DECIMALS, FloatArray
 from gemel_engine.storage.manifest import read_manifest, write_manifest
 
 FORMAT_VERSION = 1
 _MANIFEST = "dense.json"
-_ID_BYTES = 8
-_SAMPLES_PER_LIST = 64
-_CHUNK = 1 << 16
-_DIMENSIONS_PER_BYTE = 8
-
-RowArray = NDArray[np.uint32]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +63,14 @@ class _Search(Protocol):
     """Returns inner products and entities of each query's `limit` nearest vectors: (B, limit)."""
 
     def __call__(self, queries: FloatArray, limit: int) -> tuple[FloatArray, NDArray[np.int64]]: ...
+
+    def entities(self) -> NDArray[np.integer[Any]]:
+        """Return the entity of each vector, (N,)."""
+        ...
+
+    def vectors_at(self, numbers: NDArray[np.intp]) -> FloatArray:
+        """Return some of the vectors, (n, E), by their numbers in `entities`."""
+        ...
 
 
 class DenseIndex:
@@ -109,7 +113,7 @@ class DenseIndex:
             np.save(directory / "vectors.npy", vectors)
             np.save(directory / "rows.npy", rows)
         else:
-            _write_compressed(directory, vectors, rows)
+            write_compressed(directory, vectors, rows)
         manifest = {"num_vectors": len(vectors), "width": vectors.shape[1], "num_rows": num_rows, "is_exact": is_exact}
         write_manifest(directory / _MANIFEST, FORMAT_VERSION, {**manifest, **asdict(settings)})
         return cls.open(directory)
@@ -146,7 +150,7 @@ class DenseIndex:
                 fill_places(merged, np.argsort(order), sources)
                 return cls.build(directory, merged, all_rows[order], num_rows, old.settings)
         directory.mkdir(parents=True, exist_ok=True)
-        assert isinstance(old._search, _Compressed)
+        assert isinstance(old._search, Compressed)
         num_vectors = old._search.write_merged(directory, new_rows, vectors, rows)
         for name in ("centroids.npy", "codebooks.npy"):
             shutil.copyfile(base / name, directory / name)
@@ -174,7 +178,7 @@ class DenseIndex:
         except (KeyError, TypeError, ValueError) as error:
             raise ArtifactError(f"{directory / _MANIFEST} lacks counts ({error!r}); build it again") from error
         search: _Search
-        search = _Exact(directory) if manifest.get("is_exact") else _Compressed(directory, num_probes)
+        search = _Exact(directory) if manifest.get("is_exact") else Compressed(directory, num_probes)
         if (search.num_vectors, search.width) != (num_vectors, width):
             raise ArtifactError(f"the vectors in {directory} are not those of its manifest; build them again")
         return cls(num_vectors, width, num_rows, DenseSettings(exact_up_to=exact_up_to, num_probes=num_probes), search)
@@ -194,11 +198,37 @@ class DenseIndex:
         # One query at a time, because others in a batch could change the last bits of its result.
         return [self._nearest(query[None], min(limit, self.num_vectors)) if query.any() else [] for query in queries]
 
+    def similarities(self, query: FloatArray, rows: Sequence[int]) -> dict[int, float]:
+        """Return the similarity of a query with some entities, each with its most similar vector.
+
+        Args:
+            query: Vector of length one, (E,).
+            rows: Entities; those without a vector are not in the result.
+        """
+        order, entities = self._by_entity
+        first, last = (np.searchsorted(entities, np.array(rows), side) for side in ("left", "right"))
+        num_vectors = last - first
+        if not num_vectors.any():
+            return {}
+        numbers = np.concatenate([order[start:stop] for start, stop in zip(first, last, strict=True)])
+        cosines = np.round(self._search.vectors_at(numbers) @ query, SIMILARITY_DECIMALS).tolist()
+        best: dict[int, float] = {}
+        for row, cosine in zip(np.repeat(rows, num_vectors).tolist(), cosines, strict=True):
+            best[row] = max(cosine, best.get(row, -1.0))
+        return best
+
+    @cached_property
+    def _by_entity(self) -> tuple[NDArray[np.intp], NDArray[np.integer[Any]]]:
+        """The numbers of all vectors by entity, and the entities in that order."""
+        entities = self._search.entities()
+        order = np.argsort(entities, kind="stable")
+        return order, entities[order]
+
     def _nearest(self, query: FloatArray, limit: int) -> list[tuple[int, float]]:
         similarities, rows = (result[0] for result in self._search(query, limit))
         is_found = rows != -1  # faiss pads with -1
         similarities, rows = np.round(similarities[is_found], SIMILARITY_DECIMALS), rows[is_found]
-        order = np.lexsort((_checked(rows, self._num_rows), -similarities))
+        order = np.lexsort((checked(rows, self._num_rows), -similarities))
         best: dict[int, float] = {}
         for row, similarity in zip(rows[order].tolist(), similarities[order].tolist(), strict=True):
             best.setdefault(row, similarity)
@@ -217,117 +247,8 @@ class _Exact:
         similarities, numbers = faiss.knn(queries, self.vectors, limit, metric=faiss.METRIC_INNER_PRODUCT)
         return similarities, self.rows[numbers].astype(np.int64)
 
+    def entities(self) -> NDArray[np.integer[Any]]:
+        return self.rows
 
-class _Compressed:
-    """Searches faiss's inverted lists with a product quantiser, in a mapped file."""
-
-    def __init__(self, directory: Path, num_probes: int) -> None:
-        centroids = open_array(directory / "centroids.npy", np.float32, 2)
-        codebooks = open_array(directory / "codebooks.npy", np.float32, 3)
-        sizes = np.ascontiguousarray(open_array(directory / "sizes.npy", np.uint64, 1))
-        num_lists, self.width = centroids.shape
-        code_size, num_words, dimensions = codebooks.shape
-        path = directory / "lists.bin"
-        self.num_vectors = int(sizes.sum())
-        num_bytes = self.num_vectors * (code_size + _ID_BYTES)
-        fits = num_words == 256 and code_size * dimensions == self.width and len(sizes) == num_lists
-        if not fits or not path.is_file() or path.stat().st_size != num_bytes or sizes.max() > self.num_vectors:
-            raise ArtifactError(f"{path} is missing, or does not fit the arrays beside it; build the index again")
-        self._index = _trained(centroids, codebooks)
-        self._lists = _mapped_lists(path, sizes, code_size)  # faiss keeps no reference
-        self._index.replace_invlists(self._lists)
-        self._index.ntotal = self.num_vectors
-        self._index.nprobe = num_probes
-
-    def __call__(self, queries: FloatArray, limit: int) -> tuple[FloatArray, NDArray[np.int64]]:
-        similarities, rows = self._index.search(queries, limit)
-        return similarities, rows
-
-    def write_merged(self, directory: Path, new_rows: NDArray[np.int64], vectors: FloatArray, rows: RowArray) -> int:
-        """Write `sizes.npy` and `lists.bin` of the kept and of further vectors; return their number."""
-        centroids = self._index.quantizer.reconstruct_n(0, self._index.nlist)
-        codebooks = faiss.vector_to_array(self._index.pq.centroids).reshape(self._index.pq.M, 256, -1)
-        added = _trained(centroids, codebooks)
-        _add(added, vectors, rows)
-        assert added.invlists is not None
-        sizes = []
-        with (directory / "lists.bin").open("wb") as file:
-            for number in range(self._index.nlist):
-                codes, entities = _list(self._lists, number, self._index.code_size)
-                kept = new_rows[_checked(entities, len(new_rows))]
-                more_codes, more_entities = _list(added.invlists, number, self._index.code_size)
-                file.write(codes[kept >= 0].tobytes() + more_codes.tobytes())
-                file.write(kept[kept >= 0].tobytes() + more_entities.tobytes())
-                sizes.append(int((kept >= 0).sum()) + len(more_entities))
-        np.save(directory / "sizes.npy", np.array(sizes, np.uint64))
-        return sum(sizes)
-
-
-def _trained(centroids: FloatArray, codebooks: FloatArray) -> faiss.IndexIVFPQ:
-    num_lists, width = centroids.shape
-    code_size = len(codebooks)
-    quantiser = faiss.IndexFlatIP(width)
-    quantiser.add(np.ascontiguousarray(centroids))
-    index = faiss.IndexIVFPQ(quantiser, width, num_lists, code_size, 8, faiss.METRIC_INNER_PRODUCT)
-    index.verbose = False
-    faiss.copy_array_to_vector(codebooks.ravel(), index.pq.centroids)
-    index.is_trained = True
-    return index
-
-
-def _add(index: faiss.IndexIVFPQ, vectors: FloatArray, rows: RowArray) -> None:
-    for part in chunks(len(vectors), _CHUNK):
-        index.add_with_ids(np.ascontiguousarray(vectors[part]), rows[part].astype(np.int64))
-
-
-def _mapped_lists(path: Path, sizes: NDArray[np.uint64], code_size: int) -> faiss.OnDiskInvertedLists:
-    lists = faiss.OnDiskInvertedLists(len(sizes), code_size, str(path))
-    lists.read_only = True
-    lists.set_all_lists_sizes(faiss.swig_ptr(sizes))
-    lists.totsize = int(sizes.sum()) * (code_size + _ID_BYTES)
-    offset = 0
-    for number, size in enumerate(sizes.tolist()):
-        place = lists.lists.at(number)  # type: ignore[attr-defined]  # a C++ vector, annotated as list
-        place.capacity, place.offset = size, offset
-        offset += size * (code_size + _ID_BYTES)
-    lists.do_mmap()
-    return lists
-
-
-def _write_compressed(directory: Path, vectors: FloatArray, rows: RowArray) -> None:
-    """Train inverted lists and a product quantiser on a sample, then write all codes."""
-    num_vectors, width = vectors.shape
-    num_lists = max(1, round(math.sqrt(num_vectors)))
-    code_size = width // next(size for size in range(_DIMENSIONS_PER_BYTE, 0, -1) if width % size == 0)
-    index = faiss.IndexIVFPQ(faiss.IndexFlatIP(width), width, num_lists, code_size, 8, faiss.METRIC_INNER_PRODUCT)
-    index.cp.min_points_per_centroid = index.pq.cp.min_points_per_centroid = 1
-    num_samples = min(num_vectors, max(_SAMPLES_PER_LIST * num_lists, 1 << 15))
-    chosen = np.sort(np.random.default_rng(0).choice(num_vectors, num_samples, replace=False))
-    index.train(np.ascontiguousarray(vectors[chosen]))
-    _add(index, vectors, rows)
-    np.save(directory / "centroids.npy", index.quantizer.reconstruct_n(0, num_lists))
-    codebooks = faiss.vector_to_array(index.pq.centroids).reshape(code_size, 256, width // code_size)
-    np.save(directory / "codebooks.npy", codebooks)
-    lists = index.invlists
-    assert lists is not None
-    sizes = [lists.list_size(number) for number in range(num_lists)]
-    np.save(directory / "sizes.npy", np.array(sizes, np.uint64))
-    with (directory / "lists.bin").open("wb") as file:
-        for number in range(num_lists):
-            for part in _list(lists, number, code_size):
-                file.write(part.tobytes())
-
-
-def _list(lists: faiss.InvertedLists, number: int, code_size: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Return codes (n, bytes per code) and entities (n,) of a list."""
-    size = lists.list_size(number)
-    if not size:  # faiss has no address of an empty list
-        return np.zeros((0, code_size), np.uint8), np.zeros(0, np.int64)
-    codes = faiss.rev_swig_ptr(lists.get_codes(number), size * code_size).reshape(size, code_size)
-    return codes, faiss.rev_swig_ptr(lists.get_ids(number), size)
-
-
-def _checked(entities: NDArray[np.int64], num_rows: int) -> NDArray[np.int64]:
-    if len(entities) and not 0 <= entities.min() <= entities.max() < num_rows:
-        raise ArtifactError(f"vectors of entity {entities.max()} of {num_rows}: build the evidence index again")
-    return entities
+    def vectors_at(self, numbers: NDArray[np.intp]) -> FloatArray:
+        return self.vectors[numbers]

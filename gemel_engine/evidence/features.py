@@ -3,6 +3,10 @@
 Every feature is 0 where nothing is known of a candidate, so that a source that a knowledge base or
 a mention lacks, such as pictures, has no effect, and entities outside the pool score 0.
 
+What form and name have in common says less, the more training mentions say what the form means:
+"American" means the United States more often than Americans. So these features are divided by the
+square root of 1 + the number of the form's training mentions.
+
 Shapes: N candidates, F features.
 """
 
@@ -19,7 +23,7 @@ from gemel_engine.evidence.normal_form import normal_form, without_qualifier
 
 FEATURES = (
     "form_prior",  # log of the number of the form's training mentions that mean the entity, smoothed
-    "equal_alias",
+    "equal_alias",  # divided, as all up to similar_name
     "equal_base_name",  # the name without its qualifier
     "initials",
     "likeness",  # share of characters in common blocks of form and name without its qualifier
@@ -40,19 +44,20 @@ def features_of(form: str, names: Sequence[str], reasons: Sequence[Mapping[str, 
     Args:
         form: Surface form.
         names: Names of N candidates.
-        reasons: Reasons of each candidate in the pool.
+        reasons: Reasons of each of the N candidates in the pool.
     """
     normal = normal_form(form)
     words = set(normal.split())
+    novelty = 1 / math.sqrt(1 + sum(known.get("form", 0.0) for known in reasons))
     rows = [
         [
             math.log1p(known.get("form", 0.0) / _SMOOTHING),
-            known.get("alias", 0.0),
-            known.get("base_name", 0.0),
-            float("initials" in known),
-            _likeness(normal, normal_form(without_qualifier(name))),
-            len(words & set(normal_form(name).split())) / max(1, len(words)),
-            known.get("similar_name", 0.0),
+            novelty * known.get("alias", 0.0),
+            novelty * known.get("base_name", 0.0),
+            novelty * float("initials" in known),
+            novelty * _likeness(normal, normal_form(without_qualifier(name))),
+            novelty * len(words & set(normal_form(name).split())) / max(1, len(words)),
+            novelty * known.get("similar_name", 0.0),
             known.get("text_name", 0.0),
             math.log1p(known.get("popularity", 0.0)),
             max(0.0, known.get("picture", 0.0), known.get("training_picture", 0.0)),

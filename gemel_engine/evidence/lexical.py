@@ -95,7 +95,7 @@ class LexicalIndex:
         """Return the entities with all words of a form, ranked by the words of its context too."""
         words = _words(form)
         clauses = [(tantivy.Occur.Must, self._term("words", word)) for word in words]
-        clauses += [self._optional("words", word) for word in self._telling(context) if word not in words]
+        clauses += [self._optional("words", word) for word in self._distinctive(context) if word not in words]
         return self._search(clauses, limit) if words else []
 
     def abbreviated(self, form: str, limit: int) -> list[tuple[int, float]]:
@@ -106,7 +106,7 @@ class LexicalIndex:
         spellings = {initials, initials.removesuffix("s")} if len(initials) > 2 else {initials}
         return self._search([self._optional("initials", spelling) for spelling in sorted(spellings)], limit)
 
-    def _telling(self, context: str) -> list[str]:
+    def _distinctive(self, context: str) -> list[str]:
         """Return the words of a context that occur in few documents."""
         most = max(1, int(_MAX_COMMON * self.num_documents))
         words = list(dict.fromkeys(_STEMMER.analyze(context)))[:_MAX_CONTEXT]

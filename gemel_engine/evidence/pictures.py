@@ -152,6 +152,10 @@ class PictureIndex:
                 queries[number] = standardised(values, self.moments)
         return self.index.nearest(queries, limit)
 
+    def similarities(self, features: Features, rows: Sequence[int]) -> dict[int, float]:
+        """Return the similarity of a picture, of features (C,), with some entities that have pictures."""
+        return self.index.similarities(standardised(features, self.moments), rows)
+
 
 def write_features(
     directory: Path, features: Features, rows: NDArray[np.uint32]

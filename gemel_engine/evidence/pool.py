@@ -143,7 +143,26 @@ class CandidatePool:
         for source, found in self._by_vectors(form_embeddings, text_embeddings, features, groups):
             for ranking, entities in zip(rankings, found, strict=True):
                 ranking[source] = entities
-        return [self._pool(ranking, group) for ranking, group in zip(rankings, groups, strict=True)]
+        pools = [self._pool(ranking, group) for ranking, group in zip(rankings, groups, strict=True)]
+        for number, pool in enumerate(pools):
+            of_mention = (None if values is None else values[number] for values in (form_embeddings, text_embeddings))
+            self._compare(pool, *of_mention, None if features is None else features[number])
+        return pools
+
+    def _compare(self, pool: Pool, form: FloatArray | None, text: FloatArray | None, picture: Features | None) -> None:
+        """Add the similarities of all candidates, also of those that are not among the nearest."""
+        rows = [candidate.row for candidate in pool.candidates]
+        texts, pictures = self._evidence.texts, self._evidence.pictures
+        found: dict[str, dict[int, float]] = {}
+        for source, embedding in (("similar_name", form), ("text_name", text)):
+            if texts is not None and embedding is not None and embedding.any():
+                found[source] = texts.similarities(embedding, rows)
+        if pictures is not None and picture is not None:
+            found["picture"] = pictures.similarities(picture, rows)
+        for candidate in pool.candidates:
+            for source, similarities in found.items():
+                if (similarity := similarities.get(candidate.row, 0.0)) > 0:
+                    candidate.reasons.setdefault(source, similarity)
 
     def _pool(self, rankings: dict[str, Ranking], group: str | None) -> Pool:
         of_form = {source: ranking for source, ranking in rankings.items() if source not in _OF_CONTEXT}

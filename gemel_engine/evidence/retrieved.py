@@ -16,12 +16,13 @@ class PoolCandidate:
     Attributes:
         row: Row of the entity in the knowledge base.
         score: Sum of the weighted reciprocal ranks; only its order is meaningful.
-        reasons: Score by each source that proposed the entity, such as a count or a similarity.
+        reasons: Score by each source that proposed the entity, such as a count, and its positive
+            similarities to form, text and picture.
     """
 
     row: int
     score: float
-    reasons: Mapping[str, float]
+    reasons: dict[str, float]
 
 
 class PromptItem(NamedTuple):

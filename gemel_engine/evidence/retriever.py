@@ -8,13 +8,16 @@ Shapes: B mentions, C vision width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+
+import numpy as np
 
 from gemel_engine.config.components import RetrievalSettings
 from gemel_engine.evidence.forms import FormStatistics
 from gemel_engine.evidence.index import EvidenceIndex
 from gemel_engine.evidence.pool import MAX_TEXT, CandidatePool, CandidatePoolSettings, Pool
-from gemel_engine.evidence.retrieved import PromptItem, Retrieved
+from gemel_engine.evidence.retrieved import PoolCandidate, PromptItem, Retrieved
+from gemel_engine.evidence.weights import ScoreWeights
 from gemel_engine.knowledge_base.store import KnowledgeBase
 from gemel_engine.retrieval.encoder import MentionEncoder
 from gemel_engine.retrieval.index import DemonstrationIndex
@@ -54,6 +57,8 @@ class Retriever:
         self.demonstrations: DemonstrationRetriever | None = None
         if index is not None and self.encoder is not None:
             self.demonstrations = DemonstrationRetriever(settings, index, self.encoder)
+        self._knowledge_base = knowledge_base
+        self._weights = ScoreWeights.open()  # a run's own are fitted on its prompts, and so can't decide these
         self._pool: CandidatePool | None = None
         self._vision_width: int | None = None
         if evidence is not None and settings.num_candidates:
@@ -77,7 +82,7 @@ class Retriever:
         if self.demonstrations is not None and self._settings.num_demonstrations:
             rows = self.demonstrations.retrieve(mentions, features, of_forms)
         pools = self._pools(mentions, features, of_forms)
-        return [self._arranged(found, pool) for found, pool in zip(rows, pools, strict=True)]
+        return [self._arranged(*of_mention) for of_mention in zip(mentions, rows, pools, strict=True)]
 
     def _pools(
         self, mentions: Sequence[Mention], features: Sequence[Features | None], of_forms: FloatArray | None
@@ -94,21 +99,27 @@ class Retriever:
         group = self._settings.exclude_group
         return self._pool.pool(mentions, of_forms, of_texts, usable, leave_out_own_group=group)
 
-    def _arranged(self, demonstrations: Sequence[int], pool: Pool) -> Retrieved:
-        """Return the items of a prompt: in each part the best one is the last."""
-        settings = self._settings
-        cards = pool.of_form[: settings.num_cards]
-        own = [candidate.row for candidate in pool.candidates if candidate.row not in cards][: settings.num_own_cards]
-        shared_rows = demonstrations[: settings.num_demonstrations]
-        by_picture = demonstrations[len(shared_rows) :]
-        shared = _in_order(settings, map(PromptItem, shared_rows), (PromptItem(row, True) for row in reversed(cards)))
-        last = _in_order(settings, map(PromptItem, by_picture), (PromptItem(row, True) for row in reversed(own)))
-        return Retrieved(shared, last, pool.candidates)
+    def _arranged(self, mention: Mention, demonstrations: Sequence[int], pool: Pool) -> Retrieved:
+        """Return the items of a prompt: demonstrations, then cards; in each part the best one is the last.
+
+        The best candidate by all evidence stands next to the question even if it is among the
+        shared cards: a language model prefers what it read last.
+        """
+        num_shared = self._settings.num_demonstrations
+        shared = _items(demonstrations[:num_shared], pool.of_form[: self._settings.num_cards])
+        own = _items(demonstrations[num_shared:], self._best(mention, pool.candidates))
+        return Retrieved(shared, own, pool.candidates)
+
+    def _best(self, mention: Mention, candidates: Sequence[PoolCandidate]) -> list[int]:
+        """Return the rows of the candidates with the highest bonus, at most `num_own_cards`, the best first."""
+        if not candidates or not self._settings.num_own_cards:
+            return []
+        names = [self._knowledge_base.entity(candidate.row).name for candidate in candidates]
+        bonuses = self._weights.bonuses(mention.mention, names, [candidate.reasons for candidate in candidates])
+        best = np.argsort(-bonuses, kind="stable")[: self._settings.num_own_cards]
+        return [candidates[place].row for place in best.tolist()]
 
 
-def _in_order(
-    settings: RetrievalSettings, demonstrations: Iterable[PromptItem], cards: Iterable[PromptItem]
-) -> tuple[PromptItem, ...]:
-    """Join demonstrations and cards in the order of `cards_first`."""
-    first, second = (cards, demonstrations) if settings.cards_first else (demonstrations, cards)
-    return (*first, *second)
+def _items(demonstrations: Sequence[int], cards: Sequence[int]) -> tuple[PromptItem, ...]:
+    """Join demonstrations, the best last, and cards, the best first."""
+    return (*map(PromptItem, demonstrations), *(PromptItem(row, is_card=True) for row in reversed(cards)))

@@ -24,7 +24,7 @@ from urllib.parse import unquote
 from gemel_engine.errors import ConfigurationError, InputError, shown
 from gemel_engine.importers.commons import ThumbnailWidth, resized
 from gemel_engine.importers.entities import ImportedEntity, ImportReport, other_names
-from gemel_engine.importers.lines import read_lines
+from gemel_engine.storage.lines import read_lines
 
 _RDFS, _ONTOLOGY = "http://www.w3.org/2000/01/rdf-schema#", "http://dbpedia.org/ontology/"
 _TRIPLE = re.compile(
@@ -90,7 +90,7 @@ def read_dbpedia(
 
     The first language with a label gives name and description. Labels in other languages and
     titles of redirects are aliases. The popularity is the number of page links, if any are given.
-    Redirects and disambiguation pages are no entities.
+    Redirects and disambiguation pages are not entities.
 
     An entity's identifier is its title if it is a resource of the first language's DBpedia,
     otherwise its whole address; escapes of both are decoded.
@@ -138,7 +138,7 @@ def _explain_full_disk(directory: str) -> Iterator[None]:
 
 
 class _Store:
-    """Collects what the triples say in tables of facts and of pages that are another page.
+    """Collects triples in two tables: facts, and pages that are aliases of another page.
 
     Attributes:
         has_links: Whether any page link was added.
@@ -214,7 +214,7 @@ def _read(dump: str, store: _Store, report: ImportReport) -> None:
 
 
 def _facts_by_entity(database: sqlite3.Connection) -> Iterator[tuple[str, _Values]]:
-    """Yield the pages that are not another page, with the facts of all pages that are this one."""
+    """Yield each page that is no alias, with its facts and those of its aliases."""
     database.execute("DELETE FROM moves WHERE page = target")
     for _ in range(_MAX_REDIRECT_DOUBLINGS):
         if not database.execute(_FOLLOW).rowcount:

@@ -66,7 +66,7 @@ class ImportReport:
     """Counts of an import.
 
     Attributes:
-        num_entities: Number of entities that were written.
+        num_entities: Number of entities, or other rows, that were written.
         num_left_out: Number of well-formed entities that were left out, by reason.
         num_unusable: Number of malformed lines or rows.
         examples: Place and fault of the first few of them.
@@ -107,37 +107,44 @@ def check_output(output: Path, inputs: Sequence[str]) -> None:
 
 
 def write_entities(output: Path, entities: Iterable[ImportedEntity], report: ImportReport) -> None:
-    """Write a table of entities as they are read, complete or not at all, and log the report.
+    """Write a table of entities; see `write_rows`."""
+    write_rows(output, entities, report, SCHEMA, "entities")
+
+
+def write_rows(output: Path, found: Iterable[object], report: ImportReport, schema: pa.Schema, noun: str) -> None:
+    """Write a table of rows as they are read, complete or not at all, and log the report.
 
     Args:
         output: Local Parquet file; an existing one is replaced.
-        entities: Entities; reading them fills in the report, except for their number.
+        found: Rows; reading them fills in the report, except for their number.
         report: Report of the import.
+        schema: Schema of the table, each column an attribute of the rows.
+        noun: What the rows are, such as `entities`, for messages.
 
     Raises:
-        InputError: There are no entities.
+        InputError: There are no rows.
     """
     temporary = output.with_name(f".{output.name}.{uuid.uuid4().hex}")
     output.parent.mkdir(parents=True, exist_ok=True)
-    rows = iter(entities)
+    rows = iter(found)
     try:
-        with explain_full_disk(output), pq.ParquetWriter(temporary, SCHEMA, compression="zstd") as writer:
+        with explain_full_disk(output), pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
             while group := list(islice(rows, _ROWS_PER_GROUP)):
-                writer.write_table(_table(group))
+                writer.write_table(_table(group, schema))
                 report.num_entities += len(group)
         if not report.num_entities:
-            raise InputError(f"there is no entity to write to {shown(str(output))}; {_explained(report)}")
+            raise InputError(f"there are no {noun} to write to {shown(str(output))}; {_explained(report)}")
         os.replace(temporary, output)
     finally:
         temporary.unlink(missing_ok=True)
     if report.num_unusable:
         logger.warning("%d lines or rows are unusable, the first: %s", report.num_unusable, "; ".join(report.examples))
-    logger.info("%s: %d entities; left out: %s", output, report.num_entities, dict(report.num_left_out) or "none")
+    logger.info("%s: %d %s; left out: %s", output, report.num_entities, noun, dict(report.num_left_out) or "none")
 
 
-def _table(group: Sequence[ImportedEntity]) -> pa.Table:
-    columns = {name: [_stored(getattr(entity, name)) for entity in group] for name in SCHEMA.names}
-    return pa.Table.from_pydict(columns, SCHEMA)
+def _table(group: Sequence[object], schema: pa.Schema) -> pa.Table:
+    columns = {name: [_stored(getattr(row, name)) for row in group] for name in schema.names}
+    return pa.Table.from_pydict(columns, schema)
 
 
 def _stored(value: object) -> object:

@@ -1,26 +1,23 @@
 """Reads entities from any table: Parquet, CSV, TSV or JSON Lines.
 
-The name of a file tells its format, such as `entities.csv.gz`; whatever is not named as one of text
-is Parquet. Text may be compressed. Fields of CSV may be quoted; in TSV a quote is a character.
+The name of a file gives its format, such as `entities.csv.gz`; a file with any other name is read as
+Parquet. Text may be compressed. Fields of CSV may be quoted; in TSV a quote is a character.
 """
 
 from __future__ import annotations
 
-import csv
-import json
 import logging
 import math
-import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from gemel_engine.errors import ConfigurationError, InputError, shown
 from gemel_engine.importers.entities import SCHEMA, ImportedEntity, ImportReport, other_names
-from gemel_engine.importers.lines import read_lines
+from gemel_engine.storage.files import text_format
 from gemel_engine.storage.parquet import open_tables
+from gemel_engine.storage.text import read_rows
 
-_TEXT_FILE = re.compile(r".*\.(csv|tsv|jsonl|ndjson|json)(\.(gz|bz2|zst))?", re.IGNORECASE | re.DOTALL)
-_DELIMITERS = {"csv": ",", "tsv": "\t"}
+_SEPARATED = ("csv", "tsv")
 _LISTS = ("aliases", "image_uri", "other_names")
 _MAX_NAMES_SHOWN = 30
 
@@ -29,8 +26,8 @@ logger = logging.getLogger(__name__)
 _Rows = Iterator[tuple[str, Mapping[str, Any]]]  # place, and values by the table's own names
 
 
-def parse_columns(pairs: Sequence[str]) -> dict[str, str]:
-    """Return the table's names of columns of `SCHEMA` from texts such as `name=title`.
+def parse_columns(pairs: Sequence[str], names: Collection[str] = tuple(SCHEMA.names)) -> dict[str, str]:
+    """Return the table's names of the columns `names` from texts such as `name=title`.
 
     Raises:
         ConfigurationError: A text is of another form, or names another column or one twice.
@@ -38,9 +35,9 @@ def parse_columns(pairs: Sequence[str]) -> dict[str, str]:
     columns: dict[str, str] = {}
     for pair in pairs:
         name, separator, theirs = pair.partition("=")
-        if not separator or not theirs or name not in SCHEMA.names or name in columns:
+        if not separator or not theirs or name not in names or name in columns:
             raise ConfigurationError(
-                f"--columns is {pair!r}: give COLUMN=NAME_IN_THE_TABLE once for each of {', '.join(SCHEMA.names)}"
+                f"--columns is {pair!r}: give COLUMN=NAME_IN_THE_TABLE once for each of {', '.join(names)}"
             )
         columns[name] = theirs
     return columns
@@ -62,17 +59,17 @@ def read_table(
     """
     names = {name: columns.get(name, name) for name in SCHEMA.names}
     required = {names[name] for name in ("entity_id", "name", *columns)}
-    found = _TEXT_FILE.fullmatch(source)
-    extension = "" if found is None else found[1].lower()
-    if extension in _DELIMITERS:
-        rows = _csv_rows(source, _DELIMITERS[extension], names.values(), required, report)
-    elif extension:
-        rows = _json_rows(source, names.values(), required, report)
+    if extension := text_format(source):
+        rows: _Rows = read_rows(
+            source,
+            lambda place, error: report.add_unusable(f"{shown(source)}, {place}", error),
+            lambda found: _check_columns(source, found, names.values(), required),
+        )
     else:
         rows = _parquet_rows(source, names.values(), required)
     for place, row in rows:
         values: dict[str, Any] = {name: row.get(theirs) for name, theirs in names.items()}
-        if extension in _DELIMITERS:
+        if extension in _SEPARATED:
             values |= {name: values[name].split(separator) for name in _LISTS if values[name]}
         try:
             entity = _entity(values)
@@ -94,60 +91,6 @@ def _parquet_rows(source: str, names: Collection[str], required: Collection[str]
             for row in rows:
                 yield f"row {number} of {shown(table.file.uri)}", row
                 number += 1
-
-
-def _json_rows(source: str, names: Collection[str], required: Collection[str], report: ImportReport) -> _Rows:
-    seen: dict[str, None] = {}
-    is_first = True
-    for number, line in read_lines(source):
-        if not line.strip():
-            continue
-        if is_first and line.lstrip().startswith(b"["):
-            raise InputError(
-                f"{shown(source)}, line {number} begins a JSON array: write JSON Lines, one object on each line"
-            )
-        is_first = False
-        try:
-            row = json.loads(line)
-            if not isinstance(row, dict):
-                raise ValueError("not a JSON object")
-        except (ValueError, RecursionError) as error:
-            report.add_unusable(f"{shown(source)}, line {number}", error)
-            continue
-        seen |= dict.fromkeys(row)
-        yield f"line {number}", row
-    _check_columns(source, seen, names, required)
-
-
-def _csv_rows(
-    source: str, delimiter: str, names: Collection[str], required: Collection[str], report: ImportReport
-) -> _Rows:
-    # Escaped bytes that are not UTF-8 are found as lone surrogates, in the one row that has them.
-    lines = (f"{line.decode(errors='surrogateescape')}\n" for _, line in read_lines(source))
-    if delimiter == ",":
-        reader = csv.reader(lines, delimiter=delimiter, strict=True)
-    else:
-        reader = csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_NONE, strict=True)
-    try:
-        header = next(reader, [])
-    except csv.Error as error:
-        raise InputError(
-            f"{shown(source)}, line 1 names the columns and is malformed ({error}): write it again"
-        ) from error
-    _check_columns(source, header, names, required)
-    while True:
-        first = reader.line_num + 1
-        try:
-            row = next(reader, None)
-            if row is None:
-                return
-            if row and len(row) != len(header):
-                raise csv.Error(f"{len(row)} fields, but the header has {len(header)}")
-        except csv.Error as error:
-            report.add_unusable(f"{shown(source)}, lines {first} to {reader.line_num}", error)
-            continue
-        if row:
-            yield f"line {first}", dict(zip(header, row, strict=True))
 
 
 def _check_columns(source: str, found: Collection[str], names: Collection[str], required: Collection[str]) -> None:

@@ -18,8 +18,8 @@ from pydantic import Field, TypeAdapter, ValidationError
 from gemel_engine.errors import InputError, shown
 from gemel_engine.importers.commons import ThumbnailWidth, picture_address
 from gemel_engine.importers.entities import ImportedEntity, ImportReport, other_names
-from gemel_engine.importers.lines import read_lines
 from gemel_engine.importers.processes import map_in_processes
+from gemel_engine.storage.lines import read_lines
 
 # Types of items about Wikimedia's own pages: disambiguation pages, categories, list articles, templates, portals,
 # modules, project pages, disambiguation pages of people's names, internal items, and permanent duplicates.

@@ -6,12 +6,12 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerFast
 
 from gemel_engine.config.components import KnowledgeBaseSettings
 from gemel_engine.errors import InputError, shown
@@ -24,7 +24,13 @@ from gemel_engine.knowledge_base.columns import (
     all_aliases,
     as_lists,
 )
-from gemel_engine.knowledge_base.names import TokenisedNames, count_skipped, normalised_name, reasons_to_skip
+from gemel_engine.knowledge_base.names import (
+    TokenisedNames,
+    count_skipped,
+    normalised_name,
+    normalised_names,
+    reasons_to_skip,
+)
 from gemel_engine.knowledge_base.other_names import OtherNames, tokenise_other_names
 from gemel_engine.knowledge_base.store import FORMAT_VERSION, MANIFEST, TRIE_DIRECTORY
 from gemel_engine.knowledge_base.trie import MANIFEST as TRIE_MANIFEST
@@ -32,6 +38,9 @@ from gemel_engine.knowledge_base.trie import PrefixTrie
 from gemel_engine.storage import parquet
 from gemel_engine.storage.manifest import claimed, file_sha256, write_manifest
 from gemel_engine.tokenizer import tokenizer_fingerprint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 logger = logging.getLogger(__name__)
 
@@ -202,7 +211,7 @@ def checked_entities(entities: pa.Table) -> pa.Table:
         columns.append(values)
     table = pa.table(columns, schema=ENTITY_SCHEMA)
     _check_ids(table["entity_id"])
-    names = pc.utf8_trim_whitespace(pc.utf8_normalize(pc.fill_null(table["name"], ""), form="NFC"))
+    names = normalised_names(pc.fill_null(table["name"], ""))
     return table.set_column(table.column_names.index("name"), "name", names)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 import numpy as np
 import pyarrow as pa
@@ -21,9 +21,12 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast
 
+from gemel_engine.display import UNSEEN, without_unseen
 from gemel_engine.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 # Delimiters of the parts of a prompt: one in a name would be read as the start of the next part.
 _PROMPT_MARKER = r"\[(?:Text|Question|Answer)\]"
@@ -36,8 +39,20 @@ logger = logging.getLogger(__name__)
 
 
 def normalised_name(name: str) -> str:
-    """Return a name as a knowledge base stores it: in Unicode's form NFC, without white space around."""
-    return unicodedata.normalize("NFC", name).strip()
+    """Return a name as a knowledge base stores it.
+
+    It is in Unicode's form NFC, without white space around and without idle characters of no width.
+    """
+    return unicodedata.normalize("NFC", without_unseen(name)).strip()
+
+
+def normalised_names(names: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return names as `normalised_name` does."""
+    names = names.combine_chunks()
+    is_affected = pc.match_substring_regex(names, UNSEEN)
+    seen = [without_unseen(name) for name in names.filter(is_affected).to_pylist()]
+    names = pc.replace_with_mask(names, is_affected, pa.array(seen, names.type))
+    return pa.chunked_array([pc.utf8_trim_whitespace(pc.utf8_normalize(names, form="NFC"))])
 
 
 @contextmanager

@@ -19,11 +19,11 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from transformers import PreTrainedTokenizerFast
 
 from gemel_engine import storage
 from gemel_engine.config.components import KnowledgeBaseSettings
@@ -51,6 +51,9 @@ from gemel_engine.knowledge_base.update_files import (
 )
 from gemel_engine.storage.manifest import claimed, file_sha256, write_manifest
 from gemel_engine.tokenizer import tokenizer_fingerprint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 _OPTIONAL = [name for name in ENTITY_SCHEMA.names if name not in ("entity_id", "name")]
 

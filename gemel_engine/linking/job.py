@@ -14,7 +14,7 @@ import time
 import uuid
 from collections import defaultdict
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +25,12 @@ from numpy.typing import NDArray
 from ray.data import Dataset
 
 from gemel_engine import storage
+from gemel_engine.config.finding import FindConfig
 from gemel_engine.config.loading import validated
 from gemel_engine.config.settings import LinkConfig
-from gemel_engine.errors import shown
+from gemel_engine.errors import ConfigurationError, shown
 from gemel_engine.extras import require
+from gemel_engine.finding.job import describe_search, find_mentions
 from gemel_engine.fingerprints import Contents
 from gemel_engine.linking.incremental import PreviousRun
 from gemel_engine.linking.progress import Progress, Tally
@@ -66,10 +68,12 @@ def link_corpus(config: LinkConfig) -> LinkReport:
         GemelError: The configuration, the input or an artifact is unusable (raised before any
             work), or more rows failed than `max_failed_fraction` allows (the output is complete).
     """
+    started = time.monotonic()
+    config = with_found_mentions(config)
+    plan, artifacts, contents = checked_plan(config)
+
     from gemel_engine.assembly import without_missing_evidence
 
-    started = time.monotonic()
-    plan, artifacts, contents = checked_plan(config)
     identity = _identity(config, plan, contents)
     run = run_digest(identity)
     claim_output(config.output, identity)
@@ -105,6 +109,8 @@ def describe_run(config: LinkConfig) -> str:
     Raises:
         GemelError: The configuration, the input or an artifact is unusable.
     """
+    if (search := _search_of(config)) is not None:
+        return describe_search(search)
     plan, _, contents = checked_plan(config)
     finished: set[str] = set()
     if is_claimed(config.output):
@@ -120,6 +126,33 @@ def describe_run(config: LinkConfig) -> str:
     )
 
 
+def with_found_mentions(config: LinkConfig) -> LinkConfig:
+    """Find the mentions of a corpus of documents; return the configuration that links them.
+
+    Raises:
+        GemelError: As for `find_mentions`.
+    """
+    if (search := _search_of(config)) is None:
+        return config
+    find_mentions(search)
+    return replace(config, input=f"{search.output}/data", find_mentions=False)
+
+
+def _search_of(config: LinkConfig) -> FindConfig | None:
+    """Return the search for mentions before a run; None if its input has mentions."""
+    if not config.find_mentions:
+        return None
+    return FindConfig(
+        input=config.input,
+        output=RunDirectory(config.output).mentions,
+        knowledge_base=config.knowledge_base,
+        demonstrations=config.demonstrations,
+        finder=config.finder,
+        rows_per_shard=config.rows_per_shard,
+        max_failed_fraction=config.max_failed_fraction,
+    )
+
+
 def checked_plan(config: LinkConfig) -> tuple[list[Shard], Artifacts, Contents]:
     """Check the configuration, the corpus and the artifacts; return what a run needs of them.
 
@@ -130,15 +163,23 @@ def checked_plan(config: LinkConfig) -> tuple[list[Shard], Artifacts, Contents]:
     Raises:
         GemelError: Something is unusable, or the artifacts do not fit together.
     """
-    from gemel_engine.assembly import open_artifacts, open_calibration, open_weights, run_contents
-    from gemel_engine.compatibility import check_encoders
-
     config = validated(config)
+    if config.find_mentions:
+        raise ConfigurationError(
+            f"find_mentions is set, but this command needs the mentions of {shown(config.input)}: call `gemel "
+            "find-mentions` first, and give its output as `input`, without find_mentions"
+        )
     storage.check_kept(config.output)
     storage.check_apart(config.output, config.input)
     if config.language_model.engine == "vllm":
         require("vllm", "cpu", "gpu")
-    plan = plan_shards(config.input, config.rows_per_shard, config.vision.required_columns)
+    names = config.columns.given()
+    plan = plan_shards(config.input, config.rows_per_shard, config.vision.required_columns, names)
+
+    # These import torch, for which a fault of the input does not wait.
+    from gemel_engine.assembly import open_artifacts, open_calibration, open_weights, run_contents
+    from gemel_engine.compatibility import check_encoders
+
     artifacts = open_artifacts(config, verify=config.verify_artifacts)
     image_encoder = check_encoders(config, artifacts)
     calibration = open_calibration(config, artifacts)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 
@@ -136,7 +136,6 @@ def plan_run(
     """
     from gemel_engine.assembly import without_missing_evidence
 
-    pools = {name: getattr(config.resources, pool).max_actors for name, pool in _POOLS.items()}
     _check_clusters(actors, price_per_actor_hour)
     started = time.monotonic()
     plan, artifacts, contents = checked_plan(config)
@@ -166,20 +165,21 @@ def plan_run(
         stage_costs=costs,
         seconds_per_row={name: cost.seconds(1, rows_of_shard).times(1 / rows_of_shard) for name, cost in costs.items()},
         peak_bytes=sample.tally.peak_bytes,
-        input_bytes=sum(file.size for file in storage.list_parquet(config.input)),
+        input_bytes=sum(file.size for file in storage.list_tables(config.input)),
         output_bytes=round(sample.output_bytes / sample.tally.rows * num_rows),
         cache_hit_rate=sample.tally.cache_hit_rate,
         computed_tokens_per_row=sample.tally.computed_tokens / sample.tally.rows,
         rollouts_per_row=sample.tally.rollouts / sample.tally.rows,
         errors=dict(sample.tally.errors),
-        clusters=_predict_clusters(workload, pools, actors, price_per_actor_hour),
+        clusters=_predict_clusters(workload, config, actors, price_per_actor_hour),
     )
 
 
 def _predict_clusters(
-    workload: Workload, pools: Mapping[str, int], actors: Sequence[int], price_per_actor_hour: float | None
+    workload: Workload, config: LinkConfig, actors: Sequence[int], price_per_actor_hour: float | None
 ) -> tuple[ClusterPlan, ...]:
     """Return the prediction for each number of generation actors; see `plan_run`."""
+    pools = {name: getattr(config.resources, pool).max_actors for name, pool in _POOLS.items()}
     others = {name: pools[name] for name in workload.stages}
     numbers = actors or (pools["generation"],)
     return tuple(workload.on(others | {"generation": number}, price_per_actor_hour) for number in numbers)

@@ -7,7 +7,8 @@ A shard is a range of rows of one file, either of the input or of the ordered co
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from typing import Any
@@ -20,7 +21,10 @@ from numpy.typing import NDArray
 from gemel_engine import storage
 from gemel_engine.errors import InputError, shown
 from gemel_engine.storage import parquet
-from gemel_engine.types import MENTION_COLUMNS, MENTION_REQUIRED_COLUMNS
+from gemel_engine.storage.columns import Column
+from gemel_engine.storage.files import text_format
+from gemel_engine.storage.table import Table
+from gemel_engine.types import MENTION_COLUMNS, MENTION_REQUIRED_COLUMNS, mention_columns
 
 # The columns of the ordered corpus, and all columns that linking reads.
 SMALL_SCHEMA = pa.schema(
@@ -43,6 +47,7 @@ class Shard:
         start: First row.
         stop: Row after the last.
         ids: `ids_digest` of its mentions; empty if the digest is not checked.
+        columns: The file's names of columns that have another name there, as JSON; empty: none.
     """
 
     index: int
@@ -51,6 +56,7 @@ class Shard:
     start: int
     stop: int
     ids: str = ""
+    columns: str = ""
 
     @property
     def name(self) -> str:
@@ -58,30 +64,63 @@ class Shard:
         return f"shard-{self.index:05d}"
 
 
-def plan_shards(input_uri: str, rows_per_shard: int, also_required: Sequence[str] = ()) -> list[Shard]:
+def plan_shards(
+    input_uri: str,
+    rows_per_shard: int,
+    also_required: Sequence[str] = (),
+    stored_names: Mapping[str, str] | None = None,
+    *,
+    columns: Mapping[str, Column] | None = None,
+    required: Sequence[str] = MENTION_REQUIRED_COLUMNS,
+) -> list[Shard]:
     """Validate the columns and ids of a corpus and cut it into shards.
 
     Args:
-        input_uri: Parquet file or directory of mentions.
+        input_uri: Table of mentions, or of rows with other columns, or directory of tables.
         rows_per_shard: Maximum number of rows of a shard.
         also_required: Columns that this run requires beside those that every run requires.
+        stored_names: The corpus' names of columns that have another name there; it must have them.
+        columns: Columns that the corpus may have; None: those of mentions.
+        required: Columns that every run requires; the first is the id.
 
     Raises:
-        InputError: A column is missing, repeated or of the wrong type, a file is not Parquet, or a
-            `mention_id` is missing, repeated or not UTF-8.
+        InputError: A column is missing, repeated or of the wrong type, a file cannot be read, or an
+            id is missing, repeated or not UTF-8.
     """
     shards: list[Shard] = []
-    ids = _UniqueIds(input_uri)
-    for table in parquet.open_tables(input_uri, MENTION_COLUMNS, (*MENTION_REQUIRED_COLUMNS, *also_required)):
+    id_column = required[0]
+    ids = _UniqueIds(input_uri, id_column)
+    stored_names = stored_names or {}
+    names = json.dumps(stored_names, sort_keys=True) if stored_names else ""
+    for table in _tables(input_uri, also_required, stored_names, columns, required):
         chunks: list[pa.Array] = []
-        for piece in table.pieces(["mention_id"]):
-            ids.add(piece["mention_id"])
-            chunks += piece["mention_id"].chunks
+        for piece in table.pieces([id_column, *table.parsed]):  # raises here what stages would
+            ids.add(piece[id_column])
+            chunks += piece[id_column].chunks
         of_file = pa.chunked_array(chunks, pa.large_string())
         cut = cut_file(table.file.uri, version_of(table.file), table.num_rows, rows_per_shard, len(shards))
-        shards += [replace(shard, ids=ids_digest(of_file[shard.start : shard.stop])) for shard in cut]
+        shards += [replace(shard, ids=ids_digest(of_file[shard.start : shard.stop]), columns=names) for shard in cut]
     ids.check()
     return shards
+
+
+def check_columns(input_uri: str, also_required: Sequence[str], stored_names: Mapping[str, str]) -> None:
+    """Check the columns of a corpus' first file: quick, before anything that takes seconds to import.
+
+    Arguments and errors are those of `plan_shards`.
+    """
+    next(_tables(input_uri, also_required, stored_names))
+
+
+def _tables(
+    input_uri: str,
+    also_required: Sequence[str],
+    stored_names: Mapping[str, str],
+    columns: Mapping[str, Column] | None = None,
+    required: Sequence[str] = MENTION_REQUIRED_COLUMNS,
+) -> Iterator[Table]:
+    names = list(dict.fromkeys((*required, *also_required, *stored_names)))
+    return parquet.open_tables(input_uri, columns or mention_columns(stored_names), names)
 
 
 def order_by_surface_form(plan: Sequence[Shard]) -> NDArray[np.int64] | None:
@@ -91,8 +130,8 @@ def order_by_surface_form(plan: Sequence[Shard]) -> NDArray[np.int64] | None:
     file contains pictures or image features: rows of that size are not sorted.
     """
     tables = []
-    for uri in dict.fromkeys(shard.uri for shard in plan):
-        with parquet.open_table(uri, MENTION_COLUMNS) as table:
+    for uri, columns in _files(plan):
+        with parquet.open_table(uri, columns) as table:
             if not {"image_bytes", "image_features"}.isdisjoint(table.names):
                 return None
             tables.append(table.read(["mention", "mention_id"]))
@@ -107,8 +146,8 @@ def order_by_surface_form(plan: Sequence[Shard]) -> NDArray[np.int64] | None:
 def order_within_shards(plan: Sequence[Shard]) -> NDArray[np.int64]:
     """Return row numbers in the order of linking if the corpus is not sorted (N,)."""
     orders, first = [], 0
-    for uri, of_file in groupby(plan, key=lambda shard: shard.uri):
-        with parquet.open_table(uri, MENTION_COLUMNS) as table:
+    for (uri, columns), of_file in zip(_files(plan), _by_file(plan), strict=True):
+        with parquet.open_table(uri, columns) as table:
             mentions = table.read(["mention"])["mention"]
         for shard in of_file:
             within = pc.sort_indices(mentions.slice(shard.start, shard.stop - shard.start)).to_numpy()
@@ -120,8 +159,8 @@ def order_within_shards(plan: Sequence[Shard]) -> NDArray[np.int64]:
 def take_rows(plan: Sequence[Shard], rows: NDArray[np.int64]) -> pa.Table:
     """Return the columns that linking reads, for ascending row numbers in the plan."""
     tables, first = [], 0
-    for uri in dict.fromkeys(shard.uri for shard in plan):
-        with parquet.open_table(uri, MENTION_COLUMNS) as table:
+    for uri, columns in _files(plan):
+        with parquet.open_table(uri, columns) as table:
             wanted = rows[(rows >= first) & (rows < first + table.num_rows)] - first
             tables.append(table.take(_COLUMNS, wanted))
             first += table.num_rows
@@ -131,9 +170,25 @@ def take_rows(plan: Sequence[Shard], rows: NDArray[np.int64]) -> pa.Table:
 def recut(plan: Sequence[Shard], rows_per_shard: int) -> list[Shard]:
     """Return the same rows in the same order, in shards of another size."""
     recut: list[Shard] = []
-    for (uri, version), of_file in groupby(plan, key=lambda shard: (shard.uri, shard.version)):
-        recut += cut_file(uri, version, list(of_file)[-1].stop, rows_per_shard, len(recut))
+    for of_file in _by_file(plan):
+        last = of_file[-1]
+        cut = cut_file(last.uri, last.version, last.stop, rows_per_shard, len(recut))
+        recut += [replace(shard, columns=last.columns) for shard in cut]
     return recut
+
+
+def _by_file(plan: Sequence[Shard]) -> list[list[Shard]]:
+    """Return the shards of each file."""
+    return [list(of_file) for _, of_file in groupby(plan, key=lambda shard: shard.uri)]
+
+
+def _files(plan: Sequence[Shard]) -> list[tuple[str, dict[str, Column]]]:
+    """Return the address of each file, and its columns."""
+    return [(shards[0].uri, _columns_of(shards[0])) for shards in _by_file(plan)]
+
+
+def _columns_of(shard: Shard) -> dict[str, Column]:
+    return mention_columns(json.loads(shard.columns or "{}"))
 
 
 def count_rows(plan: Sequence[Shard]) -> int:
@@ -141,25 +196,38 @@ def count_rows(plan: Sequence[Shard]) -> int:
     return sum(shard.stop - shard.start for shard in plan)
 
 
-def read_rows(shard: Shard, columns: Sequence[str]) -> pa.Table:
+def read_rows(
+    shard: Shard,
+    columns: Sequence[str],
+    *,
+    kinds: Mapping[str, Column] | None = None,
+    id_column: str = MENTION_REQUIRED_COLUMNS[0],
+) -> pa.Table:
     """Read those of `columns` that the file has, from the row groups that contain the shard only.
+
+    Args:
+        shard: The shard.
+        columns: Columns to read.
+        kinds: The `columns` that the shard was planned with; None: those of mentions.
+        id_column: Column of the ids.
 
     Raises:
         InputError: The file has changed since the run was planned.
     """
     check_version(shard)
-    kinds = {name: MENTION_COLUMNS[name] for name in columns}
-    with parquet.open_table(shard.uri, kinds, MENTION_REQUIRED_COLUMNS[:1]) as table:
+    of_file = kinds or _columns_of(shard)
+    kinds = {name: of_file[name] for name in (id_column, *columns)}
+    with parquet.open_table(shard.uri, kinds, (id_column,)) as table:
         rows = table.read(columns, range(shard.start, shard.stop))
     check_version(shard)  # the file may have been replaced during the read
-    if shard.ids and "mention_id" in rows.column_names and ids_digest(rows["mention_id"]) != shard.ids:
+    if shard.ids and id_column in rows.column_names and ids_digest(rows[id_column]) != shard.ids:
         raise _changed(shard)
     return rows
 
 
 def plan_identity(shards: Sequence[Shard]) -> list[dict[str, Any]]:
     """Return the plan as JSON; it is equal for unchanged files that are cut in the same way."""
-    return [asdict(shard) for shard in shards]
+    return [{name: value for name, value in asdict(shard).items() if name != "columns" or value} for shard in shards]
 
 
 def ids_digest(ids: pa.ChunkedArray) -> str:
@@ -178,10 +246,11 @@ def version_of(file: storage.InputFile) -> str:
     """Return a string that changes with a file's content, without reading the whole file.
 
     For a local file this is its version with a hash of its Parquet footer, which contains sizes,
-    offsets and usually the minimum and maximum of each column. For an object in S3 it is its ETag.
+    offsets and usually the minimum and maximum of each column. For an object in S3 it is its ETag,
+    for a local table in text its version, by which its copy in Parquet is found.
     """
     path = storage.local_path(file.uri)
-    if path is None:
+    if path is None or text_format(file.uri):
         return file.version
     with path.open("rb") as stream:
         stream.seek(max(0, file.size - 8))
@@ -193,7 +262,7 @@ def version_of(file: storage.InputFile) -> str:
 def check_version(shard: Shard) -> None:
     """Raise InputError if the file of a shard has changed since the run was planned."""
     try:
-        versions = [version_of(file) for file in storage.list_parquet(shard.uri)]
+        versions = [version_of(file) for file in storage.list_tables(shard.uri)]
     except FileNotFoundError:
         versions = []
     if versions != [shard.version]:
@@ -215,8 +284,8 @@ def cut_file(uri: str, version: str, num_rows: int, rows_per_shard: int, first_i
 class _UniqueIds:
     """Collects and validates the ids of a corpus early: repeated ids can exhaust the memory."""
 
-    def __init__(self, uri: str) -> None:
-        self._uri = uri
+    def __init__(self, uri: str, column: str) -> None:
+        self._uri, self._column = uri, column
         self._chunks: list[pa.Array] = []
         self._num_ids = self._num_checked = 0
 
@@ -239,14 +308,24 @@ class _UniqueIds:
         try:
             ids.validate(full=True)
         except pa.ArrowInvalid as error:
-            raise InputError(f"{self._uri} has a mention_id that is not UTF-8 ({error}): write it again") from error
-        if num_missing := pc.sum(pc.equal(pc.fill_null(ids, ""), "")).as_py():
-            raise InputError(f"{self._uri} has {num_missing} rows without a mention_id: give each row its own")
+            raise InputError(f"{self._uri} has a {self._column} that is not UTF-8 ({error}): write it again") from error
+        is_missing = pc.equal(pc.fill_null(ids, ""), "")
+        if num_missing := pc.sum(is_missing).as_py():
+            first = pc.index(is_missing, True).as_py() + 1
+            raise InputError(
+                f"{self._uri} has {num_missing} rows without a {self._column}, the first is row {first}: give "
+                "each row its own"
+            )
         if len(ids) == 0:
             raise InputError(f"{self._uri} has no rows")
         if pc.count_distinct(ids).as_py() < len(ids):
             counts = pc.value_counts(ids)
             repeated = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
-            examples = [mention_id[:50] for mention_id in repeated[:3].to_pylist()]
-            raise InputError(f"{self._uri} repeats {len(repeated)} mention_id, such as {examples}: make them unique")
+            examples = [found[:50] for found in repeated[:3].to_pylist()]
+            first = pc.index(ids, repeated[0]).as_py() + 1
+            second = first + pc.index(ids[first:], repeated[0]).as_py() + 1
+            raise InputError(
+                f"{self._uri} repeats {len(repeated)} {self._column}, such as {examples}, the first in rows {first} "
+                f"and {second}: make them unique"
+            )
         self._num_checked = self._num_ids

@@ -18,6 +18,8 @@ _NOT_IDENTITY = (
     "max_failed_fraction",
     "verify_artifacts",
     "dry_run",  # of linking
+    "find_mentions",  # this and the next belong to the search, whose output is linked
+    "finder",
     "workers",  # this and what follows: of training
     "examples",
     "optimisation.max_pack_tokens",

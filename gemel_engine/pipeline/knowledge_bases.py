@@ -20,11 +20,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from transformers import PreTrainedTokenizerFast
 
 from gemel_engine import storage
 from gemel_engine.config.components import KnowledgeBaseSettings
@@ -58,6 +57,9 @@ from gemel_engine.pipeline.entity_vectors import (
 )
 from gemel_engine.storage import parquet
 from gemel_engine.storage.manifest import claimed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 _PARTS, _STAGING = "evidence-parts", ".unfinished"
 _OURS = {_PARTS, _STAGING, TRIE_DIRECTORY, DIRECTORY, "entities.arrow", "changes.arrow", ".being-written"}
@@ -269,7 +271,7 @@ def _checked_width(base: str, evidence: EvidenceIndex | None, changes_uri: str) 
 
 def _identity(source: str, checksum: str, fingerprints: tuple[str | None, str | None]) -> dict[str, Any]:
     """Return what the vectors of a table depend on."""
-    files = [(file.uri, file.size, file.version) for file in storage.list_parquet(source)]
+    files = [(file.uri, file.size, file.version) for file in storage.list_tables(source)]
     mention_encoder, image_encoder = fingerprints
     return {
         "entities": checksum,

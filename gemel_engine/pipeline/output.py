@@ -1,6 +1,7 @@
 """The output directory of a run: claim, plan, finished parts, exclusive commit of shards.
 
     OUTPUT/_run.json                    identity of the run; created exclusively
+    OUTPUT/_mentions/...                output of the search for mentions, if the input are documents
     OUTPUT/_plan.json                   shards of the ordered corpus, if there is one; created
                                         exclusively
     OUTPUT/_ordered/...                 corpus in the order of its surface forms, without pictures
@@ -55,6 +56,11 @@ class RunDirectory:
     def plan(self) -> str:
         """Return the address of the shards of an ordered corpus."""
         return f"{self.output}/_plan.json"
+
+    @property
+    def mentions(self) -> str:
+        """Return the output directory of the search for mentions."""
+        return f"{self.output}/_mentions"
 
     @property
     def ordered(self) -> str:

@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 
 from gemel_engine.config.settings import JobConfig
-from gemel_engine.errors import ImageFetchError, MentionError
+from gemel_engine.errors import ImageFetchError, InvalidMentionError, MentionError
 from gemel_engine.evidence.retrieved import Retrieved, retrieved_to_array
 from gemel_engine.fingerprints import Contents, check_content
 from gemel_engine.pipeline.corpus import Shard, read_rows
@@ -97,7 +97,7 @@ def _read_rows(places: pa.Table, shard: Shard, also: Sequence[str]) -> pa.Table:
         for name in ("text", "mention"):
             table = table.append_column(name, pa.nulls(table.num_rows, pa.string()))
     else:
-        table, errors = _without_invalid_text(read_rows(part, (*_COLUMNS, *also)))
+        table, errors = without_invalid_text(read_rows(part, (*_COLUMNS, *also)))
     for row, fault in enumerate(map(fault_of, _all_mentions(table))):
         if fault is not None and errors[row] is None:
             errors[row] = str(fault)
@@ -177,7 +177,9 @@ class Retrieve:
         return with_use(batch, "retrieval", started)
 
 
-def _without_invalid_text(table: pa.Table) -> tuple[pa.Table, list[str | None]]:
+def without_invalid_text(
+    table: pa.Table, kind: type[MentionError] = InvalidMentionError
+) -> tuple[pa.Table, list[str | None]]:
     """Replace text that is not UTF-8 by null; return the table and the error of each row."""
     errors: list[str | None] = [None] * table.num_rows
     for position, field in enumerate(table.schema):
@@ -190,7 +192,7 @@ def _without_invalid_text(table: pa.Table) -> tuple[pa.Table, list[str | None]]:
                     values.append(value.as_py())
                 except UnicodeDecodeError:
                     values.append(None)
-                    errors[row] = f"invalid_mention: {field.name} is not UTF-8: write it again"
+                    errors[row] = str(kind(f"{field.name} is not UTF-8: write it again"))
             table = table.set_column(position, field, pa.array(values, field.type))
     return table, errors
 

@@ -22,7 +22,7 @@ from gemel_engine.report.entities import ShownEntity, shown_entities
 from gemel_engine.report.pictures import SMALL_EDGE, Thumbnail, read_rows, thumbnails
 from gemel_engine.retrieval.index import DemonstrationIndex
 from gemel_engine.retrieval.table import Demonstration
-from gemel_engine.types import CARD_PREFIX, MENTION_COLUMNS, Mention
+from gemel_engine.types import CARD_PREFIX, Mention, mention_columns
 
 _COLUMNS = ("mention_id", "text", "mention", "mention_start", "image_bytes", "image_uri")
 _KINDS = ("right", "certified", "is_nil")
@@ -76,6 +76,7 @@ def gallery_items(
     *,
     size: int,
     seed: int = 0,
+    stored_names: Mapping[str, str] | None = None,
     judged: pa.Table | None = None,
     training: str | None = None,
     knowledge_base: KnowledgeBase | None = None,
@@ -92,6 +93,7 @@ def gallery_items(
         index: Demonstrations of the run; None: without demonstrations.
         size: Number of mentions to draw; all of them if there are fewer.
         seed: Seed of the draw; equal seeds draw equal mentions.
+        stored_names: The corpus' names of columns that have another name there.
         judged: Verdicts (see `Judge.verdicts`) on any of the mentions: columns `mention_id`,
             `entity_id` (gold, null for NIL), `entity_name` and `right` (both nullable).
         training: Parquet file or directory with the pictures of the demonstrations; None: without.
@@ -106,7 +108,7 @@ def gallery_items(
     judged = _of_the_same_rows(judged, predictions["mention_id"])
     drawn = _draw(predictions.append_column("right", judged["right"]), size, seed)
     rows, gold = predictions.take(drawn).to_pylist(), judged.take(drawn).to_pylist()
-    corpus = read_drawn_mentions(mentions, {row["mention_id"] for row in rows})
+    corpus = read_drawn_mentions(mentions, {row["mention_id"] for row in rows}, stored_names)
     pictures = thumbnails(corpus, image_source, _MENTION_EDGE)
     known: dict[str, ShownEntity] = {}
     if knowledge_base is not None:
@@ -154,13 +156,16 @@ def _draw(predictions: pa.Table, size: int, seed: int) -> NDArray[np.intp]:
     return drawn
 
 
-def read_drawn_mentions(uri: str, mention_ids: Collection[str], *, complete: bool = True) -> dict[str, dict[str, Any]]:
-    """Read rows of a corpus by `mention_id`; see `read_rows`.
+def read_drawn_mentions(
+    uri: str, mention_ids: Collection[str], stored_names: Mapping[str, str] | None = None, *, complete: bool = True
+) -> dict[str, dict[str, Any]]:
+    """Read rows of a corpus by `mention_id`; see `read_rows` and `mention_columns`.
 
     Raises:
         InputError: The corpus can't be read, or `complete` is set and a mention is missing.
     """
-    found = read_rows(uri, {name: MENTION_COLUMNS[name] for name in _COLUMNS}, mention_ids)
+    columns = mention_columns(stored_names or {}, or_own=True)
+    found = read_rows(uri, {name: columns[name] for name in _COLUMNS}, mention_ids)
     missing = set(mention_ids) - found.keys() if complete else ()
     if missing:
         raise InputError(f"{uri} has no mention {min(missing)!r}: give the mentions that the run linked")

@@ -137,6 +137,7 @@ def report_of(
         settings["input"],
         index,
         size=gallery_size,
+        stored_names=linked.stored_names,
         judged=None if judged is None else judged.verdicts,
         training=training,
         knowledge_base=linked.open_knowledge_base() if linked.has_knowledge_base() else None,

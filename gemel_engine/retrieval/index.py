@@ -28,7 +28,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import chain, islice, zip_longest
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import faiss
 import numpy as np
@@ -37,7 +37,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gemel_engine.errors import ArtifactError, InputError
-from gemel_engine.retrieval.encoder import MentionEncoder
 from gemel_engine.retrieval.pictures import Pictures
 from gemel_engine.retrieval.table import (
     SIMILARITY_DECIMALS,
@@ -54,6 +53,9 @@ from gemel_engine.retrieval.table import (
 )
 from gemel_engine.storage import parquet
 from gemel_engine.storage.manifest import claimed, file_sha256, parse_manifest, read_manifest, write_manifest
+
+if TYPE_CHECKING:
+    from gemel_engine.retrieval.encoder import MentionEncoder
 
 FORMAT_VERSION = 3
 MANIFEST = "index.json"

@@ -20,7 +20,7 @@ from gemel_engine.knowledge_base.names import are_demonstrable, normalised_name
 from gemel_engine.retrieval.table import Demonstration
 from gemel_engine.storage import parquet
 from gemel_engine.storage.columns import IDENTIFIER
-from gemel_engine.types import MENTION_COLUMNS, Features, are_features
+from gemel_engine.types import Features, are_features, mention_columns
 from gemel_engine.vision.encoder import ImageEncoder, PictureEncoder
 from gemel_engine.vision.fetch import fetch_image
 
@@ -77,7 +77,10 @@ def read_names(entities_uri: str) -> dict[str, str]:
 
 
 def read_demonstrations(
-    mentions_uri: str, names: Mapping[str, str], pictures: PictureReader | None = None
+    mentions_uri: str,
+    names: Mapping[str, str],
+    pictures: PictureReader | None = None,
+    stored_names: Mapping[str, str] | None = None,
 ) -> list[Demonstration]:
     """Read a training split; mentions that can't be demonstrations are left out and counted.
 
@@ -85,11 +88,12 @@ def read_demonstrations(
     would read as several demonstrations.
 
     Args:
-        mentions_uri: Parquet file or directory with the columns `mention_id`, `text`, `mention`,
+        mentions_uri: Table, or directory of tables, with the columns `mention_id`, `text`, `mention`,
             `entity_id`, and optionally `entity_name` (for entities that `names` lacks), `group`,
             `image_features`, and for mentions without features `image_bytes` or `image_uri`.
         names: Names of entities by id.
         pictures: Reader that computes missing image features; None to use only those in the table.
+        stored_names: The table's names of columns that have another name there.
 
     Raises:
         InputError: There is no such table, it lacks a column, a `mention_id` or a text, or contains
@@ -99,7 +103,7 @@ def read_demonstrations(
     demonstrations: list[Demonstration] = []
     num_left_out = 0
     required = ("mention_id", "text", "mention", "entity_id")
-    batches = _read_batches(mentions_uri, _MENTIONS_PER_READ, required, optional)
+    batches = _read_batches(mentions_uri, _MENTIONS_PER_READ, required, optional, stored_names)
     with tqdm(desc="read demonstrations", unit=" mentions", delay=5) as progress:
         for rows in batches:
             for row in rows:
@@ -143,10 +147,15 @@ def _demonstrations(rows: list[dict[str, Any]], pictures: PictureReader | None) 
 
 
 def _read_batches(
-    uri: str, num_rows: int, required: Sequence[str], optional: Sequence[str] = ()
+    uri: str,
+    num_rows: int,
+    required: Sequence[str],
+    optional: Sequence[str] = (),
+    stored_names: Mapping[str, str] | None = None,
 ) -> Iterator[list[dict[str, Any]]]:
-    """Yield the rows of a Parquet table, `num_rows` at a time, identifiers and texts as strings."""
-    kinds = {name: IDENTIFIER if name == "name" else MENTION_COLUMNS[name] for name in (*required, *optional)}
+    """Yield the rows of a table, `num_rows` at a time, identifiers and texts as strings."""
+    columns = mention_columns(stored_names or {}) | {"name": IDENTIFIER}
+    kinds = {name: columns[name] for name in (*required, *optional)}
     for table in parquet.open_tables(uri, kinds, required):
         for piece in table.pieces((*required, *optional), max_rows=num_rows):
             try:

@@ -187,8 +187,7 @@ def create_app(linker: Linker, hosts: list[str], on_death: Callable[[], None]) -
 
     @app.post("/api/explain")
     async def explained(question: Question) -> dict[str, Any]:
-        explanation = await asyncio.to_thread(explain, linker, question.as_mention(), question.picture)
-        return as_explanation(explanation)
+        return as_explanation(await asyncio.to_thread(explain, linker, question.as_mention(), question.picture))
 
     return app
 

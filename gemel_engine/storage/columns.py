@@ -55,6 +55,8 @@ class Column:
             converted to `type`.
         item: Column of the items of a list, used instead of `accepts`; None for other types.
         takes_one: Whether a list is also read from a single item, as a list of that item.
+        stored_names: Names that a file may have the column under, the first that it has counts;
+            empty: the column's own name. Behind the first, a column of another type is ignored.
     """
 
     type: pa.DataType
@@ -62,6 +64,7 @@ class Column:
     accepts: Callable[[pa.DataType], bool] = lambda found: True
     item: Column | None = None
     takes_one: bool = False
+    stored_names: tuple[str, ...] = ()
 
     @classmethod
     def list_of(cls, item: Column) -> Column:
@@ -120,4 +123,5 @@ NUMBER = Column(pa.float64(), "number", _is_number)
 BOOLEAN = Column(pa.bool_(), "boolean", pa.types.is_boolean)
 
 FEATURES = Column.list_of(Column(pa.float64(), "float", pa.types.is_floating))
-PICTURE = Column(pa.large_binary(), "binary", _is_picture)
+# `image` is the name in Hugging Face's data sets.
+PICTURE = Column(pa.large_binary(), "binary", _is_picture, stored_names=("image_bytes", "image"))

@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -30,7 +30,8 @@ from gemel_engine.storage import s3
 from gemel_engine.storage.local import open_regular, publish_exclusively, write_local
 
 _RAY_WORKING_DIRECTORIES = "working_dir_files"
-_SUFFIXES = (".parquet", ".parq", ".pq")
+SUFFIXES = (".parquet", ".parq", ".pq")
+_TEXT_FILE = re.compile(r".*\.(csv|tsv|jsonl|ndjson|json)(\.(gz|bz2|zst))?", re.IGNORECASE | re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,7 @@ def check_kept(uri: str) -> None:
 def check_apart(output: str, source: str) -> None:
     """Raise if a job would read its own output as input, now or when it is run again.
 
-    Links are followed.
+    Links are followed. Mentions that were found for the job, in `_mentions`, may be its input.
 
     Args:
         output: Directory that the job writes to; it need not exist.
@@ -78,7 +79,7 @@ def check_apart(output: str, source: str) -> None:
     """
     root, target = normalised_uri(source), normalised_uri(output)
     is_read = any(_is_table(os.path.normpath(f"{place}/data/x.parquet")) for place in _places_within(target, root))
-    if is_read or any(re.match(r"(data|_[^/]*)(/|$)", place) for place in _places_within(root, target)):
+    if is_read or any(re.match(r"(data|_(?!mentions/)[^/]*)(/|$)", place) for place in _places_within(root, target)):
         raise ConfigurationError(
             f"the output {shown(output)} and the input {shown(source)} lie one in the other, so that the job would "
             "read what it writes: choose an output outside of the input"
@@ -99,25 +100,49 @@ def resolve(uri: str) -> tuple[FileSystem, str]:
 def list_parquet(uri: str) -> list[InputFile]:
     """List the Parquet file at an address, or all Parquet files below it, sorted by address.
 
-    Below a directory, only files named `*.parquet`, `*.parq` or `*.pq` are listed. Files and
-    directories whose names begin with a dot or an underscore are left out, except for directories
-    named `_key=value`. Links are followed; a directory with several links to it is read once.
+    Below a directory, only files named `*.parquet`, `*.parq` or `*.pq` are listed, none whose name
+    or directory begins with a dot or an underscore, except directories named `_key=value`. Links
+    are followed; a directory with several links to it is read once.
 
     Raises:
         InputError: There is no Parquet file, or a local directory or link cannot be read.
     """
+    if files := _list_files(uri, _is_table):
+        return files
+    raise InputError(
+        f"no Parquet file at {shown(normalised_uri(uri))}: give a file, or a directory with files named *.parquet"
+    )
+
+
+def list_tables(uri: str) -> list[InputFile]:
+    """List what `list_parquet` does, or if it lists nothing, CSV, TSV and JSON Lines by `text_format`.
+
+    Files named `*.json` are tables only if they are named themselves. Errors are the same.
+    """
+    if not (files := _list_files(uri, _is_table) or _list_files(uri, _is_text)):
+        raise InputError(
+            f"no table at {shown(normalised_uri(uri))}: give a file, or a directory of *.parquet, *.csv, *.tsv or "
+            "*.jsonl; relative paths begin at the working directory"
+        )
+    return files
+
+
+def text_format(uri: str) -> str:
+    """Return `csv`, `tsv`, `jsonl`, `ndjson` or `json` if a file's name says so, else ""."""
+    return found[1].lower() if (found := _TEXT_FILE.fullmatch(uri)) else ""
+
+
+def _list_files(uri: str, is_wanted: Callable[[str], bool]) -> list[InputFile]:
+    """Return the file at an address, or the wanted ones below it by relative path, sorted."""
     root = normalised_uri(uri)
-    single = _stat(root)
-    if single is not None:
+    if (single := find_file(root)) is not None:
         return [single]
     try:
-        files = [file for file in walk_files(root) if _is_table(relative_path(file, root))]
+        files = [file for file in walk_files(root) if is_wanted(relative_path(file, root))]
     except OSError as error:
         if root.startswith("s3://"):
             raise
-        raise InputError(f"cannot list all of {shown(uri)} ({error}): make it readable, or remove it") from error
-    if not files:
-        raise InputError(f"no Parquet file at {shown(uri)}: give a file, or a directory with files named *.parquet")
+        raise InputError(f"cannot list all of {shown(root)} ({error}): make it readable, or remove it") from error
     return sorted(files, key=lambda file: file.uri)
 
 
@@ -136,15 +161,16 @@ def list_files(uri: str) -> list[str]:
 def exists(uri: str) -> bool:
     """Return whether there is a file at or below an address; an empty directory does not count."""
     root = normalised_uri(uri)
-    return _stat(root) is not None or next(walk_files(root), None) is not None
+    return find_file(root) is not None or next(walk_files(root), None) is not None
 
 
-def read_bytes(uri: str, limit: int | None = None) -> bytes:
-    """Return the content of a file, or at most its first `limit` bytes."""
+def read_bytes(uri: str, limit: int | None = None, offset: int = 0) -> bytes:
+    """Return the content of a file from a byte on, or at most `limit` bytes of it."""
     path = local_path(uri)
     if path is None:
-        return s3.read_bytes(uri, limit)
+        return s3.read_bytes(uri, limit, offset)
     with open_regular(path) as stream:
+        stream.seek(offset)
         return stream.read(-1 if limit is None else limit)
 
 
@@ -194,8 +220,7 @@ def create_exclusive(uri: str, data: bytes) -> bool:
 def remove_tree(uri: str) -> None:
     """Remove a directory and its contents; do nothing if it does not exist.
 
-    Other processes may write to it or remove it at the same time; files that they write meanwhile
-    may remain.
+    Files that other processes write meanwhile may remain.
     """
     root = normalised_uri(uri)
     if root.startswith("s3://"):
@@ -255,12 +280,20 @@ def relative_path(file: InputFile, root: str) -> str:
 
 
 def _is_table(relative: str) -> bool:
+    return relative.lower().endswith(SUFFIXES) and not _is_hidden(relative)
+
+
+def _is_text(relative: str) -> bool:
+    return text_format(relative) not in ("", "json") and not _is_hidden(relative)
+
+
+def _is_hidden(relative: str) -> bool:
     *directories, name = relative.split("/")
     parts = [name, *(part for part in directories if "=" not in part)]
-    return name.lower().endswith(_SUFFIXES) and not any(part.startswith((".", "_")) for part in parts)
+    return any(part.startswith((".", "_")) for part in parts)
 
 
-def _stat(root: str) -> InputFile | None:
+def find_file(root: str) -> InputFile | None:
     """Return the file at a normalised address; None for a directory or a missing file."""
     if not root.startswith("s3://"):
         return _local_file(root) if os.path.isfile(root) else None

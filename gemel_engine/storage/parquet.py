@@ -1,4 +1,4 @@
-"""Opens every table of the engine: finds Parquet files, checks them, and reads them in pieces.
+"""Opens every table of the engine: finds files, checks them, and reads them in pieces.
 
 The footer of a file is checked before Arrow reads it, see `parquet_footer`.
 
@@ -27,6 +27,7 @@ from gemel_engine.storage.files import InputFile
 from gemel_engine.storage.local import open_regular
 from gemel_engine.storage.parquet_footer import EXTENSION_KEY
 from gemel_engine.storage.table import Table, check_memory, explain_unreadable
+from gemel_engine.storage.text import parquet_copy
 
 
 def open_table(
@@ -36,7 +37,7 @@ def open_table(
     *,
     file: InputFile | None = None,
 ) -> Table:
-    """Open a Parquet file.
+    """Open a table: a Parquet file, or a file in text, by its Parquet copy (see `text`).
 
     Args:
         uri: Address of the file.
@@ -51,13 +52,17 @@ def open_table(
         path = local_path(uri)
         if path is not None and path.exists() and not path.is_file():
             raise InputError(f"{uri} is no regular file: give a Parquet file")  # a pipe would block
+        is_text = bool(storage.text_format(uri))
+        if is_text:
+            file = file or storage.list_tables(uri)[0]
+            uri = str(parquet_copy(file))
         file_system, place = storage.resolve(uri)
         source = file_system.open_input_file(place)
-    return _opened(source, file or InputFile(uri, source.size(), ""), columns, required)
+    return _opened(source, file or InputFile(uri, source.size(), ""), columns, required, is_text=is_text)
 
 
 def open_tables(uri: str, columns: Mapping[str, Column] | None = None, required: Sequence[str] = ()) -> Iterator[Table]:
-    """Yield the Parquet files at an address, one open at a time.
+    """Yield the tables at an address, one open at a time.
 
     Args:
         uri: Address of a file or directory.
@@ -65,10 +70,10 @@ def open_tables(uri: str, columns: Mapping[str, Column] | None = None, required:
         required: See `Table`.
 
     Raises:
-        InputError: There is no Parquet file, `Table` rejects one, or a column is stored in the name
+        InputError: There is no table, `Table` rejects one, or a column is stored in the name
             of a directory (a Hive partition).
     """
-    for file in storage.list_parquet(uri):
+    for file in storage.list_tables(uri):
         with open_table(file.uri, columns, required, file=file) as table:
             for key in storage.partition_keys(uri, file):
                 if key in (columns or ()) and key not in table.names:
@@ -81,7 +86,7 @@ def open_tables(uri: str, columns: Mapping[str, Column] | None = None, required:
 def read_tables(
     uri: str, columns: Mapping[str, Column] | None, names: Sequence[str], required: Sequence[str] = ()
 ) -> pa.Table:
-    """Read some columns of all Parquet files at an address; a column that a file lacks is null.
+    """Read some columns of all tables at an address; a column that a file lacks is null.
 
     Raises:
         InputError: See `open_tables` and `Table.pieces`.
@@ -122,10 +127,15 @@ def open_arrow(path: Path) -> pa.ipc.RecordBatchFileReader:
 
 
 def _opened(
-    source: pa.NativeFile, file: InputFile, columns: Mapping[str, Column] | None, required: Sequence[str]
+    source: pa.NativeFile,
+    file: InputFile,
+    columns: Mapping[str, Column] | None,
+    required: Sequence[str],
+    *,
+    is_text: bool = False,
 ) -> Table:
     try:
-        return Table(source, file, columns, required)
+        return Table(source, file, columns, required, is_text=is_text)
     except BaseException:
         source.close()
         raise

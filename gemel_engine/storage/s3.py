@@ -57,11 +57,12 @@ def walk(uri: str) -> Iterator[tuple[str, int, str]]:
             yield address, item["size"], item["ETag"].strip('"')
 
 
-def read_bytes(uri: str, limit: int | None = None) -> bytes:
-    """Return the content of an object, or at most its first `limit` bytes."""
+def read_bytes(uri: str, limit: int | None = None, offset: int = 0) -> bytes:
+    """Return the content of an object from a byte on, or at most `limit` bytes of it."""
+    start, end = (offset or None, None) if limit is None else (offset, offset + limit)
     with _builtin_errors(uri):
         try:
-            content: bytes = _client().cat_file(uri, start=None if limit is None else 0, end=limit)
+            content: bytes = _client().cat_file(uri, start=start, end=end)
         except OSError as error:
             if error.errno == errno.EINVAL and limit is not None:  # a range of an empty object
                 return b""

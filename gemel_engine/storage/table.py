@@ -14,9 +14,11 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from gemel_engine.errors import InputError
+from gemel_engine.storage.column_names import explain_unparsed, missing_columns, stored_names
 from gemel_engine.storage.columns import Column, is_any_list
-from gemel_engine.storage.files import InputFile
+from gemel_engine.storage.files import SUFFIXES, InputFile
 from gemel_engine.storage.parquet_footer import read_chunks
+from gemel_engine.storage.parsing import is_parsed, parse
 
 _ALWAYS_ALLOWED = 256 << 20
 _EXPANSION = 100
@@ -25,7 +27,6 @@ _ROWS_PER_PIECE = 1 << 16
 _ROWS_PER_TAKE = 256  # few, because most rows are dropped and may contain pictures
 _BYTES_PER_REQUEST = 8 << 20
 _MAX_COLUMNS = 10_000
-_MAX_NAMES_SHOWN = 30
 _PICTURE, _ADDRESS = "image_bytes", "image_uri"
 
 
@@ -34,8 +35,9 @@ class Table:
 
     Attributes:
         file: Address, size and version of the file.
-        names: Names of the columns; pictures stored as {bytes, path} also give a column
-            `image_uri`.
+        names: Names of the columns, by which they are read: those of `columns`, whatever they are
+            called in the file, then the file's other names. Pictures stored as {bytes, path} also
+            give a column `image_uri`.
         num_rows: Number of rows.
     """
 
@@ -45,6 +47,8 @@ class Table:
         file: InputFile,
         columns: Mapping[str, Column] | None = None,
         required: Sequence[str] = (),
+        *,
+        is_text: bool = False,
     ) -> None:
         """Check a file.
 
@@ -53,6 +57,8 @@ class Table:
             file: Address, size and version of the file.
             columns: Columns that can be read, by name; None for all columns, as they are stored.
             required: Columns that the file must have.
+            is_text: Whether the content is the copy of a table in text, see `storage.text`: numbers
+                and lists are then parsed.
 
         Raises:
             InputError: The file is not Parquet, has an extension type, lacks a column, has one
@@ -60,12 +66,15 @@ class Table:
         """
         self.file = file
         self._source = source
+        self._is_text = is_text
         with explain_unreadable(file.uri):
             self._chunks = read_chunks(source)
             self._parquet = self._open()
             self._schema: pa.Schema = self._parquet.schema_arrow
             self._metadata: pq.FileMetaData = self._parquet.metadata
-            self.names: list[str] = list(self._schema.names)
+            self._stored = stored_names(self._schema, columns)
+            theirs = {*self._stored.values(), *self._stored}
+            self.names = [*self._stored, *(name for name in self._schema.names if name not in theirs)]
             self.num_rows: int = self._metadata.num_rows
             groups = [self._metadata.row_group(group) for group in range(self._metadata.num_row_groups)]
         self._ends = np.cumsum([0, *(group.num_rows for group in groups)])
@@ -78,6 +87,11 @@ class Table:
 
     def __exit__(self, *_: object) -> None:
         self._source.close()
+
+    @property
+    def parsed(self) -> list[str]:
+        """Return the names of the columns whose text is parsed, which can fail."""
+        return [name for name, field in self._fields.items() if self._is_text and is_parsed(field.type)]
 
     @property
     def stored_schema(self) -> pa.Schema:
@@ -103,7 +117,7 @@ class Table:
         """
         schema = self.schema(columns)
         rows = range(self.num_rows) if rows is None else rows
-        stored = [name for name in schema.names if name in self._schema.names]
+        stored = [name for name in schema.names if name in self._stored]
         if _ADDRESS in schema.names and _PICTURE not in stored and self._has_picture_structs():
             stored.append(_PICTURE)
         for group, (first, end) in enumerate(zip(self._ends[:-1].tolist(), self._ends[1:].tolist(), strict=True)):
@@ -111,10 +125,11 @@ class Table:
                 continue
             with explain_unreadable(self.file.uri):
                 num_rows = self._rows_per_piece(group, stored, max_rows)
-                for batch in self._reader.iter_batches(num_rows, row_groups=[group], columns=stored):
+                physical = list(dict.fromkeys(self._stored[name] for name in stored))
+                for batch in self._reader.iter_batches(num_rows, row_groups=[group], columns=physical):
                     start, stop = max(rows.start - first, 0), min(rows.stop - first, len(batch))
                     if start < stop:
-                        yield self._converted(batch.slice(start, stop - start), schema)
+                        yield self._converted(batch.slice(start, stop - start), schema, stored, first + start)
                     first += len(batch)
                     if first >= rows.stop:
                         break
@@ -162,6 +177,7 @@ class Table:
 
     def _leaves(self, names: Collection[str]) -> list[tuple[int, pq.ColumnSchema]]:
         """Return the physical columns of some columns, with their indexes."""
+        names = {self._stored[name] for name in names if name in self._stored}
         leaves = ((place, self._metadata.schema.column(place)) for place in range(self._metadata.num_columns))
         return [(place, leaf) for place, leaf in leaves if leaf.path in names or leaf.path.partition(".")[0] in names]
 
@@ -178,16 +194,15 @@ class Table:
         stored = {field.name: field.remove_metadata() for field in self._schema} if columns is None else {}
         columns = {name: Column(field.type, str(field.type)) for name, field in stored.items()} | dict(columns or {})
         if missing := [name for name in required if name not in self.names]:
-            known = ", ".join(self.names[:_MAX_NAMES_SHOWN])
-            raise InputError(
-                f"{uri} has no column {', '.join(map(repr, missing))}; its columns are {known}: rename or add them"
-            )
-        for name in columns:
-            if (count := self.names.count(name)) > 1:
-                raise InputError(f"{uri} has the column {name!r} {count} times: keep one")
-            if count and not columns[name].takes(found := self._schema.field(name).type):
+            names = [(columns[name].stored_names or (name,))[0] if name in columns else name for name in missing]
+            raise missing_columns(uri, names, self._schema.names)
+        for name, theirs in self._stored.items():
+            if (count := self._schema.names.count(theirs)) > 1:
+                raise InputError(f"{uri} has the column {theirs!r} {count} times: keep one")
+            found = self._schema.field(theirs).type
+            if not columns[name].takes(found) and not (self._is_text and is_parsed(columns[name].type)):
                 raise InputError(
-                    f"{uri}: column {name!r} is of type {found}, it must be {columns[name].expected}: cast it"
+                    f"{uri}: column {theirs!r} is of type {found}, it must be {columns[name].expected}: cast it"
                 )
         if _PICTURE in columns and _ADDRESS in columns and self._has_picture_structs() and _ADDRESS not in self.names:
             self.names.append(_ADDRESS)
@@ -196,7 +211,8 @@ class Table:
         }
 
     def _has_picture_structs(self) -> bool:
-        return _PICTURE in self._schema.names and pa.types.is_struct(self._schema.field(_PICTURE).type)
+        stored = self._stored.get(_PICTURE)
+        return stored is not None and pa.types.is_struct(self._schema.field(stored).type)
 
     def _check_sizes(self, group: int, num_rows: int) -> None:
         """Raise if a column of a row group expands too far: pages of zeros, millions of nulls."""
@@ -217,7 +233,7 @@ class Table:
         for place, leaf in self._leaves(names):
             largest += self._largest_shared(group, place, leaf)
             own += max(0, self._chunks[group][place].size) // num_rows
-        for found in (self._schema.field(name).type for name in names):
+        for found in (self._schema.field(self._stored[name]).type for name in names):
             if pa.types.is_fixed_size_list(found):  # a null takes room for its items too
                 largest += 8 * found.list_size
         self._check_bytes(largest, "a single row")
@@ -239,8 +255,12 @@ class Table:
             values = values.field(0)
         return int(pc.max(pc.binary_length(values.dictionary)).as_py() or 0)
 
-    def _converted(self, batch: pa.RecordBatch, schema: pa.Schema) -> pa.Table:
-        columns = {name: batch.column(name) for name in batch.schema.names}
+    def _converted(self, batch: pa.RecordBatch, schema: pa.Schema, stored: Sequence[str], first: int) -> pa.Table:
+        """Convert rows from number `first` to the types of `schema`, from its columns `stored`."""
+        columns = {name: batch.column(self._stored[name]) for name in stored}
+        for name in set(stored).intersection(self.parsed):
+            with explain_unparsed(self.file.uri, self._stored[name], first):
+                columns[name] = parse(columns[name], schema.field(name).type)
         if self._has_picture_structs() and _PICTURE in columns:
             pictures = columns[_PICTURE]
             columns[_PICTURE] = file = pc.struct_field(pictures, "bytes")
@@ -311,7 +331,8 @@ def explain_unreadable(uri: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, pa.ArrowException) as error:
-        raise InputError(f"{uri} is not a readable Parquet table ({error}): write it again") from error
+        remedy = "write it again" if uri.lower().endswith(SUFFIXES) else "name it *.csv, *.tsv or *.jsonl if it is one"
+        raise InputError(f"{uri} is not a readable Parquet table ({error}): {remedy}") from error
 
 
 def _is_bytes(leaf: pq.ColumnSchema) -> bool:

@@ -35,12 +35,14 @@ from gemel_engine.errors import ConfigurationError, InputError, shown
 from gemel_engine.extras import extra
 from gemel_engine.pipeline.corpus import count_rows, plan_identity, plan_shards
 from gemel_engine.pipeline.identity import run_identity
-from gemel_engine.pipeline.output import RunDirectory, claim_output, read_columns
+from gemel_engine.pipeline.output import RunDirectory, claim_output
 from gemel_engine.pipeline.ray_data import connect
+from gemel_engine.storage.parquet import read_tables
 from gemel_engine.training.attention import check_trainable
 from gemel_engine.training.checkpoints import keep_record, restore_record
 from gemel_engine.training.preparation import count_left_out, prepare_split, prepared_dataset
 from gemel_engine.training.worker import ACCURACY, SCORE, train_worker
+from gemel_engine.types import mention_columns
 from gemel_engine.vision.mapper import FeatureMapper
 
 with extra("train"):
@@ -96,8 +98,9 @@ def train_mapper(config: TrainConfig) -> TrainReport:
     if config.dev is not None and config.validation.num_mentions:
         splits["dev"] = config.dev
     required = ("entity_id", *(("image_features",) if config.vision.image_encoder is None else ()))
-    plans = {split: plan_shards(uri, config.rows_per_shard, required) for split, uri in splits.items()}
-    _check_disjoint(splits)
+    names = config.columns.given()
+    plans = {split: plan_shards(uri, config.rows_per_shard, required, names) for split, uri in splits.items()}
+    _check_disjoint(splits, names)
     artifacts = open_artifacts(config, verify=config.verify_artifacts)
     image_encoder = check_encoders(config, artifacts)
     fingerprint = None if image_encoder is None else image_encoder.fingerprint
@@ -129,12 +132,14 @@ def train_mapper(config: TrainConfig) -> TrainReport:
     return report
 
 
-def _check_disjoint(splits: Mapping[str, str]) -> None:
+def _check_disjoint(splits: Mapping[str, str], stored_names: Mapping[str, str]) -> None:
     """Raise InputError if splits share an id.
 
     A mention is kept from being its own demonstration by its id.
     """
-    ids = [set(read_columns(uri, ("mention_id",))["mention_id"].to_pylist()) for uri in splits.values()]
+    columns = mention_columns(stored_names)
+    tables = [read_tables(uri, columns, ["mention_id"], ["mention_id"]) for uri in splits.values()]
+    ids = [set(table["mention_id"].to_pylist()) for table in tables]
     common = set.intersection(*ids) if len(ids) > 1 else set()
     if common:
         raise InputError(

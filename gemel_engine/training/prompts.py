@@ -87,7 +87,8 @@ class TrainingPrompts:
         """Return the prompt of an example, shortened as in linking."""
         example = self.examples[number]
         picture = None if example.features is None else number
-        question = self.builder.question(example.mention.text, example.mention.mention, self._prefix(picture))
+        mention = example.mention
+        question = self.builder.question(mention.text, mention.mention, self._prefix(picture), mention.mention_start)
         keys = self._keys(example)
         blocks = [self._block(self.demonstration(key)) for key in keys]
         places = self.builder.fitting(blocks, len(example.retrieved.shared), question)

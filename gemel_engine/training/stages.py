@@ -53,7 +53,8 @@ class CheckExamples:
         return with_errors(batch, errors)
 
     def _check(self, mention: Mention, features: list[float] | None) -> None:
-        self._builder.question(mention.text, mention.mention, None if features is None else self._stand_in)
+        prefix = None if features is None else self._stand_in
+        self._builder.question(mention.text, mention.mention, prefix, mention.mention_start)
         if features is not None:
             with np.errstate(over="ignore"):
                 check_features(np.array(features, np.float32), self._width or len(features))

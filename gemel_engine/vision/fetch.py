@@ -31,6 +31,7 @@ from gemel_engine import storage
 from gemel_engine.config.addresses import HTTP, canonical_address, port_of
 from gemel_engine.config.components import ImagePolicy
 from gemel_engine.errors import ConfigurationError, ImageFetchError, redacted, shown
+from gemel_engine.vision.archive import read_member, split_address
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -51,7 +52,7 @@ class _TransientError(ImageFetchError):
 
 
 def fetch_image(uri: str, policy: ImagePolicy) -> bytes:
-    """Read one image file.
+    """Read one image file, or a member of a tar archive (see `archive`).
 
     An HTTP connection goes to the IP address that was checked, so that a second name lookup cannot
     lead elsewhere; proxies are not used.
@@ -59,12 +60,17 @@ def fetch_image(uri: str, policy: ImagePolicy) -> bytes:
     Raises:
         ImageFetchError: The address is not allowed or cannot be read, or the file is too large.
     """
-    location = _allowed(uri, policy)
+    archive, member = split_address(uri)
+    location = _allowed(archive, policy)
     if location.startswith(HTTP):
+        if member:
+            raise ImageFetchError(f"{shown(uri)}: archives are read from a disk or S3, not over HTTP")
         return _fetch_with_retries(uri, policy)
     if location.startswith("/") and not os.path.isfile(location):  # a device or a pipe might never end
         raise ImageFetchError(f"{shown(uri)}: no such file")
     try:
+        if member:
+            return read_member(location, member, policy.max_bytes)
         data = storage.read_bytes(location, policy.max_bytes + 1)
     except (OSError, ConfigurationError) as error:
         raise ImageFetchError(f"{shown(uri)}: cannot be read: {redacted(str(error), uri)}") from error

@@ -14,7 +14,7 @@ from gemel_engine.decoding.engines.base import allowed_next_tokens
 from gemel_engine.decoding.engines.mask import TrieTensors, constrain
 from gemel_engine.knowledge_base.trie import PrefixTrie
 
-pytestmark = [pytest.mark.gpu, pytest.mark.unit]
+pytestmark = pytest.mark.gpu
 TERMINATOR = 70_001
 NAMES = st.lists(
     st.lists(st.sampled_from([0, 1, 40_000, 65_535, 70_000]), min_size=1, max_size=5),

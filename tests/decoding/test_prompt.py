@@ -79,12 +79,47 @@ def test_a_tokenizer_that_spells_its_special_token_is_refused() -> None:
     assert len(PromptBuilder(harmless, PromptSettings()).question("s", "s", None)) > 0
 
 
-def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenised(tokenizer: PreTrainedTokenizerFast) -> None:
+@given(
+    words=st.lists(
+        st.sampled_from(["a", "wolf", "Żółw", "e\u0301te\u0301", "熊熊熊", "x" * 90]), min_size=200, max_size=400
+    ),
+    place=st.integers(0, 199),
+    is_known=st.booleans(),
+    separator=st.sampled_from([" ", "\n", ""]),
+)
+def test_of_a_long_text_the_surroundings_of_the_mention_are_kept(
+    tokenizer: PreTrainedTokenizerFast, words: list[str], place: int, is_known: bool, separator: str
+) -> None:
+    builder = PromptBuilder(tokenizer, PromptSettings(query_reserve=RESERVE * 4))
+    before, after = separator.join(words[:place]), separator.join(words[place:])
+    text = f"{before} the bear {after}"
+    block = builder.question(text, "bear", None, text.index("bear") if is_known else None)
+    assert block == builder.question(text, "bear", None)
+    asked = tokenizer.decode(list(block.token_ids))
+    kept = asked.removeprefix("[Text]").partition("\n[Question]What does bear")[0]
+    assert "bear" in kept
+    assert kept in text
+    assert block.num_characters_dropped == len(text) - len(kept)
+    assert len(block) <= RESERVE * 4
+    if separator:
+        assert text[text.index(kept) - 1].isspace() or text.startswith(kept) or max(map(len, words)) > 40
+        assert set(kept.split()) <= {*words, "the", "bear"} or max(map(len, words)) > 40
+
+
+def test_a_window_is_as_large_as_fits_and_follows_the_offset(tokenizer: PreTrainedTokenizerFast) -> None:
     builder = PromptBuilder(tokenizer, PromptSettings(query_reserve=100))
-    with pytest.raises(PromptTooLongError, match=r"takes \d+ tokens, but query_reserve is 100"):
-        builder.question("x" * 12_000, "x", None)
-    with pytest.raises(PromptTooLongError, match="has 1000001 characters, and query_reserve is 100 tokens"):
-        builder.question("x" * 1_000_000, "x", None)
+    whole = builder.question("A bear.", "bear", None)
+    assert whole.num_characters_dropped == 0
+    text = "bear " + "word " * 100_000 + "second bear"  # a text that is never tokenised whole
+    first, second = (builder.question(text, "bear", None, start) for start in (0, len(text) - 4))
+    assert tokenizer.decode(list(first.token_ids)).startswith("[Text]bear word")
+    assert "word second bear\n[Question]" in tokenizer.decode(list(second.token_ids))
+    longer = len("word ") * len(encode_text(tokenizer, " word")) * 2
+    assert all(100 - longer <= len(block) <= 100 for block in (first, second))
+    elsewhere = builder.question("word " * 500, "wolf", None)
+    assert tokenizer.decode(list(elsewhere.token_ids)).startswith("[Text]word word")
+    with pytest.raises(PromptTooLongError, match=r"takes \d+ tokens without the text around it, but"):
+        builder.question("x" * 12_000, "x" * 4000, None)
 
 
 def test_a_reserve_that_leaves_no_room_for_the_bos_token_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:

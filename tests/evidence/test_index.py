@@ -102,6 +102,28 @@ def test_each_candidate_has_its_reasons(evidence: EvidenceIndex, encoder: Mentio
     assert "alias" not in reasons[4]
 
 
+def test_a_candidate_far_from_form_text_and_picture_is_compared_with_them(
+    evidence: EvidenceIndex, encoder: MentionEncoder
+) -> None:
+    settings = CandidatePoolSettings(depth=2)  # few of the entities are among the nearest
+    embeddings, of_texts = encoder.encode([MENTION.mention]), encoder.encode([MENTION.text])
+    features = [np.ones(4, np.float32) + np.eye(4, dtype=np.float32)[2]]
+    candidates = (
+        CandidatePool(evidence, settings=settings).pool([MENTION], embeddings, of_texts, features)[0].candidates
+    )
+    assert len(candidates) > 2
+    assert evidence.texts is not None
+    assert evidence.pictures is not None
+    rows = [candidate.row for candidate in candidates]
+    for source, expected in (
+        ("similar_name", evidence.texts.similarities(embeddings[0], rows)),
+        ("text_name", evidence.texts.similarities(of_texts[0], rows)),
+        ("picture", evidence.pictures.similarities(features[0], rows)),
+    ):
+        known = {row: next(c for c in candidates if c.row == row).reasons.get(source, 0.0) for row in expected}
+        assert known == pytest.approx({row: max(0.0, value) for row, value in expected.items()}, abs=2e-5)
+
+
 def test_an_alias_of_several_entities_finds_all_of_them(evidence: EvidenceIndex) -> None:
     candidates = CandidatePool(evidence).pool([Mention("m", "hermes!", "Hermes")])[0].candidates
     assert [candidate.row for candidate in candidates if "alias" in candidate.reasons] == [0, 4]

@@ -93,17 +93,14 @@ def test_what_depends_on_the_form_alone_comes_first_and_is_shared(
     assert first.shared == second.shared
     assert [item.is_card for item in first.shared] == [False, False, True, True]
     assert [item.is_card for item in first.own] == [True]
-    assert not {*first.own} & {*first.shared}
+    # The best candidate by all evidence, here the picture, is next to the question, although it is shown before.
+    assert second.own == (PromptItem(row_of(knowledge_base, "planet"), is_card=True),)
+    assert set(second.own) <= set(second.shared)
     assert first.items == first.shared + first.own
     assert {candidate.row for candidate in first.candidates} >= {item.row for item in first.items if item.is_card}
     assert [retriever.retrieve([mention], [None])[0].shared for mention in (SPACE, HOT)] == [first.shared] * 2
     reasons = {candidate.row: candidate.reasons for candidate in second.candidates}
     assert "picture" in reasons[row_of(knowledge_base, "planet")]
-
-    cards_first = Retriever(
-        settings(mention_encoder_directory, cards_first=True), knowledge_base, index, evidence
-    ).retrieve([SPACE], [None])[0]
-    assert [item.is_card for item in cards_first.shared] == [True, True, False, False]
 
 
 def test_a_knowledge_base_alone_gives_cards_and_an_index_alone_demonstrations(
@@ -155,11 +152,9 @@ def test_a_result_survives_arrow(
 def test_a_card_is_a_demonstration_of_its_entity(knowledge_base: KnowledgeBase, evidence: EvidenceIndex) -> None:
     cards = EntityCards(knowledge_base, evidence.pictures, "description")
     planet = cards.card(row_of(knowledge_base, "planet"), "hermes")
-    assert (planet.text, planet.mention, planet.name) == ("innermost planet", "Hermes", "Mercury (planet)")
+    assert (planet.text, planet.mention, planet.name) == ("innermost planet", "hermes", "Mercury (planet)")
     assert planet.features is not None
     assert planet.features.tolist() == [1, 0, 0, 0]
-    other = cards.card(row_of(knowledge_base, "planet"), "Mercury")
-    assert other.mention == "Mercury (planet)"
     element = cards.card(row_of(knowledge_base, "element"), "quicksilver")
     assert (element.text, element.mention, element.features) == ("Mercury (element)", "quicksilver", None)
     singer = cards.card(row_of(knowledge_base, "singer"), "he")
@@ -169,8 +164,6 @@ def test_a_card_is_a_demonstration_of_its_entity(knowledge_base: KnowledgeBase, 
     assert EntityCards(knowledge_base, None, "name").card(row_of(knowledge_base, "planet"), "x").text == planet.name
 
 
-def test_aliases_and_descriptions_with_prompt_markers_are_left_out_of_cards(knowledge_base: KnowledgeBase) -> None:
-    cards = EntityCards(knowledge_base, None, "description")
-    spoilt = row_of(knowledge_base, "spoilt")
-    assert (cards.card(spoilt, "[Text]").mention, cards.card(spoilt, "[Text]").text) == ("Odd", "Odd")
-    assert cards.card(spoilt, "odd one").mention == "odd one"
+def test_descriptions_with_prompt_markers_are_left_out_of_cards(knowledge_base: KnowledgeBase) -> None:
+    card = EntityCards(knowledge_base, None, "description").card(row_of(knowledge_base, "spoilt"), "odd one")
+    assert (card.text, card.mention, card.name) == ("Odd", "odd one", "Odd")

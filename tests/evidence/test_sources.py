@@ -169,6 +169,19 @@ def test_many_vectors_are_compressed_and_nearly_as_well_found(tmp_path: Path) ->
     assert index.nearest(stored[:9], 10) == alone
 
 
+@pytest.mark.parametrize("exact_up_to", [3000, 0])
+def test_any_entity_is_compared_with_a_query(tmp_path: Path, exact_up_to: int) -> None:
+    stored, query = vectors(3000), vectors(1, seed=1)[0]
+    rows = np.random.default_rng(0).permutation(np.repeat(np.arange(1500, dtype=np.uint32), 2))
+    index = DenseIndex.build(tmp_path, stored, rows, 1600, DenseSettings(exact_up_to=exact_up_to, num_probes=55))
+    found = index.similarities(query, [7, 1550, 3])
+    expected = {row: float((stored[rows == row] @ query).max()) for row in (7, 3)}
+    assert found == pytest.approx(expected, abs=1e-4 if exact_up_to else 0.3)
+    assert index.similarities(query, [1550]) == {}
+    nearest = dict(index.nearest(query[None], 3000)[0])
+    assert index.similarities(query, list(nearest)) == pytest.approx(nearest, abs=2e-5)
+
+
 def test_compressed_lists_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     good, bad = tmp_path / "good", tmp_path / "bad"
     rows = np.arange(500, dtype=np.uint32)
@@ -238,3 +251,9 @@ def test_a_merged_index_without_further_vectors_or_kept_ones_is_searched(tmp_pat
     assert same.nearest(known[:3], 1) == DenseIndex.open(tmp_path / "base").nearest(known[:3], 1)
     other = DenseIndex.merge(tmp_path / "other", tmp_path / "base", np.full(300, -1), known[:2], rows[:2], 2)
     assert [[row for row, _ in found] for found in other.nearest(known[:2], 1)] == [[0], [1]]
+
+
+def test_characters_without_width_do_not_tell_names_apart() -> None:
+    for form in ("Pa\u200bris", "\ufeffParis", "Par\u200dis", "Pa\u00adris\u200e"):
+        assert normal_form(form) == "paris"
+    assert normal_form("\u0645\u06cc\u200c\u062e") == normal_form("\u0645\u06cc\u062e")

@@ -44,12 +44,22 @@ def test_each_reason_makes_its_feature_larger() -> None:
     known, unknown = features_of("Paris", ["Paris (city)", "Quux"], [reasons, {}])
     assert (known > unknown).all()
     likeness = FEATURES.index("likeness")
-    assert known[likeness] == 1.0
+    assert known[likeness] == 0.5  # equal, of a form with three training mentions
+
+
+def test_what_form_and_name_share_counts_less_the_more_training_mentions_the_form_has() -> None:
+    reasons = {"alias": 1.0, "base_name": 1.0, "initials": 1.0, "similar_name": 0.9, "text_name": 0.4, "picture": 0.7}
+    (before,) = features_of("Paris", ["Paris"], [reasons])
+    after, _ = features_of("Paris", ["Paris", "Quux"], [reasons, {"form": 3.0}])
+    unchanged = [FEATURES.index(name) for name in ("similar_text", "picture")]
+    assert after[unchanged].tolist() == before[unchanged].tolist()
+    shared = slice(FEATURES.index("equal_alias"), FEATURES.index("similar_name") + 1)
+    assert after[shared] == pytest.approx(before[shared] / 2)
 
 
 def test_a_bonus_is_the_weighted_sum_of_features() -> None:
     bonuses = WEIGHTS.bonuses("Paris", ["Paris", "Lyon"], [{"form": 0.9}, {}])
-    assert bonuses[0] == pytest.approx(np.log(10) + 2.0)
+    assert bonuses[0] == pytest.approx(np.log(10) + 2.0 / np.sqrt(1.9))
     assert bonuses[0] > bonuses[1]
     assert softmax(bonuses).sum() == pytest.approx(1.0)
 

@@ -58,7 +58,7 @@ def test_a_table_in_s3_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (("wikidata", "empty.json", "out.parquet"), 3, "there is no entity to write"),
+        (("wikidata", "empty.json", "out.parquet"), 3, "there are no entities to write"),
         (("wikidata", "none.json", "out.parquet"), 3, "'none.json' cannot be read"),
         (("wikidata", "dump.json.gz", "out.parquet"), 3, "damaged or cut off after line 0"),
         (("wikidata", "dump.json.gz", "empty.json"), 2, "'empty.json' is not named *.parquet: name the output last"),

@@ -103,8 +103,8 @@ def test_parquet_files_of_a_directory(tmp_path: Path) -> None:
         (
             "e.csv",
             b'entity_id,name,popularity\n1,A\n2,"B"x,1\n3,C,many\n4,C\xff,1\n,D,1\n6,"E\n\n,1\n',
-            ["lines 2 to 2: 2 fields, but the header has 3", "lines 3 to 3: ", "line 4: popularity is 'many'",
-             "line 5: 'utf-8' codec", "line 6: entity_id is missing"],
+            ["line 2: 2 fields, but the header has 3", "line 3: ", "line 4: popularity is 'many'",
+             "line 5: text that is not UTF-8", "line 6: entity_id is missing"],
         ),
         (
             "e.jsonl",

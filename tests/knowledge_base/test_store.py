@@ -79,6 +79,21 @@ def test_records_come_back_with_normalised_names(built: Path) -> None:
     assert entities["Q0"] == Entity("Q0", "Zoé", "given name", 2.0)
 
 
+def test_names_that_differ_in_characters_without_width_are_one(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    names = ["Bear", "\ufeffBe\u200bar ", "B\u00adear\u202e", "\u0645\u06cc\u200c\u062e\u0648"]
+    build_knowledge_base(table_of_names(*names), tokenizer, tmp_path / "kb", KnowledgeBaseSettings())
+    knowledge_base = KnowledgeBase.open(tmp_path / "kb")
+    shared, persian = (knowledge_base.names_of_entities([entity_id])[0] for entity_id in ("Q1", "Q3"))
+    assert shared is not None
+    assert persian is not None
+    assert ids_of_name(knowledge_base, shared) == ["Q0", "Q1", "Q2"]
+    assert knowledge_base.entity(knowledge_base.entities_of_name(persian)[0]).name == names[3]
+    with pytest.raises(InputError, match="row 0 \\('Q0'\\): empty"):
+        build_knowledge_base(table_of_names("\u200b\u2060"), tokenizer, tmp_path / "no", KnowledgeBaseSettings())
+
+
 def test_optional_columns_are_carried_and_unknown_ones_left_out(built: Path) -> None:
     stored = pa.ipc.open_file(built / "entities.arrow").read_all().to_pylist()
     assert {row["entity_id"]: row["aliases"] for row in stored}["Q5"] == ["Bear I."]

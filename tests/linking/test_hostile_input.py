@@ -247,7 +247,7 @@ def test_ten_thousand_hostile_rows(chain: Chain, alone: list[Row], **batch: Any)
 MISTAKES = {
     "half of a surrogate pair": Mention("a", "A bear \ud83d.", "bear"),
     r"'\\udc3b', half": Mention("a", "A bear.", "bear\udc3b"),
-    "the mention is empty": Mention("a", "A bear.", "\u2003"),
+    "the mention is empty": Mention("a", "A bear.", "\u2003\u200b"),
     "the text is empty": Mention("a", "", "bear"),
     "mention has 1000000 char": Mention("a", MEGABYTE, MEGABYTE),
     "text has 1000004 char": Mention("a", MEGABYTE, "bear"),

@@ -256,7 +256,7 @@ def test_bad_rows_become_errors_and_too_many_fail_the_job_at_its_end(
         (7, {"candidate_ids": ["Q9", "Q3"]}),
     )
     config = replace(config, input=str(corpus), max_failed_fraction=0.5)
-    with pytest.raises(TooManyFailuresError, match=r"7 of 9 rows failed .*max_failed_fraction 0\.5"):
+    with pytest.raises(TooManyFailuresError, match=r"6 of 9 rows failed .*max_failed_fraction 0\.5"):
         link_corpus(config)
     rows = predictions(config.output)
     kinds = [row["error"] and row["error"].partition(":")[0] for row in rows]
@@ -266,16 +266,18 @@ def test_bad_rows_become_errors_and_too_many_fail_the_job_at_its_end(
         "invalid_mention",
         "image",
         "image_fetch",
-        "prompt_too_long",
+        None,
         "invalid_mention",
         None,
         None,
     ]
     report = json.loads(storage.read_bytes(f"{config.output}/report.json"))
-    assert report["errors"] == {"invalid_mention": 4, "image": 1, "image_fetch": 1, "prompt_too_long": 1}
+    assert report["errors"] == {"invalid_mention": 4, "image": 1, "image_fetch": 1}
     assert {candidate["entity_id"] for candidate in rows[7]["candidates"]} == {"Q9", "Q3"}
     assert [row["mention_id"] for row in rows] == [f"m{n}" for n in range(9)]
-    assert all(row["entity_id"] is None and row["candidates"] == [] for row in rows[:7])
+    assert all(row["entity_id"] is None and row["candidates"] == [] for row in rows[:7] if row["error"])
+    assert [row["num_characters_dropped"] or 0 for row in rows[5:]] == [rows[5]["num_characters_dropped"], 0, 0, 0]
+    assert 4000 < rows[5]["num_characters_dropped"] < 5000
 
 
 Change = Callable[[LinkConfig, Path], LinkConfig]

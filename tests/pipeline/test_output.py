@@ -112,7 +112,7 @@ def test_a_file_that_was_removed_is_an_input_error(tmp_path: Path) -> None:
     write_mentions(path, "one", "two")
     (shard,) = plan_shards(str(path), 10)
     path.unlink()
-    with pytest.raises(InputError, match="no Parquet file at"):
+    with pytest.raises(InputError, match="no table at"):
         read_rows(shard, ["text"])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from random import Random
 
 import numpy as np
 from hypothesis import strategies as st
@@ -27,11 +28,14 @@ class RandomScorer:
         self.num_children = num_children
         self.queue: deque[tuple[str, RolloutRequest]] = deque()
         self.cache_statistics = CacheStatistics()
+        self._log_probs: dict[tuple[int, ...], np.ndarray] = {}  # by path
 
     def log_probs(self, path: tuple[int, ...]) -> np.ndarray:
-        logits = np.random.default_rng([self.seed, *path]).normal(size=VOCABULARY) / self.temperature
-        log_probs: np.ndarray = logits - np.logaddexp.reduce(logits)
-        return log_probs
+        if path not in self._log_probs:
+            rng = Random(f"{self.seed} {path}")
+            logits = np.array([rng.gauss() for _ in range(VOCABULARY)]) / self.temperature
+            self._log_probs[path] = logits - np.logaddexp.reduce(logits)
+        return self._log_probs[path]
 
     def log_prob(self, path: tuple[int, ...]) -> float:
         return math.fsum(self.log_probs(path[:depth])[token] for depth, token in enumerate(path))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import os
 import socket
+import tarfile
 import threading
 import time
 from contextlib import suppress
@@ -392,3 +395,64 @@ def test_the_checked_address_is_the_one_connected_to(monkeypatch: pytest.MonkeyP
         url = f"http://localhost:{server.port}"
         assert fetch_image(url, policy(url)) == PICTURE
     assert names == ["localhost", "127.0.0.1"]
+
+
+# Members of tar archives.
+
+
+def write_archive(path: Path, **members: bytes) -> str:
+    with tarfile.open(path, "w") as archive:
+        for name, data in members.items():
+            entry = tarfile.TarInfo(f"pictures/{name}.png")
+            entry.size = len(data)
+            archive.addfile(entry, io.BytesIO(data))
+        link = tarfile.TarInfo("link.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(link)
+    return str(path)
+
+
+@pytest.mark.parametrize("form", ["{}/shard 1.tar#", "file://{}/shard%201.tar#"])
+def test_a_member_of_an_archive_is_read_without_unpacking(form: str, tmp_path: Path) -> None:
+    write_archive(tmp_path / "shard 1.tar", a=PICTURE, b=b"x" * 700, **{"a#b": b"y"}, empty=b"")
+    archive, allowed = form.format(tmp_path), policy(str(tmp_path), max_bytes=699)
+    assert fetch_image(f"{archive}pictures/a.png", allowed) == PICTURE
+    assert fetch_image(f"{archive}pictures/a#b.png", allowed) == b"y"
+    assert fetch_image(f"{archive}pictures/empty.png", allowed) == b""
+    assert fetch_image(f"{archive}pictures/b.png", policy(f"{tmp_path}/shard 1.tar")) == b"x" * 700
+    with pytest.raises(ImageFetchError, match=r"member 'pictures/b\.png' is larger than max_bytes, 699"):
+        fetch_image(f"{archive}pictures/b.png", allowed)
+    for member in ("link.png", "pictures/absent.png", "../secret", "pictures"):
+        with pytest.raises(ImageFetchError, match="no regular member"):
+            fetch_image(f"{archive}{member}", allowed)
+    with pytest.raises(ImageFetchError, match="allowed_prefixes"):
+        fetch_image(f"{archive}pictures/a.png", policy(f"{tmp_path}/other"))
+    write_archive(tmp_path / "shard 1.tar", z=b"z" * 2000, a=b"new")  # at another place than before
+    assert fetch_image(f"{archive}pictures/a.png", allowed) == b"new"
+
+
+def test_a_damaged_archive_is_a_row_error(tmp_path: Path) -> None:
+    whole = Path(write_archive(tmp_path / "a.tar", a=PICTURE)).read_bytes()
+    long_name = tarfile.TarInfo("x")
+    long_name.type, long_name.size = tarfile.GNUTYPE_LONGNAME, 1 << 40
+    header = long_name.tobuf(tarfile.GNU_FORMAT)
+    for number, data in enumerate((b"no archive" * 100, b"\0" * 200, header + whole, gzip.compress(whole))):
+        storage.write_bytes(f"{tmp_path}/{number}.tar", data)
+        with pytest.raises(ImageFetchError, match="not a readable tar archive"):
+            fetch_image(f"{tmp_path}/{number}.tar#a.png", policy(str(tmp_path)))
+    with pytest.raises(ImageFetchError, match="no such file"):
+        fetch_image(f"{tmp_path}/absent.tar#a.png", policy(str(tmp_path)))
+    with pytest.raises(ImageFetchError, match="not over HTTP"):
+        fetch_image("http://127.0.0.1/a.tar#a.png", policy("http://127.0.0.1/"))
+
+
+def test_a_member_of_an_archive_in_s3(s3_server: S3Server, tmp_path: Path) -> None:
+    data = Path(write_archive(tmp_path / "a.tar", a=PICTURE, b=b"x")).read_bytes()
+    uri = f"{s3_server.uri}/shards/a.tar"
+    storage.write_bytes(uri, data)
+    assert fetch_image(f"{uri}#pictures/a.png", policy(f"{s3_server.uri}/shards")) == PICTURE
+    assert fetch_image(f"{uri}#pictures/b.png", policy(uri)) == b"x"
+    with pytest.raises(ImageFetchError, match="allowed_prefixes"):
+        fetch_image(f"{uri}#pictures/a.png", policy(f"{s3_server.uri}/other"))
+    with pytest.raises(ImageFetchError, match="no regular member"):
+        fetch_image(f"{uri}#a.png", policy(uri))

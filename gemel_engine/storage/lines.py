@@ -10,21 +10,22 @@ from tqdm import tqdm
 
 from gemel_engine.config.addresses import local_path
 from gemel_engine.errors import InputError, redacted, shown
-from gemel_engine.storage import resolve
+from gemel_engine.storage.files import resolve
 
-_MAX_LINE_BYTES = 64 << 20  # far above the largest item of Wikidata
+MAX_LINE_BYTES = 64 << 20  # far above the largest item of Wikidata
 _BUFFER_BYTES = 1 << 20
 _LINES_PER_UPDATE = 1 << 12
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _MAGIC_NUMBERS = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
-def read_lines(uri: str) -> Iterator[tuple[int, bytes]]:
-    """Yield the number of each line, from 1, and its bytes without line feed and byte order mark.
+def read_lines(uri: str, *, keep_ends: bool = False) -> Iterator[tuple[int, bytes]]:
+    """Yield the number of each line, from 1, and its bytes without byte order mark.
 
     Args:
-        uri: Address of the file: plain text, or compressed by gzip, bzip2 or Zstandard, which its
-            first bytes tell. A compressed file may consist of several streams.
+        uri: Address of the file: plain text, or compressed by gzip, bzip2 or Zstandard, as its
+            first bytes show. A compressed file may consist of several streams.
+        keep_ends: Whether to keep line feeds and carriage returns at the end of a line.
 
     Raises:
         InputError: The file does not exist, is damaged or cut off, or has a line of over 64 MiB.
@@ -33,7 +34,7 @@ def read_lines(uri: str) -> Iterator[tuple[int, bytes]]:
     with _open(uri) as source, _decompressed(source) as stream, _progress(uri, source) as progress:
         while True:
             try:
-                line = stream.readline(_MAX_LINE_BYTES)
+                line = stream.readline(MAX_LINE_BYTES)
             except OSError as error:
                 raise InputError(
                     f"{shown(uri)} is damaged or cut off after line {number} ({redacted(str(error), uri)}): "
@@ -42,14 +43,15 @@ def read_lines(uri: str) -> Iterator[tuple[int, bytes]]:
             if not line:
                 return
             number += 1
-            if len(line) == _MAX_LINE_BYTES:
+            if len(line) == MAX_LINE_BYTES:
                 raise InputError(
-                    f"{shown(uri)}, line {number} has more than {_MAX_LINE_BYTES >> 20} MiB: "
+                    f"{shown(uri)}, line {number} has more than {MAX_LINE_BYTES >> 20} MiB: "
                     "give a file with one entity, row or triple on each line"
                 )
             if number % _LINES_PER_UPDATE == 0:
                 progress.update(source.tell() - progress.n)
-            yield number, (line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line).rstrip(b"\r\n")
+            line = line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line
+            yield number, line if keep_ends else line.rstrip(b"\r\n")
 
 
 def _open(uri: str) -> pa.NativeFile:

@@ -1,0 +1,161 @@
+"""Mentions by dictionary: precision, recall and F1 on WikiDiverse, and what settings change.
+
+python benchmarks/finding.py DATA
+
+DATA holds `train.parquet`, `dev.parquet` and `entities.parquet`. The rows of a text are its gold mentions, each at
+the next whole-word occurrence of its surface form. The settings were chosen on train, whose halves are each other's
+gold; dev is measured once with the defaults. "place and entity" takes the most frequent entity of a form in train,
+else the entity of that name, as `gemel evaluate` does for its accuracy without a model. The knowledge base are the
+entities of the dataset alone, those of dev's gold among them: a larger one has more names that are no mentions.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from itertools import chain, product
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import tyro
+from record import record
+
+from gemel_engine.config.finding import FinderSettings
+from gemel_engine.evaluation.spans import Agreement, Place, occurrences
+from gemel_engine.evidence.normal_form import without_qualifier
+from gemel_engine.finding.dictionary import DictionaryFinder, TrainingText, lower_case_words
+
+RESULTS = Path("benchmarks/results/finding.json")
+DEFAULTS = FinderSettings()
+
+Texts = Mapping[str, Sequence[str]]  # surface forms of the mentions of each text
+
+
+def main(data: tyro.conf.Positional[Path]) -> None:
+    """Measure, and note the results.
+
+    Args:
+        data: Directory of the corpus.
+    """
+    names = pq.read_table(data / "entities.parquet")["name"].to_pylist()
+    train, dev = (read_texts(data / f"{split}.parquet") for split in ("train", "dev"))
+    halves = [dict(list(train.items())[first::2]) for first in (0, 1)]
+    on_train = {
+        f"ignore_case={ignores_case} min_prior={min_prior}": figures(
+            *(
+                agreement(finder(names, halves[1 - held_out], min_prior, ignores_case), halves[held_out])
+                for held_out in (0, 1)
+            )
+        )
+        for ignores_case, min_prior in product((True, False), (0.2, 0.3, 0.4, 0.5, 0.6, 0.7))
+    }
+    defaults = DEFAULTS.min_prior, DEFAULTS.ignore_case
+    found = finder(names, train, *defaults)
+    started = time.perf_counter()
+    on_dev = agreement(found, dev)
+    characters_per_second = round(sum(map(len, dev)) / (time.perf_counter() - started))
+    variants = {
+        "defaults": on_dev,
+        "no filter": agreement(finder(names, train, 0.0, DEFAULTS.ignore_case), dev),
+        "names alone": agreement(finder(names, {}, *defaults), dev),
+        "training forms alone": agreement(finder([], train, *defaults), dev),
+    }
+    variants["defaults, place and entity"] = with_entities(found, data)
+    command = "python benchmarks/finding.py DATA"
+    corpus = f"{len(names)} names, {len(train)} texts of train"
+    results = {
+        "train_halves": record(on_train, command, f"WikiDiverse train, each half with the other's, {corpus}"),
+        "dev": record(
+            {name: figures(item) for name, item in variants.items()},
+            command,
+            f"WikiDiverse dev, {len(dev)} texts, {corpus}",
+        ),
+        "dev_characters_per_second": record(
+            characters_per_second, command, "WikiDiverse dev, one thread, scoring counted"
+        ),
+    }
+    RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+    print(json.dumps(results["dev"]["value"], indent=2))
+
+
+def read_texts(path: Path) -> Texts:
+    """The surface forms of the mentions of each text, in their order."""
+    texts = defaultdict(list)
+    for row in pq.read_table(path, columns=["text", "mention"]).to_pylist():
+        texts[row["text"]].append(row["mention"])
+    return texts
+
+
+def finder(names: Sequence[str], train: Texts, min_prior: float, ignores_case: bool) -> DictionaryFinder:
+    """The dictionary of names and of the mentions of training texts."""
+    with tempfile.TemporaryDirectory() as directory:
+        return DictionaryFinder.build(
+            Path(directory),
+            chain(names, map(without_qualifier, names)),
+            lower_case_words(chain(names, train)),
+            [TrainingText(text, frozenset(mentions)) for text, mentions in train.items()],
+            min_prior=min_prior,
+            ignores_case=ignores_case,
+        )
+
+
+def agreement(finder: DictionaryFinder, texts: Texts) -> Agreement:
+    """What a finder finds in texts, compared with their mentions."""
+    found = {Place(text, *span) for text, spans in zip(texts, finder.find(list(texts)), strict=True) for span in spans}
+    return Agreement.of(found, {place for text, mentions in texts.items() for place in places(text, mentions)})
+
+
+def places(text: str, mentions: Sequence[str]) -> set[Place]:
+    """The places of the mentions of a text, a further one for each row of a form while it has further ones."""
+    return {
+        Place(text, start, start + len(mention))
+        for mention, count in Counter(mentions).items()
+        for start in occurrences(text, mention)[:count]
+    }
+
+
+def with_entities(finder: DictionaryFinder, data: Path) -> Agreement:
+    """What a finder finds in dev and a lookup links, compared with dev's mentions and entities."""
+    columns = ["text", "mention", "entity_id"]
+    train, dev = (pq.read_table(data / f"{split}.parquet", columns=columns).to_pylist() for split in ("train", "dev"))
+    entities = pq.read_table(data / "entities.parquet").to_pylist()
+    counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for row in train:
+        counts[row["mention"]][row["entity_id"]] += 1
+    answer_of = {row["name"]: row["entity_id"] for row in reversed(entities)}
+    answer_of |= {form: of_form.most_common(1)[0][0] for form, of_form in counts.items()}
+    gold: set[tuple[Place, str]] = set()
+    num_seen: Counter[tuple[str, str]] = Counter()
+    for row in dev:
+        starts = occurrences(row["text"], row["mention"])
+        start = starts[min(num_seen[row["text"], row["mention"]], len(starts) - 1)]
+        num_seen[row["text"], row["mention"]] += 1
+        gold.add((Place(row["text"], start, start + len(row["mention"])), row["entity_id"]))
+    texts = list(dict.fromkeys(row["text"] for row in dev))
+    found = {
+        (Place(text, *span), answer)
+        for text, spans in zip(texts, finder.find(texts), strict=True)
+        for span in spans
+        if (answer := answer_of.get(text[span.start : span.stop])) is not None
+    }
+    return Agreement.of(found, gold)
+
+
+def figures(*items: Agreement) -> dict[str, float]:
+    """Precision, recall and F1 over all of some comparisons together."""
+    num_right, num_found, num_gold = (
+        sum(getattr(item, name) for item in items) for name in ("num_right", "num_found", "num_gold")
+    )
+    return {
+        "precision": round(num_right / num_found, 4),
+        "recall": round(num_right / num_gold, 4),
+        "f1": round(2 * num_right / (num_found + num_gold), 4),
+        "num_gold": num_gold,
+    }
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,0 +1,211 @@
+"""Looks at a corpus and writes the configuration that links it, as far as it can be known."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from statistics import median
+from urllib.parse import urlsplit
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from gemel_engine.config.addresses import local_path
+from gemel_engine.display import visible
+from gemel_engine.errors import InputError, shown
+from gemel_engine.storage import parquet
+from gemel_engine.types import MENTION_COLUMNS
+
+_DOCUMENT_ID = "document_id"
+_COLUMNS = {**MENTION_COLUMNS, _DOCUMENT_ID: MENTION_COLUMNS["group"]}
+_SAMPLE_ROWS = 1000
+_REQUIRED = {True: (_DOCUMENT_ID, "text"), False: ("mention_id", "text", "mention")}
+MISSING = "MISSING"
+# Names that a configuration has until they are filled in.
+LANGUAGE_MODEL, MENTION_ENCODER, IMAGE_ENCODER = "LANGUAGE_MODEL", "MENTION_ENCODER", "IMAGE_ENCODER"
+
+
+@dataclass(frozen=True, slots=True)
+class CorpusSurvey:
+    """What a corpus has.
+
+    Attributes:
+        uri: Absolute address.
+        num_files: Number of files.
+        num_rows: Number of rows.
+        columns: Names of the columns that all files have, as they are stored.
+        has_documents: Whether rows are documents, whose mentions are to be found, and not mentions.
+        missing: Required columns that a file lacks.
+        num_sampled: Number of rows in the sample, the first ones.
+        num_labelled: Number of sampled rows with an `entity_id`.
+        num_pictures: Number of sampled rows with a picture, by the column that has it.
+        num_features: Width of the first image features; None without any.
+        image_prefixes: Places of the sampled image addresses.
+        median_characters: Median length of the sampled texts; None without any.
+    """
+
+    uri: str
+    num_files: int
+    num_rows: int
+    columns: tuple[str, ...]
+    has_documents: bool
+    missing: tuple[str, ...]
+    num_sampled: int
+    num_labelled: int
+    num_pictures: dict[str, int]
+    num_features: int | None
+    image_prefixes: tuple[str, ...]
+    median_characters: int | None
+
+    @property
+    def has_pictures(self) -> bool:
+        """Whether the corpus has pictures that an image encoder reads."""
+        return bool(self.num_pictures.keys() & {"image_bytes", "image_uri"})
+
+
+def survey_corpus(uri: str) -> CorpusSurvey:
+    """Read the footers of a corpus and its first rows.
+
+    Raises:
+        InputError: The corpus is unreadable, or its rows are entities.
+    """
+    num_files = num_rows = 0
+    columns: list[str] = []
+    sample: pa.Table | None = None
+    for table in parquet.open_tables(uri, _COLUMNS):
+        columns = list(table.names) if not num_files else [name for name in columns if name in table.names]
+        num_files, num_rows = num_files + 1, num_rows + table.num_rows
+        if sample is None and table.num_rows:
+            sample = table.read(list(_COLUMNS), range(min(_SAMPLE_ROWS, table.num_rows)))
+    if sample is None:
+        raise InputError(f"{shown(uri)} has no rows")
+    if "name" in columns and not {"text", "mention", _DOCUMENT_ID} & set(columns):
+        raise InputError(
+            f"{shown(uri)} looks like a table of entities, with the columns {', '.join(columns)}: build a knowledge "
+            "base of it with `gemel build-kb`, and give mentions or documents here"
+        )
+    has_documents = _DOCUMENT_ID in columns and "mention" not in columns
+    path = local_path(uri)
+    return CorpusSurvey(
+        uri=uri if path is None else str(path),
+        num_files=num_files,
+        num_rows=num_rows,
+        columns=tuple(columns),
+        has_documents=has_documents,
+        missing=tuple(name for name in _REQUIRED[has_documents] if name not in columns),
+        num_sampled=len(sample),
+        num_labelled=_count(sample, "entity_id"),
+        num_pictures={
+            name: count for name in ("image_bytes", "image_uri", "image_features") if (count := _count(sample, name))
+        },
+        num_features=_width(sample),
+        image_prefixes=tuple(sorted(set(_prefixes(sample)))),
+        median_characters=_median_characters(sample),
+    )
+
+
+def configuration(survey: CorpusSurvey, dtype: str) -> str:
+    """Return a commented `link.toml`; what has to be filled in is marked as `MISSING`.
+
+    Args:
+        survey: What the corpus has.
+        dtype: Data type in which this machine computes fast.
+    """
+    return "\n".join((*_findings(survey), "", *_settings(survey, dtype), *_vision(survey), *_images(survey), ""))
+
+
+def _findings(survey: CorpusSurvey) -> Iterator[str]:
+    rows = "documents" if survey.has_documents else "mentions"
+    yield "# Written by `gemel init`. Fill in what is marked MISSING; `gemel doctor` checks the result."
+    yield "#"
+    yield f"# Found: {survey.num_rows:,} {rows} in {survey.num_files:,} Parquet file(s), with the columns"
+    yield f"# {visible(', '.join(survey.columns))}."
+    if survey.missing:
+        yield f"# {MISSING} in the corpus: {_quoted(survey.missing)}. Rename the columns that have it, or add them."
+    if survey.median_characters is not None:
+        yield f"# Texts have {survey.median_characters:,} characters in the median."
+    of_sample = f"of the first {survey.num_sampled:,} rows"
+    pictures = [f"{count:,} {of_sample} in {name}" for name, count in survey.num_pictures.items()]
+    yield f"# Pictures: {', '.join(pictures)}." if pictures else "# Pictures: none."
+    if survey.num_labelled:
+        yield f"# Gold labels: {survey.num_labelled:,} {of_sample}. Judge the run with `gemel evaluate OUTPUT`."
+    else:
+        yield "# Gold labels: none. Label some rows to judge the run with `gemel evaluate OUTPUT --gold LABELS`."
+
+
+def _settings(survey: CorpusSurvey, dtype: str) -> Iterator[str]:
+    yield f"input = {json.dumps(survey.uri, ensure_ascii=False)}"
+    yield 'output = "linked"'
+    if survey.has_documents:
+        yield "find_mentions = true  # the rows are documents; `gemel find-mentions` does this alone"
+    encoder = f"--mention-encoder {MENTION_ENCODER}"
+    yield f"# {MISSING}: gemel build-kb ENTITIES kb --tokenizer {LANGUAGE_MODEL} {encoder}"
+    yield 'knowledge_base = "kb"'
+    yield f"# If there are training mentions: gemel build-demonstrations TRAIN ENTITIES demonstrations {encoder}"
+    yield '# demonstrations = "demonstrations"'
+    yield ""
+    yield "[language_model]"
+    yield f'name = "{LANGUAGE_MODEL}"  # {MISSING}: a local directory, or a name on the model hub'
+    yield f'dtype = "{dtype}"  # fast on the machine where this was written'
+    yield ""
+    yield "[retrieval]"
+    yield f'mention_encoder = "{MENTION_ENCODER}"  # {MISSING}: such as sentence-transformers/all-MiniLM-L6-v2'
+
+
+def _vision(survey: CorpusSurvey) -> Iterator[str]:
+    if survey.has_pictures:
+        yield ""
+        yield "[vision]  # remove it to link without pictures"
+        yield f'image_encoder = "{IMAGE_ENCODER}"  # {MISSING}: an architecture of open_clip, or a local directory'
+        yield '# pretrained = "openai"  # weights of an architecture'
+        yield f'feature_mapper = "mapper"  # {MISSING}: gemel train, or gemel init-mapper for an untrained one'
+    elif survey.num_features is not None:
+        yield ""
+        yield f"[vision]  # the corpus has features of width {survey.num_features}; remove it to link without them"
+        yield f'feature_mapper = "mapper"  # {MISSING}: one of this width, by gemel train or gemel init-mapper'
+
+
+def _images(survey: CorpusSurvey) -> Iterator[str]:
+    if "image_uri" in survey.num_pictures:
+        yield ""
+        yield "[image_source]"
+        yield f"# Where the first {survey.num_sampled:,} rows have their pictures; an address elsewhere is refused."
+        yield f"allowed_prefixes = {json.dumps(survey.image_prefixes, ensure_ascii=False)}"
+
+
+def _count(sample: pa.Table, name: str) -> int:
+    return sample.num_rows - sample[name].null_count if name in sample.column_names else 0
+
+
+def _width(sample: pa.Table) -> int | None:
+    if not _count(sample, "image_features"):
+        return None
+    width: int = pc.list_value_length(sample["image_features"].drop_null())[0].as_py()
+    return width
+
+
+def _median_characters(sample: pa.Table) -> int | None:
+    if not _count(sample, "text"):
+        return None
+    return int(median(pc.utf8_length(sample["text"].drop_null()).to_pylist()))
+
+
+def _prefixes(sample: pa.Table) -> Iterator[str]:
+    """Yield the host or bucket of each image address, and the directory that all local ones share."""
+    if not _count(sample, "image_uri"):
+        return
+    directories = set()
+    for uri in sample["image_uri"].drop_null().to_pylist():
+        place = urlsplit(uri)
+        if place.scheme in ("http", "https", "s3") and place.hostname and "@" not in place.netloc:
+            yield f"{place.scheme}://{place.netloc}"
+        elif place.scheme in ("", "file") and place.path.startswith("/"):
+            directories.add(os.path.dirname(place.path))
+    if directories:
+        yield os.path.commonpath(directories)
+
+
+def _quoted(names: tuple[str, ...]) -> str:
+    return ", ".join(f"`{name}`" for name in names)

@@ -1,0 +1,104 @@
+"""`gemel init` writes a configuration of what it finds."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from support.paths import ROOT
+
+from gemel_engine.cli.main import main
+from gemel_engine.config.loading import load_config
+from gemel_engine.config.settings import LinkConfig
+
+pytestmark = pytest.mark.unit
+
+
+def init(monkeypatch: pytest.MonkeyPatch, source: Path, written: Path) -> object:
+    monkeypatch.setattr(sys, "argv", ["gemel", "init", str(source), "--write-to", str(written)])
+    try:
+        main()
+    except SystemExit as stopped:
+        return stopped.code
+    return 0
+
+
+def table(**columns: object) -> dict[str, Any]:
+    return {"mention_id": ["a", "b"], "text": ["In Paris.", "A long text."], "mention": ["Paris", "text"], **columns}
+
+
+@pytest.mark.parametrize(
+    ("columns", "texts", "finds"),
+    [
+        (table(), ["2 mentions in 1 Parquet file(s)", "Pictures: none", "Gold labels: none"], False),
+        (table(entity_id=["Q1", None]), ["Gold labels: 1 of the first 2 rows", "10 characters"], False),
+        (
+            table(image_uri=["https://a.example/x/1.png", "/data/b/2.png"]),
+            ["2 of the first 2 rows in image_uri", '["/data/b", "https://a.example"]', "image_encoder ="],
+            False,
+        ),
+        (table(image_features=[[0.5, 1.0], None]), ["features of width 2", "feature_mapper ="], False),
+        ({"document_id": [7, 8], "text": ["x", "y"]}, ["2 documents in", "find_mentions = true"], True),
+        (
+            {"caption": ["x"], "mention_id": ["a"], "ev\nil = 1": ["z"]},
+            ["MISSING in the corpus: `text`, `mention`", "caption, mention_id, ev"],
+            False,
+        ),
+    ],
+)
+def test_what_a_corpus_has_is_written(
+    columns: dict[str, Any], texts: list[str], finds: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, written = tmp_path / "a \"corpus'.parquet", tmp_path / "link.toml"
+    pq.write_table(pa.table(columns), source)
+    assert init(monkeypatch, source, written) == 0
+    config = load_config(LinkConfig, written)
+    assert (config.input, config.find_mentions) == (str(source), finds)
+    assert [text for text in texts if text not in written.read_text()] == []
+    assert "MISSING: gemel build-kb" in written.read_text()
+
+
+def test_a_file_is_never_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pq.write_table(pa.table(table()), tmp_path / "mentions.parquet")
+    (tmp_path / "link.toml").write_text("mine")
+    assert init(monkeypatch, tmp_path / "mentions.parquet", tmp_path / "link.toml") == 2
+    assert (tmp_path / "link.toml").read_text() == "mine"
+    assert "link.toml exists: remove it" in capsys.readouterr().err
+
+
+def test_what_is_no_corpus_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pq.write_table(pa.table({"entity_id": ["Q1"], "name": ["Paris"]}), tmp_path / "entities.parquet")
+    pq.write_table(pa.table(table()).slice(0, 0), tmp_path / "empty.parquet")
+    for name in ("entities", "empty", "missing"):
+        assert init(monkeypatch, tmp_path / f"{name}.parquet", tmp_path / "link.toml") == 3
+    printed = capsys.readouterr().err
+    for message in ("looks like a table of entities", "has no rows", "no Parquet file at"):
+        assert message in printed
+    assert not (tmp_path / "link.toml").exists()
+
+
+def test_neither_command_waits_for_models(tmp_path: Path) -> None:
+    pq.write_table(pa.table(table()), tmp_path / "mentions.parquet")
+    slow = ("faiss", "open_clip", "ray", "torch", "transformers", "vllm")
+    code = f"""
+import atexit, sys
+atexit.register(lambda: print("imported", [name for name in {slow} if name in sys.modules]))
+from gemel_engine.cli.main import main
+for sys.argv in [["gemel", "init", "mentions.parquet"], ["gemel", "doctor", "link.toml"]]:
+    main()
+"""
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
+    finished = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path, env=environment
+    )
+    assert finished.stdout.splitlines()[-1] == "imported []", finished.stderr
+    assert finished.returncode == 1  # there is no knowledge base yet
