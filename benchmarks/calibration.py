@@ -31,6 +31,7 @@ from record import record
 from sklearn.metrics import roc_auc_score
 
 from gemel_engine.assembly import load_picture_encoder, open_artifacts
+from gemel_engine.cli.knowledge_bases import EncoderOptions
 from gemel_engine.config.components import EngineSettings, KnowledgeBaseSettings, RetrievalSettings
 from gemel_engine.config.loading import config_json, load_config
 from gemel_engine.config.settings import LinkConfig
@@ -40,14 +41,10 @@ from gemel_engine.errors import MentionError
 from gemel_engine.evaluation.calibrate import calibrate_run
 from gemel_engine.evaluation.quality import quality
 from gemel_engine.evaluation.run import LinkedRun
-from gemel_engine.evidence.index import DIRECTORY as EVIDENCE
-from gemel_engine.evidence.index import EntityPictures, build_evidence, entities_checksum
 from gemel_engine.evidence.retrieved import Retrieved
 from gemel_engine.evidence.retriever import Retriever
 from gemel_engine.evidence.weights import ScoreWeights
-from gemel_engine.knowledge_base.build import build_knowledge_base, read_entities
-from gemel_engine.knowledge_base.store import KnowledgeBase
-from gemel_engine.retrieval.encoder import MentionEncoder
+from gemel_engine.pipeline.knowledge_bases import build
 from gemel_engine.tokenizer import load_tokenizer
 from gemel_engine.types import Features, Mention, Prediction, predictions_to_table
 
@@ -130,7 +127,7 @@ def main(data: tyro.conf.Positional[Path], *, language_model: str, mention_encod
         features = picture_features(config, rows)
         whole = Prepared.of(config, rows, features)
         logger.info("%s: retrieved", name)
-        reduced = without_entities(whole, entities / "entities.parquet", WORK / name)
+        reduced = without_entities(config, entities / "entities.parquet", WORK / name)
         values, what = judged(whole, Prepared.of(reduced, rows, features), WORK / name)
         results[f"{name}_evidence"] = {key: record(value, command, what) for key, value in values.items()}
         RESULTS.write_text(json.dumps(results, indent=2) + "\n")
@@ -145,34 +142,21 @@ def picture_features(config: LinkConfig, rows: Sequence[dict[str, Any]]) -> list
     return [None if isinstance(item, MentionError) else item for item in found]
 
 
-def without_entities(whole: Prepared, entities: Path, directory: Path) -> LinkConfig:
-    """The run with a knowledge base that lacks a fifth of the entities; pictures keep their features."""
-    config, target = whole.config, directory / "knowledge_base"
-    if not (target / EVIDENCE / "evidence.json").exists():
+def without_entities(config: LinkConfig, entities: Path, directory: Path) -> LinkConfig:
+    """The run with a knowledge base that lacks a fifth of the entities."""
+    knowledge_base = directory / "knowledge_base"
+    if not (knowledge_base / "knowledge_base.json").exists():
         directory.mkdir(parents=True, exist_ok=True)
         table = pq.read_table(entities)
         ids = sorted(table["entity_id"].to_pylist())
         kept = pa.array(random.Random(SEED).sample(ids, round(len(ids) * (1 - REMOVED_SHARE))))
         pq.write_table(table.filter(pc.is_in(table["entity_id"], kept)), directory / "entities.parquet")
-        read = read_entities(str(directory / "entities.parquet"))
-        build_knowledge_base(read, load_tokenizer(config.language_model.name), target, KnowledgeBaseSettings())
-        knowledge_base, evidence = KnowledgeBase.open(target, verify=True), whole.artifacts.evidence
-        pictures = None
-        if evidence is not None and evidence.pictures is not None:
-            row_of = whole.artifacts.knowledge_base.row_of_entity
-            rows = [row_of(knowledge_base.entity_id(row)) for row in range(knowledge_base.num_entities)]
-            found = {n: evidence.pictures.features_of(row) for n, row in enumerate(rows) if row is not None}
-            known = {n: features for n, features in found.items() if features is not None}
-            fingerprint = evidence.manifest.image_encoder_fingerprint
-            pictures = EntityPictures(np.stack(list(known.values())), np.array(list(known), np.uint32), fingerprint)
-        build_evidence(
-            knowledge_base.table(),
-            target / EVIDENCE,
-            knowledge_base=entities_checksum(target),
-            mention_encoder=MentionEncoder(str(config.retrieval.mention_encoder)),
-            pictures=pictures,
-        )
-    return replace(config, knowledge_base=str(target))
+        encoders = EncoderOptions(
+            mention_encoder=config.retrieval.mention_encoder, image_encoder=config.vision.image_encoder
+        ).encoders()
+        tokenizer = load_tokenizer(config.language_model.name)
+        build(str(directory / "entities.parquet"), str(knowledge_base), tokenizer, KnowledgeBaseSettings(), encoders)
+    return replace(config, knowledge_base=str(knowledge_base))
 
 
 def judged(whole: Prepared, reduced: Prepared, directory: Path) -> tuple[dict[str, float], str]:
