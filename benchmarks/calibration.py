@@ -31,7 +31,6 @@ from record import record
 from sklearn.metrics import roc_auc_score
 
 from gemel_engine.assembly import load_picture_encoder, open_artifacts
-from gemel_engine.cli.knowledge_bases import EncoderOptions
 from gemel_engine.config.components import EngineSettings, KnowledgeBaseSettings, RetrievalSettings
 from gemel_engine.config.loading import config_json, load_config
 from gemel_engine.config.settings import LinkConfig
@@ -44,6 +43,7 @@ from gemel_engine.evaluation.run import LinkedRun
 from gemel_engine.evidence.retrieved import Retrieved
 from gemel_engine.evidence.retriever import Retriever
 from gemel_engine.evidence.weights import ScoreWeights
+from gemel_engine.pipeline.entity_vectors import EntityEncoders
 from gemel_engine.pipeline.knowledge_bases import build
 from gemel_engine.tokenizer import load_tokenizer
 from gemel_engine.types import Features, Mention, Prediction, predictions_to_table
@@ -151,9 +151,9 @@ def without_entities(config: LinkConfig, entities: Path, directory: Path) -> Lin
         ids = sorted(table["entity_id"].to_pylist())
         kept = pa.array(random.Random(SEED).sample(ids, round(len(ids) * (1 - REMOVED_SHARE))))
         pq.write_table(table.filter(pc.is_in(table["entity_id"], kept)), directory / "entities.parquet")
-        encoders = EncoderOptions(
+        encoders = EntityEncoders(
             mention_encoder=config.retrieval.mention_encoder, image_encoder=config.vision.image_encoder
-        ).encoders()
+        )
         tokenizer = load_tokenizer(config.language_model.name)
         build(str(directory / "entities.parquet"), str(knowledge_base), tokenizer, KnowledgeBaseSettings(), encoders)
     return replace(config, knowledge_base=str(knowledge_base))
