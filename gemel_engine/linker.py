@@ -11,6 +11,7 @@ from gemel_engine.assembly import load_picture_encoder, open_artifacts, start_ge
 from gemel_engine.compatibility import check_encoders
 from gemel_engine.config.loading import validated
 from gemel_engine.config.settings import LinkConfig
+from gemel_engine.decoding.generator import EntityNameGenerator
 from gemel_engine.decoding.prompt import Prompt
 from gemel_engine.decoding.scope import Scope
 from gemel_engine.errors import ConfigurationError, MentionError
@@ -18,7 +19,6 @@ from gemel_engine.evidence.cards import Card
 from gemel_engine.evidence.comparison import Argument, arguments
 from gemel_engine.evidence.retrieved import PromptItem, Retrieved
 from gemel_engine.evidence.retriever import Retriever
-from gemel_engine.evidence.weights import ScoreWeights
 from gemel_engine.knowledge_base.store import Entity, KnowledgeBase
 from gemel_engine.retrieval.table import Demonstration
 from gemel_engine.types import Features, Mention, Prediction, fault_of
@@ -108,7 +108,7 @@ def _explain(linker: Linker, mention: Mention, picture: bytes | None) -> Explana
         demonstrations=tuple(_demonstrations(linker, mention.mention, used)),
         prompt=tuple(_pieces(prompt, generator.artifacts.tokenizer)),
         entities=dict(_entities(prediction, generator.artifacts.knowledge_base)),
-        arguments=tuple(_arguments(mention.mention, prediction, generator.weights)),
+        arguments=tuple(_arguments(mention.mention, prediction, generator)),
         without_picture=None if picture is None else _explain(linker, mention, None),
     )
 
@@ -132,18 +132,13 @@ def _entities(prediction: Prediction, knowledge_base: KnowledgeBase) -> Iterator
         yield entity_id, knowledge_base.entity(row)
 
 
-def _arguments(form: str, prediction: Prediction, weights: ScoreWeights | None) -> list[Argument]:
-    pair = prediction.candidates[:2]
+def _arguments(form: str, prediction: Prediction, generator: EntityNameGenerator) -> list[Argument]:
+    pair, weights = prediction.candidates[:2], generator.weights
     if weights is None or prediction.decided_by == "language_model" or len(pair) < 2:
         return []
-    reasons = {item.entity_id: item.reasons for item in prediction.pool}
-    return arguments(
-        form,
-        [item.entity_name for item in pair],
-        [reasons.get(item.entity_id, {}) for item in pair],
-        [item.log_prob for item in pair],
-        weights,
-    )
+    entities = dict(_entities(prediction, generator.artifacts.knowledge_base))
+    pool = {item.entity_id: (entities[item.entity_id].name, item.reasons) for item in prediction.pool}
+    return arguments(form, pool, [item.entity_id for item in pair], [item.log_prob for item in pair], weights)
 
 
 def _pieces(prompt: Prompt, tokenizer: PreTrainedTokenizerFast) -> Iterator[str | VisualMark]:

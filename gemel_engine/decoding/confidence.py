@@ -27,7 +27,7 @@ from gemel_engine.errors import ConfigurationError
 from gemel_engine.evidence.features import FEATURES, features_of
 from gemel_engine.evidence.weights import ScoreWeights
 from gemel_engine.storage.manifest import claimed, parse_manifest, read_manifest, write_manifest
-from gemel_engine.types import CARD_PREFIX, Candidate, Prediction
+from gemel_engine.types import CARD_PREFIX, Prediction
 
 FORMAT_VERSION = 4
 EVIDENCE = (
@@ -257,18 +257,15 @@ def _of_demonstrations(prediction: Prediction) -> list[float]:
 def _of_pool(prediction: Prediction, form: str) -> list[float]:
     if prediction.decided_by == "language_model" or not prediction.candidates:
         return [0.0] * (2 + 2 * len(FEATURES))
-    answer, *others = prediction.candidates[:2]
-    features = _features(prediction, form, answer)
-    lead = features - _features(prediction, form, others[0]) if others else np.zeros(len(FEATURES))
-    return [_logit(prediction.confidence or 0.0), answer.bonus or 0.0, *features.tolist(), *lead.tolist()]
-
-
-def _features(prediction: Prediction, form: str, candidate: Candidate) -> Numbers:
-    """Return the features of a candidate (F,); outside of the pool it has none, as in the score."""
-    for item in prediction.pool:
-        if item.entity_id == candidate.entity_id:
-            return features_of(form, [candidate.entity_name], [item.reasons])[0]
-    return np.zeros(len(FEATURES))
+    # Of other entities than these two, features need the reasons alone.
+    names = {candidate.entity_id: candidate.entity_name for candidate in prediction.candidates[:2]}
+    ids, reasons = [item.entity_id for item in prediction.pool], [item.reasons for item in prediction.pool]
+    of_pool = dict(zip(ids, features_of(form, [names.get(item, "") for item in ids], reasons), strict=True))
+    # Outside of the pool an entity has no features, as in the score.
+    features, *others = (of_pool.get(entity_id, np.zeros(len(FEATURES))) for entity_id in names)
+    lead = features - others[0] if others else np.zeros(len(FEATURES))
+    bonus = prediction.candidates[0].bonus or 0.0
+    return [_logit(prediction.confidence or 0.0), bonus, *features.tolist(), *lead.tolist()]
 
 
 def _logit(share: float) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from gemel_engine.evidence.features import FEATURES, features_of
+from gemel_engine.evidence.features import FEATURES
 from gemel_engine.evidence.weights import ScoreWeights
 
 _LEAST = 0.005  # a smaller difference is not mentioned
@@ -39,8 +39,8 @@ class Argument(NamedTuple):
 
 def arguments(
     form: str,
-    names: Sequence[str],
-    reasons: Sequence[Mapping[str, float]],
+    pool: Mapping[str, tuple[str, Mapping[str, float]]],
+    pair: Sequence[str],
     log_probs: Sequence[float | None],
     weights: ScoreWeights,
 ) -> list[Argument]:
@@ -48,22 +48,17 @@ def arguments(
 
     Args:
         form: Surface form.
-        names: Names of both.
-        reasons: Reasons of both in the candidate pool; empty for an entity outside of it, whose
-            features are 0.
+        pool: Name and reasons of each entity of the candidate pool, by its id.
+        pair: Ids of both entities; outside of the pool, all features are 0.
         log_probs: Log-probs of both; None where it is not known.
         weights: Weights of the score.
     """
-    of_first, of_second = (
-        features_of(form, [name], [known])[0] if known else 0.0 * features_of(form, [name], [{}])[0]
-        for name, known in zip(names, reasons, strict=True)
-    )
-    differences = dict(zip(FEATURES, (of_first - of_second).tolist(), strict=True))
-    counts = [f"{known.get('form', 0):.0f}" for known in reasons]
-    found = [
-        Argument(weights.features.get(feature, 0.0) * difference, _words(feature, difference, counts))
-        for feature, difference in differences.items()
-    ]
+    added = weights.parts(form, [name for name, _ in pool.values()], [known for _, known in pool.values()])
+    of_entity = dict(zip(pool, added, strict=True))
+    of_first, of_second = (of_entity.get(entity_id, {}) for entity_id in pair)
+    counts = [f"{pool[entity_id][1].get('form', 0) if entity_id in pool else 0:.0f}" for entity_id in pair]
+    differences = {name: of_first.get(name, 0.0) - of_second.get(name, 0.0) for name in FEATURES}
+    found = [Argument(value, _words(name, value, counts)) for name, value in differences.items()]
     first, second = log_probs
     if first is not None and second is not None:
         words = f"the language model prefers {_better(first - second)} by {abs(first - second):.1f} nats"

@@ -36,19 +36,19 @@ def proposed(item: GalleryItem, weights: ScoreWeights | None) -> list[Proposed]:
     pool = item.prediction.get("pool") or ()
     entities = [item.entity(found["entity_id"]) for found in pool]
     reasons = [dict(found["reasons"] or ()) for found in pool]
-    added: list[dict[str, float]] = [
-        {} if weights is None or entity.entity is None else weights.parts(item.mention.mention, entity.name, known)
-        for entity, known in zip(entities, reasons, strict=True)
-    ]
-    largest = max((sum(parts.values()) for parts in added), default=0.0) or 1.0
+    added: list[dict[str, float]] = [{} for _ in pool]
+    if weights is not None:
+        parts = weights.parts(item.mention.mention, [entity.name for entity in entities], reasons)
+        added = [{} if entity.entity is None else of_one for entity, of_one in zip(entities, parts, strict=True)]
+    largest = max((sum(of_one.values()) for of_one in added), default=0.0) or 1.0
     return [
         Proposed(
             entity,
             in_words(known),
             [
                 (feature.replace("_", " "), value, value / largest)
-                for feature, value in sorted(parts.items(), key=lambda part: -part[1])
+                for feature, value in sorted(of_one.items(), key=lambda part: -part[1])
             ],
         )
-        for entity, known, parts in zip(entities, reasons, added, strict=True)
+        for entity, known, of_one in zip(entities, reasons, added, strict=True)
     ]
