@@ -218,7 +218,7 @@ def test_candidates_the_pool_and_cards_have_their_entities(harmless: Page) -> No
 
 def test_bars_show_what_each_feature_adds(harmless: Page) -> None:
     assert "form prior 6.9" in harmless.text
-    assert "likeness −1.0" in harmless.text
+    assert "likeness −0.2" in harmless.text
     without = Page(render_report(**(everything() | {"weights": None})))
     assert "form prior" not in without.text
     assert without.count("svg", "bar") < harmless.count("svg", "bar")
