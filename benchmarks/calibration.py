@@ -1,13 +1,12 @@
-"""How good the fitted probabilities are, and how well mentions outside the knowledge base are found.
+"""How good the probabilities of a calibration are, and how well mentions outside the knowledge base are found.
 
-python benchmarks/calibration.py WIKIDIVERSE
+python benchmarks/calibration.py DATA --language-model MODEL --mention-encoder MODEL
 
-WIKIDIVERSE holds `train.parquet`, `dev.parquet` and `entities.parquet`. Needs what `make demo` and
-`benchmarks/wikidiverse.py` build. The dev splits of WikiDiverse (text) and of the emoji corpus are linked by the
-linking job twice: to their knowledge bases, and to what is left of these, of the demonstrations and of what the feature
-mapper was fitted to, without a random fifth of the entities. Surface forms are then divided into two halves: each is
-judged by a calibration fitted on the other. Results go to `benchmarks/results/calibration.json`; what has results there
-is skipped, and an interrupted run goes on.
+DATA holds `train.parquet`, `dev.parquet` and `entities.parquet` of WikiDiverse. Needs what `make demo` and
+`benchmarks/cards.py` build. The dev splits of WikiDiverse (text) and of the emoji corpus are linked by evidence alone,
+so that the language model is not asked. Surface forms are divided into two halves: each is judged by what
+`gemel calibrate` fits to the other. NIL is learnt from entities held out of the pools, and judged where it is real: a
+knowledge base is built without a random fifth of the entities. Results go to `benchmarks/results/calibration.json`.
 """
 
 from __future__ import annotations
@@ -15,222 +14,200 @@ from __future__ import annotations
 import json
 import logging
 import random
-import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import tyro
+from cards import WORK as CARDS
+from cards import prepare
 from numpy.typing import NDArray
-from record import record, run_script
+from record import record
 from sklearn.metrics import roc_auc_score
 
-from gemel_engine.config.loading import load_config
+from gemel_engine.assembly import load_picture_encoder, open_artifacts
+from gemel_engine.config.components import EngineSettings, KnowledgeBaseSettings, RetrievalSettings
+from gemel_engine.config.loading import config_json, load_config
 from gemel_engine.config.settings import LinkConfig
-from gemel_engine.decoding.confidence import evidence_of, scoring_settings
-from gemel_engine.evaluation.calibrate import fit_calibration
-from gemel_engine.evaluation.gold import entities_to_judge, read_gold, surface_forms
-from gemel_engine.evaluation.judge import Judge
+from gemel_engine.decoding.confidence import Calibration
+from gemel_engine.decoding.generator import Artifacts, EntityNameGenerator
+from gemel_engine.errors import MentionError
+from gemel_engine.evaluation.calibrate import calibrate_run
 from gemel_engine.evaluation.quality import quality
 from gemel_engine.evaluation.run import LinkedRun
+from gemel_engine.evidence.retrieved import Retrieved
+from gemel_engine.evidence.retriever import Retriever
+from gemel_engine.evidence.weights import ScoreWeights
+from gemel_engine.pipeline.entity_vectors import EntityEncoders
+from gemel_engine.pipeline.knowledge_bases import build
+from gemel_engine.tokenizer import load_tokenizer
+from gemel_engine.types import Features, Mention, Prediction, predictions_to_table
 
 WORK = Path("build/calibration")
 RESULTS = Path("benchmarks/results/calibration.json")
+EMOJI = Path("examples/emoji")
 SEED = 0
 REMOVED_SHARE = 0.2
-NIL_PRECISION = 0.4  # twice the share of NIL; what is fitted on one half of WikiDiverse reaches 0.45 at most
+NIL_PRECISION = 0.6  # three times the share of NIL
 
-run = partial(run_script, WORK / "log.txt")
 logger = logging.getLogger("calibration")
 
 
 @dataclass(frozen=True, slots=True)
-class Corpus:
-    """A corpus with the configuration that links it, and the one that fits its feature mapper, if it has one."""
+class Prepared:
+    """A corpus with what retrieval finds for it in one knowledge base."""
 
-    name: str
-    directory: Path
-    config: Path
-    training: Path | None = None
+    config: LinkConfig
+    artifacts: Artifacts
+    rows: list[dict[str, Any]]
+    mentions: list[Mention]
+    features: list[Features | None]
+    retrieved: list[Retrieved]
+
+    @classmethod
+    def of(cls, config: LinkConfig, rows: list[dict[str, Any]], features: list[Features | None]) -> Self:
+        """Retrieve, with the features of the mentions' pictures."""
+        mentions = [Mention(row["mention_id"], row["text"], row["mention"], group=row.get("group")) for row in rows]
+        artifacts = open_artifacts(config)
+        retriever = Retriever(config.retrieval, artifacts.knowledge_base, artifacts.index, artifacts.evidence)
+        return cls(config, artifacts, rows, mentions, features, retriever.retrieve(mentions, features))
+
+    def linked(self, weights: ScoreWeights, calibration: Calibration | None = None) -> list[Prediction]:
+        """Predictions by evidence alone: at any probability, it is certain enough to ask no engine."""
+        generator = EntityNameGenerator(
+            self.artifacts,
+            None,  # type: ignore[arg-type]
+            self.config.prompt,
+            self.config.search,
+            calibration=calibration,
+            weights=replace(weights, risks=((0.0, 0.0),)),
+            risk=1.0,
+        )
+        return generator.generate(self.mentions, self.features, self.retrieved)
 
     @property
-    def settings(self) -> LinkConfig:
-        """The linking run of its dev split."""
-        return replace(load_config(LinkConfig, self.config), input=str(self.directory / "dev.parquet"))
+    def are_nil(self) -> NDArray[np.bool_]:
+        """Whether the knowledge base lacks the entity of each mention."""
+        row_of = self.artifacts.knowledge_base.row_of_entity
+        return np.array([row_of(row["entity_id"]) is None for row in self.rows])
 
 
-def main(wikidiverse: tyro.conf.Positional[Path]) -> None:
-    """Link what is not linked yet, then fit and judge.
+def main(data: tyro.conf.Positional[Path], *, language_model: str, mention_encoder: str) -> None:
+    """Link, fit and judge.
 
     Args:
-        wikidiverse: Directory of that corpus.
+        data: Directory of the corpus.
+        language_model: Local directory, or name on the model hub.
+        mention_encoder: Local directory, or name on the model hub.
     """
     WORK.mkdir(parents=True, exist_ok=True)
-    for corpus in (
-        Corpus("wikidiverse", wikidiverse, Path("build/wikidiverse/link.toml")),
-        Corpus("emoji", Path("examples/emoji"), Path("examples/emoji/link.toml"), Path("jobs/configs/emoji.toml")),
-    ):
-        whole, reduced = WORK / f"{corpus.name}_whole", WORK / f"{corpus.name}_reduced"
-        if "expected_calibration_error" not in noted_results().get(corpus.name, {}):
-            link(corpus, whole)
-            note(corpus, judged(whole))
-        if "nil_auc" not in noted_results().get(corpus.name, {}):
-            link(corpus, reduced, *without_entities(corpus, reduced))
-            note(corpus, nil_found(reduced))
-
-
-def noted_results() -> dict[str, Any]:
-    """What was measured before."""
+    prepare(data, language_model, mention_encoder)
+    engine = EngineSettings(name=language_model)
+    of_texts = LinkConfig(
+        input=str(data / "dev.parquet"),
+        output=str(WORK / "linked"),
+        knowledge_base=str(CARDS / "knowledge_base"),
+        demonstrations=str(CARDS / "demonstrations"),
+        language_model=engine,
+        retrieval=RetrievalSettings(mention_encoder=mention_encoder),
+    )
+    of_pictures = load_config(LinkConfig, EMOJI / "link.toml")
+    of_pictures = replace(of_pictures, input=str(EMOJI / "dev.parquet"), language_model=engine)
+    command = (
+        f"python benchmarks/calibration.py DATA --language-model {language_model} --mention-encoder {mention_encoder}"
+    )
     results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    return results
+    for name, config, entities in (("wikidiverse", of_texts, data), ("emoji", of_pictures, EMOJI)):
+        rows = pq.read_table(config.input).to_pylist()
+        features = picture_features(config, rows)
+        whole = Prepared.of(config, rows, features)
+        logger.info("%s: retrieved", name)
+        reduced = without_entities(config, entities / "entities.parquet", WORK / name)
+        values, what = judged(whole, Prepared.of(reduced, rows, features), WORK / name)
+        results[f"{name}_evidence"] = {key: record(value, command, what) for key, value in values.items()}
+        RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+        logger.info("%s: %s", name, values)
 
 
-def note(corpus: Corpus, found: dict[str, Any]) -> None:
-    """Write results of a corpus."""
-    results = noted_results()
-    results[corpus.name] = results.get(corpus.name, {}) | found
-    RESULTS.write_text(json.dumps(results, indent=2) + "\n")
-    for name, result in found.items():
-        logger.info("%s %s: %s", corpus.name, name, result["value"])
+def picture_features(config: LinkConfig, rows: Sequence[dict[str, Any]]) -> list[Features | None]:
+    """Features of the mentions' pictures."""
+    if config.vision.image_encoder is None:
+        return [None] * len(rows)
+    found = load_picture_encoder(config.vision).encode([row["image_bytes"] for row in rows])
+    return [None if isinstance(item, MentionError) else item for item in found]
 
 
-def link(corpus: Corpus, directory: Path, *overrides: str) -> None:
-    """Run the linking job, unless it has finished."""
-    if (directory / "linked/_report.json").exists():
-        return
-    arguments = ("--input", corpus.settings.input, "--output", f"{directory}/linked", *overrides)
-    run("jobs/link_corpus.py", str(corpus.config), *arguments)
+def without_entities(config: LinkConfig, entities: Path, directory: Path) -> LinkConfig:
+    """The run with a knowledge base that lacks a fifth of the entities."""
+    knowledge_base = directory / "knowledge_base"
+    if not (knowledge_base / "knowledge_base.json").exists():
+        directory.mkdir(parents=True, exist_ok=True)
+        table = pq.read_table(entities)
+        ids = sorted(table["entity_id"].to_pylist())
+        kept = pa.array(random.Random(SEED).sample(ids, round(len(ids) * (1 - REMOVED_SHARE))))
+        pq.write_table(table.filter(pc.is_in(table["entity_id"], kept)), directory / "entities.parquet")
+        encoders = EntityEncoders(
+            mention_encoder=config.retrieval.mention_encoder, image_encoder=config.vision.image_encoder
+        )
+        tokenizer = load_tokenizer(config.language_model.name)
+        build(str(directory / "entities.parquet"), str(knowledge_base), tokenizer, KnowledgeBaseSettings(), encoders)
+    return replace(config, knowledge_base=str(knowledge_base))
 
 
-def without_entities(corpus: Corpus, directory: Path) -> list[str]:
-    """Build a knowledge base without a fifth of the entities, and demonstrations and a mapper without their mentions.
+def judged(whole: Prepared, reduced: Prepared, directory: Path) -> tuple[dict[str, float], str]:
+    """Calibration of each half fitted to the other; NIL in the knowledge base that lacks entities.
 
     Returns:
-        Settings of the linking job.
+        The results, and what was measured.
     """
-    artifacts = ["--knowledge-base", f"{directory}/kb", "--demonstrations", f"{directory}/demonstrations"]
-    mapper = f"{directory}/training/feature_mapper"
-    linking = [*artifacts, *(("--vision.feature-mapper", mapper) if corpus.training else ())]
-    if (directory / "made").exists():
-        return linking
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir()
-    entities = pq.read_table(corpus.directory / "entities.parquet")
-    ids = sorted(entities["entity_id"].to_pylist())
-    kept = pa.array(random.Random(SEED).sample(ids, round(len(ids) * (1 - REMOVED_SHARE))))
-    pq.write_table(entities.filter(pc.is_in(entities["entity_id"], kept)), directory / "entities.parquet")
-    train = pq.read_table(corpus.directory / "train.parquet")
-    pq.write_table(train.filter(pc.is_in(train["entity_id"], kept)), directory / "train.parquet")
-    settings, entities_path = corpus.settings, f"{directory}/entities.parquet"
-    model = settings.language_model.name
-    run(
-        "-m",
-        "gemel_engine.cli.main",
-        "build-kb",
-        entities_path,
-        f"{directory}/kb",
-        "--tokenizer",
-        model,
-        "--no-evidence",
-    )
-    encoders = ["--mention-encoder", str(settings.retrieval.mention_encoder)]
-    if settings.vision.image_encoder is not None:
-        encoders += ["--image-encoder", settings.vision.image_encoder]
-    train_path, index = f"{directory}/train.parquet", f"{directory}/demonstrations"
-    run("-m", "gemel_engine.cli.main", "build-demonstrations", train_path, entities_path, index, *encoders)
-    if corpus.training is not None:
-        places = ["--train", train_path, "--output", f"{directory}/training", "--examples", f"{directory}/examples"]
-        run("jobs/train.py", str(corpus.training), *places, *artifacts, "--validation.num-mentions", "0")
-    (directory / "made").touch()
-    return linking
-
-
-def judged(directory: Path) -> dict[str, Any]:
-    """Calibration of each half fitted on the other, beside the raw score and a constant."""
-    predictions, is_right, is_nil, forms, halves = outcomes(directory)
-    scoring = scoring_settings(LinkedRun.open(f"{directory}/linked").settings)
-    evidence = evidence_of(predictions, forms.tolist())
-    calibrated, constant = np.empty(len(halves)), np.empty(len(halves))
+    forms = np.array([row["mention"] for row in whole.rows])
+    distinct = sorted(set(forms.tolist()))
+    halves = np.isin(forms, random.Random(SEED).sample(distinct, len(distinct) // 2))
+    first = whole.linked(ScoreWeights.open())
+    confidence, is_right, raw = np.empty(len(forms)), np.empty(len(forms), bool), np.empty(len(forms))
+    nil, called = np.empty(len(forms)), np.empty(len(forms), bool)
+    are_nil = reduced.are_nil
     for half in (halves, ~halves):
-        fitted = fit_calibration(
-            predictions.filter(half), forms[half].tolist(), is_right[half], is_nil[half], scoring=scoring
-        )
-        calibrated[~half], constant[~half] = fitted.right(evidence[~half]), is_right[half].mean()
-    scores = {"": calibrated, "raw_": np.array(predictions["probability"])}
-    what = f"{len(halves)} mentions of dev; each half of the surface forms judged by what was fitted on the other"
-    results = {"accuracy": noted(float(is_right.mean()), what)}
-    for prefix, score in scores.items():
-        found = quality(score, is_right)
-        for name in ("expected_calibration_error", "brier_score"):
-            results[f"{prefix}{name}"] = noted(getattr(found, name), what)
+        fitted = calibrated(whole, first, half, directory)
+        assert fitted.weights is not None, "a run with pools"
+        plain = whole.linked(fitted.weights)
+        answers, found = whole.linked(fitted.weights, fitted), reduced.linked(fitted.weights, fitted)
+        for place in np.flatnonzero(~half):
+            raw[place], confidence[place] = plain[place].confidence or 0.0, answers[place].confidence or 0.0
+            is_right[place] = answers[place].entity_id == whole.rows[place]["entity_id"]
+            nil[place], called[place] = found[place].nil_probability or 0.0, bool(found[place].is_nil)
+    results = {"accuracy": float(is_right.mean())}
+    for prefix, score in (("", confidence), ("raw_", raw)):
+        judgement = quality(score, is_right)
+        results[f"{prefix}expected_calibration_error"] = judgement.expected_calibration_error
+        results[f"{prefix}brier_score"] = judgement.brier_score
         # Risk and coverage are of an order, and only one calibration's probabilities have one.
         areas = [quality(score[half], is_right[half]).area_under_risk_coverage for half in (halves, ~halves)]
-        results[f"{prefix}area_under_risk_coverage"] = noted(float(np.mean(areas)), f"{what}; mean of both halves")
-    results["constant_brier_score"] = noted(float(np.mean((constant - is_right) ** 2)), what)
-    # All ties: whichever is answered first, the risk expected is the error rate.
-    results["constant_area_under_risk_coverage"] = noted(float(1 - is_right.mean()), what)
-    return results
-
-
-def nil_found(directory: Path) -> dict[str, Any]:
-    """How well mentions of removed entities are told, each half by what was fitted on the other."""
-    predictions, is_right, is_nil, forms, halves = outcomes(directory)
-    scoring = scoring_settings(LinkedRun.open(f"{directory}/linked").settings)
-    evidence, confidence, nil = evidence_of(predictions, forms.tolist()), np.empty(len(halves)), np.empty(len(halves))
-    called = np.empty(len(halves), bool)
-    for half in (halves, ~halves):
-        fitted = fit_calibration(
-            predictions.filter(half),
-            forms[half].tolist(),
-            is_right[half],
-            is_nil[half],
-            scoring=scoring,
-            nil_precision=NIL_PRECISION,
-        )
-        assert fitted.nil is not None, "a fifth of the entities was removed"
-        assert fitted.nil_threshold is not None, "fitted with it"
-        confidence[~half], nil[~half] = fitted.right(evidence[~half]), fitted.nil(evidence[~half])
-        called[~half] = nil[~half] >= fitted.nil_threshold
+        results[f"{prefix}area_under_risk_coverage"] = float(np.mean(areas))
+    results["nil_auc"] = float(roc_auc_score(are_nil, nil))
+    results["nil_precision"] = float(are_nil[called].mean())
+    results["nil_recall"] = float(called[are_nil].mean())
     what = (
-        f"{REMOVED_SHARE:.0%} of the entities removed; {len(halves)} mentions of dev, {is_nil.sum()} of them NIL; each "
-        "half of the surface forms judged by what was fitted on the other"
+        f"{len(forms)} mentions of dev by evidence alone, no language model; each half of the surface forms judged by "
+        f"what was fitted to the other; areas are means of both halves; nil: {are_nil.sum()} mentions whose entities "
+        f"the knowledge base was built without, learnt from held-out entities, a precision of {NIL_PRECISION} asked for"
     )
-    calibration_error = quality(confidence, is_right).expected_calibration_error
-    return {
-        "nil_auc": noted(float(roc_auc_score(is_nil, nil)), what),
-        "raw_nil_auc": noted(float(roc_auc_score(is_nil, 1 - np.array(predictions["probability"]))), what),
-        "nil_precision": noted(
-            float(is_nil[called].mean()) if called.any() else None, f"{what}; {NIL_PRECISION} wanted"
-        ),
-        "nil_recall": noted(float(called[is_nil].mean()), f"{what}; {NIL_PRECISION} wanted"),
-        "expected_calibration_error_with_nil": noted(calibration_error, what),
-    }
+    return {name: round(value, 4) for name, value in results.items()}, what
 
 
-def outcomes(
-    directory: Path,
-) -> tuple[pa.Table, NDArray[np.bool_], NDArray[np.bool_], NDArray[np.str_], NDArray[np.bool_]]:
-    """Predictions, whether they are right, whether their mentions are NIL, their surface forms, and the first half."""
-    linked = LinkedRun.open(f"{directory}/linked")
-    gold = read_gold(linked.settings["input"])
-    entities = entities_to_judge(linked.open_knowledge_base(), gold, [linked.predictions])
-    predictions, is_right, is_nil = Judge(gold, entities=entities).outcomes(linked.predictions)
-    usable = np.array(predictions["error"].is_null())
-    predictions, is_right, is_nil = predictions.filter(usable), is_right[usable], is_nil[usable]
-    distinct = sorted(set(gold["mention"].to_pylist()))
-    first = random.Random(SEED).sample(distinct, len(distinct) // 2)
-    forms = np.array(surface_forms(gold, predictions))
-    return predictions, is_right, is_nil, forms, np.isin(forms, first)
-
-
-def noted(value: object, what: str) -> dict[str, Any]:
-    """A result with what made it."""
-    return record(value, "python benchmarks/calibration.py WIKIDIVERSE", what)
+def calibrated(whole: Prepared, first: Sequence[Prediction], half: NDArray[np.bool_], directory: Path) -> Calibration:
+    """What `gemel calibrate` fits to half of a run."""
+    labels = [row for row, is_labelled in zip(whole.rows, half, strict=True) if is_labelled]
+    gold = pa.table({name: [row[name] for row in labels] for name in ("mention_id", "entity_id")})
+    pq.write_table(gold, directory / "gold.parquet")
+    settings = json.loads(config_json(whole.config))
+    run = LinkedRun(str(WORK), settings, {}, predictions_to_table(list(first)))
+    return calibrate_run(run, gold=str(directory / "gold.parquet"), nil_precision=NIL_PRECISION)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from gemel_engine.evidence.weights import MANIFEST as WEIGHTS_MANIFEST
 from gemel_engine.evidence.weights import SHIPPED as SHIPPED_WEIGHTS
 from gemel_engine.evidence.weights import ScoreWeights
 from gemel_engine.extras import extra
-from gemel_engine.fingerprints import Contents, check_content, checkpoint_fingerprint, read_manifest_at
+from gemel_engine.fingerprints import Contents, check_content, checkpoint_fingerprint, json_sha256, read_manifest_at
 from gemel_engine.knowledge_base.store import MANIFEST as KNOWLEDGE_BASE_MANIFEST
 from gemel_engine.knowledge_base.trie import SavedTrie
 from gemel_engine.retrieval.index import MANIFEST as INDEX_MANIFEST
@@ -107,37 +107,62 @@ def without_missing_evidence(config: Config, artifacts: Artifacts) -> Config:
     return replace(config, retrieval=replace(config.retrieval, num_candidates=0))
 
 
-def open_calibration(config: LinkConfig) -> Calibration | None:
+def open_calibration(config: LinkConfig, artifacts: Artifacts) -> Calibration | None:
     """Open the calibration of a run; None if the configuration names none.
 
     Raises:
-        ArtifactError: It is missing or damaged.
-        ConfigurationError: It was fitted on a run with other settings.
+        ArtifactError: It is missing or damaged, or was fitted with another knowledge base.
+        ConfigurationError: It was fitted on a run with other settings, or with the score where this
+            one has none.
     """
     if config.calibration is None:
         return None
     calibration = Calibration.open(download_directory(config.calibration))
     calibration.check_scoring(json.loads(config_json(config)))
+    uses_score = config.score.kind == "combined" and artifacts.evidence is not None
+    if uses_score != (calibration.weights is not None):
+        theirs = (
+            "without candidate pools, which this run has" if uses_score else "with candidate pools, which this lacks"
+        )
+        raise ConfigurationError(
+            f"the calibration {config.calibration} was fitted on a run {theirs}: fit it again on a run with this "
+            "knowledge base, or leave it out"
+        )
+    _check_knowledge_base(config, calibration)
     return calibration
 
 
-def open_weights(config: LinkConfig) -> ScoreWeights | None:
-    """Open the weights of a run's score; None if the language model ranks alone.
+def _check_knowledge_base(config: LinkConfig, calibration: Calibration) -> None:
+    """Raise ArtifactError if a calibration is of another knowledge base than the run's or its base."""
+    fitted_with, address = calibration.contents.get("knowledge_base"), config.knowledge_base
+    while fitted_with is not None:
+        manifest = read_manifest_at(f"{address}/{KNOWLEDGE_BASE_MANIFEST}")
+        if json_sha256(manifest) == fitted_with:
+            return
+        if "base" not in manifest:
+            raise ArtifactError(
+                f"the calibration {config.calibration} was fitted with another knowledge base than "
+                f"{config.knowledge_base}: fit it again on a run with this one, or leave it out"
+            )
+        address = manifest["base"]["address"]
+
+
+def open_weights(config: LinkConfig, calibration: Calibration | None) -> ScoreWeights | None:
+    """Return the weights of a run's score, its own or the package's; None if the language model ranks alone.
 
     Raises:
-        ArtifactError: They are missing or damaged.
         ConfigurationError: No probability keeps the accepted risk.
     """
-    settings = config.score
-    if settings.kind == "language_model":
+    if config.score.kind == "language_model":
         return None
-    weights = ScoreWeights.open(None if settings.weights is None else download_directory(settings.weights))
-    if settings.risk and weights.threshold(settings.risk) is None:
+    weights = ScoreWeights.open() if calibration is None else calibration.weights
+    risk = config.score.risk
+    if weights is not None and risk and weights.threshold(risk) is None:
         raise ConfigurationError(
-            f"score.risk is {settings.risk:g}, and the surest answers by evidence alone were wrong more often where "
-            f"the weights were fitted: accept a risk of {weights.risks[-1][1]:g} or more, or 0"
+            f"score.risk is {risk:g}, and the surest answers by evidence alone were wrong more often where the weights "
+            f"were fitted: accept a risk of {weights.risks[-1][1]:g} or more, or 0"
             if weights.risks
-            else f"score.risk is {settings.risk:g}, but the weights have no measured risks: set it to 0"
+            else f"score.risk is {risk:g}, but the weights have no measured risks: set it to 0"
         )
     return weights
 
@@ -179,8 +204,8 @@ def _manifest_addresses(config: JobConfig) -> dict[str, str]:
         "feature_mapper": config.vision.feature_mapper and f"{config.vision.feature_mapper}/{MAPPER_MANIFEST}",
         "calibration": calibration and f"{calibration}/{CALIBRATION_MANIFEST}",
     }
-    if isinstance(config, LinkConfig) and config.score.kind == "combined":
-        addresses["weights"] = f"{config.score.weights or SHIPPED_WEIGHTS}/{WEIGHTS_MANIFEST}"
+    if isinstance(config, LinkConfig) and config.score.kind == "combined" and not calibration:
+        addresses["weights"] = f"{SHIPPED_WEIGHTS}/{WEIGHTS_MANIFEST}"
     for file in (EVIDENCE_MANIFEST, EVIDENCE_UPDATE_MANIFEST):
         evidence = f"{config.knowledge_base}/{EVIDENCE_DIRECTORY}/{file}"
         if config.retrieval.num_candidates and storage.exists(evidence):
@@ -245,6 +270,7 @@ def start_generator(
         added_names: Directory of the prefix trie of names added since the earlier predictions.
     """
     artifacts = artifacts or open_artifacts(config)
+    calibration = open_calibration(config, artifacts)
     added = None if added_names is None else SavedTrie.open(added_names)
     return EntityNameGenerator(
         artifacts,
@@ -252,9 +278,9 @@ def start_generator(
         config.prompt,
         config.search,
         max_in_flight=config.language_model.max_num_seqs if config.language_model.engine == "vllm" else 1,
-        calibration=open_calibration(config),
+        calibration=calibration,
         added_names=None if added is None else added.trie,
-        weights=open_weights(config) if artifacts.evidence is not None else None,
+        weights=open_weights(config, calibration) if artifacts.evidence is not None else None,
         risk=config.score.risk,
     )
 

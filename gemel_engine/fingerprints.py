@@ -38,6 +38,11 @@ def read_manifest_at(uri: str) -> Any:
         raise ArtifactError(f"{shown(uri)} is missing or damaged ({error}); build the artifact again") from error
 
 
+def json_sha256(value: Any) -> str:
+    """Return a SHA-256 hash of a manifest or another JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 def checkpoint_fingerprint(name_or_path: str) -> str:
     """Return a SHA-256 hash of the files of a model; the module's docstring says what it covers.
 

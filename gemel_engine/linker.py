@@ -11,10 +11,12 @@ from gemel_engine.assembly import load_picture_encoder, open_artifacts, start_ge
 from gemel_engine.compatibility import check_encoders
 from gemel_engine.config.loading import validated
 from gemel_engine.config.settings import LinkConfig
+from gemel_engine.decoding.generator import EntityNameGenerator
 from gemel_engine.decoding.prompt import Prompt
 from gemel_engine.decoding.scope import Scope
 from gemel_engine.errors import ConfigurationError, MentionError
 from gemel_engine.evidence.cards import Card
+from gemel_engine.evidence.comparison import Argument, arguments
 from gemel_engine.evidence.retrieved import PromptItem, Retrieved
 from gemel_engine.evidence.retriever import Retriever
 from gemel_engine.knowledge_base.store import Entity, KnowledgeBase
@@ -59,6 +61,7 @@ class Explanation:
             question.
         prompt: Input of the language model: text as the tokenizer decodes it, marks of pictures.
         entities: Records of the prediction's candidates and of its candidate pool, by id.
+        arguments: What speaks for the first candidate and what for the second, if evidence ranks.
         without_picture: Explanation of the same mention without its picture; None if it has none.
     """
 
@@ -67,6 +70,7 @@ class Explanation:
     demonstrations: tuple[UsedDemonstration, ...]
     prompt: tuple[str | VisualMark, ...]
     entities: Mapping[str, Entity] = field(default_factory=dict)
+    arguments: tuple[Argument, ...] = ()
     without_picture: Explanation | None = None
 
 
@@ -104,6 +108,7 @@ def _explain(linker: Linker, mention: Mention, picture: bytes | None) -> Explana
         demonstrations=tuple(_demonstrations(linker, mention.mention, used)),
         prompt=tuple(_pieces(prompt, generator.artifacts.tokenizer)),
         entities=dict(_entities(prediction, generator.artifacts.knowledge_base)),
+        arguments=tuple(_arguments(mention.mention, prediction, generator)),
         without_picture=None if picture is None else _explain(linker, mention, None),
     )
 
@@ -125,6 +130,15 @@ def _entities(prediction: Prediction, knowledge_base: KnowledgeBase) -> Iterator
         row = knowledge_base.row_of_entity(entity_id)
         assert row is not None, "an answer that is not in the knowledge base"
         yield entity_id, knowledge_base.entity(row)
+
+
+def _arguments(form: str, prediction: Prediction, generator: EntityNameGenerator) -> list[Argument]:
+    pair, weights = prediction.candidates[:2], generator.weights
+    if weights is None or prediction.decided_by == "language_model" or len(pair) < 2:
+        return []
+    entities = dict(_entities(prediction, generator.artifacts.knowledge_base))
+    pool = {item.entity_id: (entities[item.entity_id].name, item.reasons) for item in prediction.pool}
+    return arguments(form, pool, [item.entity_id for item in pair], [item.log_prob for item in pair], weights)
 
 
 def _pieces(prompt: Prompt, tokenizer: PreTrainedTokenizerFast) -> Iterator[str | VisualMark]:

@@ -284,17 +284,20 @@ def _evaluate_found(linked: LinkedRun, gold: str | None, directory: str) -> None
 def calibrate(
     output: Output, calibration: OutputDir, *, gold: str | None = None, nil_precision: Fraction = 0.8
 ) -> None:
-    """Fit a calibration to a finished run with gold labels.
+    """Fit the score and its probabilities to a finished run with gold labels.
 
-    Linking uses it to add `confidence` and `is_nil` to each prediction.
+    Linking with `calibration` ranks entities by the fitted weights, and adds `confidence` and
+    `is_nil` to each prediction.
 
     Args:
-        output: Output of the run, local or s3://bucket/prefix. Use a run over the dev split, not
-            over mentions to be evaluated later.
+        output: Output of the run, local or s3://bucket/prefix. Use a run over the dev split, or over
+            training mentions with `retrieval.exclude_group`, not over mentions to be evaluated
+            later.
         calibration: Local directory for the calibration.
         gold: Parquet file or directory with the columns `mention_id` and `entity_id`. Default: the
             input of the run. Mentions without an entity, or with one that the knowledge base lacks,
-            serve as examples of NIL.
+            serve as examples of NIL; if there are fewer than 20, the entities of a fifth of the
+            surface forms are held out instead.
         nil_precision: Share of the mentions predicted as NIL that should be NIL.
     """
     from gemel_engine.evaluation.calibrate import calibrate_run
@@ -302,24 +305,6 @@ def calibrate(
 
     fitted = calibrate_run(LinkedRun.open(output), gold=gold, nil_precision=nil_precision)
     fitted.save(calibration)
+    if fitted.weights is not None:
+        logger.info("%s: %s; language model %.3g", calibration, fitted.weights.features, fitted.weights.language_model)
     logger.info("%s: %s", calibration, ", ".join(f"{name} {value:.3g}" for name, value in fitted.fitted_on.items()))
-
-
-def fit_score(output: Output, weights: OutputDir, *, gold: str | None = None) -> None:
-    """Fit the weights of the score to a finished run with gold labels.
-
-    Linking with `score.weights` ranks entities by these weights, and measures risks with them.
-
-    Args:
-        output: Output of the run, local or s3://bucket/prefix, with the score or without. A run over
-            training mentions needs `retrieval.exclude_group`.
-        weights: Local directory for the weights.
-        gold: Parquet file or directory with the columns `mention_id` and `entity_id`. Default: the
-            input of the run.
-    """
-    from gemel_engine.evaluation.fit_score import fit_score_of_run
-    from gemel_engine.evaluation.run import LinkedRun
-
-    fitted = fit_score_of_run(LinkedRun.open(output), gold=gold)
-    fitted.save(weights)
-    logger.info("%s: %s; language model %.3g", weights, fitted.features, fitted.language_model)

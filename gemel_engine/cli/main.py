@@ -58,7 +58,6 @@ COMMANDS = {
     "evaluate": Command(jobs.evaluate),
     "export": Command(exports.export),
     "calibrate": Command(jobs.calibrate),
-    "fit-score": Command(jobs.fit_score),
     "build-kb": Command(knowledge_bases.build_kb),
     "update-kb": Command(knowledge_bases.update_kb),
     "compact-kb": Command(knowledge_bases.compact_kb),

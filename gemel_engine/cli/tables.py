@@ -18,6 +18,7 @@ from gemel_engine.evaluation.judge import Measured
 from gemel_engine.evaluation.run import JudgedRun
 from gemel_engine.evaluation.spans import JudgedSpans
 from gemel_engine.evidence.cards import Card
+from gemel_engine.evidence.comparison import Argument
 from gemel_engine.evidence.reasons import in_words
 from gemel_engine.knowledge_base.store import Entity
 from gemel_engine.linker import Explanation, UsedDemonstration, VisualMark
@@ -123,6 +124,9 @@ def print_explanation(explanation: Explanation, console: Console) -> None:
     console.print(_answer(explanation))
     console.print(Rule("candidates", align="left"))
     console.print(_candidates(explanation))
+    if explanation.arguments:
+        console.print(Rule("why the first beats the second", align="left"))
+        console.print(_arguments(explanation.arguments))
     if explanation.prediction.pool:
         console.print(Rule("candidate pool", align="left"))
         console.print(_pool(explanation.prediction.pool, explanation.entities))
@@ -207,6 +211,14 @@ def _ranking_cells(ranked: tuple[int, Candidate, float] | None) -> list[Text]:
     return [Text(str(place)), Text(_number(candidate.log_prob)), Text(percent(share, _NOTHING))]
 
 
+def _arguments(found: Sequence[Argument]) -> Table:
+    table = _table("adds", "because")
+    for item in found:
+        table.add_row(Text(f"{item.difference:+.2f}"), Text(visible(item.words)))
+    table.add_row(Text(f"{sum(item.difference for item in found):+.2f}", "bold"), Text("in all"))
+    return table
+
+
 def _pool(pool: Sequence[PoolEntity], entities: Mapping[str, Entity]) -> Table:
     table = _table("", "entity", "id", "score", "reasons", "description")
     for place, item in enumerate(pool, 1):
@@ -252,7 +264,7 @@ def _table(*headers: str) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for header in headers:
         table.add_column(
-            header, justify="right" if header in ("", "log-prob", "share", "similarity", "score") else "left"
+            header, justify="right" if header in ("", "log-prob", "share", "similarity", "score", "adds") else "left"
         )
     return table
 

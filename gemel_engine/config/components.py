@@ -189,14 +189,11 @@ class ScoreSettings:
         kind: `combined`: by the language model and by the evidence for each candidate, where the
             knowledge base has an evidence index. `language_model`: by the language model alone, as
             in GEMEL.
-        weights: Directory written by `gemel fit-score`; None: weights that ship with the package,
-            which were fitted on other corpora.
         risk: Share of wrong answers that is accepted among the mentions that evidence decides
             alone, without the language model. 0: the language model is asked for every mention.
     """
 
     kind: Literal["combined", "language_model"] = "combined"
-    weights: Address | None = None
     risk: Fraction = 0.0
 
 

@@ -140,13 +140,14 @@ class LinkConfig(JobConfig):
         finder: How mentions are found.
         language_model: The frozen language model and its engine.
         score: How entities are ranked.
-        calibration: Directory written by `gemel calibrate`, for the columns `confidence`
-            and `is_nil`; None: the columns are empty.
+        calibration: Directory written by `gemel calibrate`: weights of the score, and models of the
+            columns `confidence`, `nil_probability` and `is_nil`. None: the weights that ship with
+            the package, which were fitted on other corpora; `confidence` is not calibrated.
         output_columns: Columns of the input that the output has, too, beside `mention_id`. `gemel
             export` joins the others.
-        previous: Output of a finished run over the same input with an older knowledge base: only
-            rows that the change of the knowledge base can affect are linked again. None: all rows
-            are linked.
+        previous: Output of a finished run over the same input with an older knowledge base or
+            another calibration: only rows that the change can affect are linked again. None: all
+            rows are linked.
         dry_run: Whether to only validate everything and report the number of rows to link.
     """
 
@@ -164,9 +165,10 @@ class LinkConfig(JobConfig):
         JobConfig.__post_init__(self)  # super() fails in a dataclass with slots
         if self.vision.image_encoder is not None and self.vision.feature_mapper is None:
             raise ValueError("vision.image_encoder needs vision.feature_mapper: set both, or neither")
-        if self.score.kind == "language_model" and (self.score.risk or self.score.weights):
-            raise ValueError('score.risk and score.weights need score.kind = "combined": set it, or leave them out')
-        if self.previous is not None and (self.search.ranking, self.search.objective) == ("mean", "sum"):
+        if self.score.kind == "language_model" and self.score.risk:
+            raise ValueError('score.risk needs score.kind = "combined": set it, or leave the risk out')
+        ranks_by_mean = (self.search.ranking, self.search.objective) == ("mean", "sum")
+        if self.previous is not None and ranks_by_mean and self.score.kind == "language_model":
             raise ValueError(
                 "search.ranking is 'mean': whether added names change such a ranking shows only when everything is "
                 'linked again; leave out `previous`, or set search.ranking = "objective" in both runs'

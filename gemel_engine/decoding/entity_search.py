@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from gemel_engine.config.components import SearchSettings
@@ -61,7 +61,6 @@ class EntitySearchResult:
 
     Attributes:
         entities: The best entities found, at most `num_candidates`.
-        scores: Score of every entity found, by row.
         num_certified: Number of leading entities that are proved to be the best of all entities.
             Their scores are proved, too; another entity may have a better name not yet found.
         log_explored_mass: Log of the total probability of all finished names.
@@ -72,7 +71,6 @@ class EntitySearchResult:
     """
 
     entities: tuple[FoundEntity, ...]
-    scores: Mapping[int, float]
     num_certified: int
     log_explored_mass: float
     unexplored_mass: float
@@ -152,7 +150,6 @@ class EntitySearch:
         )
         return EntitySearchResult(
             entities=tuple(entities),
-            scores={row: found.score for row, found in self._found.items()},
             num_certified=sum(found.score >= highest_bound for found in entities),
             log_explored_mass=log_sum_exp(self._log_probs),
             unexplored_mass=self._frontier.mass,

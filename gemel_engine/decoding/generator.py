@@ -85,6 +85,9 @@ class EntityNameGenerator:
             are none.
         weights: Weights of the score; None: the language model ranks alone.
         risk: Share of wrong answers accepted where evidence decides alone; 0: it never does.
+
+    Attributes:
+        weights: Weights of the score; None: the language model ranks alone.
     """
 
     def __init__(
@@ -107,7 +110,7 @@ class EntityNameGenerator:
         self._max_in_flight = max_in_flight
         self._calibration = calibration
         self.added_names = added_names
-        self._weights = weights
+        self.weights = weights
         self._threshold = None if weights is None or not risk else weights.threshold(risk)
         pictures = None if artifacts.evidence is None or not self._with_pictures else artifacts.evidence.pictures
         self._cards = EntityCards(artifacts.knowledge_base, pictures, prompt.card_text)
@@ -128,12 +131,13 @@ class EntityNameGenerator:
             mentions: Mentions to link.
             features: Image features (C,) of each mention, None without a picture.
             retrieved: Demonstrations, cards and candidates of each mention.
-            earlier: For each mention None, or its prediction from before names were added. Its
-                candidates must still be in the knowledge base under the same names, and at least
-                `num_to_certify` of them must be certified. Then only the added names are searched,
-                for names that score higher. A mention with its own candidates keeps its prediction;
-                all of them must have been in the knowledge base before. The prompt must be the same;
-                see `has_same_prompt`.
+            earlier: For each mention None, or its prediction from before names were added, one that
+                `can_continue` accepts. Its candidates must still be in the knowledge base under the
+                same names. Where the language model ranks alone, at least `num_to_certify` of them
+                must be certified; then only the added names are searched, for names that score
+                higher, and a mention with its own candidates keeps its prediction; all of them must
+                have been in the knowledge base before. Where the score ranks, no name may have been
+                added; the candidates are ranked again.
 
         Returns:
             One prediction for each mention, in order.
@@ -154,12 +158,12 @@ class EntityNameGenerator:
     def _task(
         self, mention: Mention, features: Features | None, retrieved: Retrieved, earlier: Prediction | None
     ) -> NameTask | ScoreTask:
-        if self._weights is None or not self._uses_score(retrieved):
+        if self.weights is None or not self._uses_score(retrieved):
             return NameTask(self, mention, features, retrieved, earlier)
-        return ScoreTask(self, mention, features, retrieved, self._weights, self._threshold)
+        return ScoreTask(self, mention, features, retrieved, self.weights, self._threshold, earlier)
 
     def _uses_score(self, retrieved: Retrieved) -> bool:
-        return self._weights is not None and bool(retrieved.candidates)
+        return self.weights is not None and bool(retrieved.candidates)
 
     def prompt(
         self, mention: Mention, features: Features | None, retrieved: Retrieved
@@ -178,17 +182,21 @@ class EntityNameGenerator:
         prompt = self._builder.build([blocks[place] for place in places], question)
         return prompt, tuple(items[place] for place in places)
 
-    def has_same_prompt(
+    def can_continue(
         self, mention: Mention, features: Features | None, retrieved: Retrieved, earlier: Prediction
     ) -> bool:
-        """Return whether the language model alone ranks again, with the demonstrations and cards of before."""
-        if self._uses_score(retrieved):
-            return False
+        """Return whether a prediction can be made from an earlier one, whose prompt must be the same.
+
+        By the score, what the earlier one says of log-probs must prove the new ranking.
+        """
         try:
             _, used = self.prompt(mention, features, retrieved)
         except MentionError:
             return False  # the mention gets this error when it is linked
-        return self.ids(used)[0] == earlier.demonstration_ids
+        if self.ids(used)[0] != earlier.demonstration_ids:
+            return False
+        task = self._task(mention, features, retrieved, earlier)
+        return isinstance(task, ScoreTask) == (earlier.decided_by == "score") and task.can_continue()
 
     def ids(self, items: Sequence[PromptItem]) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Return the ids of demonstrations and cards as in predictions, and those of their entities."""

@@ -8,22 +8,23 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from gemel_engine.decoding.entity_search import EntitySearch, EntitySearchResult
 from gemel_engine.decoding.entity_search import PoolEntity as BonusEntity
 from gemel_engine.decoding.prompt import Prompt
+from gemel_engine.decoding.ranking import Heard, bonuses_of, ranked_again, ranking_of
 from gemel_engine.decoding.resume import merge_results, numbered_in, result_of
 from gemel_engine.decoding.scheduler import Search
 from gemel_engine.decoding.scope import Scope
 from gemel_engine.decoding.search import FoundName, NameSearch, SearchResult
 from gemel_engine.errors import MentionError
-from gemel_engine.evidence.retrieved import PoolCandidate, PromptItem, Retrieved
-from gemel_engine.evidence.weights import ScoreWeights, softmax
+from gemel_engine.evidence.retrieved import PromptItem, Retrieved
+from gemel_engine.evidence.weights import ScoreWeights
 from gemel_engine.knowledge_base.trie import PrefixTrie
 from gemel_engine.types import Candidate, Features, Mention, PoolEntity, Prediction
 
@@ -68,6 +69,10 @@ class MentionTask(ABC, Generic[Result]):
     @abstractmethod
     def prepare(self) -> tuple[Prompt, Search[Result]] | None:
         """Return prompt and search; None if no search is needed."""
+
+    def can_continue(self) -> bool:
+        """Return whether the earlier prediction is enough to begin from."""
+        return True
 
     @abstractmethod
     def finish(self, result: Result) -> None:
@@ -217,6 +222,7 @@ class ScoreTask(MentionTask[EntitySearchResult]):
         weights: Weights of the score.
         threshold: Lowest probability by evidence alone at which the language model is not asked;
             None: it is always asked.
+        earlier: Its prediction by another score; see `EntityNameGenerator.generate`.
     """
 
     def __init__(
@@ -227,28 +233,32 @@ class ScoreTask(MentionTask[EntitySearchResult]):
         retrieved: Retrieved,
         weights: ScoreWeights,
         threshold: float | None,
+        earlier: Prediction | None = None,
     ) -> None:
         super().__init__(generator, mention, features, retrieved)
+        self._earlier = earlier
         self._weights = weights
         self._threshold = threshold
+        self._scope = Scope(generator.artifacts.knowledge_base, generator.artifacts.knowledge_base.trie)
         self._bonuses: dict[int, float] = {}  # of the allowed candidates, by row, the highest first
 
     def prepare(self) -> tuple[Prompt, EntitySearch] | None:
-        """Return prompt and search; None if evidence decides alone."""
+        """Return prompt and search; None if evidence decides alone, or the earlier search is enough."""
         generator = self._generator
         try:
-            scope = Scope.of(generator.artifacts.knowledge_base, self._mention)
-            numbers = {candidate.row: scope.numbers(candidate.row) for candidate in self._retrieved.candidates}
-            allowed = [candidate for candidate in self._retrieved.candidates if numbers[candidate.row]]
-            self._bonuses = self._bonuses_of(allowed)
+            self._hear_evidence()
             if self._is_plain():
-                self.prediction = self._predict_alone()
+                self.prediction = self._ranked(Prediction(self._mention.mention_id, pool=self._pool()), None)
+                return None
+            if (again := self._again()) is not None:
+                self.prediction = again
                 return None
             prompt = self._prompt()
         except MentionError as error:
             self._fail(error)
             return None
-        pool = [BonusEntity(row, bonus, numbers[row]) for row, bonus in self._bonuses.items()]
+        scope = self._scope
+        pool = [BonusEntity(row, bonus, scope.numbers(row)) for row, bonus in self._bonuses.items()]
         search = EntitySearch(
             scope.trie,
             scope.entities,
@@ -269,12 +279,9 @@ class ScoreTask(MentionTask[EntitySearchResult]):
         ]
         found_rows = {found.row for found in result.entities}
         rest = [row for row in self._bonuses if row not in found_rows]
-        # An entity that the search did not reach scores at most its bonus, and at most the bound.
-        bounds = {row: min(bonus, result.highest_bound) for row, bonus in self._bonuses.items()}
-        scores = [best.score, *(score for row, score in {**bounds, **result.scores}.items() if row != best.row)]
         num_left = self._generator.search_settings.num_candidates - len(candidates)
         candidates += [self._candidate(row, None, self._bonuses[row], None) for row in rest[: max(0, num_left)]]
-        self.prediction = Prediction(
+        prediction = Prediction(
             mention_id=self._mention.mention_id,
             entity_id=candidates[0].entity_id,
             entity_name=candidates[0].entity_name,
@@ -282,7 +289,6 @@ class ScoreTask(MentionTask[EntitySearchResult]):
             score=best.score,
             decided_by="score",
             probability=_probability(best.log_prob, result),
-            confidence=float(softmax(np.array(scores))[0]),
             unexplored_mass=result.unexplored_mass,
             margin=best.score - others[0].score if others else None,
             certified=result.num_certified > 0,
@@ -292,17 +298,37 @@ class ScoreTask(MentionTask[EntitySearchResult]):
             pool=self._pool(),
             num_rollouts=result.num_rollouts,
         )
+        # Of what the row says alone, as when a calibration is fitted to rows.
+        ranking = ranking_of(self._bonuses, Heard.of(prediction, self._scope), self._weights.language_model)
+        self.prediction = replace(prediction, confidence=ranking.certainty)
 
-    def _bonuses_of(self, candidates: Sequence[PoolCandidate]) -> dict[int, float]:
-        """Return the bonus of each candidate by its row, the highest first."""
-        if not candidates:
-            return {}
-        entity = self._generator.artifacts.knowledge_base.entity
-        names = [entity(candidate.row).name for candidate in candidates]
-        reasons = [candidate.reasons for candidate in candidates]
-        bonuses: NDArray[np.float64] = self._weights.bonuses(self._mention.mention, names, reasons)
-        pairs: Iterable[tuple[PoolCandidate, float]] = zip(candidates, bonuses.tolist(), strict=True)
-        return dict(sorted(((item.row, bonus) for item, bonus in pairs), key=lambda pair: -pair[1]))
+    def can_continue(self) -> bool:
+        """Return whether the earlier prediction proves the new ranking, and the question is still asked."""
+        try:
+            self._hear_evidence()
+        except MentionError:
+            return False
+        return not self._is_plain() and self._again() is not None
+
+    def _hear_evidence(self) -> None:
+        """Set the allowed names, and the bonuses of the allowed candidates.
+
+        Raises:
+            InvalidMentionError: The mention's own candidates are not in the knowledge base.
+        """
+        self._scope = scope = Scope.of(self._generator.artifacts.knowledge_base, self._mention)
+        allowed = [item for item in self._retrieved.candidates if scope.numbers(item.row)]
+        rows, reasons = [item.row for item in allowed], [item.reasons for item in allowed]
+        self._bonuses = bonuses_of(self._mention.mention, rows, reasons, self._weights, scope.knowledge_base)
+
+    def _again(self) -> Prediction | None:
+        """Return the earlier prediction in its new order; None if the order is not proved."""
+        heard = None if self._earlier is None else Heard.of(self._earlier, self._scope)
+        if self._earlier is None or heard is None or not heard.log_probs:
+            return None
+        again = self._ranked(replace(self._earlier, pool=self._pool()), heard)
+        is_proved = (again.num_certified or 0) >= self._generator.search_settings.num_to_certify
+        return again if is_proved else None
 
     def _is_plain(self) -> bool:
         """Return whether evidence is certain enough to decide alone.
@@ -311,29 +337,11 @@ class ScoreTask(MentionTask[EntitySearchResult]):
         """
         if self._threshold is None or self._mention.candidate_ids is not None:
             return False
-        return self._certainty() >= self._threshold
+        return ranking_of(self._bonuses, None, self._weights.language_model).certainty >= self._threshold
 
-    def _certainty(self) -> float:
-        return float(softmax(np.array(list(self._bonuses.values())))[0])
-
-    def _predict_alone(self) -> Prediction:
-        num_candidates = self._generator.search_settings.num_candidates
-        best = list(self._bonuses.items())[:num_candidates]
-        candidates = tuple(self._candidate(row, None, bonus, None) for row, bonus in best)
-        return Prediction(
-            mention_id=self._mention.mention_id,
-            entity_id=candidates[0].entity_id,
-            entity_name=candidates[0].entity_name,
-            decided_by="evidence",
-            confidence=self._certainty(),
-            certified=False,
-            num_certified=0,
-            candidates=candidates,
-            num_demonstrations_dropped=0,
-            num_characters_dropped=0,
-            pool=self._pool(),
-            num_rollouts=0,
-        )
+    def _ranked(self, prediction: Prediction, heard: Heard | None) -> Prediction:
+        size = self._generator.search_settings.num_candidates
+        return ranked_again(prediction, self._scope, self._bonuses, heard, self._weights.language_model, size)
 
     def _candidate(self, row: int, log_prob: float | None, bonus: float, score: float | None) -> Candidate:
         entity = self._generator.artifacts.knowledge_base.entity(row)

@@ -1,4 +1,4 @@
-"""Fit the weights of the score to a run over mentions with gold labels.
+"""Fit the weights of the score to the candidate pools of mentions with gold labels.
 
 A conditional logit gives each feature its weight: the probability of a candidate is the softmax of
 the weighted features over the pool of its mention. Weights are not negative, since every feature
@@ -12,7 +12,7 @@ Shapes: M mentions, N candidates of all mentions, F features.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
@@ -21,8 +21,6 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize
 
 from gemel_engine.errors import InputError
-from gemel_engine.evaluation.gold import read_gold, surface_forms
-from gemel_engine.evaluation.run import LinkedRun
 from gemel_engine.evidence.features import FEATURES, features_of
 from gemel_engine.evidence.weights import ScoreWeights
 from gemel_engine.knowledge_base.store import KnowledgeBase
@@ -30,7 +28,7 @@ from gemel_engine.knowledge_base.store import KnowledgeBase
 Numbers = NDArray[np.float64]
 Places = NDArray[np.intp]
 
-_NUM_FOLDS = 5
+NUM_FOLDS = 5
 _PENALTY = 1.0  # of squared standardised weights, for all mentions together
 _LEAST = 20  # least number of mentions
 _LEAST_WEIGHT = 0.01  # of the language model
@@ -90,10 +88,10 @@ class LabelledPools:
             kept_forms.append(form)
             starts.append(starts[-1] + len(ids))
         num_found, num_forms = sum(place >= 0 for place in places), len(set(kept_forms))
-        if num_found < _LEAST or num_forms < _NUM_FOLDS:
+        if num_found < _LEAST or num_forms < NUM_FOLDS:
             raise InputError(
                 f"{num_found} labelled mentions of {num_forms} surface forms have their entity among their candidates: "
-                f"fitting needs at least {_LEAST} of {_NUM_FOLDS}; link more of them with a knowledge base that has an "
+                f"fitting needs at least {_LEAST} of {NUM_FOLDS}; link more of them with a knowledge base that has an "
                 "evidence index"
             )
         return cls(
@@ -104,6 +102,13 @@ class LabelledPools:
             np.unique(kept_forms, return_inverse=True)[1],
         )
 
+    @property
+    def folds(self) -> Places:
+        """Fold of each mention, (M,); mentions of a surface form are in one fold."""
+        order = np.random.default_rng(0).permutation(self.forms.max() + 1)
+        folds: Places = order[self.forms] % NUM_FOLDS
+        return folds
+
     def select(self, mentions: Places) -> Self:
         """Return the pools of some mentions, in ascending order."""
         candidates = np.concatenate([np.arange(self.starts[m], self.starts[m + 1]) for m in mentions])
@@ -113,19 +118,23 @@ class LabelledPools:
         return type(self)(self.features[candidates], self.log_probs[candidates], starts, gold, self.forms[mentions])
 
 
-def fit_score(pools: LabelledPools, *, fitted_on: Mapping[str, Any] | None = None) -> ScoreWeights:
+def fit_score(
+    pools: LabelledPools,
+    *,
+    fitted_on: Mapping[str, Any] | None = None,
+    fitted: Sequence[ScoreWeights] | None = None,
+) -> ScoreWeights:
     """Fit the weights of the score.
 
     Args:
         pools: Candidates of labelled mentions.
         fitted_on: What to note about the data.
+        fitted: Result of `left_out_weights`, on which risks are measured; None: it is computed.
     """
-    weights = conditional_logit(pools.features, pools.starts, pools.gold)
-    scale, language_model = _with_language_model(pools, pools.features @ weights)
-    certainty, is_right = _left_out(pools, scale)
-    return ScoreWeights(
-        features=dict(zip(FEATURES, (scale * weights).tolist(), strict=True)),
-        language_model=language_model,
+    weights = _weights(pools)
+    certainty, is_right = _left_out(pools, fitted or left_out_weights(pools))
+    return replace(
+        weights,
         risks=_risks(certainty, is_right),
         fitted_on={
             "num_mentions": len(pools.gold),
@@ -137,24 +146,21 @@ def fit_score(pools: LabelledPools, *, fitted_on: Mapping[str, Any] | None = Non
     )
 
 
-def fit_score_of_run(linked: LinkedRun, *, gold: str | None = None) -> ScoreWeights:
-    """Fit the weights of the score to a finished run.
+def left_out_weights(pools: LabelledPools) -> list[ScoreWeights]:
+    """Return the weights of each fold, fitted without the surface forms of the fold."""
+    whole, found = _weights(pools), []
+    for fold in range(NUM_FOLDS):
+        others = np.flatnonzero(pools.folds != fold)
+        can_fit = bool((pools.gold[others] >= 0).any())
+        found.append(_weights(pools.select(others)) if can_fit else whole)
+    return found
 
-    Args:
-        linked: The run.
-        gold: Parquet file or directory with gold labels; None: the run's input.
 
-    Raises:
-        InputError: There are no labels, or too few mentions have candidates.
-    """
-    corpus = linked.settings["input"]
-    labelled = read_gold(gold or corpus, corpus, stored_names=linked.stored_names)
-    entity_of = dict(zip(labelled["mention_id"].to_pylist(), labelled["entity_id"].to_pylist(), strict=True))
-    is_labelled = pa.array([mention_id in entity_of for mention_id in linked.predictions["mention_id"].to_pylist()])
-    predictions = linked.predictions.filter(is_labelled)
-    gold_ids = [entity_of[mention_id] for mention_id in predictions["mention_id"].to_pylist()]
-    pools = LabelledPools.of(predictions, surface_forms(labelled, predictions), gold_ids, linked.open_knowledge_base())
-    return fit_score(pools, fitted_on={"output": linked.output})
+def _weights(pools: LabelledPools) -> ScoreWeights:
+    weights = conditional_logit(pools.features, pools.starts, pools.gold)
+    scale, language_model = _with_language_model(pools, pools.features @ weights)
+    features = dict(zip(FEATURES, (scale * weights).tolist(), strict=True))
+    return ScoreWeights(features=features, language_model=language_model, risks=(), fitted_on={})
 
 
 def _name(knowledge_base: KnowledgeBase, entity_id: str) -> str:
@@ -216,25 +222,19 @@ def conditional_logit(features: Numbers, starts: Places, gold: Places, penalty: 
     return weights
 
 
-def _left_out(pools: LabelledPools, scale: float) -> tuple[Numbers, NDArray[np.bool_]]:
+def _left_out(pools: LabelledPools, fitted: Sequence[ScoreWeights]) -> tuple[Numbers, NDArray[np.bool_]]:
     """Return the probability of each mention's best candidate, and whether it is right, (M,) each.
 
-    Weights are fitted without the mention's surface form.
+    The weights are those that were fitted without the mention's surface form.
     """
-    order = np.random.default_rng(0).permutation(pools.forms.max() + 1)
-    folds = order[pools.forms] % _NUM_FOLDS
-    certainty, is_right = np.zeros(len(folds)), np.zeros(len(folds), bool)
-    for fold in range(_NUM_FOLDS):
-        if not (pools.gold[folds != fold] >= 0).any():
-            continue  # nothing to fit: its mentions count as wrong
-        fitted = pools.select(np.flatnonzero(folds != fold))
-        weights = scale * conditional_logit(fitted.features, fitted.starts, fitted.gold)
-        for mention in np.flatnonzero(folds == fold):
-            span = slice(pools.starts[mention], pools.starts[mention + 1])
-            scores = pools.features[span] @ weights
-            best = int(scores.argmax())
-            certainty[mention] = 1 / np.exp(scores - scores[best]).sum()
-            is_right[mention] = pools.starts[mention] + best == pools.gold[mention]
+    certainty, is_right = np.zeros(len(pools.gold)), np.zeros(len(pools.gold), bool)
+    weights = [np.array([one.features[name] for name in FEATURES]) for one in fitted]
+    for mention, fold in enumerate(pools.folds):
+        span = slice(pools.starts[mention], pools.starts[mention + 1])
+        scores = pools.features[span] @ weights[fold]
+        best = int(scores.argmax())
+        certainty[mention] = 1 / np.exp(scores - scores[best]).sum()
+        is_right[mention] = pools.starts[mention] + best == pools.gold[mention]
     return certainty, is_right
 
 

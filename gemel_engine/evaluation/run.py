@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
 
 from gemel_engine import storage
-from gemel_engine.errors import InputError
+from gemel_engine.decoding.confidence import MANIFEST as CALIBRATION_MANIFEST
+from gemel_engine.decoding.confidence import Calibration
+from gemel_engine.errors import ArtifactError, InputError
 from gemel_engine.evaluation.gold import entities_to_judge, read_gold
 from gemel_engine.evaluation.judge import Comparison, Evaluation, EvaluationProtocol, Judge
 from gemel_engine.evaluation.leaks import LeakAudit, audit_leaks
 from gemel_engine.evaluation.quality import ConfidenceQuality, quality
 from gemel_engine.evidence.update import open_knowledge_base
+from gemel_engine.evidence.weights import MANIFEST as WEIGHTS_MANIFEST
+from gemel_engine.evidence.weights import SHIPPED, ScoreWeights
+from gemel_engine.fingerprints import json_sha256, read_manifest_at
 from gemel_engine.knowledge_base.store import MANIFEST, KnowledgeBase
 from gemel_engine.storage import parquet
 from gemel_engine.types import PREDICTION_COLUMNS, PREDICTION_SCHEMA, mention_columns
@@ -32,12 +37,14 @@ class LinkedRun:
         settings: The run's configuration without resources and output.
         report: Contents of `_report.json`.
         predictions: All rows, in `PREDICTION_SCHEMA`.
+        identity: Contents of `_run.json`: settings, input files, models and artifacts.
     """
 
     output: str
     settings: dict[str, Any]
     report: dict[str, Any]
     predictions: pa.Table
+    identity: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def open(cls, output: str) -> Self:
@@ -62,7 +69,7 @@ class LinkedRun:
             name in settings and isinstance(settings[name], kind) for name, kind in _SETTINGS.items()
         ):
             raise InputError(f"{output}/_run.json is not of a linking run: name the output of one that has finished")
-        return cls(output, settings, report, _read_predictions(f"{output}/data"))
+        return cls(output, settings, report, _read_predictions(f"{output}/data"), run)
 
     def has_gold(self) -> bool:
         """Return whether the run's input has a column `entity_id`."""
@@ -77,6 +84,41 @@ class LinkedRun:
     def has_knowledge_base(self) -> bool:
         """Return whether the knowledge base is still at its original address."""
         return storage.exists(f"{self.settings['knowledge_base']}/{MANIFEST}")
+
+    def check_knowledge_base(self) -> None:
+        """Validate that the knowledge base at the run's address is the one that the run had.
+
+        Raises:
+            ArtifactError: It was replaced, or is missing.
+        """
+        address, artifacts = self.settings["knowledge_base"], self.identity.get("artifacts") or {}
+        if "knowledge_base" in artifacts and read_manifest_at(f"{address}/{MANIFEST}") != artifacts["knowledge_base"]:
+            raise ArtifactError(
+                f"the knowledge base {address} is not the one that the run {self.output} had: put that one back, or "
+                "link again"
+            )
+
+    def checksums(self) -> dict[str, str]:
+        """Return checksums of the run's models, artifacts and input files, by name, as far as recorded."""
+        parts = {**(self.identity.get("artifacts") or {}), "input": self.identity.get("plan")}
+        return {
+            name: part if isinstance(part, str) else json_sha256(part)
+            for name, part in parts.items()
+            if part is not None
+        }
+
+    def open_weights(self) -> ScoreWeights | None:
+        """Open the weights of the run's score; None if it had none, or if they are not there any more."""
+        settings, artifacts = self.settings, self.identity.get("artifacts") or {}
+        address = settings.get("calibration")
+        if (settings.get("score") or {}).get("kind") != "combined":
+            return None
+        name, uri = "calibration", f"{address}/{CALIBRATION_MANIFEST}"
+        if address is None:
+            name, uri = "weights", f"{SHIPPED}/{WEIGHTS_MANIFEST}"
+        if not storage.exists(uri) or read_manifest_at(uri) != artifacts.get(name):
+            return None
+        return ScoreWeights.open() if address is None else Calibration.open(storage.download_directory(address)).weights
 
     def open_knowledge_base(self) -> KnowledgeBase:
         """Open the knowledge base of the run, from its original address."""

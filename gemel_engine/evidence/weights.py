@@ -64,6 +64,12 @@ class ScoreWeights:
         bonuses: NDArray[np.float64] = features_of(form, names, reasons) @ weights
         return bonuses
 
+    def parts(self, form: str, names: Sequence[str], reasons: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
+        """Return what each feature adds to the bonus of each candidate, without those that add nothing."""
+        weights = [self.features.get(name, 0.0) for name in FEATURES]
+        added = (features_of(form, names, reasons) * weights).tolist()
+        return [{name: value for name, value in zip(FEATURES, row, strict=True) if value} for row in added]
+
     def threshold(self, risk: float) -> float | None:
         """Return the lowest probability at which evidence alone is wrong at most at this risk.
 

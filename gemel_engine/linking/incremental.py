@@ -5,9 +5,12 @@
     OUTPUT/_changes/added_names/            prefix trie of the added names, if there are any
 
 A row is linked in full if one of its candidates was retired or renamed, if the previous search
-certified too few names, if evidence took part in the previous answer, or if its prompt has other
-demonstrations or cards than before. Every other row keeps what was proved about the old names; only the added
-names are searched for a better one. This module uses neither Ray nor a model.
+certified too few names, or if its prompt has other demonstrations or cards than before. Every other
+row keeps what was proved about the old names; only the added names are searched for a better one.
+
+A row by the score is ranked again by the weights and the evidence of now, if no name was added. It
+is linked in full if the log-probs and the mass that it states do not prove the new order. This
+module uses neither Ray nor a model.
 """
 
 from __future__ import annotations
@@ -39,26 +42,36 @@ _REMEDY = "put it back, or link without previous"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreviousRun:
-    """The finished run that an incremental run starts from; only the knowledge base may differ.
+    """The finished run that an incremental run starts from.
+
+    Only the knowledge base, its evidence and the calibration may differ.
 
     Attributes:
         output: Output directory of the previous run.
         changes: Directory in the output of the incremental run for the knowledge base changes.
         num_to_certify: Number of certified names that a row needs; a row with fewer is linked in
             full.
+        ranks_by_mean: Whether the language model's names are ranked by the mean; such rows are
+            linked in full, since any added name may change their order.
     """
 
     output: str
     changes: str
     num_to_certify: int
+    ranks_by_mean: bool = False
 
     @classmethod
     def of(cls, config: LinkConfig) -> Self | None:
         """Return the previous run of an incremental run, None for any other run."""
         if config.previous is None:
             return None
-        num_to_certify = config.search.num_to_certify
-        return cls(output=config.previous, changes=RunDirectory(config.output).changes, num_to_certify=num_to_certify)
+        search = config.search
+        return cls(
+            output=config.previous,
+            changes=RunDirectory(config.output).changes,
+            num_to_certify=search.num_to_certify,
+            ranks_by_mean=(search.ranking, search.objective) == ("mean", "sum"),
+        )
 
     def identity(self) -> str:
         """Return a hash of the previous run's claim; it changes if another run replaces the output.
@@ -85,7 +98,7 @@ class PreviousRun:
 
         Raises:
             ArtifactError: The knowledge base of the previous run is missing or was replaced.
-            ConfigurationError: The runs differ in more than their knowledge base.
+            ConfigurationError: The runs differ in more than may differ.
         """
         before = self._run()
         if found := incremental_differences(before, identity):
@@ -163,9 +176,13 @@ class PreviousRun:
             has_candidates = column.is_valid().to_numpy()
             is_touched |= _has_any(column, pc.list_flatten(column), changed)
         is_proved = pc.fill_null(pc.greater_equal(stored["num_certified"], self.num_to_certify), False).to_numpy()
-        is_by_model = pc.fill_null(pc.equal(stored["decided_by"], "language_model"), False).to_numpy()
-        uses_previous = is_proved & ~is_touched & is_by_model
-        keeps_previous = uses_previous & (has_candidates | (self.counts()["num_added_names"] == 0))
+        is_by_model, is_by_score = (
+            pc.fill_null(pc.equal(stored["decided_by"], kind), False).to_numpy() for kind in ("language_model", "score")
+        )
+        has_all_names = has_candidates | (self.counts()["num_added_names"] == 0)
+        can_use = (is_proved & is_by_model & (not self.ranks_by_mean)) | (is_by_score & has_all_names)
+        uses_previous = ~is_touched & can_use
+        keeps_previous = uses_previous & has_all_names
         place = pa.array(np.arange(len(stored)), mask=~uses_previous)
         nullable = pa.schema([field.with_nullable(True) for field in PREDICTION_SCHEMA])
         stored = stored.select(PREDICTION_SCHEMA.names)

@@ -232,9 +232,9 @@ def checked_plan(config: LinkConfig) -> tuple[list[Shard], Artifacts, Contents]:
 
     artifacts = open_artifacts(config, verify=config.verify_artifacts)
     image_encoder = check_encoders(config, artifacts)
-    open_calibration(config)
+    calibration = open_calibration(config, artifacts)
     if artifacts.evidence is not None:
-        open_weights(config)
+        open_weights(config, calibration)
     contents = run_contents(
         config,
         artifacts.mention_encoder_fingerprint,

@@ -94,8 +94,8 @@ class GenerateEntityNames:
             for row in rows:
                 before, mention = previous[row], mentions[row]
                 if before is not None and mention is not None:
-                    is_same = self._generator.has_same_prompt(mention, features[row], retrieved[row], before)
-                    previous[row] = before if is_same else None
+                    can_continue = self._generator.can_continue(mention, features[row], retrieved[row], before)
+                    previous[row] = before if can_continue else None
         try:
             linked = self._generator.generate(
                 [mention for mention in mentions if mention is not None],

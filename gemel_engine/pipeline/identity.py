@@ -26,7 +26,7 @@ _NOT_IDENTITY = (
     "language_model.activation_checkpointing",
 )
 # Settings and artifacts in which an incremental run may differ from the previous run.
-_MAY_CHANGE = ("knowledge_base", "evidence", "previous", "calibration", "output_columns")
+_MAY_CHANGE = ("knowledge_base", "evidence", "previous", "calibration", "weights", "output_columns")
 
 
 def run_identity(config: JobConfig, plan: object, contents: Contents, previous: str | None = None) -> dict[str, Any]:

@@ -26,12 +26,13 @@ from gemel_engine.evaluation.judge import Comparison, Evaluation, Measured
 from gemel_engine.evaluation.leaks import LeakAudit
 from gemel_engine.evaluation.quality import ConfidenceQuality
 from gemel_engine.evaluation.run import JudgedRun, LinkedRun
-from gemel_engine.evidence.reasons import in_words
+from gemel_engine.evidence.weights import ScoreWeights
 from gemel_engine.extras import extra
 from gemel_engine.report import plots
 from gemel_engine.report.entities import ShownEntity
 from gemel_engine.report.gallery import GalleryItem, ShownDemonstration, gallery_items
 from gemel_engine.report.pictures import Thumbnail
+from gemel_engine.report.proposed import Proposed, proposed
 from gemel_engine.retrieval.index import DemonstrationIndex
 from gemel_engine.storage.cache import download_directory
 
@@ -68,6 +69,7 @@ def render_report(
     confidence: Mapping[str, ConfidenceQuality] | None = None,
     comparisons: Mapping[str, Comparison] | None = None,
     leaks: LeakAudit | None = None,
+    weights: ScoreWeights | None = None,
 ) -> str:
     """Render a report; it has no section for an argument that is None.
 
@@ -80,8 +82,9 @@ def render_report(
         confidence: Quality of each score, by its name; the first is drawn most prominently.
         comparisons: Comparisons with other runs, by their headings.
         leaks: Overlap with the training split.
+        weights: Weights of the run's score, to show what each feature adds to it.
     """
-    cards = [_Card.of(item) for item in gallery]
+    cards = [_Card.of(item, weights) for item in gallery]
     num_rollouts = predictions["num_rollouts"].drop_null().to_numpy()
     flags = Counter(flag for card in cards for flag in card.flags) | {"all": len(cards)}
     return _ENVIRONMENT.get_template("page.html.j2").render(
@@ -144,7 +147,12 @@ def report_of(
         image_source=image_source,
     )
     page = partial(
-        render_report, title=linked.output, run=linked.report, predictions=linked.predictions, gallery=gallery
+        render_report,
+        title=linked.output,
+        run=linked.report,
+        predictions=linked.predictions,
+        gallery=gallery,
+        weights=linked.open_weights(),
     )
     if judged is None:
         return page()
@@ -172,14 +180,6 @@ class _Text:
         return cls(*excerpt(text, surface_form, start, _CONTEXT))
 
 
-@dataclass(frozen=True, slots=True)
-class _Proposed:
-    """An entity of a candidate pool, and why it is there."""
-
-    entity: ShownEntity
-    reasons: list[str]
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Card:
     """A gallery item, prepared for the template.
@@ -202,12 +202,12 @@ class _Card:
     flags: list[str]
     candidates: list[tuple[Mapping[str, Any], float, ShownEntity]]
     are_pictured: bool
-    pool: tuple[list[_Proposed], list[_Proposed]]
+    pool: tuple[list[Proposed], list[Proposed]]
     pool_lacks_gold: bool
     demonstrations: list[tuple[_Text | None, ShownDemonstration | ShownEntity]]
 
     @classmethod
-    def of(cls, item: GalleryItem) -> _Card:
+    def of(cls, item: GalleryItem, weights: ScoreWeights | None) -> _Card:
         row, mention = item.prediction, item.mention
         is_set = {
             "right": item.right is True,
@@ -219,10 +219,7 @@ class _Card:
         }
         candidates = row["candidates"] or []
         entities = [item.entity(candidate["entity_id"]) for candidate in candidates]
-        pool = [
-            _Proposed(item.entity(found["entity_id"]), in_words(dict(found["reasons"] or ())))
-            for found in row.get("pool") or ()
-        ]
+        pool = proposed(item, weights)
         return cls(
             item=item,
             text=_Text.of(mention.text, mention.mention, mention.mention_start),

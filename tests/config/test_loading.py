@@ -54,7 +54,10 @@ def test_a_slash_at_the_end_of_an_address_means_nothing(tmp_path: Path) -> None:
         ("search = { width = 'wide' }", r"search\.width: .*integer"),
         ("search = { width = 0 }", r"search\.width: .*greater than or equal to 1 \(got 0\)"),
         ("search = { num_to_certify = 9 }", "num_to_certify is 9: it must not be above num_candidates 5"),
-        ("previous = 'linked'", "ranking is 'mean': .*leave out `previous`, or set search.ranking = \"objective\""),
+        (
+            "previous = 'linked'\nlanguage_model = { name = 'lm' }\nscore = { kind = 'language_model' }",
+            "ranking is 'mean': .*leave out `previous`, or set search.ranking = \"objective\"",
+        ),
         ("rows_per_shard = 0", "rows_per_shard: .*greater than or equal to 1"),
         ("max_failed_fraction = 2.0", "max_failed_fraction: .*less than or equal to 1"),
         ("demonstrations = 'd'", "demonstrations need retrieval.mention_encoder"),

@@ -198,3 +198,32 @@ def test_the_best_of_an_entitys_names_counts(
         assert candidate.log_prob == pytest.approx(best, abs=1e-4)
     assert sorted(candidate.entity_id for candidate in found["several"].candidates) == ["A", "B", "C"]
     assert found["several"].certified
+
+
+@pytest.mark.parametrize("counts", [{"Q3": 0.2, "Q5": 3.0, "Q7": 0.0}, {"Q5": 5.0, "Q7": 4.0}])
+def test_other_weights_rank_an_earlier_prediction_again_where_it_proves_them(
+    opened: Artifacts, engine: TransformersEngine, counts: dict[str, float]
+) -> None:
+    found, num_proved = retrieved(opened, counts), 0
+    everything = SearchSettings(num_candidates=5, num_to_certify=5, max_rollouts=9999)
+    for search in (SearchSettings(), everything):
+        earlier = link(generator(opened, engine, search=search), found)
+        for prior in (0.0, 0.5, 1.0, 5.0):
+            weights = ScoreWeights(
+                features={"form_prior": prior, "picture": 1.0}, language_model=0.7, risks=(), fitted_on={}
+            )
+            other = generator(opened, engine, weights)
+            full = link(other, found)
+            is_proved = other.can_continue(MENTION, None, found, earlier)
+            num_proved += is_proved
+            (again,) = other.generate([MENTION], [None], [found], [earlier if is_proved else None])
+            assert (again.entity_id, again.certified) == (full.entity_id, full.certified)
+            assert again.score == pytest.approx(full.score, abs=1e-3)
+            assert again.demonstration_ids == full.demonstration_ids
+            if is_proved:
+                assert again.num_rollouts == earlier.num_rollouts
+    assert num_proved
+    unclear = generator(opened, engine, risk=0.2)
+    assert not unclear.can_continue(MENTION, None, found, earlier)  # evidence decides now
+    elsewhere = Retrieved((), found.own, found.candidates)
+    assert not generator(opened, engine).can_continue(MENTION, None, elsewhere, earlier)

@@ -19,10 +19,12 @@ from support.names import ENTITY_NAMES
 from gemel_engine import storage
 from gemel_engine.cli.main import main
 from gemel_engine.cli.tables import as_table
-from gemel_engine.errors import ConfigurationError, InputError
+from gemel_engine.decoding.confidence import Calibration
+from gemel_engine.errors import ArtifactError, ConfigurationError, InputError
 from gemel_engine.evaluation.calibrate import calibrate_run
 from gemel_engine.evaluation.gold import read_gold
 from gemel_engine.evaluation.run import LinkedRun, judge_run
+from gemel_engine.knowledge_base.store import MANIFEST
 from gemel_engine.pipeline.output import claim_output
 from gemel_engine.report.page import report_of
 from gemel_engine.storage.parquet import parquet_bytes
@@ -164,6 +166,66 @@ def test_a_calibration_fits_the_run_that_it_was_fitted_on(output: str) -> None:
     fitted.check_scoring(linked.settings)
     with pytest.raises(ConfigurationError, match=r"search\.objective"):
         fitted.check_scoring(linked.settings | {"search": {"objective": "mean"}})
+
+
+@pytest.fixture
+def scored(output: str, artifacts: dict[str, Path]) -> str:
+    """The run with candidate pools, in which training mentions of the form speak for the gold entity most often."""
+    claim, gold = Path(output, "_run.json"), pq.read_table(Path(output).parent / "mentions.parquet")
+    run = json.loads(claim.read_text())
+    run["settings"]["score"] = {"kind": "combined", "risk": 0.0}
+    run["artifacts"] = {"knowledge_base": json.loads((artifacts["knowledge_base"] / MANIFEST).read_text())}
+    run["plan"] = ["some rows"]
+    claim.write_text(json.dumps(run))
+    wanted = dict(zip(gold["mention_id"].to_pylist(), gold["entity_id"].to_pylist(), strict=True))
+    for shard in Path(output, "data").iterdir():
+        rows = pq.read_table(shard).to_pylist()
+        for number, row in enumerate(rows):
+            if row["error"] is None:
+                ids = dict.fromkeys([row["entity_id"], wanted[row["mention_id"]], "Q8"])
+                counts = [
+                    3.0 if (entity_id == wanted[row["mention_id"]]) == (number % 5 > 0) else 0.0 for entity_id in ids
+                ]
+                row["pool"] = [
+                    {"entity_id": entity_id, "score": 1.0, "reasons": [("form", count)]}
+                    for entity_id, count in zip(ids, counts, strict=True)
+                    if entity_id != "unheard of"
+                ]
+        pq.write_table(pa.Table.from_pylist(rows, schema=PREDICTION_SCHEMA), shard)
+    return output
+
+
+def test_one_command_fits_ranking_confidence_and_nil(
+    scored: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels = pq.read_table(tmp_path / "mentions.parquet").slice(30).select(["mention_id", "entity_id"])
+    pq.write_table(labels, tmp_path / "labels.parquet")
+
+    def fitted(*options: str) -> Calibration:
+        arguments = ["gemel", "calibrate", scored, str(tmp_path / "calibration"), "--nil-precision", "0.2", *options]
+        monkeypatch.setattr("sys.argv", arguments)
+        main()
+        return Calibration.open(tmp_path / "calibration")
+
+    with_nil, without_nil = fitted(), fitted("--gold", str(tmp_path / "labels.parquet"))
+    for found in (with_nil, without_nil):
+        assert found.weights is not None
+        assert found.weights.features["form_prior"] > 0.1
+        assert found.nil is not None
+        assert found.contents.keys() == {"knowledge_base", "input"}
+    assert (with_nil.fitted_on["nil_held_out"], with_nil.fitted_on["num_nil"]) == (0, 30)
+    assert without_nil.fitted_on["nil_held_out"] == 1
+    assert without_nil.fitted_on["num_nil"] == pytest.approx(170 / 5, abs=5)
+
+
+def test_a_run_that_does_not_fit_teaches_nothing(scored: str) -> None:
+    linked = LinkedRun.open(scored)
+    nothing = pa.array([[]] * NUM_MENTIONS, linked.predictions["pool"].type)
+    rows = linked.predictions.set_column(linked.predictions.column_names.index("pool"), "pool", nothing)
+    with pytest.raises(InputError, match=r"no row of .* has a candidate pool"):
+        calibrate_run(replace(linked, predictions=rows))
+    with pytest.raises(ArtifactError, match=r"is not the one that the run .* had"):
+        calibrate_run(replace(linked, identity={"artifacts": {"knowledge_base": {"entities_sha256": "another"}}}))
 
 
 def test_calibrated_scores_are_judged_beside_the_raw_ones(output: str) -> None:

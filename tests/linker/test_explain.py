@@ -136,7 +136,13 @@ def test_the_candidate_pool_has_its_reasons_and_cards_are_told_apart(proposing: 
     pool_ids = {found.entity_id for found in prediction.pool}
     assert explanation.entities.keys() == pool_ids | {item.entity_id for item in prediction.candidates}
     output = printed(explanation, width=1000)
-    _, candidates, pool, demonstrations, _ = output.split(" \u2500\u2500")
+    _, candidates, why, pool, demonstrations, _ = output.split(" \u2500\u2500")
+    first, second, *_ = prediction.candidates
+    assert explanation.arguments
+    if second.score is not None and first.score is not None:
+        difference = sum(item.difference for item in explanation.arguments)
+        assert difference == pytest.approx(first.score - second.score, abs=0.05)
+    assert all(f"{item.difference:+.2f}" in why and item.words in why for item in explanation.arguments)
     for item in prediction.candidates:
         assert f"entity number {item.entity_id[1:]} of many" in candidates
     assert len(pool.splitlines()) == len(prediction.pool) + 3

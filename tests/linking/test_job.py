@@ -28,9 +28,10 @@ from gemel_engine.config.components import KnowledgeBaseSettings, VisionSettings
 from gemel_engine.config.loading import config_json, load_config
 from gemel_engine.config.resources import PoolSettings
 from gemel_engine.config.settings import LinkConfig
-from gemel_engine.decoding.confidence import EVIDENCE, Calibration, LogisticModel, scoring_settings
+from gemel_engine.decoding.confidence import Calibration, LogisticModel, Term, scoring_settings
 from gemel_engine.errors import ArtifactError, ConfigurationError, GemelError, InputError, TooManyFailuresError
 from gemel_engine.evidence.retrieved import Retrieved
+from gemel_engine.evidence.weights import ScoreWeights
 from gemel_engine.knowledge_base.build import build_knowledge_base
 from gemel_engine.knowledge_base.update import open_knowledge_base
 from gemel_engine.linker import Linker, explain
@@ -217,11 +218,10 @@ def test_a_dry_run_checks_and_says_what_is_left(linked: tuple[LinkConfig, LinkRe
 
 
 def test_a_calibration_gives_confidence(config: LinkConfig, tmp_path: Path) -> None:
-    zeros, ones = (0.0,) * len(EVIDENCE), (1.0,) * len(EVIDENCE)
-    model = LogisticModel(mean=zeros, scale=ones, weights=(1.0, *zeros[1:]), bias=0.0)
+    model = LogisticModel(terms={"logit_probability": Term(mean=0.0, scale=1.0, weight=1.0)}, bias=0.0)
     scoring = scoring_settings(json.loads(config_json(config)))
-    calibration = Calibration(right=model, nil=model, nil_threshold=0.5, scoring=scoring, fitted_on={})
-    calibration.save(tmp_path / "calibration")
+    parts = {"right": model, "nil": model, "nil_threshold": 0.5, "scoring": scoring, "fitted_on": {}}
+    Calibration(weights=None, contents={}, **parts).save(tmp_path / "calibration")
     config = replace(config, calibration=str(tmp_path / "calibration"))
     found = Linker(config).link_one("Look at the bear over there.", "bear")
     assert found.probability is not None
@@ -230,6 +230,13 @@ def test_a_calibration_gives_confidence(config: LinkConfig, tmp_path: Path) -> N
     with pytest.raises(ConfigurationError, match=r"other settings of search\.max_rollouts"):
         link_corpus(replace(config, search=replace(config.search, max_rollouts=3)))
     assert not storage.exists(config.output)
+    Calibration(weights=None, contents={"knowledge_base": "another"}, **parts).save(tmp_path / "calibration")
+    with pytest.raises(ArtifactError, match="was fitted with another knowledge base than"):
+        describe_run(config)
+    weights = ScoreWeights(features={}, language_model=1.0, risks=(), fitted_on={})
+    Calibration(weights=weights, contents={}, **parts).save(tmp_path / "calibration")
+    with pytest.raises(ConfigurationError, match="fitted on a run with candidate pools, which this lacks"):
+        describe_run(config)
 
 
 def test_bad_rows_become_errors_and_too_many_fail_the_job_at_its_end(

@@ -17,6 +17,7 @@ from gemel_engine.display import cut, excerpt, shares, visible
 from gemel_engine.evaluation.judge import Comparison, Measured
 from gemel_engine.evaluation.leaks import LeakAudit
 from gemel_engine.evaluation.quality import ConfidenceQuality
+from gemel_engine.evidence.weights import ScoreWeights
 from gemel_engine.knowledge_base.store import Entity
 from gemel_engine.report.entities import ShownEntity
 from gemel_engine.report.gallery import GalleryItem, ShownDemonstration
@@ -136,6 +137,9 @@ def everything(word: str = "bear", figure: Measured = Measured(0.5, 0.25, 0.75, 
                 difference=figure, num_changed=2, won=(word,), lost=(word,) * 200, p_value=0.01
             )
         },
+        "weights": ScoreWeights(
+            features={"form_prior": 2.0, "likeness": -1.0}, language_model=1.0, risks=(), fitted_on={}
+        ),
         "leaks": LeakAudit(num_mentions=3, mention_ids=0, texts=1, mentions_in_texts=0, pictures=None),
     }
 
@@ -214,6 +218,14 @@ def test_candidates_the_pool_and_cards_have_their_entities(harmless: Page) -> No
     assert "training mentions of this form: 3; bear 0.50" in text
     assert "card: bear gold About bear." in text
     assert "Q17" in text
+
+
+def test_bars_show_what_each_feature_adds(harmless: Page) -> None:
+    assert "form prior 6.9" in harmless.text
+    assert "likeness −0.2" in harmless.text
+    without = Page(render_report(**(everything() | {"weights": None})))
+    assert "form prior" not in without.text
+    assert without.count("svg", "bar") < harmless.count("svg", "bar")
 
 
 def test_an_output_without_pools_has_no_pool() -> None:
