@@ -277,3 +277,9 @@ def log_sum_exp(values: list[float]) -> float:
         return -math.inf
     highest = max(values)
     return highest + math.log(math.fsum(math.exp(value - highest) for value in values))
+
+
+def share_of_mass(log_prob: float, log_explored_mass: float, unexplored_mass: float) -> float:
+    """Return a name's share of the mass of all names, unexplored mass at its upper bound."""
+    log_mass = log_sum_exp([log_explored_mass, math.log(max(unexplored_mass, 1e-300))])
+    return math.exp(log_prob - log_mass)

@@ -12,10 +12,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-import numpy as np
-
 from gemel_engine.decoding.entity_search import EntitySearch, EntitySearchResult
 from gemel_engine.decoding.entity_search import PoolEntity as BonusEntity
+from gemel_engine.decoding.frontier import share_of_mass
 from gemel_engine.decoding.prompt import Prompt
 from gemel_engine.decoding.ranking import Heard, bonuses_of, ranked_again, ranking_of
 from gemel_engine.decoding.resume import merge_results, numbered_in, result_of
@@ -173,7 +172,7 @@ class NameTask(MentionTask[SearchResult]):
             entity_name=candidates[0].entity_name,
             log_prob=names[0].log_prob,
             decided_by="language_model",
-            probability=_probability(names[0].log_prob, result),
+            probability=share_of_mass(names[0].log_prob, result.log_explored_mass, result.unexplored_mass),
             unexplored_mass=result.unexplored_mass,
             margin=names[0].score - names[1].score if len(names) > 1 else None,
             certified=result.num_certified > 0,
@@ -288,7 +287,7 @@ class ScoreTask(MentionTask[EntitySearchResult]):
             log_prob=best.log_prob,
             score=best.score,
             decided_by="score",
-            probability=_probability(best.log_prob, result),
+            probability=share_of_mass(best.log_prob, result.log_explored_mass, result.unexplored_mass),
             unexplored_mass=result.unexplored_mass,
             margin=best.score - others[0].score if others else None,
             certified=result.num_certified > 0,
@@ -346,9 +345,3 @@ class ScoreTask(MentionTask[EntitySearchResult]):
     def _candidate(self, row: int, log_prob: float | None, bonus: float, score: float | None) -> Candidate:
         entity = self._generator.artifacts.knowledge_base.entity(row)
         return Candidate(entity.entity_id, entity.name, log_prob, bonus, score)
-
-
-def _probability(log_prob: float, result: SearchResult | EntitySearchResult) -> float:
-    """Return a name's share of all names' mass, unexplored mass at its upper bound."""
-    log_mass = float(np.logaddexp(result.log_explored_mass, math.log(max(result.unexplored_mass, 1e-300))))
-    return math.exp(log_prob - log_mass)
