@@ -144,7 +144,7 @@ def fitted(linker: Linker, data: Path, num_train: int, num_asked: int) -> ScoreW
     encoder = linker.config.retrieval.mention_encoder
     assert encoder is not None
     of_emoji = Pools("emoji_train", EMOJI, encoder, emoji_train, True)
-    weights = with_pictures(fit_score(pools, fitted_on=what), of_emoji.labelled)
+    weights = with_pictures(fit_score(pools, fitted_on=what), of_emoji)
     weights.save(path)
     return weights
 
