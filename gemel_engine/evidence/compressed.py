@@ -70,7 +70,8 @@ class Compressed:
             _list(self._lists, number, self.index.code_size)[0][offset]
             for number, offset in zip(lists.tolist(), offsets.tolist(), strict=True)
         ]
-        vectors: FloatArray = self.index.pq.decode(np.stack(codes)) + self._centroids[lists]
+        quantiser: Any = self.index.pq  # annotated as the C++ method, which faiss wraps
+        vectors: FloatArray = quantiser.decode(np.stack(codes)) + self._centroids[lists]
         return vectors
 
     def write_merged(self, directory: Path, new_rows: NDArray[np.int64], vectors: FloatArray, rows: RowArray) -> int:

@@ -192,15 +192,15 @@ def _search_of(config: LinkConfig) -> FindConfig | None:
     """Return the search for mentions before a run; None if its input has mentions."""
     if not config.find_mentions:
         return None
-    return FindConfig(
+    finding = FindConfig(
         input=config.input,
         output=RunDirectory(config.output).mentions,
         knowledge_base=config.knowledge_base,
         demonstrations=config.demonstrations,
         finder=config.finder,
-        **({} if config.rows_per_shard is None else {"rows_per_shard": config.rows_per_shard}),
         max_failed_fraction=config.max_failed_fraction,
     )
+    return finding if config.rows_per_shard is None else replace(finding, rows_per_shard=config.rows_per_shard)
 
 
 def checked_plan(config: LinkConfig) -> tuple[list[Shard], Artifacts, Contents]:

@@ -77,9 +77,9 @@ def test_image_features_that_the_mapper_cannot_read_are_refused(generator: Entit
     assert (failed.error or "").startswith("invalid_mention: image_features holds 3 numbers")
 
 
-def test_a_prompt_is_the_same_only_with_the_same_items(generator: EntityNameGenerator) -> None:
+def test_an_earlier_prediction_is_continued_only_with_the_same_items(generator: EntityNameGenerator) -> None:
     retrieved = Retrieved((PromptItem(0), PromptItem(1)))
     (earlier,) = generator.generate([BEAR], [None], [retrieved])
-    assert generator.has_same_prompt(BEAR, None, retrieved, earlier)
-    assert not generator.has_same_prompt(BEAR, None, Retrieved((PromptItem(0), PromptItem(2))), earlier)
-    assert not generator.has_same_prompt(replace(BEAR, mention="bear " * 800), None, retrieved, earlier)
+    assert generator.can_continue(BEAR, None, retrieved, earlier)
+    assert not generator.can_continue(BEAR, None, Retrieved((PromptItem(0), PromptItem(2))), earlier)
+    assert not generator.can_continue(replace(BEAR, mention="bear " * 800), None, retrieved, earlier)

@@ -95,7 +95,7 @@ def test_of_a_long_text_the_surroundings_of_the_mention_are_kept(
     text = f"{before} the bear {after}"
     block = builder.question(text, "bear", None, text.index("bear") if is_known else None)
     assert block == builder.question(text, "bear", None)
-    asked = tokenizer.decode(list(block.token_ids))
+    asked = str(tokenizer.decode(list(block.token_ids)))
     kept = asked.removeprefix("[Text]").partition("\n[Question]What does bear")[0]
     assert "bear" in kept
     assert kept in text
@@ -112,12 +112,12 @@ def test_a_window_is_as_large_as_fits_and_follows_the_offset(tokenizer: PreTrain
     assert whole.num_characters_dropped == 0
     text = "bear " + "word " * 100_000 + "second bear"  # a text that is never tokenised whole
     first, second = (builder.question(text, "bear", None, start) for start in (0, len(text) - 4))
-    assert tokenizer.decode(list(first.token_ids)).startswith("[Text]bear word")
+    assert str(tokenizer.decode(list(first.token_ids))).startswith("[Text]bear word")
     assert "word second bear\n[Question]" in tokenizer.decode(list(second.token_ids))
     longer = len("word ") * len(encode_text(tokenizer, " word")) * 2
     assert all(100 - longer <= len(block) <= 100 for block in (first, second))
     elsewhere = builder.question("word " * 500, "wolf", None)
-    assert tokenizer.decode(list(elsewhere.token_ids)).startswith("[Text]word word")
+    assert str(tokenizer.decode(list(elsewhere.token_ids))).startswith("[Text]word word")
     with pytest.raises(PromptTooLongError, match=r"takes \d+ tokens without the text around it, but"):
         builder.question("x" * 12_000, "x" * 4000, None)
 

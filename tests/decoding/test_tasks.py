@@ -223,6 +223,7 @@ def test_other_weights_rank_an_earlier_prediction_again_where_it_proves_them(
             if is_proved:
                 assert again.num_rollouts == earlier.num_rollouts
     assert num_proved
+    earlier = link(generator(opened, engine), found)
     unclear = generator(opened, engine, risk=0.2)
     assert not unclear.can_continue(MENTION, None, found, earlier)  # evidence decides now
     elsewhere = Retrieved((), found.own, found.candidates)

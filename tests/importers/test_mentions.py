@@ -22,7 +22,7 @@ WIKIDIVERSE: list[Any] = [
     ["Nobody's wolf.", "", "nature", [["wolf", "Other", 3, 7, None], ["Nobody", "Person", 0, 6, "https://x.org/"]]],
     ["damaged"],
 ]
-MELBENCH = {
+MELBENCH: dict[str, dict[str, Any]] = {
     "7": {"sentence": "A bear drums.", "imgPath": "kvqa/1.jpg", "mentions": "bear", "answer": "Q1", "entities": "Bear"},
     "8": {"sentence": "A wolf.", "imgPath": "", "mentions": "wolf", "answer": "nil", "extra": 1},
     "9": {"sentence": "", "mentions": "x", "answer": "Q2"},
@@ -54,7 +54,8 @@ def imported(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> list[di
     assert pq.read_schema(output) == MENTION_SCHEMA
     (shard,) = plan_shards(output, 100)
     names = [name for name in MENTION_SCHEMA.names if name != "entity_name"]
-    return read_rows(shard, names).to_pylist()
+    rows: list[dict[str, Any]] = read_rows(shard, names).to_pylist()
+    return rows
 
 
 def test_wikidiverse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -220,7 +220,7 @@ def test_a_dry_run_checks_and_says_what_is_left(linked: tuple[LinkConfig, LinkRe
 def test_a_calibration_gives_confidence(config: LinkConfig, tmp_path: Path) -> None:
     model = LogisticModel(terms={"logit_probability": Term(mean=0.0, scale=1.0, weight=1.0)}, bias=0.0)
     scoring = scoring_settings(json.loads(config_json(config)))
-    parts = {"right": model, "nil": model, "nil_threshold": 0.5, "scoring": scoring, "fitted_on": {}}
+    parts: dict[str, Any] = {"right": model, "nil": model, "nil_threshold": 0.5, "scoring": scoring, "fitted_on": {}}
     Calibration(weights=None, contents={}, **parts).save(tmp_path / "calibration")
     config = replace(config, calibration=str(tmp_path / "calibration"))
     found = Linker(config).link_one("Look at the bear over there.", "bear")

@@ -67,7 +67,8 @@ def test_a_mention_is_linked_with_and_without_its_picture(
     assert browser.execute_script("return window.hacked") is None
     assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
     assert browser.execute_script(FAINT_TEXTS) == []
-    assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
+    log = browser.get_log("browser")  # type: ignore[no-untyped-call]
+    assert [entry for entry in log if entry["level"] == "SEVERE"] == []
 
 
 def test_an_error_is_shown(browser: Chrome, address: str, tmp_path: Path) -> None:
