@@ -67,7 +67,8 @@ class Compressed:
             _list(self._lists, number, self._index.code_size)[0][offset]
             for number, offset in zip(lists.tolist(), offsets.tolist(), strict=True)
         ]
-        vectors: FloatArray = self._index.pq.decode(np.stack(codes)) + self._centroids[lists]
+        residuals = self._index.pq.decode(np.stack(codes))  # type: ignore[call-arg, func-returns-value]  # as in C++
+        vectors: FloatArray = residuals + self._centroids[lists]
         return vectors
 
     def write_merged(self, directory: Path, new_rows: NDArray[np.int64], vectors: FloatArray, rows: RowArray) -> int:

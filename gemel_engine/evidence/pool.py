@@ -145,8 +145,8 @@ class CandidatePool:
                 ranking[source] = entities
         pools = [self._pool(ranking, group) for ranking, group in zip(rankings, groups, strict=True)]
         for number, pool in enumerate(pools):
-            of_mention = (None if values is None else values[number] for values in (form_embeddings, text_embeddings))
-            self._compare(pool, *of_mention, None if features is None else features[number])
+            form, text = (None if values is None else values[number] for values in (form_embeddings, text_embeddings))
+            self._compare(pool, form, text, None if features is None else features[number])
         return pools
 
     def _compare(self, pool: Pool, form: FloatArray | None, text: FloatArray | None, picture: Features | None) -> None:
