@@ -179,7 +179,8 @@ def is_right(pools: LabelledPools, weights: NDArray[np.float64]) -> NDArray[np.b
     """Whether the best candidate of each mention by evidence alone is right, (mentions,)."""
     scores, starts = pools.features @ weights, pools.starts
     best = [start + int(scores[start:end].argmax()) for start, end in pairwise(starts)]
-    return np.array(best) == pools.gold
+    right: NDArray[np.bool_] = np.array(best) == pools.gold
+    return right
 
 
 def wikidiverse(data: Path, split: str, num_mentions: int | None = None) -> Mentions:
