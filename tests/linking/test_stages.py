@@ -65,7 +65,7 @@ def test_each_shard_of_a_batch_gets_a_part_and_a_receipt(shards: list[Shard], tm
     assert (second["shard"], second["error_kinds"]) == (1, ["image"])
     part = pq.read_table(first["part"])
     assert part["mention_id"].to_pylist() == ["m0", "m1"]
-    assert set(part.column_names) == {*PREDICTION_SCHEMA.names, "shard", "row"}
+    assert set(part.column_names) == {*PREDICTION_SCHEMA.names, "row"}
 
 
 @pytest.fixture(scope="module")

@@ -87,7 +87,7 @@ def test_the_tables_made_in_the_documents_are_accepted(tmp_path: Path) -> None:
 def test_configurations_are_accepted(path: Path, tmp_path: Path) -> None:
     for block in blocks(path.read_text("utf-8"), "toml"):
         (tmp_path / "link.toml").write_text(block)
-        load_config(LinkConfig if "[language_model]" in block else FindConfig, tmp_path / "link.toml")
+        load_config(LinkConfig if "language_model" in block else FindConfig, tmp_path / "link.toml")
 
 
 def test_the_python_of_the_readme_links_a_mention(
