@@ -34,7 +34,8 @@ def link(arguments: Sequence[str]) -> None:
     from gemel_engine.pipeline.corpus import check_columns
 
     config = options.configure(LinkConfig, "gemel link", arguments)
-    check_columns(config.input, config.vision.required_columns, config.columns.given())
+    if not config.find_mentions:  # else the input has documents
+        check_columns(config.input, config.vision.required_columns, config.columns.given())
 
     from gemel_engine.linking.job import describe_run, link_corpus
 

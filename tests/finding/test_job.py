@@ -135,7 +135,7 @@ def test_what_is_unusable_is_named(
     printed = capsys.readouterr().err
     for message in (
         "see `error` in its _documents",
-        "repeats 1 document_id, such as ['a']: make them unique",
+        "repeats 1 document_id, such as ['a'], the first in rows 1 and 2: make them unique",
         "has no column 'document_id'; its columns are mention_id, text",
         "holds a run that differs in",
         "finder.model is not set, and neither are knowledge_base nor demonstrations",
@@ -189,8 +189,9 @@ def test_a_dry_run_finds_nothing_and_a_plan_needs_mentions(
     assert "4 of 4 documents are to be searched" in caplog.text
     with pytest.raises(ConfigurationError, match="call `gemel find-mentions` first"):
         checked_plan(load_config(LinkConfig, link))
+    link.write_text(f'previous = "linked"\n{link.read_text()}')
     with pytest.raises(ConfigurationError, match="`previous` needs the mentions of that run"):
-        load_config(LinkConfig, link, ["--previous", "linked"])
+        load_config(LinkConfig, link)
     assert not (tmp_path / "linked").exists()
 
 

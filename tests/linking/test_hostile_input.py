@@ -250,7 +250,6 @@ MISTAKES = {
     "the mention is empty": Mention("a", "A bear.", "\u2003\u200b"),
     "the text is empty": Mention("a", "", "bear"),
     "mention has 1000000 char": Mention("a", MEGABYTE, MEGABYTE),
-    "text has 1000004 char": Mention("a", MEGABYTE, "bear"),
     "at mention_start -5": Mention("a", "bear!", "bear", mention_start=-5),
     "holds a null": Mention("a", "A bear.", "bear", candidate_ids=("Q3", None)),  # type: ignore[arg-type]
     r"\\udc3b'\] are not": Mention("a", "A bear.", "bear", candidate_ids=("\udc3b",)),
@@ -268,4 +267,6 @@ def test_a_mistake_in_a_notebook_is_named_and_leaves_the_others_alone(config: Li
     assert alone.error is None
     assert (linked.mention_id, linked.entity_id) == ("honest", alone.entity_id)
     assert linked.log_prob == pytest.approx(alone.log_prob, abs=1e-3)
+    cut = linker.link_one(MEGABYTE, "bear")
+    assert (cut.error, (cut.num_characters_dropped or 0) > len(MEGABYTE) - 10_000) == (None, True)
     assert (linker.link_one(honest.text, honest.mention, b"no picture").error or "").startswith("image: 10 bytes")
