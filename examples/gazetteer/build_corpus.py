@@ -147,7 +147,7 @@ class Gazetteer:
         clues = [
             ("within", f"the {region}" if WITH_ARTICLE.fullmatch(region) else region)
             for region in place.regions
-            if not any(region in rival.regions for rival in rivals)
+            if not any(other in region for rival in rivals for other in rival.regions)  # Virginia in West Virginia
         ]
         if place.landmark and all(place.distance_km(rival) > RIVAL_KM for rival in rivals):
             clues.append(("near", place.landmark))

@@ -213,7 +213,7 @@ def checked_plan(config: LinkConfig) -> tuple[list[Shard], Artifacts, Contents]:
     Raises:
         GemelError: Something is unusable, or the artifacts do not fit together.
     """
-    config = settled(config)
+    config = validated(config)
     if config.find_mentions:
         raise ConfigurationError(
             f"find_mentions is set, but this command needs the mentions of {shown(config.input)}: call `gemel "
@@ -223,6 +223,7 @@ def checked_plan(config: LinkConfig) -> tuple[list[Shard], Artifacts, Contents]:
     storage.check_apart(config.output, config.input)
     if config.language_model.engine == "vllm":
         require("vllm", "cpu", "gpu")
+    config = settled(config)
     names = config.columns.given()
     plan = plan_shards(config.input, config.rows_per_shard, config.vision.required_columns, names)
 
