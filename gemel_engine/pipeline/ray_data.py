@@ -123,6 +123,7 @@ def connect(*, quiet: bool = False) -> None:
     context.enable_rich_progress_bars = False
     if quiet:
         context.enable_progress_bars = False
+        context.issue_detectors_config.detectors = []  # advise on Ray Data's own settings
         logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # warns that they are disabled
         for stream in of_data:
             stream.setLevel(logging.WARNING)
