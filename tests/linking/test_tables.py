@@ -79,5 +79,5 @@ def test_a_csv_with_pictures_in_an_archive_is_linked_as_parquet_is(
     assert dropped[1] > 5000
     assert not any(dropped[:1] + dropped[2:])
     run(monkeypatch, "evaluate", tmp_path / "output", "--allowed-image-prefixes", tmp_path / "pictures.tar")
-    metrics = json.loads((tmp_path / "output/evaluation/metrics.json").read_text())
+    metrics = json.loads((tmp_path / "output/_evaluation/metrics.json").read_text())
     assert metrics["evaluation"]["num_mentions"] + metrics["evaluation"]["num_nil"] == len(rows)
