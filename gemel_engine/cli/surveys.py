@@ -26,11 +26,11 @@ def init(input: Input, *, write_to: Path = Path("link.toml")) -> None:  # the na
     What the corpus has is filled in, what is missing is marked.
 
     Args:
-        input: Parquet file or directory of mentions or documents, local or s3://bucket/prefix.
+        input: Table of mentions or documents, or directory of tables, local or s3://bucket/prefix.
         write_to: New file for the configuration; an existing one is not overwritten.
     """
+    from gemel_engine.config.machine import fast_dtype
     from gemel_engine.survey.corpus import MISSING, configuration, survey_corpus
-    from gemel_engine.survey.machine import fast_dtype
 
     if write_to.exists():
         raise ConfigurationError(f"{write_to} exists: remove it, or name another file with --write-to")

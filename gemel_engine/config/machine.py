@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 _CPU_INFO = Path("/proc/cpuinfo")
 # Flags of x86, and the one of ARM. AVX512 alone has no bfloat16: it would be slower than float32.
-_BFLOAT16_FLAGS = re.compile(r"^(?:flags|Features)\s*:.*\b(?:avx512_bf16|amx_bf16|bf16)\b", re.MULTILINE)
+_BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 
 
 def resolve_dtype(config: Any) -> Any:
@@ -28,24 +28,30 @@ def resolve_dtype(config: Any) -> Any:
         return config
     workers = getattr(config, "workers", None)  # of training
     on_gpu = config.resources.generation.num_gpus > 0 if workers is None else workers.use_gpu
-    dtype = "bfloat16" if on_gpu or cpu_has_bfloat16() else "float32"
+    dtype = "bfloat16" if on_gpu else fast_dtype()
     return replace(config, language_model=replace(model, dtype=dtype))
 
 
 def warn_of_slow_dtype(config: Any) -> None:
     """Log a warning if the language model would be much slower than in float32 on CPUs like this one."""
     is_on_cpu = not config.resources.generation.num_gpus
-    if config.language_model.dtype == "bfloat16" and is_on_cpu and not cpu_has_bfloat16():
+    if config.language_model.dtype == "bfloat16" and is_on_cpu and fast_dtype() != "bfloat16":
         logger.warning(
             "this CPU has no instructions for bfloat16, in which it multiplies matrices up to a hundred times slower "
             'than in float32: set language_model.dtype to "auto"'
         )
 
 
+def fast_dtype() -> str:
+    """Return the data type in which the CPU multiplies matrices fast."""
+    return "bfloat16" if _BFLOAT16_FLAGS & cpu_flags() else "float32"
+
+
 @cache
-def cpu_has_bfloat16() -> bool:
-    """Return whether the CPU multiplies matrices of bfloat16 by instructions of its own."""
+def cpu_flags() -> frozenset[str]:
+    """Return the instruction sets that Linux lists for the CPU; none if it lists none."""
     try:
-        return _BFLOAT16_FLAGS.search(_CPU_INFO.read_text()) is not None
+        listed = re.search(r"^(?:flags|Features)\s*:(.*)$", _CPU_INFO.read_text(), re.MULTILINE)
     except OSError:
-        return False
+        listed = None
+    return frozenset(listed[1].split()) if listed else frozenset()

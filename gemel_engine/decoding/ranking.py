@@ -8,15 +8,14 @@ the language model.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
 
 from gemel_engine.decoding.scope import Scope
-from gemel_engine.evidence.weights import ScoreWeights, softmax
-from gemel_engine.knowledge_base.store import KnowledgeBase
+from gemel_engine.evidence.weights import softmax
 from gemel_engine.types import Candidate, Prediction
 
 _ROUNDING = 1e-9  # of the mass of all names, in the bound of the names that a row lacks
@@ -98,27 +97,6 @@ class Ranking:
     certainty: float
     num_certified: int
     margin: float | None
-
-
-def bonuses_of(
-    form: str,
-    rows: Sequence[int],
-    reasons: Sequence[Mapping[str, float]],
-    weights: ScoreWeights,
-    knowledge_base: KnowledgeBase,
-) -> dict[int, float]:
-    """Return the bonus of each entity of a pool by its row, the highest first.
-
-    Args:
-        form: Surface form.
-        rows: Rows of N entities.
-        reasons: Reasons of each in the pool.
-        weights: Weights of the score.
-        knowledge_base: Knowledge base of the entities.
-    """
-    names = [knowledge_base.entity(row).name for row in rows]
-    bonuses = weights.bonuses(form, names, reasons).tolist() if names else []
-    return dict(sorted(zip(rows, bonuses, strict=True), key=lambda pair: -pair[1]))
 
 
 def ranking_of(bonuses: Mapping[int, float], heard: Heard | None, weight: float) -> Ranking:

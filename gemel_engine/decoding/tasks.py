@@ -16,14 +16,14 @@ from gemel_engine.decoding.entity_search import EntitySearch, EntitySearchResult
 from gemel_engine.decoding.entity_search import PoolEntity as BonusEntity
 from gemel_engine.decoding.frontier import share_of_mass
 from gemel_engine.decoding.prompt import Prompt
-from gemel_engine.decoding.ranking import Heard, bonuses_of, ranked_again, ranking_of
+from gemel_engine.decoding.ranking import Heard, ranked_again, ranking_of
 from gemel_engine.decoding.resume import merge_results, numbered_in, result_of
 from gemel_engine.decoding.scheduler import Search
 from gemel_engine.decoding.scope import Scope
 from gemel_engine.decoding.search import FoundName, NameSearch, SearchResult
 from gemel_engine.errors import MentionError
 from gemel_engine.evidence.retrieved import PromptItem, Retrieved
-from gemel_engine.evidence.weights import ScoreWeights
+from gemel_engine.evidence.weights import ScoreWeights, bonuses_of
 from gemel_engine.knowledge_base.trie import PrefixTrie
 from gemel_engine.types import Candidate, Features, Mention, PoolEntity, Prediction
 

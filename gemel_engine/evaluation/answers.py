@@ -17,10 +17,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from gemel_engine.decoding.ranking import Heard, bonuses_of, ranked_again
+from gemel_engine.decoding.ranking import Heard, ranked_again
 from gemel_engine.decoding.scope import Scope
 from gemel_engine.evaluation.fit_score import LabelledPools, fit_score, left_out_weights
-from gemel_engine.evidence.weights import ScoreWeights
+from gemel_engine.evidence.weights import ScoreWeights, bonuses_of
 from gemel_engine.knowledge_base.store import KnowledgeBase
 from gemel_engine.types import Prediction, row_to_prediction
 

@@ -10,14 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from gemel_engine.config.components import RetrievalSettings
 from gemel_engine.evidence.forms import FormStatistics
 from gemel_engine.evidence.index import EvidenceIndex
 from gemel_engine.evidence.pool import MAX_TEXT, CandidatePool, CandidatePoolSettings, Pool
 from gemel_engine.evidence.retrieved import PoolCandidate, PromptItem, Retrieved
-from gemel_engine.evidence.weights import ScoreWeights
+from gemel_engine.evidence.weights import ScoreWeights, bonuses_of
 from gemel_engine.knowledge_base.store import KnowledgeBase
 from gemel_engine.retrieval.encoder import MentionEncoder
 from gemel_engine.retrieval.index import DemonstrationIndex
@@ -114,12 +112,11 @@ class Retriever:
 
     def _best(self, mention: Mention, candidates: Sequence[PoolCandidate]) -> list[int]:
         """Return the rows of the candidates with the highest bonus, at most `num_own_cards`, the best first."""
-        if not candidates or not self._settings.num_own_cards:
+        if not self._settings.num_own_cards:
             return []
-        names = [self._knowledge_base.entity(candidate.row).name for candidate in candidates]
-        bonuses = self._weights.bonuses(mention.mention, names, [candidate.reasons for candidate in candidates])
-        best = np.argsort(-bonuses, kind="stable")[: self._settings.num_own_cards]
-        return [candidates[place].row for place in best.tolist()]
+        rows, reasons = [item.row for item in candidates], [item.reasons for item in candidates]
+        bonuses = bonuses_of(mention.mention, rows, reasons, self._weights, self._knowledge_base)
+        return list(bonuses)[: self._settings.num_own_cards]
 
 
 def _items(demonstrations: Sequence[int], cards: Sequence[int]) -> tuple[PromptItem, ...]:

@@ -24,6 +24,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from gemel_engine.evidence.features import FEATURES, features_of
+from gemel_engine.knowledge_base.store import KnowledgeBase
 from gemel_engine.storage.manifest import claimed, parse_manifest, read_manifest, write_manifest
 
 MANIFEST = "score.json"
@@ -97,6 +98,27 @@ class ScoreWeights:
         """
         path = (directory or SHIPPED) / MANIFEST
         return parse_manifest(read_manifest(path, FORMAT_VERSION), cls, path)
+
+
+def bonuses_of(
+    form: str,
+    rows: Sequence[int],
+    reasons: Sequence[Mapping[str, float]],
+    weights: ScoreWeights,
+    knowledge_base: KnowledgeBase,
+) -> dict[int, float]:
+    """Return the bonus of each entity of a pool by its row, the highest first.
+
+    Args:
+        form: Surface form.
+        rows: Rows of N entities.
+        reasons: Reasons of each in the pool.
+        weights: Weights of the score.
+        knowledge_base: Knowledge base of the entities.
+    """
+    names = [knowledge_base.entity(row).name for row in rows]
+    bonuses = weights.bonuses(form, names, reasons).tolist() if names else []
+    return dict(sorted(zip(rows, bonuses, strict=True), key=lambda pair: -pair[1]))
 
 
 def softmax(scores: NDArray[np.float64]) -> NDArray[np.float64]:

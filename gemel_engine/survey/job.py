@@ -11,11 +11,12 @@ from pathlib import Path
 from gemel_engine import storage
 from gemel_engine.config.finding import FindConfig
 from gemel_engine.config.loading import load_config
+from gemel_engine.config.machine import fast_dtype
 from gemel_engine.config.settings import LinkConfig, TrainConfig
 from gemel_engine.errors import GemelError, redacted, shown
 from gemel_engine.fingerprints import read_manifest_at
 from gemel_engine.survey.corpus import IMAGE_ENCODER, LANGUAGE_MODEL, MENTION_ENCODER, survey_corpus
-from gemel_engine.survey.machine import Check, Status, fast_dtype, free_bytes, gpu_names, nearest_directory
+from gemel_engine.survey.machine import Check, Status, free_bytes, gpu_names, nearest_directory
 
 Config = LinkConfig | TrainConfig | FindConfig
 

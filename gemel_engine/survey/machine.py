@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import re
 import resource
 import shutil
 import socket
@@ -20,6 +19,7 @@ from urllib.parse import urlsplit
 
 from packaging.requirements import Requirement
 
+from gemel_engine.config.machine import cpu_flags, fast_dtype
 from gemel_engine.errors import shown
 
 _PACKAGE = "gemel-engine"
@@ -66,20 +66,6 @@ def check_machine() -> Iterator[Check]:
     yield _open_files()
     yield _gpus()
     yield _ray()
-
-
-def fast_dtype() -> str:
-    """Return the data type in which this machine's CPU multiplies matrices fast."""
-    return "bfloat16" if {"amx_bf16", "avx512_bf16", "bf16"} & cpu_flags() else "float32"
-
-
-def cpu_flags() -> frozenset[str]:
-    """Return the instruction sets that Linux lists; none if it lists none."""
-    try:
-        listed = re.search(r"^(?:flags|Features)\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        listed = None
-    return frozenset(listed[1].split()) if listed else frozenset()
 
 
 def gpu_names() -> list[str]:

@@ -32,10 +32,10 @@ ARM_WITH, ARM_WITHOUT = "Features\t: fp asimd bf16", "Features\t: fp asimd"
 @pytest.fixture
 def cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """What stands for /proc/cpuinfo."""
-    machine.cpu_has_bfloat16.cache_clear()
+    machine.cpu_flags.cache_clear()
     monkeypatch.setattr(machine, "_CPU_INFO", tmp_path / "cpuinfo")
     yield tmp_path / "cpuinfo"
-    machine.cpu_has_bfloat16.cache_clear()
+    machine.cpu_flags.cache_clear()
 
 
 def load(tmp_path: Path, *overrides: str) -> LinkConfig:

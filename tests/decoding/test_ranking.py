@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from gemel_engine.decoding.ranking import Heard, bonuses_of, ranked_again, ranking_of
+from gemel_engine.decoding.ranking import Heard, ranked_again, ranking_of
 from gemel_engine.decoding.scope import Scope
-from gemel_engine.evidence.weights import ScoreWeights
+from gemel_engine.evidence.weights import ScoreWeights, bonuses_of
 from gemel_engine.types import Candidate, Prediction
 
 pytestmark = pytest.mark.unit
