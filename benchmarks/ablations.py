@@ -5,7 +5,7 @@ python benchmarks/ablations.py WIKIDIVERSE [--corpora wikidiverse emoji] [--rows
 WIKIDIVERSE holds `train.parquet`, `dev.parquet` and `entities.parquet`. Needs what `make demo` and
 `benchmarks/wikidiverse.py` build. Each row links the same mentions of a corpus' dev split with one thing changed, in a
 process of its own. Rows that `benchmarks/results/ablations.json` has are skipped, so that the table can be made over
-days; it stands in `docs/ablations.md`, whose tables are written anew after each row.
+days; `make docs` writes it to `docs/results.md`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import hashlib
 import json
 import logging
 import random
-import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -26,7 +25,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import tyro
 from decode_systems import Beams
-from record import difference, record, to_digits
+from record import record, to_digits
 from vllm import RequestOutput, SamplingParams
 from wikidiverse import guesses
 
@@ -40,7 +39,6 @@ from gemel_engine.linker import Linker
 from gemel_engine.types import Features, Mention
 
 RESULTS = Path("benchmarks/results/ablations.json")
-DOCUMENT = Path("docs/ablations.md")
 NUM_MENTIONS = 300
 SEED = 0
 
@@ -177,7 +175,6 @@ def main(
             results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}  # others may have written meanwhile
             results.setdefault(name, {})[row] = found
             RESULTS.write_text(json.dumps(results, indent=2) + "\n")
-            DOCUMENT.write_text(with_tables(DOCUMENT.read_text(), results))
             logger.info("%s, %s: %.3f", name, row, results[name][row]["value"]["accuracy"])
 
 
@@ -279,39 +276,6 @@ def noted(found: Answers, corpus: str, row: str, digest: str) -> dict[str, Any]:
     value["right"] = to_digits(found.right)
     command = f'python benchmarks/ablations.py WIKIDIVERSE --corpora {corpus} --rows "{row}"'
     return record(value, command, f"{NUM_MENTIONS} mentions of dev, seed {SEED}, float32")
-
-
-def with_tables(text: str, results: dict[str, Any]) -> str:
-    """The document with each corpus' table between its two comments written anew."""
-    for corpus in ROWS:
-        marked = rf"(<!-- {corpus} -->\n).*?(<!-- end -->)"
-        text = re.sub(marked, rf"\g<1>{table(corpus, results.get(corpus, {}))}\g<2>", text, flags=re.DOTALL)
-    return text
-
-
-def table(corpus: str, results: dict[str, Any]) -> str:
-    """All rows in Markdown; those without a result say so."""
-    lines = ["| | accuracy | against | certified | rollouts | prompt tokens |", "|---|---|---|---|---|---|"]
-    digests = {results[name]["value"]["digest"] for name in ROWS[corpus] if name in results}
-    assert len(digests) < 2, f"rows of {corpus} are of other mentions than others: remove them"
-    for name, row in ROWS[corpus].items():
-        if name not in results:
-            lines.append(f"| {name} | not measured yet | | | | |")
-            continue
-        value = results[name]["value"]
-        low, high = value["interval"]
-        against = ""
-        if name != row.against and row.against in results:
-            other = "" if row.against == "base" else f" ({row.against})"
-            against = difference(value["right"], results[row.against]["value"]["right"]) + other
-        costs = [
-            "" if value[cost] is None else format(value[cost], layout)
-            for cost, layout in (("certified_share", ".1%"), ("rollouts", ".1f"), ("prompt_tokens", ".0f"))
-        ]
-        lines.append(f"| {name} | {value['accuracy']:.3f} [{low:.3f}, {high:.3f}] | {against} | {' | '.join(costs)} |")
-    commits = sorted({results[name]["commit"][:7] for name in ROWS[corpus] if name in results})
-    lines += ["", f"Commits of the rows: {', '.join(commits)}."] if commits else []
-    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

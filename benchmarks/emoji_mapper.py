@@ -109,7 +109,6 @@ def main(
             table[row] = noted([runs[run][split] for run in ROWS[row]], row, split)
             logger.info("%s %s: %s", split, row, {key: value["value"] for key, value in table[row].items()})
         RESULTS.write_text(json.dumps(results, indent=2) + "\n")
-        RESULTS.with_suffix(".md").write_text(markdown(results))
 
 
 def train(name: str) -> None:
@@ -268,20 +267,6 @@ def noted(runs: list[dict[str, str]], row: str, split: str) -> dict[str, Any]:
             "of_runs": of_runs.mean(axis=1).tolist(),
         }
     return result
-
-
-def markdown(results: dict[str, Any]) -> str:
-    """The table that documents show."""
-    lines = ["| | " + " | ".join(f"{split}: all names | form's entities" for split in SPLITS) + " |"]
-    lines.append("|---" * (1 + 2 * len(SPLITS)) + "|")
-    for row in ROWS:
-        cells = []
-        for split in SPLITS:
-            found = (results if split == "test" else results.get(split, {})).get(row)
-            for metric in METRICS:
-                cells.append(f"{found[metric]['value']:.3f}" if found else "not measured yet")
-        lines.append(f"| {row.replace('_', ' ')} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

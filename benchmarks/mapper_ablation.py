@@ -22,7 +22,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import tyro
 from emoji_mapper import CORPUS
-from record import difference, record, run_script, to_digits
+from record import record, run_script, to_digits
 
 WORK = Path("build/mapper_ablation")
 RESULTS = Path("benchmarks/results/mapper_ablation.json")
@@ -71,7 +71,6 @@ def main(*, rows: tuple[str, ...] = tuple(ROWS)) -> None:
         if name not in results:
             results[name] = measure(name, gold)
             RESULTS.write_text(json.dumps(results, indent=2) + "\n")
-            RESULTS.with_suffix(".md").write_text(table(results))
             logger.info("%s: %s", name, results[name]["value"])
 
 
@@ -124,29 +123,6 @@ def right_of(linked: Path, gold: dict[str, str]) -> list[bool]:
     rows = pq.read_table(linked, columns=["mention_id", "entity_id"]).to_pylist()
     answers = {row["mention_id"]: row["entity_id"] for row in rows}
     return [answers[mention_id] == entity_id for mention_id, entity_id in gold.items()]
-
-
-def table(results: dict[str, Any]) -> str:
-    """All rows in Markdown; those without a result say so."""
-    lines = [
-        "Base: 2 demonstrations and one more by its picture, P = 4, ridge regression as the start, z_score_norm.",
-        f"In each row one thing differs, or two; {NUM_STEPS} steps of {BATCH_SIZE} mentions, one seed. Accuracy over",
-        f"all names on {NUM_MENTIONS} mentions of dev, its difference to the base's with a 95% interval, and",
-        "the mean loss of the steps.",
-        "",
-        "| | accuracy | difference | loss |",
-        "|---|---|---|---|",
-    ]
-    for name in ROWS:
-        if name not in results:
-            lines.append(f"| {name} | not measured yet | | |")
-            continue
-        value = results[name]["value"]
-        against = ""
-        if name != "base" and "base" in results:
-            against = difference(value["right"], results["base"]["value"]["right"])
-        lines.append(f"| {name} | {value['accuracy_all']:.3f} | {against} | {value['loss']:.3f} |")
-    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ and all come very often, so that of a prompt only its question is. Where evidenc
 nothing to do: the share of such mentions is that of WikiDiverse dev, in `score.json`. What a rollout costs the host, in
 `hostcost.json`, bounds what one engine takes, whatever the GPU. Then the job's own pipeline is run with stages that
 wait as long as the models would take, with as many actors as this machine bears, to see whether Ray keeps up. Results
-go to `benchmarks/results/sizing.json`, the tables to `benchmarks/results/sizing.md`.
+go to `benchmarks/results/sizing.json`; `make docs` makes tables of them.
 """
 
 from __future__ import annotations
@@ -101,8 +101,6 @@ def main(wikidiverse: tyro.conf.Positional[Path], *, num_actors: int = 32) -> No
         "pipeline": record(pipeline, command, f"{num_actors} actors that wait, on this machine"),
     }
     RESULTS.write_text(json.dumps(results, indent=2) + "\n")
-    RESULTS.with_suffix(".md").write_text(tables(blocks, rows, pipeline))
-    print(RESULTS.with_suffix(".md").read_text())
 
 
 def block_lengths(wikidiverse: Path) -> dict[str, float]:
@@ -206,57 +204,6 @@ def waiting_pipeline(num_actors: int, seconds_per_row: float) -> dict[str, float
     found = (last - first) * BLOCK_ROWS / (times[last] - times[first])
     possible = num_actors / seconds_per_row
     return {"actors": num_actors, "rows_per_second": found, "possible": possible, "share": found / possible}
-
-
-def tables(blocks: dict[str, float], rows: list[dict[str, Any]], pipeline: dict[str, float]) -> str:
-    """All of it in Markdown."""
-    lines = [
-        f"A demonstration has {blocks['demonstration']:.0f} tokens, a question {blocks['question']:.0f}; a picture "
-        f"adds {PREFIX_LENGTH}.",
-        "",
-        "| | GPU | tokens of a prompt | computed, forms distinct / shared | TFLOP a mention | mentions/s a GPU | "
-        "tokens in the cache |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {row['model']} | {row['gpu']} | {row['prompt_tokens']:.0f} | {row['tokens_computed_distinct']:.0f} / "
-        f"{row['tokens_computed_shared']:.0f} | {row['teraflop_distinct']:.1f} / {row['teraflop_shared']:.1f} | "
-        f"{row['mentions_per_second_distinct']:.0f} / {row['mentions_per_second_shared']:.0f} | "
-        f"{row['kv_tokens']:,.0f} |"
-        for row in rows
-    ]
-    lines += [
-        "",
-        f"Evidence decides {rows[0]['decided_by_evidence']:.0%} of the mentions alone (WikiDiverse dev, risk 3%). The "
-        f"host's thread submits the rollouts of at most {rows[0]['searches_per_second_host']:,.0f} other mentions a "
-        "second to an engine.",
-        "",
-        "| | GPU | mentions/s a GPU with evidence, forms distinct / shared |",
-        "|---|---|---|",
-    ]
-    lines += [
-        f"| {row['model']} | {row['gpu']} | {row['mentions_per_second_distinct_cascade']:.0f} / "
-        f"{row['mentions_per_second_shared_cascade']:.0f} |"
-        for row in rows
-    ]
-    lines += [
-        "",
-        "| | GPUs | mentions/s | GB/s read | S3 prefixes | cores for pictures | hours for 100M, distinct / shared |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {row['model']}, {row['gpu']} | {many['gpus']} | {many['mentions_per_second']:,.0f} | "
-        f"{many['gigabytes_read_per_second']:.1f} | {many['s3_prefixes']:.1f} | {many['cores_for_pictures']:.0f} | "
-        f"{many['hours_for_100m_distinct']:.1f} / {many['hours_for_100m_shared']:.1f} |"
-        for row in rows
-        for many in row["many"]
-    ]
-    lines += [
-        "",
-        f"A pipeline of {pipeline['actors']:.0f} actors that wait as long as a GPU would take: "
-        f"{pipeline['rows_per_second']:,.0f} rows/s of {pipeline['possible']:,.0f} possible, {pipeline['share']:.0%}.",
-    ]
-    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -192,31 +192,9 @@ def noted(value: dict[str, float | None], language_model: str, mention_encoder: 
 
 
 def save(results: dict[str, Any]) -> None:
-    """Write the results, and the table of them that documents show."""
+    """Write the results."""
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     RESULTS.write_text(json.dumps(results, indent=2) + "\n")
-    RESULTS.with_suffix(".md").write_text(table(results))
-
-
-def table(results: dict[str, Any]) -> str:
-    """All settings in Markdown; those without a result say so."""
-    lines = [
-        "| demonstrations | terminator | accuracy | certified | rollouts a mention | cache hits | s a mention |",
-        "|---|---|---|---|---|---|---|",
-        f"| none: no model | | {results['baseline_without_model']['value']['accuracy']:.3f} | | | | |",
-    ]
-    for setting in sorted(SETTINGS, key=lambda item: (item.num_demonstrations, item.policy, item.terminator)):
-        kind = f"{setting.num_demonstrations} {setting.policy if setting.num_demonstrations else ''}".strip()
-        if setting.name not in results:
-            lines.append(f"| {kind} | {setting.terminator} | not measured yet | | | | |")
-            continue
-        value = results[setting.name]["value"]
-        lines.append(
-            f"| {kind} | {setting.terminator} | {value['accuracy']:.3f} | {value['certified_share']:.1%} "
-            f"| {value['rollouts_per_mention']:.1f} | {value['prefix_cache_hit_rate']:.1%} "
-            f"| {value['generation_seconds_per_mention']:.2f} |"
-        )
-    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from gemel_engine.knowledge_base.build import read_entities
 from gemel_engine.pipeline.corpus import plan_shards
 from gemel_engine.types import Prediction
 
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 OPTION = re.compile(r"--([a-z][a-z_.-]+)")
 
 
