@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from figures import Results, fill_in
+from reference import pages
 from results import page
 
 ROOT = Path(__file__).parent.parent
@@ -21,7 +22,8 @@ def documents(root: Path) -> dict[Path, str]:
     results = Results(root / "benchmarks/results")
     written = [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
     found = {path: fill_in(path.read_text("utf-8"), results) for path in written if path.is_file()}
-    return found | {root / "docs/results.md": page(results)}
+    generated = {f"reference/{name}": text for name, text in pages().items()} | {"results": page(results)}
+    return found | {root / f"docs/{name}.md": text for name, text in generated.items()}
 
 
 def outdated(root: Path) -> dict[Path, str]:
