@@ -50,7 +50,7 @@ def as_table(judged: JudgedRun) -> Table:
     add("mean reciprocal rank", evaluation.mean_reciprocal_rank)
     if evaluation.pool_recall is not None:
         add("pool recall", evaluation.pool_recall)
-    add("certified", evaluation.certified_share)
+    add("search complete", evaluation.certified_share)
     for score, item in judged.confidence.items():
         table.add_section()
         table.add_row(f"{score} score: calibration error", f"{item.expected_calibration_error:.3f}", "", "")
@@ -154,9 +154,9 @@ def _search(prediction: Prediction) -> str:
             f"decided by evidence alone, at probability {percent(prediction.confidence, _NOTHING)}; nothing was asked"
         )
     certificate = (
-        f"certified: the first {prediction.num_certified} proved to be in their place"
+        f"search complete: the first {prediction.num_certified} are proved to be in their place"
         if prediction.certified
-        else "not certified: the budget of rollouts was spent first"
+        else "search stopped early: the budget of rollouts was spent first"
     )
     return (
         f"{certificate}; rollouts {prediction.num_rollouts}; margin {_number(prediction.margin)}; "

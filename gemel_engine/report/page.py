@@ -52,8 +52,8 @@ _FILTERS = {
     "all": "All",
     "right": "Right",
     "wrong": "Wrong",
-    "certified": "Certified",
-    "uncertified": "Not certified",
+    "certified": "Search complete",
+    "uncertified": "Search stopped early",
     "nil": "NIL",
     "error": "Errors",
 }
