@@ -81,13 +81,15 @@ def test_no_line_begins_with_a_mark(path: Path) -> None:
 
 
 def test_decisions_are_short_and_numbered() -> None:
-    found = sorted((ROOT / "docs/decisions").glob("*.md"))
+    found = sorted((ROOT / "docs/decisions").glob("0*.md"))
+    listed = (ROOT / "docs/decisions/index.md").read_text("utf-8")
     assert 10 <= len(found) <= 15
     for number, path in enumerate(found, 1):
         lines = path.read_text("utf-8").splitlines()
         assert len(lines) <= 25, path.name
         assert lines[0].startswith(f"# {number:03} "), path.name
         assert path.name.startswith(f"{number:03}-")
+        assert f"- [{lines[0][2:]}]({path.name})\n" in listed
 
 
 def test_results_of_a_new_file_are_shown(tmp_path: Path) -> None:
