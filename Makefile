@@ -34,7 +34,7 @@ export VLLM_NO_USAGE_STATS = 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install demo gazetteer-demo train-demo cluster-trial test test-unit test-pythons gpu-check gpu-bench test-all test-chaos \
-	check format lint hygiene types bench bench-decode ablations docs requirements dist clean
+	check format lint hygiene types bench bench-decode ablations docs site requirements dist clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' Makefile
@@ -121,6 +121,9 @@ ablations: $(KNOWLEDGE_BASE) $(DEMONSTRATIONS) ## change one thing at a time; WI
 
 docs: $(INSTALLED) ## write the figures, the results and the reference of the documents anew
 	PYTHONPATH=benchmarks $(BIN)/python tools/documents.py
+
+site: $(INSTALLED) ## build the documents as a site, in build/site; a broken link fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 requirements: $(INSTALLED) ## resolve requirements-cpu.txt and requirements-gpu.txt anew
 	$(call resolve,cpu,$(EXTRAS))

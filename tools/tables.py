@@ -90,7 +90,7 @@ def _table(table: Table, results: Results) -> str:
 
 
 def _facts(facts: Facts, results: Results) -> str:
-    lines = ["| | |", "|---|---|"]
+    lines = ["| measurement | result |", "|---|---|"]
     for label, places, layout in facts.rows:
         found = [results.show(f"{facts.source}/{place}", layout) for place in places.split(" | ")]
         lines.append(_line([label, " / ".join(found)]))

@@ -26,7 +26,7 @@ OPTION = re.compile(r"--([a-z][a-z_.-]+)")
 
 
 def named(path: Path) -> str:
-    return str(path.relative_to(ROOT))
+    return path.relative_to(ROOT).as_posix()
 
 
 def blocks(text: str, language: str) -> list[str]:
