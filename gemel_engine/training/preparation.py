@@ -14,15 +14,16 @@ import ray
 from ray.data import Dataset
 
 from gemel_engine import storage
-from gemel_engine.assembly import artifact_manifests
 from gemel_engine.config.loading import config_json
 from gemel_engine.config.settings import TrainConfig
+from gemel_engine.contents import artifact_manifests
 from gemel_engine.decoding.generator import Artifacts
 from gemel_engine.errors import InputError, TooManyFailuresError, error_kind, shown
 from gemel_engine.fingerprints import Contents
+from gemel_engine.pipeline.chain import Stage, reading_stages
 from gemel_engine.pipeline.corpus import Shard, plan_identity
 from gemel_engine.pipeline.output import RunDirectory, claim_output, read_columns
-from gemel_engine.pipeline.ray_data import actor_pool, encode_and_retrieve, own_errors
+from gemel_engine.pipeline.ray_data import own_errors, stream
 from gemel_engine.training.stages import CheckExamples, read_file, write_examples
 from gemel_engine.vision.encoder import ImageEncoder
 from gemel_engine.vision.mapper import FeatureMapper
@@ -70,15 +71,13 @@ def prepare_split(
     done = f"{root}/_prepared.json"
     if not storage.exists(done):
         directory = f"{root}/data-{uuid.uuid4().hex}"
-        dataset = encode_and_retrieve(config, plan, contents, with_gold=True)
-        pool = actor_pool(config.resources.retrieval)
-        dataset = dataset.map_batches(
-            CheckExamples, fn_constructor_args=(config, prefix_length, vision_width), **pool
-        ).map_batches(
-            partial(write_examples, directory=directory), batch_size=None, batch_format="pyarrow", num_cpus=0.25
-        )
+        stages = [
+            *reading_stages(config, contents, with_gold=True),
+            Stage(CheckExamples, (config, prefix_length, vision_width), config.resources.retrieval),
+            Stage(partial(write_examples, directory=directory)),
+        ]
         with own_errors():
-            receipts = dataset.take_all()
+            receipts = stream(plan, stages).take_all()
         counts = {name: sum(receipt[name] for receipt in receipts) for name in ("num_rows", "num_pictures")}
         storage.remove_tree(RunDirectory(config.output).marks)
         storage.create_exclusive(done, json.dumps({"directory": directory.rpartition("/")[2]} | counts).encode())
