@@ -43,14 +43,28 @@ def reading_stages(
         with_gold: Whether to keep `entity_id`.
         annotate: Function that adds columns to all rows of a shard.
     """
-    with_pictures = config.vision.image_encoder is not None
-    columns = ("image_features", *(IMAGE_COLUMNS if with_pictures else ()), *(("entity_id",) if with_gold else ()))
-    stages = [Stage(partial(read_mentions, output=config.output, also=columns, annotate=annotate))]
-    if with_pictures:
-        stages.append(Stage(EncodeImages, (config, contents), config.resources.images))
+    gold = ("entity_id",) if with_gold else ()
+    if config.vision.image_encoder is not None:
+        stages = picture_stages(config, contents, *gold, annotate=annotate)
+    else:
+        stages = [_reading(config, ("image_features", *gold), annotate)]
     if config.retrieval.num_candidates or (config.demonstrations is not None and config.retrieval.num_demonstrations):
         stages.append(Stage(Retrieve, (config, contents), config.resources.retrieval))
     return stages
+
+
+def picture_stages(
+    config: JobConfig, contents: Contents | None, *also: str, annotate: Annotate | None = None
+) -> list[Stage]:
+    """Return the stages that read mentions, with further columns, and add their image features."""
+    return [
+        _reading(config, ("image_features", *IMAGE_COLUMNS, *also), annotate),
+        Stage(EncodeImages, (config, contents), config.resources.images),
+    ]
+
+
+def _reading(config: JobConfig, columns: tuple[str, ...], annotate: Annotate | None) -> Stage:
+    return Stage(partial(read_mentions, output=config.output, also=columns, annotate=annotate))
 
 
 def run_here(plan: Sequence[Shard], stages: Sequence[Stage]) -> Iterator[pa.Table]:
