@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING
 
-from gemel_engine import storage
 from gemel_engine.compatibility import check_length, check_mapper, check_names, check_pictures
 from gemel_engine.config.components import VisionSettings
 from gemel_engine.config.loading import config_json
 from gemel_engine.config.settings import JobConfig, LinkConfig
-from gemel_engine.decoding.confidence import MANIFEST as CALIBRATION_MANIFEST
+from gemel_engine.contents import manifest_addresses
 from gemel_engine.decoding.confidence import Calibration
 from gemel_engine.decoding.engines.base import RolloutEngine
 from gemel_engine.decoding.engines.reference import TransformersEngine
@@ -25,28 +23,21 @@ from gemel_engine.decoding.language_model import (
 )
 from gemel_engine.decoding.prompt import PromptBuilder
 from gemel_engine.errors import ArtifactError, ConfigurationError
-from gemel_engine.evidence.index import DIRECTORY as EVIDENCE_DIRECTORY
-from gemel_engine.evidence.index import MANIFEST as EVIDENCE_MANIFEST
 from gemel_engine.evidence.index import open_evidence
 from gemel_engine.evidence.retriever import Retriever
-from gemel_engine.evidence.update import UPDATE_MANIFEST as EVIDENCE_UPDATE_MANIFEST
 from gemel_engine.evidence.update import open_knowledge_base
-from gemel_engine.evidence.weights import MANIFEST as WEIGHTS_MANIFEST
-from gemel_engine.evidence.weights import SHIPPED as SHIPPED_WEIGHTS
 from gemel_engine.evidence.weights import ScoreWeights
 from gemel_engine.extras import extra
-from gemel_engine.fingerprints import Contents, check_content, checkpoint_fingerprint, json_sha256, read_manifest_at
+from gemel_engine.fingerprints import Contents, check_content, json_sha256, read_manifest_at
 from gemel_engine.knowledge_base.store import MANIFEST as KNOWLEDGE_BASE_MANIFEST
 from gemel_engine.knowledge_base.trie import SavedTrie
-from gemel_engine.retrieval.index import MANIFEST as INDEX_MANIFEST
 from gemel_engine.retrieval.index import DemonstrationIndex
 from gemel_engine.storage.cache import download_directory
 from gemel_engine.tokenizer import check_embedded, load_tokenizer, tokenizer_fingerprint
-from gemel_engine.vision.encoder import ImageEncoder, PictureEncoder
-from gemel_engine.vision.mapper import MANIFEST as MAPPER_MANIFEST
 from gemel_engine.vision.mapper import FeatureMapper
 
-Config = TypeVar("Config", bound=JobConfig)
+if TYPE_CHECKING:
+    from gemel_engine.vision.encoder import PictureEncoder
 
 
 def open_artifacts(config: JobConfig, *, verify: bool = False) -> Artifacts:
@@ -95,16 +86,6 @@ def open_artifacts(config: JobConfig, *, verify: bool = False) -> Artifacts:
         check_mapper(config, mapper, index)
     check_pictures(config, evidence, mapper, index)
     return Artifacts(tokenizer, knowledge_base, knowledge_base.trie_directory, index, mapper, evidence)
-
-
-def without_missing_evidence(config: Config, artifacts: Artifacts) -> Config:
-    """Return a configuration without candidates if the knowledge base has no evidence index.
-
-    Its stages then need not look for any.
-    """
-    if artifacts.evidence is not None or not config.retrieval.num_candidates:
-        return config
-    return replace(config, retrieval=replace(config.retrieval, num_candidates=0))
 
 
 def open_calibration(config: LinkConfig, artifacts: Artifacts) -> Calibration | None:
@@ -167,70 +148,6 @@ def open_weights(config: LinkConfig, calibration: Calibration | None) -> ScoreWe
     return weights
 
 
-def run_contents(config: JobConfig, mention_encoder: str | None, image_encoder: str | None) -> Contents:
-    """Return the fingerprint or manifest of each model and artifact of a run, by name.
-
-    Args:
-        config: Configuration of the run.
-        mention_encoder: Fingerprint of the mention encoder; None without demonstrations.
-        image_encoder: Fingerprint of the image encoder; None without one.
-
-    Raises:
-        ArtifactError: A model or artifact is missing or damaged.
-    """
-    models = {
-        "language_model": checkpoint_fingerprint(config.language_model.name),
-        "mention_encoder": mention_encoder,
-        "image_encoder": image_encoder,
-    }
-    return artifact_manifests(config) | {name: found for name, found in models.items() if found is not None}
-
-
-def artifact_manifests(config: JobConfig) -> dict[str, Any]:
-    """Return the manifest of each artifact of a run, checksums included, by name.
-
-    Raises:
-        ArtifactError: An artifact is missing or damaged.
-    """
-    return {name: read_manifest_at(uri) for name, uri in _manifest_addresses(config).items()}
-
-
-def _manifest_addresses(config: JobConfig) -> dict[str, str]:
-    """Return the address of the manifest of each artifact of a run, by the artifact's name."""
-    calibration = config.calibration if isinstance(config, LinkConfig) else None
-    addresses: dict[str, str | None] = {
-        "knowledge_base": f"{config.knowledge_base}/{KNOWLEDGE_BASE_MANIFEST}",
-        "demonstrations": config.demonstrations and f"{config.demonstrations}/{INDEX_MANIFEST}",
-        "feature_mapper": config.vision.feature_mapper and f"{config.vision.feature_mapper}/{MAPPER_MANIFEST}",
-        "calibration": calibration and f"{calibration}/{CALIBRATION_MANIFEST}",
-    }
-    if isinstance(config, LinkConfig) and config.score.kind == "combined" and not calibration:
-        addresses["weights"] = f"{SHIPPED_WEIGHTS}/{WEIGHTS_MANIFEST}"
-    for file in (EVIDENCE_MANIFEST, EVIDENCE_UPDATE_MANIFEST):
-        evidence = f"{config.knowledge_base}/{EVIDENCE_DIRECTORY}/{file}"
-        if config.retrieval.num_candidates and storage.exists(evidence):
-            addresses["evidence"] = evidence
-    return {name: uri for name, uri in addresses.items() if uri}
-
-
-def check_contents(began_with: Contents | None, config: JobConfig) -> None:
-    """Raise if the language model or an artifact differs from the one that the run began with.
-
-    Raises:
-        ArtifactError: A model or artifact differs, is missing or damaged.
-    """
-    if began_with is not None:
-        addresses = {
-            "feature_mapper": config.vision.feature_mapper,
-            "evidence": config.knowledge_base,
-            "weights": "of the score",
-        }
-        for name, manifest in artifact_manifests(config).items():
-            check_content(began_with, name, addresses.get(name) or getattr(config, name), manifest)
-        language_model = config.language_model.name
-        check_content(began_with, "language_model", language_model, checkpoint_fingerprint(language_model))
-
-
 def open_retriever(config: JobConfig, contents: Contents | None = None) -> Retriever:
     """Open what retrieval reads, and load its mention encoder.
 
@@ -242,7 +159,7 @@ def open_retriever(config: JobConfig, contents: Contents | None = None) -> Retri
         ArtifactError: A model or an artifact is missing or damaged, or differs from `contents`.
     """
     if contents is not None:
-        addresses = _manifest_addresses(config)
+        addresses = manifest_addresses(config)
         for part in ("demonstrations", "knowledge_base", "evidence"):
             directory = config.demonstrations if part == "demonstrations" else config.knowledge_base
             found = read_manifest_at(addresses[part]) if part in addresses else None
@@ -308,5 +225,7 @@ def load_picture_encoder(settings: VisionSettings) -> PictureEncoder:
     """
     if settings.image_encoder is None:
         raise ConfigurationError("vision.image_encoder is not set: name an open_clip model or directory")
+    from gemel_engine.vision.encoder import ImageEncoder, PictureEncoder  # imports open_clip, which takes seconds
+
     encoder = ImageEncoder(settings.image_encoder, settings.pretrained, device=settings.device)
     return PictureEncoder(encoder, settings.max_image_pixels, settings.batch_size)

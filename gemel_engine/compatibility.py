@@ -12,13 +12,13 @@ from gemel_engine.decoding.language_model import language_model_fingerprint, lan
 from gemel_engine.errors import ArtifactError, ConfigurationError
 from gemel_engine.evidence.index import EvidenceIndex
 from gemel_engine.knowledge_base.store import KnowledgeBase
-from gemel_engine.retrieval.encoder import MentionEncoder
 from gemel_engine.retrieval.index import DemonstrationIndex
-from gemel_engine.vision.encoder import ImageEncoder
 from gemel_engine.vision.mapper import FeatureMapper
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+    from gemel_engine.vision.encoder import ImageEncoder
 
 _NAMES_CHECKED = 1000
 
@@ -102,6 +102,8 @@ def check_encoders(config: JobConfig, artifacts: Artifacts) -> ImageEncoder | No
     """
     index, mapper, image_encoder = artifacts.index, artifacts.feature_mapper, None
     if config.vision.image_encoder is not None:
+        from gemel_engine.vision.encoder import ImageEncoder  # imports open_clip, which takes seconds
+
         image_encoder = ImageEncoder(config.vision.image_encoder, config.vision.pretrained)
         ours = image_encoder.width, image_encoder.fingerprint
         remedy = f"made with another image encoder than {config.vision.image_encoder}: use"
@@ -128,6 +130,8 @@ def _check_mention_encoder(config: JobConfig, artifacts: Artifacts) -> None:
     name, index, evidence = config.retrieval.mention_encoder, artifacts.index, artifacts.evidence
     if name is None or artifacts.mention_encoder_fingerprint is None:
         return  # without an encoder, nothing is found by embedding
+    from gemel_engine.retrieval.encoder import MentionEncoder
+
     of_index = None if index is None else index.metadata.mention_encoder_fingerprint
     of_evidence = None if evidence is None else evidence.manifest.mention_encoder_fingerprint
     fingerprint = MentionEncoder(name).fingerprint

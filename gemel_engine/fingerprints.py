@@ -52,11 +52,9 @@ def checkpoint_fingerprint(name_or_path: str) -> str:
     Raises:
         ArtifactError: The model does not exist or cannot be read.
     """
-    from transformers.utils.hub import cached_file  # slow; not needed to read rows
-
+    digest = hashlib.sha256()
     try:
-        directory = Path(str(cached_file(name_or_path, "config.json"))).parent
-        digest = hashlib.sha256()
+        directory = _local_directory(name_or_path)
         for path in sorted(directory.iterdir()):
             if path.suffix in _SUFFIXES and path.is_file():
                 size = path.stat().st_size
@@ -67,6 +65,35 @@ def checkpoint_fingerprint(name_or_path: str) -> str:
                         digest.update(stream.read(stop - start))
     except OSError as error:
         raise not_loadable("language model", name_or_path, error) from error
+    return digest.hexdigest()
+
+
+def _local_directory(name_or_path: str) -> Path:
+    """Return the directory of a model's files, where one on the hub is copied to if need be."""
+    if (config := Path(name_or_path, "config.json")).is_file():
+        return config.parent
+    from transformers.utils.hub import cached_file  # takes seconds
+
+    return Path(str(cached_file(name_or_path, "config.json"))).parent
+
+
+def files_digest(directory: Path, *, whole: bool = True) -> str:
+    """Return a SHA-256 hash of the names and contents of all files below a directory, bytecode apart.
+
+    Args:
+        directory: The directory.
+        whole: Whether to read large files completely; else what a fingerprint covers of them.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(path for path in directory.rglob("*") if path.is_file() and path.suffix != ".pyc"):
+        digest.update(f"{path.relative_to(directory)} {path.stat().st_size}\n".encode())
+        with path.open("rb") as stream:
+            if whole:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+                continue
+            for start, stop in _samples(path):
+                stream.seek(start)
+                digest.update(stream.read(stop - start))
     return digest.hexdigest()
 
 

@@ -63,8 +63,8 @@ CHANGES = [change_a_weight, change_the_configuration]
 def test_a_language_model_that_was_replaced_is_another_run_s(
     config: LinkConfig, change: Callable[[Path], None]
 ) -> None:
-    plan, _, contents = checked_plan(config)
-    claim_output(config.output, linking._identity(config, plan, contents))
+    plan, found = checked_plan(config)
+    claim_output(config.output, linking._identity(config, plan, found.contents))
     assert "9 of 9 rows are to be linked" in describe_run(config)
     change(Path(config.language_model.name))
     with pytest.raises(ConfigurationError, match=r"differs in artifacts\.language_model: choose another output"):
@@ -77,7 +77,7 @@ def test_every_model_and_artifact_belongs_to_the_run(
     vision = VisionSettings(
         image_encoder=str(tmp_path / "image_encoder"), feature_mapper=str(artifacts["feature_mapper"])
     )
-    contents = checked_plan(replace(config, vision=vision))[2]
+    contents = checked_plan(replace(config, vision=vision))[1].contents
     assert contents.keys() == {
         *("language_model", "mention_encoder", "image_encoder"),
         *("knowledge_base", "demonstrations", "feature_mapper"),
@@ -87,7 +87,7 @@ def test_every_model_and_artifact_belongs_to_the_run(
 
 @pytest.fixture
 def contents(config: LinkConfig) -> Contents:
-    return checked_plan(config)[2]
+    return checked_plan(config)[1].contents
 
 
 def test_an_actor_that_opens_another_language_model_is_refused(config: LinkConfig, contents: Contents) -> None:
@@ -127,7 +127,7 @@ def test_an_actor_that_opens_another_image_encoder_is_refused(
     image_encoder = tmp_path / "image_encoder"
     vision = VisionSettings(image_encoder=str(image_encoder), feature_mapper=str(tmp_path / "feature_mapper"))
     config = replace(config, demonstrations=None, vision=vision)
-    contents = checked_plan(config)[2]
+    contents = checked_plan(config)[1].contents
     EncodeImages(config, contents)
     write_image_encoder(image_encoder, TINY_VIT, seed=1)
     with pytest.raises(ArtifactError, match=r"image encoder .* is not the one that the run began with"):

@@ -334,8 +334,8 @@ class TrainConfig(JobConfig):
         optimisation: Optimiser and schedule.
         validation: Validation by decoding of dev mentions during training.
         workers: Data-parallel training workers.
-        examples: Directory for the prepared training examples, which runs with the same encoders
-            and retrieval settings can share; None: a directory in the output.
+        examples: Directory for the prepared training examples, which several runs can share, those
+            of the same image encoder their image features; None: a directory in the output.
     """
 
     train: Address

@@ -10,18 +10,20 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerFast
 
 from gemel_engine.errors import ArtifactError
 from gemel_engine.knowledge_base.names import TokenisedNames, logger, reasons_to_skip
 from gemel_engine.storage import parquet
 from gemel_engine.storage.manifest import file_sha256
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 FILE = "other_names.arrow"
 _SCHEMA = pa.schema([pa.field("name_index", pa.uint32()), pa.field("row", pa.uint32())])

@@ -21,10 +21,13 @@ from numpy.typing import NDArray
 from gemel_engine import storage
 from gemel_engine.config.resources import PoolSettings, ResourceSettings
 from gemel_engine.config.settings import LinkConfig
+from gemel_engine.contents import without_missing_evidence
 from gemel_engine.errors import ConfigurationError
 from gemel_engine.fingerprints import Contents
 from gemel_engine.linking.capacity import ClusterPlan, Estimate, StageCost, Workload, draw_windows
-from gemel_engine.linking.job import checked_plan, ordered_plan, settled, stream_receipts
+from gemel_engine.linking.job import checked_plan, settled
+from gemel_engine.linking.on_ray import receipts_on_ray
+from gemel_engine.linking.order import ordered_plan
 from gemel_engine.linking.progress import Tally
 from gemel_engine.pipeline.corpus import (
     Shard,
@@ -135,19 +138,17 @@ def plan_run(
     Raises:
         GemelError: The configuration, the input, an artifact or the sample's size is unusable.
     """
-    from gemel_engine.assembly import without_missing_evidence
-
     _check_clusters(actors, price_per_actor_hour)
     started = time.monotonic()
-    plan, artifacts, contents = checked_plan(config := settled(config))
-    config = without_missing_evidence(config, artifacts)
+    plan, found = checked_plan(config := settled(config))
+    config = without_missing_evidence(config, has_evidence=found.has_evidence)
     num_rows = count_rows(plan)
     rows_per_shard = config.rows_per_shard or num_rows
     windows = draw_windows(num_rows, sample_rows, seed)
     places = order_by_surface_form(plan)
     order = order_within_shards(plan) if places is None else np.argsort(places)
     check_seconds = time.monotonic() - started
-    sample = link_windows(config, plan, [order[start:stop] for start, stop in windows], contents)
+    sample = link_windows(config, plan, [order[start:stop] for start, stop in windows], found.contents)
     costs = sample.costs()
     of_first_window = sum(cost.seconds(1, sample.rows[0]).value for cost in costs.values())
     workload = Workload(
@@ -229,7 +230,7 @@ def link_windows(
         tallies: dict[int, Tally] = {}
         whole, first_seconds = Tally(), 0.0
         with closing(
-            stream_receipts(sampled, drawn, contents)
+            receipts_on_ray(sampled, drawn, contents)
         ) as receipts:  # stops the actors before the directory is removed
             for receipt in receipts:
                 tallies.setdefault(receipt["shard"], Tally()).add(receipt)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -16,9 +15,6 @@ from gemel_engine.errors import TooManyFailuresError, error_kind, shown
 from gemel_engine.linking.incremental import PreviousRun
 from gemel_engine.linking.progress import Tally
 from gemel_engine.pipeline.corpus import Shard, count_rows
-
-if TYPE_CHECKING:
-    from gemel_engine.decoding.generator import Artifacts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +108,7 @@ class LinkReport:
 
 def make_report(
     config: LinkConfig,
-    artifacts: Artifacts,
+    feature_mapper: str,
     plan: Sequence[Shard],
     remaining: Sequence[Shard],
     tally: Tally,
@@ -123,7 +119,6 @@ def make_report(
     linked = table.filter(pc.is_null(table["error"]))
     asked = linked.filter(pc.not_equal(pc.fill_null(linked["decided_by"], ""), "evidence"))
     rows_now = count_rows(remaining)
-    mapper = artifacts.feature_mapper
     return LinkReport(
         rows=table.num_rows,
         errors=dict(Counter(map(error_kind, table["error"].drop_null().to_pylist()))),
@@ -141,7 +136,7 @@ def make_report(
         prompt_tokens=round(tally.costs["prompt_tokens"]),
         cached_tokens=round(tally.costs["cached_tokens"]),
         prefix_cache_hit_rate=tally.cache_hit_rate,
-        feature_mapper="none" if mapper is None else mapper.metadata.origin,
+        feature_mapper=feature_mapper,
         carried_over=_incremental_report(config, tally),
     )
 

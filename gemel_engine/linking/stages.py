@@ -5,16 +5,20 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Sequence
+from functools import partial
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from gemel_engine import storage
 from gemel_engine.config.settings import LinkConfig
+from gemel_engine.contents import check_contents
 from gemel_engine.errors import EngineDiedError, error_kind
 from gemel_engine.evidence.retrieved import row_to_retrieved
 from gemel_engine.fingerprints import Contents
 from gemel_engine.linking.incremental import PreviousRun
+from gemel_engine.pipeline.chain import Stage, reading_stages
 from gemel_engine.pipeline.corpus import SMALL_SCHEMA, Shard, read_rows
 from gemel_engine.pipeline.isolation import isolate
 from gemel_engine.pipeline.output import write_part
@@ -70,7 +74,7 @@ class GenerateEntityNames:
     """Turns mentions into predictions; an incremental run starts from the previous predictions."""
 
     def __init__(self, config: LinkConfig, contents: Contents | None = None) -> None:
-        from gemel_engine.assembly import check_contents, start_generator
+        from gemel_engine.assembly import start_generator  # imports torch
 
         check_contents(contents, config)
         self._output, self._carried = config.output, config.output_columns
@@ -163,3 +167,14 @@ def write_parts(batch: pa.Table, output: str, plan: dict[int, Shard]) -> pa.Tabl
         }
         receipts.append(receipt | costs | peaks)
     return pa.Table.from_pylist(receipts, schema=RECEIPT_SCHEMA)
+
+
+def linking_stages(config: LinkConfig, remaining: Sequence[Shard], contents: Contents | None) -> list[Stage]:
+    """Return the stages of a run, from shards to the receipts of written parts."""
+    previous = PreviousRun.of(config)
+    plan = {shard.index: shard for shard in remaining}
+    return [
+        *reading_stages(config, contents, annotate=None if previous is None else previous.attach),
+        Stage(GenerateEntityNames, (config, contents), config.resources.generation),
+        Stage(partial(write_parts, output=config.output, plan=plan)),
+    ]

@@ -99,7 +99,7 @@ def _marked(work: Work, part: pa.Table, mark: str) -> pa.Table:
     storage.write_bytes(f"{mark}/mark", b"")
     try:
         result = work(part)
-    except Exception:  # the process survives
+    except (Exception, KeyboardInterrupt):  # no row has ended the process
         storage.remove_tree(mark)
         raise
     storage.remove_tree(mark)

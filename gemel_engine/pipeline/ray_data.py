@@ -11,7 +11,6 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -22,48 +21,28 @@ from ray.exceptions import RayError
 
 from gemel_engine import errors
 from gemel_engine.config.resources import PoolSettings
-from gemel_engine.config.settings import JobConfig
 from gemel_engine.display import make_visible
 from gemel_engine.errors import ConfigurationError, redacted, shown
-from gemel_engine.fingerprints import Contents
+from gemel_engine.pipeline.chain import Stage
 from gemel_engine.pipeline.corpus import Shard
-from gemel_engine.pipeline.stages import IMAGE_COLUMNS, Annotate, EncodeImages, Retrieve, read_mentions
 from gemel_engine.verbosity import is_verbose
 
 _OWN_ERROR = re.compile(r"^gemel_engine\.errors\.(\w+): (.*)$", re.MULTILINE)  # in a traceback
 
 _CONNECT_SECONDS = 10.0
+_TASK: dict[str, Any] = {"batch_format": "pyarrow", "num_cpus": 0.25}  # of a stage without models
 
 
-def encode_and_retrieve(
-    config: JobConfig,
-    plan: Sequence[Shard],
-    contents: Contents | None,
-    *,
-    with_gold: bool = False,
-    annotate: Annotate | None = None,
-) -> Dataset:
-    """Return a dataset of mentions with image features, and with what retrieval finds for them.
-
-    Args:
-        config: The job.
-        plan: Shards to read.
-        contents: Fingerprint or manifest of each model and artifact at the start of the run, which
-            each actor compares with what it opens.
-        with_gold: Whether to keep `entity_id`.
-        annotate: Function that adds columns to all rows of a shard.
-    """
-    with_pictures = config.vision.image_encoder is not None
-    columns = ("image_features", *(IMAGE_COLUMNS if with_pictures else ()), *(("entity_id",) if with_gold else ()))
+def stream(plan: Sequence[Shard], stages: Sequence[Stage]) -> Dataset:
+    """Return a dataset of what the last stage makes of the shards; it runs when it is consumed."""
     dataset: Dataset = ray.data.from_items([asdict(shard) for shard in plan], override_num_blocks=len(plan))
-    read = partial(read_mentions, output=config.output, also=columns, annotate=annotate)
-    dataset = dataset.map_batches(read, batch_size=1, batch_format="pyarrow", num_cpus=0.25)
-    if with_pictures:
-        pool = actor_pool(config.resources.images)
-        dataset = dataset.map_batches(EncodeImages, fn_constructor_args=(config, contents), **pool)
-    if config.retrieval.num_candidates or (config.demonstrations is not None and config.retrieval.num_demonstrations):
-        pool = actor_pool(config.resources.retrieval)
-        dataset = dataset.map_batches(Retrieve, fn_constructor_args=(config, contents), **pool)
+    dataset = dataset.map_batches(stages[0].work, batch_size=1, **_TASK)
+    for stage in stages[1:]:
+        if stage.pool is None:
+            dataset = dataset.map_batches(stage.work, batch_size=None, **_TASK)
+        else:
+            pool = actor_pool(stage.pool)
+            dataset = dataset.map_batches(stage.work, fn_constructor_args=stage.arguments, **pool)
     return dataset
 
 
@@ -107,7 +86,8 @@ def connect(*, quiet: bool = False) -> None:
     root = logging.getLogger()
     ours, on_stop = root.handlers[:], signal.getsignal(signal.SIGTERM)
     options = {"log_to_driver": not quiet, "logging_level": logging.INFO if is_verbose() else logging.WARNING}
-    if address := os.environ.get("RAY_ADDRESS"):
+    address = os.environ.get("RAY_ADDRESS")
+    if address and address != "local":
         _join_cluster(address, options)
     else:
         _start_ray(options)
@@ -134,7 +114,7 @@ def connect(*, quiet: bool = False) -> None:
 def _join_cluster(address: str, options: Mapping[str, Any]) -> None:
     """Join a cluster; test the address first, since Ray would retry for 15 minutes."""
     try:
-        if address not in ("auto", "local"):
+        if address != "auto":
             place = urlsplit(address if "://" in address else f"//{address}")
             if place.scheme not in ("", "ray") or not place.hostname or not place.port:
                 raise ValueError("it is not of the form host:port")
@@ -149,7 +129,7 @@ def _join_cluster(address: str, options: Mapping[str, Any]) -> None:
 
 def _start_ray(options: Mapping[str, Any]) -> None:
     """Start Ray on this machine; Ray has no exception class of its own for failures."""
-    os.environ.pop("RAY_ADDRESS", None)  # it may be set and empty
+    os.environ.pop("RAY_ADDRESS", None)  # it may be `local`, or set and empty
     try:
         ray.init(address="local", num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False, **options)
     except Exception as error:

@@ -42,6 +42,7 @@ from gemel_engine.tokenizer import check_embedded, tokenizer_fingerprint
 TokenIds = tuple[int, ...]
 
 _MAX_TOKENS = 512  # largest number of tokens of a surface form; the rest is cut off
+_LEAST_FORMS_SHOWN = 2048  # more than a shard of a run has: its progress is that of the run
 _TOKENS_PER_PASS = {"cpu": 256, "cuda": 16_384}  # enough to be limited by arithmetic alone
 
 
@@ -105,7 +106,13 @@ class MentionEncoder:
         num_workers = num_threads if self._model.device.type == "cpu" else 1
         try:
             with (
-                tqdm(total=len(embeddings), desc="embed surface forms", unit=" forms", delay=5) as progress,
+                tqdm(
+                    total=len(embeddings),
+                    desc="embed surface forms",
+                    unit=" forms",
+                    delay=5,
+                    disable=len(embeddings) < _LEAST_FORMS_SHOWN,
+                ) as progress,
                 ThreadPoolExecutor(num_workers, initializer=set_num_threads, initargs=(1,)) as workers,
             ):
                 for forms, embedded in zip(passes, workers.map(self._embed, passes), strict=True):

@@ -23,6 +23,8 @@ from gemel_engine.errors import ArtifactError, ConfigurationError
 from gemel_engine.storage.files import write_bytes
 from gemel_engine.storage.local import open_regular
 
+MAPPER_MANIFEST = "mapper.json"  # here, since the module of feature mappers imports torch
+
 _VERSION = "format_version"
 _CHECKSUM = "manifest_sha256"
 _MAX_BYTES = 16 << 20

@@ -26,10 +26,11 @@ from ray.train import Checkpoint, CheckpointConfig, DataConfig, FailureConfig, R
 from ray.train.torch import TorchTrainer
 
 from gemel_engine import storage
-from gemel_engine.assembly import open_artifacts, run_contents, without_missing_evidence
+from gemel_engine.assembly import open_artifacts
 from gemel_engine.compatibility import check_encoders
 from gemel_engine.config.loading import config_json, validated
 from gemel_engine.config.settings import TrainConfig
+from gemel_engine.contents import run_contents, without_missing_evidence
 from gemel_engine.decoding.language_model import DTYPES
 from gemel_engine.errors import ConfigurationError, InputError, shown
 from gemel_engine.extras import extra
@@ -108,7 +109,7 @@ def train_mapper(config: TrainConfig) -> TrainReport:
     contents = run_contents(config, artifacts.mention_encoder_fingerprint, fingerprint)
     shards = {split: plan_identity(plan) for split, plan in plans.items()}
     claim_output(config.output, run_identity(config, shards, contents))
-    config = without_missing_evidence(config, artifacts)
+    config = without_missing_evidence(config, has_evidence=artifacts.evidence is not None)
     connect()
     _check_resources(config)
     prepared = {

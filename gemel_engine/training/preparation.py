@@ -6,24 +6,29 @@ import json
 import logging
 import uuid
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import pyarrow as pa
 import ray
 from ray.data import Dataset
 
 from gemel_engine import storage
-from gemel_engine.assembly import artifact_manifests
 from gemel_engine.config.loading import config_json
 from gemel_engine.config.settings import TrainConfig
+from gemel_engine.contents import artifact_manifests
 from gemel_engine.decoding.generator import Artifacts
 from gemel_engine.errors import InputError, TooManyFailuresError, error_kind, shown
 from gemel_engine.fingerprints import Contents
-from gemel_engine.pipeline.corpus import Shard, plan_identity
+from gemel_engine.pipeline.chain import Stage, picture_stages, reading_stages
+from gemel_engine.pipeline.corpus import Shard
+from gemel_engine.pipeline.identity import run_digest
 from gemel_engine.pipeline.output import RunDirectory, claim_output, read_columns
-from gemel_engine.pipeline.ray_data import actor_pool, encode_and_retrieve, own_errors
-from gemel_engine.training.stages import CheckExamples, read_file, write_examples
+from gemel_engine.pipeline.ray_data import own_errors, stream
+from gemel_engine.storage.manifest import file_sha256
+from gemel_engine.training.stages import CheckExamples, read_file, with_features, write_examples, write_features
 from gemel_engine.vision.encoder import ImageEncoder
 from gemel_engine.vision.mapper import FeatureMapper
 
@@ -56,31 +61,47 @@ def prepare_split(
     """Encode the pictures of a split and retrieve its demonstrations, unless that was done before.
 
     Several runs may prepare the same examples at once: each writes a directory of its own, and all
-    use the first that is complete.
+    use the first that is complete. Image features are kept apart: other examples of the same
+    mentions, such as with more demonstrations, need no picture again.
     """
     root = f"{config.examples or RunDirectory(config.output).examples}/{split}"
-    mapper, index = artifacts.feature_mapper, artifacts.index
-    prefix_length = mapper_prefix_length(config, mapper)
-    fingerprint, vision_width = None, None
+    prefix_length = mapper_prefix_length(config, artifacts.feature_mapper)
+    vision_width = None
     if image_encoder is not None:
-        fingerprint, vision_width = image_encoder.fingerprint, image_encoder.width
-    elif (sized := mapper or index) is not None:
+        vision_width = image_encoder.width
+    elif (sized := artifacts.feature_mapper or artifacts.index) is not None:
         vision_width = sized.metadata.vision_width
-    claim_output(root, _example_identity(config, plan, prefix_length, vision_width, fingerprint))
+    content = _content_of(plan)
+    source, annotate = config, None
+    if image_encoder is not None:
+        identity = _picture_identity(config, content, image_encoder.fingerprint)
+        encode = picture_stages(config, contents)
+        pictures = _prepared(f"{root}/pictures", identity, plan, encode, write_features)
+        annotate = partial(with_features, directory=pictures.directory)
+        source = replace(config, vision=replace(config.vision, image_encoder=None))
+    fingerprint = None if image_encoder is None else image_encoder.fingerprint
+    stages = [
+        *reading_stages(source, contents, with_gold=True, annotate=annotate),
+        Stage(CheckExamples, (config, prefix_length, vision_width), config.resources.retrieval),
+    ]
+    identity = _example_identity(config, artifacts, content, prefix_length, vision_width, fingerprint)
+    examples = _prepared(root, identity, plan, stages, write_examples)
+    storage.remove_tree(RunDirectory(config.output).marks)
+    return examples
+
+
+def _prepared(
+    root: str, identity: dict[str, Any], plan: list[Shard], stages: list[Stage], write: Callable[..., pa.Table]
+) -> PreparedSplit:
+    """Return what is stored below a directory under an identity; run the stages if nothing is."""
+    root = f"{root}/{run_digest(identity)[:16]}"
+    claim_output(root, identity)
     done = f"{root}/_prepared.json"
     if not storage.exists(done):
         directory = f"{root}/data-{uuid.uuid4().hex}"
-        dataset = encode_and_retrieve(config, plan, contents, with_gold=True)
-        pool = actor_pool(config.resources.retrieval)
-        dataset = dataset.map_batches(
-            CheckExamples, fn_constructor_args=(config, prefix_length, vision_width), **pool
-        ).map_batches(
-            partial(write_examples, directory=directory), batch_size=None, batch_format="pyarrow", num_cpus=0.25
-        )
         with own_errors():
-            receipts = dataset.take_all()
+            receipts = stream(plan, [*stages, Stage(partial(write, directory=directory))]).take_all()
         counts = {name: sum(receipt[name] for receipt in receipts) for name in ("num_rows", "num_pictures")}
-        storage.remove_tree(RunDirectory(config.output).marks)
         storage.create_exclusive(done, json.dumps({"directory": directory.rpartition("/")[2]} | counts).encode())
     remedy = "remove it and run the same command again"
     found = storage.read_json(done, remedy)
@@ -132,14 +153,40 @@ def mapper_prefix_length(config: TrainConfig, starting_mapper: FeatureMapper | N
     return config.mapper.prefix_length if starting_mapper is None else starting_mapper.metadata.prefix_length
 
 
+def _content_of(plan: list[Shard]) -> list[dict[str, Any]]:
+    """Return what the shards contain, as JSON: not where their files are, nor when they were written."""
+    digests = {shard.uri: _file_digest(shard) for shard in plan}
+    rows = [{"start": shard.start, "stop": shard.stop, "columns": shard.columns} for shard in plan]
+    return [of_shard | {"file": digests[shard.uri]} for of_shard, shard in zip(rows, plan, strict=True)]
+
+
+def _file_digest(shard: Shard) -> str:
+    """Return a hash of a local file's content; of a file in S3, its version."""
+    path = storage.local_path(shard.uri)
+    return shard.version if path is None else file_sha256(path)
+
+
+def _picture_identity(config: TrainConfig, content: list[dict[str, Any]], fingerprint: str) -> dict[str, Any]:
+    """Return what image features depend on."""
+    source = json.loads(config_json(config))["image_source"]
+    vision = {"image_encoder": fingerprint, "max_image_pixels": config.vision.max_image_pixels}
+    return {"settings": {"image_source": source, "vision": vision}, "plan": content, "artifacts": {}}
+
+
 def _example_identity(
-    config: TrainConfig, plan: list[Shard], prefix_length: int, vision_width: int | None, fingerprint: str | None
+    config: TrainConfig,
+    artifacts: Artifacts,
+    content: list[dict[str, Any]],
+    prefix_length: int,
+    vision_width: int | None,
+    fingerprint: str | None,
 ) -> dict[str, Any]:
     """Return what prepared examples depend on: no setting of the optimiser or the mapper."""
     settings = json.loads(config_json(config))
     vision = {"image_encoder": fingerprint, "max_image_pixels": config.vision.max_image_pixels}
     prompt = {key: settings["prompt"][key] for key in ("template", "query_reserve")}
-    settings = {key: settings[key] for key in ("retrieval", "image_source")} | {"vision": vision, "prompt": prompt}
+    retrieval = settings["retrieval"] | {"mention_encoder": artifacts.mention_encoder_fingerprint}
+    settings = {"retrieval": retrieval, "image_source": settings["image_source"], "vision": vision, "prompt": prompt}
     settings |= {"prefix_length": prefix_length, "vision_width": vision_width}
     manifests = artifact_manifests(replace(config, vision=replace(config.vision, feature_mapper=None)))
-    return {"settings": settings, "plan": plan_identity(plan), "artifacts": manifests}
+    return {"settings": settings, "plan": content, "artifacts": manifests}

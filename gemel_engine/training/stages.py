@@ -8,7 +8,8 @@ import pyarrow.compute as pc
 
 from gemel_engine import storage
 from gemel_engine.config.settings import TrainConfig
-from gemel_engine.errors import MentionError
+from gemel_engine.errors import InputError, MentionError, shown
+from gemel_engine.pipeline.corpus import Shard
 from gemel_engine.pipeline.isolation import isolate
 from gemel_engine.pipeline.stages import column_values, mentions_without_error, with_errors
 from gemel_engine.storage import parquet
@@ -67,6 +68,35 @@ def write_examples(batch: pa.Table, directory: str) -> pa.Table:
     storage.write_bytes(f"{directory}/{name}", parquet.parquet_bytes(batch))
     usable = pc.and_(pc.is_null(batch["error"]), pc.is_valid(batch["image_features"]))
     return pa.table({"num_rows": [batch.num_rows], "num_pictures": [pc.sum(usable).as_py() or 0]})
+
+
+def write_features(batch: pa.Table, directory: str) -> pa.Table:
+    """Store the image features of mentions of a shard, and the errors of their pictures; return counts."""
+    (first,) = batch.select(["shard", "row"]).slice(0, 1).to_pylist()
+    uri = f"{directory}/shard-{first['shard']:05d}/{first['row']:08d}.parquet"
+    storage.write_bytes(uri, parquet.parquet_bytes(batch.select(["row", "error", "image_features"])))
+    return pa.table(
+        {"num_rows": [batch.num_rows], "num_pictures": [pc.sum(pc.is_valid(batch["image_features"])).as_py()]}
+    )
+
+
+def with_features(batch: pa.Table, shard: Shard, directory: str) -> pa.Table:
+    """Return all mentions of a shard with the features and errors that `write_features` stored.
+
+    Raises:
+        InputError: Features are missing, or damaged.
+    """
+    place = f"{directory}/shard-{shard.index:05d}"
+    tables = []
+    for file in storage.list_parquet(place):
+        with parquet.open_table(file.uri) as table:
+            tables.append(table.read())
+    stored = pa.concat_tables(tables).sort_by("row") if tables else None
+    if stored is None or not stored["row"].equals(batch["row"]):
+        raise InputError(f"{shown(place)} has not the image features of its mentions: remove {shown(directory)}")
+    columns = [name for name in ("error", "image_features") if name in batch.column_names]
+    batch = batch.drop_columns(columns)
+    return batch.append_column("error", stored["error"]).append_column("image_features", stored["image_features"])
 
 
 def read_file(batch: pa.Table) -> pa.Table:

@@ -14,8 +14,9 @@ from ray.experimental import tqdm_ray
 from ray.train import Checkpoint
 from ray.train.torch import get_device
 
-from gemel_engine.assembly import check_contents, open_artifacts
+from gemel_engine.assembly import open_artifacts
 from gemel_engine.config.settings import TrainConfig
+from gemel_engine.contents import check_contents
 from gemel_engine.decoding.language_model import language_model_fingerprint
 from gemel_engine.training.attention import PackedLanguageModel
 from gemel_engine.training.preparation import mapper_prefix_length

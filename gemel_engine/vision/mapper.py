@@ -26,12 +26,12 @@ from gemel_engine.config.bounds import Width
 from gemel_engine.config.components import FeatureScaling
 from gemel_engine.errors import ArtifactError, InputError
 from gemel_engine.storage.local import open_regular
-from gemel_engine.storage.manifest import claimed, parse_manifest, read_manifest, write_manifest
+from gemel_engine.storage.manifest import MAPPER_MANIFEST, claimed, parse_manifest, read_manifest, write_manifest
 
 FORMAT_VERSION = 3
 _WITHOUT_CHECKSUM = 2
 _WEIGHTS = "mapper.safetensors"
-MANIFEST = "mapper.json"
+MANIFEST = MAPPER_MANIFEST
 _CHECKSUM = "weights_sha256"
 _MAX_HEADER_BYTES = 1 << 20
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)

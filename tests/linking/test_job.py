@@ -35,7 +35,8 @@ from gemel_engine.evidence.weights import ScoreWeights
 from gemel_engine.knowledge_base.build import build_knowledge_base
 from gemel_engine.knowledge_base.update import open_knowledge_base
 from gemel_engine.linker import Linker, explain
-from gemel_engine.linking.job import describe_run, link_corpus, ordered_plan
+from gemel_engine.linking.job import describe_run, link_corpus
+from gemel_engine.linking.order import ordered_plan
 from gemel_engine.linking.report import LinkReport
 from gemel_engine.pipeline.corpus import plan_shards
 from gemel_engine.pipeline.ray_data import actor_pool, own_errors
@@ -112,7 +113,7 @@ def test_equal_surface_forms_meet_in_one_shard(config: LinkConfig, local_ray: No
     assert [row["mention_id"] for row in predictions(config.output)] == found
 
 
-def test_many_small_files_become_few_shards(config: LinkConfig, local_ray: None, tmp_path: Path) -> None:
+def test_many_small_files_become_few_shards(config: LinkConfig, tmp_path: Path) -> None:
     corpus = tmp_path / "corpus"
     corpus.mkdir()
     for n, name in enumerate(["b", "a", "c", "a"]):

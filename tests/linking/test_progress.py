@@ -91,8 +91,8 @@ def scraped(text: str, output: str) -> dict[tuple[str, str], float]:
     return found
 
 
-def test_lines_say_how_long_it_still_takes(local_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    progress, view = Progress("output", 100), LiveView()
+def test_lines_say_how_long_it_still_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    progress, view = Progress(100), LiveView()
     view.enter("linking", progress)
     assert view.line() == "linking: 0 of 100 rows (0.0%), models are loading, or the first shards are at work"
     clock = iter([100.0, 110.0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,11 +23,16 @@ from support.paths import ROOT
 from support.s3_server import S3Server
 
 from gemel_engine import storage
+from gemel_engine.assembly import open_artifacts
+from gemel_engine.compatibility import check_encoders
 from gemel_engine.config.loading import load_config
 from gemel_engine.config.settings import TrainConfig
+from gemel_engine.contents import run_contents
 from gemel_engine.errors import ConfigurationError, InputError, TooManyFailuresError
+from gemel_engine.pipeline.corpus import plan_shards
 from gemel_engine.training.checkpoints import keep_record, restore_record
 from gemel_engine.training.job import TrainReport, train_mapper
+from gemel_engine.training.preparation import PreparedSplit, prepare_split
 from gemel_engine.vision.mapper import FeatureMapper
 
 
@@ -117,6 +123,37 @@ def test_the_job_trains_a_mapper_on_two_workers(config_path: Path, device: str) 
     assert mapper.metadata.image_encoder_fingerprint is not None
     assert mapper.metadata.details["dev_accuracy"] == found.dev_accuracy
     assert list(Path(config.output, "tensorboard").glob("events*"))
+
+
+def test_pictures_are_encoded_once_for_all_examples_of_a_content(
+    local_ray: None, config_path: Path, tmp_path: Path
+) -> None:
+    """Other numbers of demonstrations and another prefix length need no picture again, a copied corpus nothing."""
+    config = load_config(TrainConfig, config_path)
+    artifacts = open_artifacts(config)
+    encoder = check_encoders(config, artifacts)
+    assert encoder is not None
+    contents = run_contents(config, artifacts.mention_encoder_fingerprint, encoder.fingerprint)
+
+    def prepared(changed: TrainConfig, corpus: str) -> PreparedSplit:
+        plan = plan_shards(corpus, 4, ("entity_id",))
+        return prepare_split(changed, "train", plan, artifacts, encoder, contents)
+
+    first = prepared(config, config.train)
+    assert (first.num_rows, first.num_pictures) == (10, 7)
+    (tmp_path / "clone").mkdir()
+    clone = shutil.copy(config.train, tmp_path / "clone/train.parquet")  # with another time
+    assert prepared(config, clone) == first
+    retrieval, mapper = replace(config.retrieval, num_demonstrations=1), replace(config.mapper, prefix_length=3)
+    second = prepared(replace(config, retrieval=retrieval, mapper=mapper), clone)
+    assert second.directory != first.directory
+    assert len(list(Path(config.output, "examples/train/pictures").iterdir())) == 1
+    columns = ["mention_id", "error", "image_features"]
+    assert read_examples(second).select(columns).equals(read_examples(first).select(columns))
+
+
+def read_examples(prepared: PreparedSplit) -> pa.Table:
+    return pq.read_table(prepared.directory).sort_by("mention_id")
 
 
 def test_a_corpus_or_a_setting_that_is_wrong_stops_the_job_at_once(config_path: Path, tmp_path: Path) -> None:

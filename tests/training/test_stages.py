@@ -10,7 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from gemel_engine.config.settings import TrainConfig, TrainedModelSettings
-from gemel_engine.training.stages import CheckExamples, read_file, write_examples
+from gemel_engine.errors import InputError
+from gemel_engine.pipeline.corpus import Shard
+from gemel_engine.training.stages import CheckExamples, read_file, with_features, write_examples, write_features
 
 SCHEMA = pa.schema(
     [
@@ -72,3 +74,17 @@ def test_examples_are_stored_once_under_the_name_of_their_first_row(tmp_path: Pa
     assert path.name == "shard-00002-00000007.parquet"
     assert pq.read_table(path).equals(batch)
     assert read_file(pa.table({"uri": [str(path)]}))["mention_id"].to_pylist() == ["m0", "m1", "m2"]
+
+
+@pytest.mark.unit
+def test_features_of_a_shard_are_attached_to_its_rows(tmp_path: Path) -> None:
+    shard = Shard(2, "mentions.parquet", "", 7, 10)
+    batch = batch_of({"row": 9}, {"row": 7, "image_features": None}, {"row": 8, "error": "image: no picture"})
+    for part in (batch.slice(0, 1), batch.slice(1)):  # in the order of surface forms, and in two parts
+        write_features(part, str(tmp_path))
+    rows = batch.sort_by("row").drop_columns(["image_features"])
+    rows = rows.set_column(rows.column_names.index("error"), "error", pa.nulls(3, pa.string()))
+    found = with_features(rows, shard, str(tmp_path))
+    assert found.select(batch.column_names).equals(batch.sort_by("row"))
+    with pytest.raises(InputError, match=r"shard-00002' has not the image features of its mentions: remove"):
+        with_features(rows.slice(1), shard, str(tmp_path))
