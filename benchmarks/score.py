@@ -6,6 +6,8 @@ DATA and the indexes are those of `benchmarks/cards.py`. Weights are fitted on t
 left out, so that dev judges them without having been seen. The weight of the language model comes from the training
 mentions that evidence alone is least sure of: `--num-asked` of them are linked. The result goes to
 `benchmarks/results/score.json`, the weights to `build/score`; `--ship` writes the weights that the package ships.
+`--num-compared` mentions of dev are linked once more, side by side: by the score with the cascade and without it, and
+by the language model alone.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +55,8 @@ def main(
     num_asked: int = 150,
     num_dev: int | None = None,
     risk: float = 0.03,
+    num_compared: int = 200,
+    shipped_weights: bool = False,
     ship: bool = False,
 ) -> None:
     """Fit, then judge.
@@ -64,31 +69,42 @@ def main(
         num_asked: Number of these that the weight of the language model is fitted on.
         num_dev: Size of a fixed sample of dev; None: all of it.
         risk: Risk at which evidence decides alone.
+        num_compared: Number of mentions that are linked with and without the cascade.
+        shipped_weights: Whether to judge the weights of the package instead of fitting.
         ship: Whether the weights become those of the package.
     """
     WORK.mkdir(parents=True, exist_ok=True)
     prepare(data, language_model, mention_encoder)
     linker = opened(data, language_model, mention_encoder)
-    weights = fitted(linker, data, num_train, num_asked)
+    weights = ScoreWeights.open() if shipped_weights else fitted(linker, data, num_train, num_asked)
     if ship:
         weights.save(shipped.SHIPPED)
     logger.info("%s, language model %.3f", weights.features, weights.language_model)
     rows = pq.read_table(data / "dev.parquet").to_pylist()
     rows = rows if num_dev is None else random.Random(SEED).sample(rows, num_dev)
     rows.sort(key=lambda row: (row["mention"], row["mention_id"]))
-    results = judged(linker, weights, rows, buckets_of(rows, data), risk)
+    stored: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     command = (
         f"python benchmarks/score.py DATA --language-model {language_model} --mention-encoder {mention_encoder} "
         f"--num-train {num_train} --num-asked {num_asked} --risk {risk}"
         + ("" if num_dev is None else f" --num-dev {num_dev}")
+        + f" --num-compared {num_compared}"
+        + (" --shipped-weights" if shipped_weights else "")
     )
-    what = (
-        f"WikiDiverse dev, text only, {len(rows)} mentions, 7,642 names, SmolLM2-135M in float32, weights fitted on "
-        f"{num_train} training mentions without their own groups, the language model's on {num_asked} of them"
+    of_weights = (
+        "the weights of the package"
+        if shipped_weights
+        else f"weights fitted on {num_train} training mentions without their own groups, the language model's on "
+        f"{num_asked} of them"
     )
-    stored: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    stored |= {name: record(value, command, what) for name, value in results.items()}
-    RESULTS.write_text(json.dumps(stored, indent=2) + "\n")
+    what = f"WikiDiverse dev, text only, {len(rows)} mentions, 7,642 names, SmolLM2-135M in float32, {of_weights}"
+    sample = sorted(random.Random(SEED).sample(range(len(rows)), min(num_compared, len(rows))))
+    for part in (
+        partial(judged, linker, weights, rows, buckets_of(rows, data), risk),
+        partial(compared, linker, weights, [rows[number] for number in sample], risk),
+    ):
+        stored |= {name: record(value, command, what) for name, value in part().items()}
+        RESULTS.write_text(json.dumps(stored, indent=2) + "\n")
 
 
 def with_weights(
@@ -215,6 +231,44 @@ def judged(
             results[f"wikidiverse.{name}.{bucket}"] = round(float(values[numbers].mean()), 4)
     logger.info("%s", json.dumps(results, indent=1))
     return results
+
+
+def compared(linker: Linker, weights: ScoreWeights, rows: Sequence[dict[str, Any]], risk: float) -> dict[str, object]:
+    """The score with the cascade and without it, and the language model alone, on the same mentions.
+
+    Each begins with an empty prefix cache; seconds have no retrieval in them.
+    """
+    artifacts = linker.generator.artifacts
+    engine: Any = linker.generator.engine
+    retriever = Retriever(linker.config.retrieval, artifacts.knowledge_base, artifacts.index, artifacts.evidence)
+    mentions = [Mention(row["mention_id"], row["text"], row["mention"]) for row in rows]
+    retrieved = retriever.retrieve(mentions, [None] * len(mentions))
+    generators = {
+        "cascade": with_weights(linker, weights, risk),
+        "without_cascade": with_weights(linker, weights),
+        "model_alone": with_weights(linker, None),
+    }
+    found: dict[str, Any] = {"compared.mentions": len(rows)}
+    for name, generator in generators.items():
+        engine.llm_engine.reset_prefix_cache()
+        before, started = engine.cache_statistics, time.perf_counter()
+        predictions = generator.generate(mentions, [None] * len(mentions), retrieved)
+        found[f"compared.{name}.seconds"] = round(time.perf_counter() - started, 1)
+        after = engine.cache_statistics
+        tokens = (
+            after.num_prompt_tokens - before.num_prompt_tokens - (after.num_cached_tokens - before.num_cached_tokens)
+        )
+        found[f"compared.{name}.computed_prompt_tokens"] = tokens
+        right = [found.entity_id == row["entity_id"] for found, row in zip(predictions, rows, strict=True)]
+        found[f"compared.{name}.accuracy"] = round(float(np.mean(right)), 4)
+        found[f"compared.{name}.certified_of_asked"] = round(
+            float(np.mean([bool(p.certified) for p in predictions if p.decided_by != "evidence"])), 4
+        )
+    for ratio, quantity in (("tokens_ratio", "computed_prompt_tokens"), ("time_ratio", "seconds")):
+        without = found[f"compared.without_cascade.{quantity}"]
+        found[f"cascade.{ratio}"] = round(found[f"compared.cascade.{quantity}"] / without, 3)
+    logger.info("%s", json.dumps(found, indent=1))
+    return found
 
 
 if __name__ == "__main__":
