@@ -235,8 +235,8 @@ def main(data: tyro.conf.Positional[Path], *, mention_encoder: str, image_encode
         "transfer.lookup_wikidiverse": round(dev.lookup(), 4),
     }
     whole = with_pictures(by_text, of_emoji)
-    for name, split in (("score", "test"), ("unseen", "test_unseen"), ("dev", "dev")):
-        results[f"emoji.{name}"] = accuracy(emoji_of[split].labelled, whole)
+    for name, split in (("", "test"), ("unseen_", "test_unseen"), ("dev_", "dev")):
+        results[f"emoji.{name}evidence_alone"] = accuracy(emoji_of[split].labelled, whole)
     results |= alone(dev, whole, data)
     results |= {f"feature.{name}": value for name, value in worth(train.labelled, judged).items()}
     publish(

@@ -77,8 +77,8 @@ def score() -> tuple[Table | Facts, ...]:
                     ".3f",
                 ),
                 ("weights of WikiDiverse on emoji test; lookup", "transfer.emoji | transfer.lookup_emoji", ".3f"),
-                ("emoji test; dev", "emoji.score | emoji.dev", ".3f"),
-                ("emoji, entities never seen in training", "emoji.unseen", ".3f"),
+                ("emoji test; dev", "emoji.evidence_alone | emoji.dev_evidence_alone", ".3f"),
+                ("emoji, entities never seen in training", "emoji.unseen_evidence_alone", ".3f"),
                 (
                     "gold among the best 2; 5; 32 on WikiDiverse",
                     "bound.among_best_2 | bound.among_best_5 | bound.among_best_32",
