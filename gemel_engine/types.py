@@ -41,18 +41,24 @@ MENTION_COLUMNS = {
 }
 
 
-def mention_columns(stored_names: Mapping[str, str], *, or_own: bool = False) -> dict[str, Column]:
+def mention_columns(
+    stored_names: Mapping[str, str],
+    *,
+    or_own: bool = False,
+    columns: Mapping[str, Column] = MENTION_COLUMNS,
+) -> dict[str, Column]:
     """Return the columns of mentions as a file names them.
 
     Args:
         stored_names: The file's names of columns that have another name there.
         or_own: Whether a file may also have these columns under their own names.
+        columns: The columns; by default all columns of mentions.
     """
     return {
         name: replace(column, stored_names=(theirs, *((name,) if or_own else ())))
         if (theirs := stored_names.get(name))
         else column
-        for name, column in MENTION_COLUMNS.items()
+        for name, column in columns.items()
     }
 
 

@@ -30,11 +30,11 @@ def init(input: Input, *, write_to: Path = Path("link.toml")) -> None:  # the na
         write_to: New file for the configuration; an existing one is not overwritten.
     """
     from gemel_engine.config.machine import fast_dtype
-    from gemel_engine.survey.corpus import MISSING, configuration, survey_corpus
+    from gemel_engine.survey.corpus import MISSING, configuration, survey_corpus, usual_columns
 
     if write_to.exists():
         raise ConfigurationError(f"{write_to} exists: remove it, or name another file with --write-to")
-    written = configuration(survey_corpus(input), fast_dtype())
+    written = configuration(survey_corpus(input, usual_columns(input)), fast_dtype())
     try:
         with write_to.open("x", encoding="utf-8") as stream:
             stream.write(written)

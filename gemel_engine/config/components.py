@@ -30,8 +30,9 @@ class ImagePolicy:
     Attributes:
         allowed_prefixes: Allowed prefixes of image addresses: absolute local directories,
             s3://bucket/prefix, https://host/path or http://host/path. A prefix matches whole path
-            segments only. A host in a private network must be given as an IP address or as
-            localhost; a host name that resolves to such an address is rejected.
+            segments only. A relative address begins at the first. A host in a private network must
+            be given as an IP address or as localhost; a host name that resolves to such an address
+            is rejected.
         max_bytes: Maximum size of an image file in bytes.
         timeout_seconds: Maximum duration of one attempt over HTTP in seconds, including redirects.
             The name lookup has the timeout of the operating system instead.

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import ConfigDict
 
 from gemel_engine.config.bounds import Count, Fraction
+from gemel_engine.config.columns import ColumnNames
 from gemel_engine.config.components import Address, ModelName
 
 
@@ -60,6 +61,7 @@ class FindConfig:
         demonstrations: Directory written by `gemel build-demonstrations`, local or
             s3://bucket/prefix; None: the dictionary has names and aliases alone.
         finder: How mentions are found.
+        columns: Names of the columns of the documents, where they differ from the engine's own.
         gold: Parquet file or directory of the mentions that should be found, to print precision and
             recall: `group` (the id of the document), `mention`, and `mention_start`, else `text`.
         rows_per_shard: Maximum number of documents that are searched together, as a shard.
@@ -74,6 +76,7 @@ class FindConfig:
     knowledge_base: Address | None = None
     demonstrations: Address | None = None
     finder: FinderSettings = field(default_factory=FinderSettings)
+    columns: ColumnNames = field(default_factory=ColumnNames)
     gold: Address | None = None
     rows_per_shard: Count = 1024
     max_failed_fraction: Fraction = 0.01

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
@@ -16,6 +16,7 @@ from gemel_engine.config.bounds import (
     PositiveFraction,
     Seed,
 )
+from gemel_engine.config.columns import ColumnNames
 from gemel_engine.config.components import (
     Address,
     EngineSettings,
@@ -30,39 +31,6 @@ from gemel_engine.config.components import (
 )
 from gemel_engine.config.finding import FinderSettings
 from gemel_engine.config.resources import ResourceSettings
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ColumnNames:
-    """Names of the columns of mentions in the input, where they differ from the engine's own.
-
-    Attributes:
-        mention_id: Name of `mention_id`, such as `id`.
-        text: Name of `text`, the sentence or caption.
-        mention: Name of `mention`, the surface form.
-        mention_start: Name of `mention_start`, the character offset of the surface form.
-        candidate_ids: Name of `candidate_ids`, the only entities to consider.
-        group: Name of `group`, such as the document.
-        image_uri: Name of `image_uri`, the picture's address.
-        image_bytes: Name of `image_bytes`, the picture's file.
-        image_features: Name of `image_features`, the picture's features.
-        entity_id: Name of `entity_id`, the gold label.
-    """
-
-    mention_id: str | None = None
-    text: str | None = None
-    mention: str | None = None
-    mention_start: str | None = None
-    candidate_ids: str | None = None
-    group: str | None = None
-    image_uri: str | None = None
-    image_bytes: str | None = None
-    image_features: str | None = None
-    entity_id: str | None = None
-
-    def given(self) -> dict[str, str]:
-        """Return the names that differ, by the engine's own."""
-        return {name: theirs for name, theirs in asdict(self).items() if theirs and theirs != name}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +50,7 @@ class JobConfig:
         prompt: Layout of the prompts.
         search: Objective, ranking and budget of the search for names.
         resources: Actor pools of the stages.
-        columns: Names of the columns of the mentions, where they differ from the engine's own.
+        columns: Names of the columns of the input, where they differ from the engine's own.
         rows_per_shard: Maximum number of rows that are processed together, as a shard. None: by the
             number of rows, so that there are about 32 shards or more, of 64 to 1,024 rows.
         max_failed_fraction: Maximum share of rows with an `error` before the job fails. Training

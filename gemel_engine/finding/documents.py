@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
 
+from gemel_engine.errors import ConfigurationError
 from gemel_engine.finding.base import Span
 from gemel_engine.pipeline.corpus import Shard, plan_shards, read_rows
 from gemel_engine.storage.columns import Column
@@ -26,14 +27,27 @@ FOUND_COLUMNS = {
 } | {"document_start": pa.int64()}
 
 
-def plan_documents(uri: str, rows_per_shard: int) -> list[Shard]:
+def plan_documents(uri: str, rows_per_shard: int, stored_names: Mapping[str, str]) -> list[Shard]:
     """Validate the columns and ids of a corpus of documents and cut it into shards.
 
+    Args:
+        uri: Address of the corpus.
+        rows_per_shard: Maximum number of documents of a shard.
+        stored_names: The corpus' names of columns that have another name there.
+
     Raises:
+        ConfigurationError: A name is given for a column that documents lack.
         InputError: A column is missing, repeated or of the wrong type, a file is unreadable, or a
             `document_id` is missing, repeated or not UTF-8.
     """
-    return plan_shards(uri, rows_per_shard, columns=DOCUMENT_COLUMNS, required=DOCUMENT_REQUIRED_COLUMNS)
+    if unknown := sorted(stored_names.keys() - DOCUMENT_COLUMNS):
+        raise ConfigurationError(
+            f"columns.{unknown[0]} is set, but documents have no such column: leave it out, or link mentions, without "
+            "find_mentions"
+        )
+    return plan_shards(
+        uri, rows_per_shard, (), stored_names, columns=DOCUMENT_COLUMNS, required=DOCUMENT_REQUIRED_COLUMNS
+    )
 
 
 def read_documents(shard: Shard, columns: Sequence[str] = tuple(DOCUMENT_COLUMNS)) -> pa.Table:

@@ -205,7 +205,8 @@ def _checked(config: FindConfig) -> tuple[FindConfig, list[Shard], Contents]:
     config = validated(config)
     storage.check_kept(config.output)
     storage.check_apart(config.output, config.input)
-    return config, plan_documents(config.input, config.rows_per_shard), finder_contents(config)
+    plan = plan_documents(config.input, config.rows_per_shard, config.columns.given())
+    return config, plan, finder_contents(config)
 
 
 def _documents(output: str) -> str:

@@ -17,6 +17,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from gemel_engine import storage
+from gemel_engine.config.columns import ColumnNames
 from gemel_engine.config.finding import FindConfig
 from gemel_engine.config.loading import validated
 from gemel_engine.config.machine import warn_of_slow_dtype
@@ -169,7 +170,7 @@ def with_found_mentions(config: LinkConfig) -> LinkConfig:
     if (search := _search_of(config)) is None:
         return config
     find_mentions(search)
-    return replace(config, input=f"{search.output}/data", find_mentions=False)
+    return replace(config, input=f"{search.output}/data", columns=ColumnNames(), find_mentions=False)
 
 
 def _search_of(config: LinkConfig) -> FindConfig | None:
@@ -182,6 +183,7 @@ def _search_of(config: LinkConfig) -> FindConfig | None:
         knowledge_base=config.knowledge_base,
         demonstrations=config.demonstrations,
         finder=config.finder,
+        columns=config.columns,
         max_failed_fraction=config.max_failed_fraction,
     )
     return finding if config.rows_per_shard is None else replace(finding, rows_per_shard=config.rows_per_shard)

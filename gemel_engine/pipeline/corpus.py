@@ -77,7 +77,7 @@ def plan_shards(
     also_required: Sequence[str] = (),
     stored_names: Mapping[str, str] | None = None,
     *,
-    columns: Mapping[str, Column] | None = None,
+    columns: Mapping[str, Column] = MENTION_COLUMNS,
     required: Sequence[str] = MENTION_REQUIRED_COLUMNS,
 ) -> list[Shard]:
     """Validate the columns and ids of a corpus and cut it into shards.
@@ -87,7 +87,7 @@ def plan_shards(
         rows_per_shard: Maximum number of rows of a shard; None: a shard for each file.
         also_required: Columns that this run requires beside those that every run requires.
         stored_names: The corpus' names of columns that have another name there; it must have them.
-        columns: Columns that the corpus may have; None: those of mentions.
+        columns: Columns that the corpus may have.
         required: Columns that every run requires; the first is the id.
 
     Raises:
@@ -133,11 +133,11 @@ def _tables(
     input_uri: str,
     also_required: Sequence[str],
     stored_names: Mapping[str, str],
-    columns: Mapping[str, Column] | None = None,
+    columns: Mapping[str, Column] = MENTION_COLUMNS,
     required: Sequence[str] = MENTION_REQUIRED_COLUMNS,
 ) -> Iterator[Table]:
     names = list(dict.fromkeys((*required, *also_required, *stored_names)))
-    return parquet.open_tables(input_uri, columns or mention_columns(stored_names), names)
+    return parquet.open_tables(input_uri, mention_columns(stored_names, columns=columns), names)
 
 
 def order_by_surface_form(plan: Sequence[Shard]) -> NDArray[np.int64] | None:
@@ -204,8 +204,8 @@ def _files(plan: Sequence[Shard]) -> list[tuple[str, dict[str, Column]]]:
     return [(shards[0].uri, _columns_of(shards[0])) for shards in _by_file(plan)]
 
 
-def _columns_of(shard: Shard) -> dict[str, Column]:
-    return mention_columns(json.loads(shard.columns or "{}"))
+def _columns_of(shard: Shard, columns: Mapping[str, Column] = MENTION_COLUMNS) -> dict[str, Column]:
+    return mention_columns(json.loads(shard.columns or "{}"), columns=columns)
 
 
 def count_rows(plan: Sequence[Shard]) -> int:
@@ -217,7 +217,7 @@ def read_rows(
     shard: Shard,
     columns: Sequence[str],
     *,
-    kinds: Mapping[str, Column] | None = None,
+    kinds: Mapping[str, Column] = MENTION_COLUMNS,
     id_column: str = MENTION_REQUIRED_COLUMNS[0],
 ) -> pa.Table:
     """Read those of `columns` that the file has, from the row groups that contain the shard only.
@@ -225,14 +225,14 @@ def read_rows(
     Args:
         shard: The shard.
         columns: Columns to read.
-        kinds: The `columns` that the shard was planned with; None: those of mentions.
+        kinds: The `columns` that the shard was planned with.
         id_column: Column of the ids.
 
     Raises:
         InputError: The file has changed since the run was planned.
     """
     check_version(shard)
-    of_file = kinds or _columns_of(shard)
+    of_file = _columns_of(shard, kinds)
     kinds = {name: of_file[name] for name in (id_column, *columns)}
     with parquet.open_table(shard.uri, kinds, (id_column,)) as table:
         rows = table.read(columns, range(shard.start, shard.stop))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from urllib.parse import urlsplit
 
@@ -16,12 +17,21 @@ from gemel_engine.config.addresses import local_path
 from gemel_engine.display import visible
 from gemel_engine.errors import InputError, shown
 from gemel_engine.storage import parquet
-from gemel_engine.types import MENTION_COLUMNS
+from gemel_engine.types import MENTION_COLUMNS, mention_columns
 
 _DOCUMENT_ID = "document_id"
 _COLUMNS = {**MENTION_COLUMNS, _DOCUMENT_ID: MENTION_COLUMNS["group"]}
 _SAMPLE_ROWS = 1000
 _REQUIRED = {True: (_DOCUMENT_ID, "text"), False: ("mention_id", "text", "mention")}
+# Usual names of columns, for a corpus that lacks the engine's own.
+_USUAL_NAMES = {
+    "mention_id": ("id", "key", "uid"),
+    _DOCUMENT_ID: ("doc_id", "id", "key", "uid"),
+    "text": ("caption", "sentence", "content", "body", "title"),
+    "mention": ("surface_form", "surface", "form", "entity_mention"),
+    "image_uri": ("image", "image_url", "image_path", "image_file", "photo", "picture", "file_name", "img"),
+    "entity_id": ("wikidata_id", "wikidata", "gold"),
+}
 MISSING = "MISSING"
 # Names that a configuration has until they are filled in.
 LANGUAGE_MODEL, MENTION_ENCODER, IMAGE_ENCODER = "LANGUAGE_MODEL", "MENTION_ENCODER", "IMAGE_ENCODER"
@@ -36,6 +46,7 @@ class CorpusSurvey:
         num_files: Number of files.
         num_rows: Number of rows.
         columns: Names of the columns that all files have, as they are stored.
+        stored_names: The corpus' names of columns that have another name there.
         has_documents: Whether rows are documents, whose mentions are to be found, and not mentions.
         missing: Required columns that a file lacks.
         num_sampled: Number of rows in the sample, the first ones.
@@ -50,6 +61,7 @@ class CorpusSurvey:
     num_files: int
     num_rows: int
     columns: tuple[str, ...]
+    stored_names: dict[str, str]
     has_documents: bool
     missing: tuple[str, ...]
     num_sampled: int
@@ -65,8 +77,31 @@ class CorpusSurvey:
         return bool(self.num_pictures.keys() & {"image_bytes", "image_uri"})
 
 
-def survey_corpus(uri: str) -> CorpusSurvey:
+def usual_columns(uri: str) -> dict[str, str]:
+    """Guess which columns of a corpus have another name there; return them by the engine's own.
+
+    Raises:
+        InputError: The corpus is unreadable.
+    """
+    table = next(parquet.open_tables(uri, {}))
+    stored = {field.name.lower(): field for field in table.stored_schema if not pa.types.is_binary(field.type)}
+    found = {}
+    for own, usual in _USUAL_NAMES.items():
+        fitting = [stored[name].name for name in usual if name in stored and _COLUMNS[own].takes(stored[name].type)]
+        if fitting and own not in table.names:
+            found[own] = fitting[0]
+    known = {*table.names, *found}
+    has_documents = "mention" not in known and "mention_id" not in table.names and {_DOCUMENT_ID, "text"} <= known
+    found.pop("mention_id" if has_documents else _DOCUMENT_ID, None)
+    return found
+
+
+def survey_corpus(uri: str, stored_names: Mapping[str, str] | None = None) -> CorpusSurvey:
     """Read the footers of a corpus and its first rows.
+
+    Args:
+        uri: Address of the corpus.
+        stored_names: The corpus' names of columns that have another name there.
 
     Raises:
         InputError: The corpus is unreadable, or its rows are entities.
@@ -74,7 +109,8 @@ def survey_corpus(uri: str) -> CorpusSurvey:
     num_files = num_rows = 0
     columns: list[str] = []
     sample: pa.Table | None = None
-    for table in parquet.open_tables(uri, _COLUMNS):
+    names = dict(stored_names or {})
+    for table in parquet.open_tables(uri, mention_columns(names, columns=_COLUMNS)):
         columns = list(table.names) if not num_files else [name for name in columns if name in table.names]
         num_files, num_rows = num_files + 1, num_rows + table.num_rows
         if sample is None and table.num_rows:
@@ -92,7 +128,8 @@ def survey_corpus(uri: str) -> CorpusSurvey:
         uri=uri if path is None else str(path),
         num_files=num_files,
         num_rows=num_rows,
-        columns=tuple(columns),
+        columns=tuple(names.get(name, name) for name in columns),
+        stored_names=names,
         has_documents=has_documents,
         missing=tuple(name for name in _REQUIRED[has_documents] if name not in columns),
         num_sampled=len(sample),
@@ -101,7 +138,7 @@ def survey_corpus(uri: str) -> CorpusSurvey:
             name: count for name in ("image_bytes", "image_uri", "image_features") if (count := _count(sample, name))
         },
         num_features=_width(sample),
-        image_prefixes=tuple(sorted(set(_prefixes(sample)))),
+        image_prefixes=tuple(dict.fromkeys((*_start_of_relative(sample, uri), *sorted(set(_prefixes(sample)))))),
         median_characters=_median_characters(sample),
     )
 
@@ -123,7 +160,7 @@ def _findings(survey: CorpusSurvey) -> Iterator[str]:
     yield f"# Found: {survey.num_rows:,} {rows} in {survey.num_files:,} file(s), with the columns"
     yield f"# {visible(', '.join(survey.columns))}."
     if survey.missing:
-        remedy = "Add them" if survey.has_documents else "Say below in [columns] which columns have it, or add them"
+        remedy = "Say below in [columns] which columns have it, or add them"
         yield f"# {MISSING} in the corpus: {_quoted(survey.missing)}. {remedy}."
     if survey.median_characters is not None:
         yield f"# Texts have {survey.median_characters:,} characters in the median."
@@ -153,9 +190,14 @@ def _settings(survey: CorpusSurvey, dtype: str) -> Iterator[str]:
     yield ""
     yield "[retrieval]"
     yield f'mention_encoder = "{MENTION_ENCODER}"  # {MISSING}: such as sentence-transformers/all-MiniLM-L6-v2'
-    if survey.missing and not survey.has_documents:
+    if survey.stored_names:
         yield ""
-        yield "# [columns]"
+        yield "[columns]  # guessed by the names that the corpus has: correct what is wrong"
+        for name, theirs in survey.stored_names.items():
+            yield f"{name} = {json.dumps(theirs, ensure_ascii=False)}"
+    if survey.missing:
+        yield "" if not survey.stored_names else "# Missing, too:"
+        yield from () if survey.stored_names else ("# [columns]",)
         for name in survey.missing:
             yield f'# {name} = "{MISSING}: its name in the corpus"'
 
@@ -196,6 +238,21 @@ def _median_characters(sample: pa.Table) -> int | None:
     if not _count(sample, "text"):
         return None
     return int(median(pc.utf8_length(sample["text"].drop_null()).to_pylist()))
+
+
+def _start_of_relative(sample: pa.Table, uri: str) -> Iterator[str]:
+    """Yield where relative image addresses begin: beside the table, else in the working directory."""
+    addresses = sample["image_uri"].drop_null().to_pylist() if _count(sample, "image_uri") else []
+    relative = next((address for address in addresses if address and ":" not in address and address[0] != "/"), None)
+    if relative is None:
+        return
+    path = local_path(uri)
+    if path is None:
+        directory, _, name = uri.rpartition("/")
+        yield directory if "." in name else uri
+    else:
+        beside, here = path if path.is_dir() else path.parent, Path.cwd()
+        yield str(here if (here / relative).exists() and not (beside / relative).exists() else beside)
 
 
 def _prefixes(sample: pa.Table) -> Iterator[str]:

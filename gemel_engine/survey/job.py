@@ -37,7 +37,8 @@ def check_job(path: Path) -> Iterator[Check]:
     yield Check("configuration", Status.OK, f"{path}: all keys are known")
     for name in ("input", "train", "dev"):
         if (uri := getattr(config, name, None)) is not None:
-            yield _corpus(name, uri, finds=isinstance(config, FindConfig) or getattr(config, "find_mentions", False))
+            finds = isinstance(config, FindConfig) or getattr(config, "find_mentions", False)
+            yield _corpus(name, uri, config.columns.given(), finds=finds)
     artifacts = {name: getattr(config, name) for name in ("knowledge_base", "demonstrations")}
     if not isinstance(config, FindConfig):
         artifacts["feature_mapper"] = config.vision.feature_mapper
@@ -75,14 +76,14 @@ def _models(config: Config) -> dict[str, str | None]:
     }
 
 
-def _corpus(name: str, uri: str, *, finds: bool) -> Check:
+def _corpus(name: str, uri: str, stored_names: dict[str, str], *, finds: bool) -> Check:
     try:
-        survey = survey_corpus(uri)
+        survey = survey_corpus(uri, stored_names)
     except (GemelError, OSError) as error:
         return Check(name, Status.PROBLEM, _message(error), "give mentions or documents that can be read")
     found = f"{survey.num_rows:,} rows in {survey.num_files:,} files: {', '.join(survey.columns)}"
     if survey.missing:
-        return Check(name, Status.PROBLEM, f"{found}; no {', '.join(survey.missing)}", "rename or add these columns")
+        return Check(name, Status.PROBLEM, f"{found}; no {', '.join(survey.missing)}", "name them in [columns]")
     if survey.has_documents and not finds:
         return Check(name, Status.PROBLEM, found, "these are documents: set find_mentions = true to link them")
     if finds and not survey.has_documents:

@@ -54,12 +54,15 @@ class _TransientError(ImageFetchError):
 def fetch_image(uri: str, policy: ImagePolicy) -> bytes:
     """Read one image file, or a member of a tar archive (see `archive`).
 
+    A relative address begins at the first of the allowed prefixes.
+
     An HTTP connection goes to the IP address that was checked, so that a second name lookup cannot
     lead elsewhere; proxies are not used.
 
     Raises:
         ImageFetchError: The address is not allowed or cannot be read, or the file is too large.
     """
+    uri = _absolute(uri, policy)
     archive, member = split_address(uri)
     location = _allowed(archive, policy)
     if location.startswith(HTTP):
@@ -105,6 +108,12 @@ def fetch_images(
 
 def _result(file: bytes | Future[bytes | ImageFetchError] | None) -> bytes | ImageFetchError | None:
     return file.result() if isinstance(file, Future) else file
+
+
+def _absolute(uri: str, policy: ImagePolicy) -> str:
+    if not uri or uri.startswith("/") or ":" in uri.partition("/")[0] or not policy.allowed_prefixes:
+        return uri
+    return f"{policy.allowed_prefixes[0].rstrip('/')}/{uri}"
 
 
 def _allowed(uri: str, policy: ImagePolicy) -> str:

@@ -113,6 +113,19 @@ def test_a_long_document_is_cut_around_its_mentions(
     assert (second["text"], second["mention_id"]) == (f"{'x' * 36} cat", "d1:501")
 
 
+def test_columns_may_have_other_names(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    captions = tmp_path / "captions.csv"
+    captions.write_text("id,caption,photo\n7,A brown bear.,7.jpg\n")
+    names = ("--columns.document-id", "id", "--columns.text", "caption", "--columns.image-uri", "photo")
+    assert run(monkeypatch, "find-mentions", config, "--input", captions, *names) == 0
+    (row,) = found(tmp_path)
+    assert (row["mention_id"], row["mention"], row["image_uri"]) == ("7:2", "brown bear", "7.jpg")
+    assert run(monkeypatch, "find-mentions", config, "--columns.mention", "caption") == 2
+    assert "columns.mention is set, but documents have no such column" in capsys.readouterr().err
+
+
 def test_what_is_unusable_is_named(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -177,8 +190,10 @@ def test_shards_are_searched_by_ray_and_a_rerun_does_what_is_missing(
 def link(artifacts: dict[str, Path], tmp_path: Path) -> Path:
     """The configuration of a linking run over documents."""
     documents, path = write_documents(tmp_path / "documents.parquet"), tmp_path / "link.toml"
+    pq.write_table(pq.read_table(documents).rename_columns({"text": "caption"}), documents)
     settings = toml(artifacts, documents, tmp_path / "linked")
-    path.write_text(settings.replace("[language_model]", "find_mentions = true\n[language_model]", 1))
+    settings = settings.replace("[language_model]", "find_mentions = true\n[language_model]", 1)
+    path.write_text(f'{settings}\n[columns]\ntext = "caption"\n')
     return path
 
 

@@ -46,7 +46,7 @@ def table(**columns: object) -> dict[str, Any]:
         ({"document_id": [7, 8], "text": ["x", "y"]}, ["2 documents in", "find_mentions = true"], True),
         (
             {"caption": ["x"], "mention_id": ["a"], "ev\nil = 1": ["z"]},
-            ["MISSING in the corpus: `text`, `mention`", "caption, ev␊il = 1", "# mention ="],
+            ["MISSING in the corpus: `mention`", "mention_id, caption, ev␊il = 1", 'text = "caption"', "# mention ="],
             False,
         ),
     ],
@@ -61,6 +61,19 @@ def test_what_a_corpus_has_is_written(
     assert (config.input, config.find_mentions) == (str(source), finds)
     assert [text for text in texts if text not in written.read_text()] == []
     assert "MISSING: gemel build-kb" in written.read_text()
+
+
+def test_a_table_of_captions_is_taken_for_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "captions.csv").write_text("ID,Caption,photo\n7,A bear.,photos/7.jpg\n")
+    assert init(monkeypatch, tmp_path / "captions.csv", tmp_path / "link.toml") == 0
+    config = load_config(LinkConfig, tmp_path / "link.toml")
+    assert config.find_mentions
+    assert config.columns.given() == {"document_id": "ID", "text": "Caption", "image_uri": "photo"}
+    assert config.image_source.allowed_prefixes == (str(tmp_path),)
+    (tmp_path / "mentions.csv").write_text("id,sentence,surface\n7,A bear.,bear\n")
+    assert init(monkeypatch, tmp_path / "mentions.csv", tmp_path / "mentions.toml") == 0
+    config = load_config(LinkConfig, tmp_path / "mentions.toml")
+    assert (config.find_mentions, config.columns.mention_id, config.columns.document_id) == (False, "id", None)
 
 
 def test_a_file_is_never_overwritten(

@@ -72,7 +72,7 @@ def test_a_local_image_under_a_prefix_is_read(form: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "form", ["{}/images/../secret", "{}/secret", "file://{}/images/%2e%2e/secret", "{}/images2/a", "a"]
+    "form", ["{}/images/../secret", "{}/secret", "file://{}/images/%2e%2e/secret", "{}/images2/a", "../secret"]
 )
 def test_a_local_file_outside_the_prefixes_is_refused(
     form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -84,6 +84,15 @@ def test_a_local_file_outside_the_prefixes_is_refused(
         fetch_image(form.format(tmp_path), policy(f"{tmp_path}/images"))
     with pytest.raises(ImageFetchError):
         fetch_image(f"{tmp_path}/images/a", policy())
+
+
+def test_a_relative_address_begins_at_the_first_prefix(tmp_path: Path) -> None:
+    storage.write_bytes(f"{tmp_path}/photos/a.png", PICTURE)
+    assert fetch_image("photos/a.png", policy(f"{tmp_path}", "/elsewhere")) == PICTURE
+    for wrong in ("photos/../../a.png", "b.png"):
+        with pytest.raises(ImageFetchError, match=str(tmp_path)):
+            fetch_image(wrong, policy(f"{tmp_path}"))
+    assert fetch_over_http(Answer(200, PICTURE), path="/images/a.png")[0] == PICTURE
 
 
 def test_a_symbolic_link_out_of_the_prefix_is_refused(tmp_path: Path) -> None:
