@@ -1,29 +1,39 @@
 """Mentions by dictionary: precision, recall and F1 on WikiDiverse, and what settings change.
 
 python benchmarks/finding.py DATA
+python benchmarks/finding.py DATA --link LINK.toml --num-documents 100
 
 DATA holds `train.parquet`, `dev.parquet` and `entities.parquet`. The rows of a text are its gold mentions, each at
 the next whole-word occurrence of its surface form. The settings were chosen on train, whose halves are each other's
 gold; dev is measured once with the defaults. "place and entity" takes the most frequent entity of a form in train,
 else the entity of that name, as `gemel evaluate` does for its accuracy without a model. The knowledge base are the
 entities of the dataset alone, those of dev's gold among them: a larger one has more names that are no mentions.
+
+With `--link`, the captions of a sample of dev are linked from end to end instead, as documents without pictures, by a
+configuration that names knowledge base, demonstrations of train and models; `input` and `output` are set here.
 """
 
 from __future__ import annotations
 
 import json
+import random
 import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import chain, product
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import tyro
-from record import record
+from record import record, run_script
 
 from gemel_engine.config.finding import FinderSettings
+from gemel_engine.config.loading import load_config
+from gemel_engine.config.settings import LinkConfig
 from gemel_engine.evaluation.spans import Agreement, Place, occurrences
 from gemel_engine.evidence.normal_form import without_qualifier
 from gemel_engine.finding.dictionary import DictionaryFinder, TrainingText, lower_case_words
@@ -34,12 +44,55 @@ DEFAULTS = FinderSettings()
 Texts = Mapping[str, Sequence[str]]  # surface forms of the mentions of each text
 
 
-def main(data: tyro.conf.Positional[Path]) -> None:
+def main(
+    data: tyro.conf.Positional[Path],
+    *,
+    link: Path | None = None,
+    num_documents: int = 100,
+    work: Path = Path("build/finding"),
+) -> None:
     """Measure, and note the results.
 
     Args:
         data: Directory of the corpus.
+        link: Configuration that links; without one, finding alone is measured.
+        num_documents: Number of captions to link.
+        work: New directory for the linked run.
     """
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results |= measure_finding(data) if link is None else {"linked": measure_linked(data, link, num_documents, work)}
+    RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+    print(json.dumps(results["dev" if link is None else "linked"]["value"], indent=2))
+
+
+def measure_linked(data: Path, link: Path, num_documents: int, work: Path) -> dict[str, Any]:
+    """Mentions found and linked by the commands, by `find_mentions = true`, compared with dev's."""
+    work.mkdir(parents=True)
+    rows = pq.read_table(data / "dev.parquet", columns=["text", "mention", "entity_id"]).to_pylist()
+    texts = sorted({row["text"] for row in rows})
+    ids = {text: str(number) for number, text in enumerate(random.Random(0).sample(texts, num_documents))}
+    pq.write_table(pa.table({"document_id": [*ids.values()], "text": [*ids]}), work / "documents.parquet")
+    gold = [row | {"group": ids[row["text"]]} for row in rows if row["text"] in ids]
+    pq.write_table(pa.Table.from_pylist(gold), work / "gold.parquet")
+    config = load_config(LinkConfig, link)
+    gemel = partial(run_script, work / "log.txt", "-m", "gemel_engine.cli.main")
+    output, files = str(work / "linked"), ("--input", str(work / "documents.parquet"), "--output", str(work / "linked"))
+    started = time.monotonic()
+    gemel("link", str(link), *files, "--find-mentions")
+    seconds = round(time.monotonic() - started)
+    gemel("evaluate", output, "--found", "--gold", str(work / "gold.parquet"))
+    judged = json.loads((work / "linked/_evaluation/found.json").read_text())
+    report = json.loads((work / "linked/_report.json").read_text())
+    value = {"place": judged["mentions"], "place and entity": judged["linked"], "seconds": seconds, "report": report}
+    command = f"python benchmarks/finding.py DATA --link LINK.toml --num-documents {num_documents}"
+    what = (
+        f"WikiDiverse dev, {num_documents} captions with {len(gold)} mentions, {Path(config.language_model.name).name}"
+    )
+    return record(value, command, what)
+
+
+def measure_finding(data: Path) -> dict[str, Any]:
+    """What settings find on the halves of train, and the defaults on dev."""
     names = pq.read_table(data / "entities.parquet")["name"].to_pylist()
     train, dev = (read_texts(data / f"{split}.parquet") for split in ("train", "dev"))
     halves = [dict(list(train.items())[first::2]) for first in (0, 1)]
@@ -66,7 +119,7 @@ def main(data: tyro.conf.Positional[Path]) -> None:
     variants["defaults, place and entity"] = with_entities(found, data)
     command = "python benchmarks/finding.py DATA"
     corpus = f"{len(names)} names, {len(train)} texts of train"
-    results = {
+    return {
         "train_halves": record(on_train, command, f"WikiDiverse train, each half with the other's, {corpus}"),
         "dev": record(
             {name: figures(item) for name, item in variants.items()},
@@ -77,8 +130,6 @@ def main(data: tyro.conf.Positional[Path]) -> None:
             characters_per_processor_second, command, "WikiDiverse dev, scoring counted"
         ),
     }
-    RESULTS.write_text(json.dumps(results, indent=2) + "\n")
-    print(json.dumps(results["dev"]["value"], indent=2))
 
 
 def read_texts(path: Path) -> Texts:

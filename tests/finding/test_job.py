@@ -224,7 +224,7 @@ def test_documents_are_linked(link: Path, tmp_path: Path, monkeypatch: pytest.Mo
     }
     pq.write_table(pa.table(gold), tmp_path / "gold.parquet")
     assert run(monkeypatch, "evaluate", output, "--found", "--gold", tmp_path / "gold.parquet") == 0
-    judged = json.loads((output / "evaluation/found.json").read_text())
+    judged = json.loads((output / "_evaluation/found.json").read_text())
     assert judged["mentions"] == {
         "num_right": 2,
         "num_found": 4,
