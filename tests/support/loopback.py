@@ -23,10 +23,11 @@ class Answer:
 
 @dataclass(slots=True)
 class Loopback:
-    """A running server: its address without a slash at the end, and the paths it was asked for so far."""
+    """A running server: its address without a slash at the end, and the paths it was asked for so far, by whom."""
 
     port: int
     requests: list[str]
+    user_agents: list[str]
 
     @property
     def url(self) -> str:
@@ -37,12 +38,14 @@ class Loopback:
 def serve(answer: Callable[[str], Answer]) -> Iterator[Loopback]:
     """Serve every request, of any method, with the answer to its path and query."""
     requests: list[str] = []
+    user_agents: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"  # answers `Expect: 100-continue`, for which an S3 client would wait a second
 
         def _reply(self) -> None:
             requests.append(self.path)
+            user_agents.append(self.headers.get("User-Agent", ""))
             self.rfile.read(int(self.headers.get("Content-Length", 0)))
             reply = answer(self.path)
             time.sleep(reply.delay_seconds)
@@ -66,7 +69,7 @@ def serve(answer: Callable[[str], Answer]) -> Iterator[Loopback]:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         try:
-            yield Loopback(server.server_port, requests)
+            yield Loopback(server.server_port, requests, user_agents)
         finally:
             server.shutdown()
             thread.join()
