@@ -217,7 +217,7 @@ def evaluate(
             own candidates only.
         found: Whether the mentions were found by `gemel find-mentions`, and are compared with gold
             mentions by their places: `group` (the document), `mention`, and `mention_start`, else
-            `text`. Writes `found.json` instead.
+            `text`. Writes `found.json` instead. Labels without `mention_id` are always read so.
         write_to: Directory for the files. Default: `_evaluation` in the output of the run.
         entities: Parquet file or directory with the pictures of entities: the columns `entity_id`,
             and `image_bytes` or `image_uri`, as for `gemel build-kb`. Default: the addresses in the
@@ -236,7 +236,7 @@ def evaluate(
     linked = LinkedRun.open(output)
     other = None if against is None else LinkedRun.open(against)
     directory, judged = write_to or f"{linked.output}/_evaluation", None
-    if found:
+    if found or _has_places_alone(gold):
         _evaluate_found(linked, gold, directory)
         return
     if gold is not None or linked.has_gold():
@@ -264,6 +264,12 @@ def _write_metrics(judged: JudgedRun, directory: str) -> None:
         )
     storage.write_bytes(f"{directory}/metrics.json", judged.to_json())
     logger.info("%s/metrics.json", directory)
+
+
+def _has_places_alone(gold: str | None) -> bool:
+    from gemel_engine.evaluation.spans import has_places_alone
+
+    return gold is not None and has_places_alone(gold)
 
 
 def _evaluate_found(linked: LinkedRun, gold: str | None, directory: str) -> None:

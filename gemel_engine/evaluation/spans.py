@@ -124,6 +124,12 @@ def read_found(uri: str) -> dict[str, Place]:
     }
 
 
+def has_places_alone(uri: str) -> bool:
+    """Return whether gold mentions have no `mention_id`, but a document and a surface form."""
+    names = next(parquet.open_tables(uri, {})).names
+    return "mention_id" not in names and {"group", "mention"} <= set(names)
+
+
 def read_gold_spans(uri: str) -> dict[Place, str | None]:
     """Return the entity of each gold mention, None where it has none.
 

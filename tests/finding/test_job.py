@@ -223,7 +223,7 @@ def test_documents_are_linked(link: Path, tmp_path: Path, monkeypatch: pytest.Mo
         "entity_id": [answers["d0:2"], "Q3", "Q0" if answers["d3:4"] != "Q0" else "Q1"],
     }
     pq.write_table(pa.table(gold), tmp_path / "gold.parquet")
-    assert run(monkeypatch, "evaluate", output, "--found", "--gold", tmp_path / "gold.parquet") == 0
+    assert run(monkeypatch, "evaluate", output, "--gold", tmp_path / "gold.parquet") == 0
     judged = json.loads((output / "_evaluation/found.json").read_text())
     assert judged["mentions"] == {
         "num_right": 2,

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,8 @@ from examples.downloads import Downloader, Politeness
 from examples.leak_audit import audit, file_name
 from examples.reproduce import Corpus
 from gemel_engine.config.loading import load_config
-from gemel_engine.config.settings import TrainConfig
+from gemel_engine.config.settings import LinkConfig, TrainConfig
 
-COLOURS = ("red", "green", "blue", "white", "black")
 NAMES = ENTITY_NAMES[:6]
 COUNTS = {"train": 8, "valid": 3, "test": 4}
 
@@ -50,7 +50,7 @@ def captions(url: str, split: str) -> list[Any]:
 
 
 def answer_of(url: str, path: str) -> Answer:
-    """The archive of the splits, or a picture; a train and test picture of one number differ."""
+    """The archive of the splits, or a picture of a colour of its own."""
     if path == "/corpus.zip":
         archive = io.BytesIO()
         with zipfile.ZipFile(archive, "w") as opened:
@@ -60,8 +60,7 @@ def answer_of(url: str, path: str) -> Answer:
         return Answer(body=archive.getvalue())
     if "missing" in path:
         return Answer(404)
-    number = int(path[-5]) if path[-5].isdigit() else 0
-    return Answer(body=picture(COLOURS[(number + ("test" in path)) % len(COLOURS)]))
+    return Answer(body=picture(f"#{zlib.crc32(path.encode()) & 0xFFFFFF:06x}"))
 
 
 def corpus(url: str, training: Path, **changes: Any) -> Corpus:
@@ -92,6 +91,32 @@ def test_the_configurations_name_what_is_there(name: str, monkeypatch: pytest.Mo
         assert file.address is not None
         assert "/".join(file.address.split("/")[:3]) in settings.origins
     assert len(Path(f"examples/{name}/README.md").read_text().splitlines()) <= 40
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("name", ["wikidiverse_opt", "wikimel_opt"])
+def test_training_and_linking_get_settings_that_they_know(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
+    monkeypatch.setattr(reproduce, "gemel", lambda *arguments: commands.append([*map(str, arguments)]))
+    path = ROOT / f"jobs/configs/{name}.toml"
+    training = tomllib.loads(path.read_text())
+    reproduce.build(tmp_path, training)
+    reproduce.train(tmp_path, path)
+    reproduce.link(tmp_path, training, tmp_path / "test.parquet", "linked")
+    assert [command[0] for command in commands] == ["build-kb", "build-demonstrations", "train", "link"]
+    _, config, *overrides = commands[2]
+    trained = load_config(TrainConfig, Path(config), overrides)
+    assert trained.image_source.allowed_prefixes == (str(tmp_path / "pictures"),)
+    linking = load_config(LinkConfig, Path(commands[3][1]))
+    assert (linking.score.kind, linking.search.objective, linking.resources.generation.num_gpus) == (
+        "language_model",
+        "mean",
+        1,
+    )
+    assert linking.vision.feature_mapper == f"{trained.output}/feature_mapper"
+    assert (linking.prompt, linking.retrieval) == (trained.prompt, trained.retrieval)
 
 
 @pytest.mark.unit
@@ -207,6 +232,7 @@ num_mentions = 0
     pq.write_table(pa.Table.from_pylist(candidates), tmp_path / "candidates.parquet")
     work = tmp_path / "work"
     servers: list[Loopback] = []
+    num_files = sum(COUNTS.values())  # the archive, and pictures, one of which two splits have
     with serve(lambda path: answer_of(servers[0].url, path)) as server:
         servers.append(server)
         (tmp_path / "tiny.toml").write_text(as_toml(corpus(server.url, training)))
@@ -214,10 +240,10 @@ num_mentions = 0
         command += ["--contact", "test@example.org", "--candidates", str(tmp_path / "candidates.parquet")]
         first = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
         assert first.returncode == 0, first.stderr[-4000:]
-        assert len(server.requests) == 1 + sum(COUNTS.values())
+        assert len(server.requests) == num_files
         assert set(server.user_agents) == {"gemel-engine-reproduce/0.1 (test@example.org)"}
         second = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-        assert len(server.requests) == 1 + sum(COUNTS.values())
+        assert len(server.requests) == num_files
     assert second.stdout == first.stdout
     result = json.loads((work / "result.json").read_text())
     assert result["leaks"] == {"mention_ids": 0, "texts": 1, "mentions_in_texts": 1, "pictures": 1, "own_pictures": 0}
