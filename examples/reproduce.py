@@ -171,8 +171,7 @@ def unpack(archive: Path, directory: Path) -> None:
         for member in opened.infolist():
             target = directory / Path(member.filename).name
             if target.suffix == ".json" and member.file_size <= MAX_FILE_BYTES and not target.exists():
-                data = opened.read(member)
-                target.write_bytes(data)
+                target.write_bytes(opened.read(member))
 
 
 def import_mentions(corpus: Corpus, work: Path) -> None:
@@ -281,9 +280,10 @@ def link(work: Path, training: dict[str, Any], mentions: Path, name: str) -> Non
     tables = {table: dict(training.get(table, {})) for table in SHARED_TABLES}
     tables["language_model"].pop("activation_checkpointing", None)
     tables["vision"]["feature_mapper"] = str(work / "trained/feature_mapper")
-    on_gpu = training.get("workers", {}).get("use_gpu", False)
     tables |= {"image_source": {"allowed_prefixes": [pictures_of(work)]}, "score": {"kind": "language_model"}}
-    tables |= {"resources.generation": {"num_gpus": 1 if on_gpu else 0}}
+    if training.get("workers", {}).get("use_gpu"):  # both models on one GPU, as in cluster/configs/link_1_gpu.toml
+        tables["language_model"]["gpu_memory_utilization"] = 0.75
+        tables |= {"resources.images": {"num_gpus": 0.2}, "resources.generation": {"num_gpus": 0.8}}
     places = {"input": mentions, "output": output, **{k: work / k for k in ("knowledge_base", "demonstrations")}}
     lines = [f"{key} = {json.dumps(str(place))}" for key, place in places.items()]
     for table, values in tables.items():

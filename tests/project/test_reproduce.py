@@ -113,7 +113,7 @@ def test_training_and_linking_get_settings_that_they_know(
     assert (linking.score.kind, linking.search.objective, linking.resources.generation.num_gpus) == (
         "language_model",
         "mean",
-        1,
+        0.8,
     )
     assert linking.vision.feature_mapper == f"{trained.output}/feature_mapper"
     assert (linking.prompt, linking.retrieval) == (trained.prompt, trained.retrieval)
