@@ -71,7 +71,8 @@ def measure_linked(data: Path, link: Path, num_documents: int, work: Path) -> di
     rows = pq.read_table(data / "dev.parquet", columns=["text", "mention", "entity_id"]).to_pylist()
     texts = sorted({row["text"] for row in rows})
     ids = {text: str(number) for number, text in enumerate(random.Random(0).sample(texts, num_documents))}
-    pq.write_table(pa.table({"document_id": [*ids.values()], "text": [*ids]}), work / "documents.parquet")
+    if not (work / "documents.parquet").exists():  # else the run to go on with would refuse another one
+        pq.write_table(pa.table({"document_id": [*ids.values()], "text": [*ids]}), work / "documents.parquet")
     gold = [row | {"group": ids[row["text"]]} for row in rows if row["text"] in ids]
     pq.write_table(pa.Table.from_pylist(gold), work / "gold.parquet")
     config = load_config(LinkConfig, link)

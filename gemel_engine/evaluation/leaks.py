@@ -34,7 +34,10 @@ class LeakAudit:
 
 
 def audit_leaks(train: pa.Table, test: pa.Table) -> LeakAudit:
-    """Count mentions of a test split that share something with the training split; see `shared_with_training`."""
+    """Count mentions of a test split that share something with the training split.
+
+    Arguments and errors are those of `shared_with_training`.
+    """
     counts = {name: int(is_shared.sum()) for name, is_shared in shared_with_training(train, test).items()}
     return LeakAudit(
         num_mentions=len(test),
@@ -56,6 +59,9 @@ def shared_with_training(train: pa.Table, test: pa.Table) -> dict[str, NDArray[n
     Returns:
         Arrays (N,) by the attribute of `LeakAudit` that counts them; `pictures` only if both splits
         have some.
+
+    Raises:
+        InputError: A table lacks a column.
     """
     required = ("mention_id", "text", "mention")
     seen, asked = checked_frame(train, required, "train"), checked_frame(test, required, "test")
