@@ -10,21 +10,30 @@ import hashlib
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import urljoin
+from typing import Literal
+from urllib.parse import unquote, urljoin
 
 from urllib3 import BaseHTTPResponse, PoolManager, Retry, Timeout
 from urllib3.exceptions import HTTPError, LocationParseError, MaxRetryError
 from urllib3.util import parse_url
+
+from gemel_engine.errors import ImageError
+from gemel_engine.importers.commons import picture_address
+from gemel_engine.vision.decode import decode_image
 
 logger = logging.getLogger(__name__)
 
 _RETRIED = (429, 500, 502, 503, 504)
 _MAX_REDIRECTS = 5
 _CHUNK_BYTES = 1 << 16
+_MAX_PIXELS = 50_000_000
+_WIDTH: Literal[500] = 500  # of a thumbnail; image encoders take at most 384 pixels
+_COMMONS = re.compile(r"https://upload\.wikimedia\.org/wikipedia/commons/(?:thumb/)?./../(?P<name>[^/?#]+)")
 
 
 class DownloadError(Exception):
@@ -202,3 +211,17 @@ def download_all(
                 logger.info("%d addresses, %d of them failed", number + 1, num_failed)
     logger.info("%s: %d files, %d failed (%s)", directory, len(names), num_failed, notes.name)
     return names
+
+
+def thumbnail(address: str) -> str:
+    """Return the address of a picture of Wikimedia Commons in a small size; others are unchanged."""
+    found = _COMMONS.match(address)
+    return address if found is None else picture_address(unquote(found["name"]), _WIDTH)
+
+
+def check_picture(path: Path) -> None:
+    """Raise ValueError if a file is no picture that linking takes."""
+    try:
+        decode_image(path.read_bytes(), _MAX_PIXELS)
+    except ImageError as error:
+        raise ValueError(str(error)) from error

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import subprocess
 import sys
 import tomllib
@@ -21,7 +20,6 @@ from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import unquote
 
 import numpy as np
 import pyarrow as pa
@@ -31,19 +29,13 @@ import tyro
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from examples.downloads import Downloader, DownloadError, Politeness, download_all
+from examples.downloads import Downloader, DownloadError, Politeness, check_picture, download_all, thumbnail
 from examples.leak_audit import audit
-from gemel_engine.errors import ImageError
 from gemel_engine.evaluation.run import LinkedRun, judge_run
-from gemel_engine.importers.commons import picture_address
-from gemel_engine.vision.decode import decode_image
 
 SPLITS = ("train", "dev", "test")
 Protocol = Literal["entity", "name", "candidates"]
-MAX_PICTURE_BYTES, MAX_PIXELS = 20_000_000, 50_000_000
-MAX_FILE_BYTES = 1 << 30
-PICTURE_WIDTH: Literal[500] = 500  # of a thumbnail; the image encoder takes at most 384 pixels
-COMMONS = re.compile(r"https://upload\.wikimedia\.org/wikipedia/commons/(?:thumb/)?./../(?P<name>[^/?#]+)")
+MAX_PICTURE_BYTES, MAX_FILE_BYTES = 20_000_000, 1 << 30
 # Tables of a configuration of training that linking has as well.
 SHARED_TABLES = ("language_model", "vision", "retrieval", "prompt", "search")
 
@@ -127,11 +119,12 @@ def main(
     write_entities(work, entities)
     build(work, training)
     train(work, corpus.training)
-    runs = {"linked": ("entity", "name")}
+    runs: dict[str, tuple[Protocol, ...]] = {"linked": ("entity", "name")}
     link(work, training, work / "test.parquet", "linked")
     if candidates is not None:
         mentions = work / "test_candidates.parquet"
-        pq.write_table(with_candidates(pq.read_table(work / "test.parquet"), pq.read_table(candidates)), mentions)
+        if not mentions.exists():
+            write(with_candidates(pq.read_table(work / "test.parquet"), pq.read_table(candidates)), mentions)
         link(work, training, mentions, "linked_candidates")
         runs["linked_candidates"] = ("candidates",)
     leaks = audit(*(pq.read_table(work / f"{name}.parquet") for name in ("train", "test", "entities")), work)
@@ -171,7 +164,9 @@ def unpack(archive: Path, directory: Path) -> None:
         for member in opened.infolist():
             target = directory / Path(member.filename).name
             if target.suffix == ".json" and member.file_size <= MAX_FILE_BYTES and not target.exists():
-                target.write_bytes(opened.read(member))
+                part = target.with_suffix(".part")
+                part.write_bytes(opened.read(member))
+                part.replace(target)
 
 
 def import_mentions(corpus: Corpus, work: Path) -> None:
@@ -203,21 +198,7 @@ def fetch_pictures(corpus: Corpus, work: Path, downloader: Downloader) -> None:
         here = {path.stem: str(path.relative_to(pictures)) for path in pictures.rglob("*") if path.is_file()}
         names = {uri: here[stem] for uri in addresses if (stem := Path(uri).stem) in here}
     for split, table in splits.items():
-        pq.write_table(prepared(table, split, names), work / f"{split}.parquet")
-
-
-def thumbnail(address: str) -> str:
-    """Return the address of a picture of Wikimedia Commons in a small size; others are unchanged."""
-    found = COMMONS.match(address)
-    return address if found is None else picture_address(unquote(found["name"]), PICTURE_WIDTH)
-
-
-def check_picture(path: Path) -> None:
-    """Raise ValueError if a file is no picture that linking takes."""
-    try:
-        decode_image(path.read_bytes(), MAX_PIXELS)
-    except ImageError as error:
-        raise ValueError(str(error)) from error
+        write(prepared(table, split, names), work / f"{split}.parquet")
 
 
 def prepared(mentions: pa.Table, split: str, names: dict[str, str]) -> pa.Table:
@@ -241,7 +222,7 @@ def write_entities(work: Path, given: Path | None) -> None:
             if row["entity_id"] not in known:
                 rows.append({"entity_id": row["entity_id"], "name": row["entity_name"] or row["entity_id"]})
                 known.add(row["entity_id"])
-    pq.write_table(pa.Table.from_pylist(rows), output)
+    write(pa.Table.from_pylist(rows), output)
 
 
 def build(work: Path, training: dict[str, Any]) -> None:
@@ -253,12 +234,8 @@ def build(work: Path, training: dict[str, Any]) -> None:
     if not (work / "demonstrations/index.json").exists():
         gemel(
             *("build-demonstrations", work / "train.parquet", entities, work / "demonstrations"),
-            *(
-                "--mention-encoder",
-                training["retrieval"]["mention_encoder"],
-                "--image-encoder",
-                vision["image_encoder"],
-            ),
+            *("--mention-encoder", training["retrieval"]["mention_encoder"]),
+            *("--image-encoder", vision["image_encoder"]),
             *(("--image-encoder-pretrained", vision["pretrained"]) if "pretrained" in vision else ()),
             *("--device", vision.get("device", "cpu"), "--allowed-image-prefixes", pictures_of(work)),
         )
@@ -329,6 +306,13 @@ def as_markdown(result: dict[str, Any]) -> str:
         lines.append(f"| this run, {row['names']:,} names | {row['protocol']} | {mentions} | {interval} |")
     leaks = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in result["leaks"].items())
     return "\n".join([*lines, "", f"Test mentions that share something with training or their entity: {leaks}."])
+
+
+def write(table: pa.Table, path: Path) -> None:
+    """Write a table, whole or not at all."""
+    part = path.with_suffix(".part")
+    pq.write_table(table, part)
+    part.replace(path)
 
 
 def pictures_of(work: Path) -> str:

@@ -22,7 +22,7 @@ from support.names import ENTITY_NAMES
 from support.paths import ROOT
 
 from examples import reproduce
-from examples.downloads import Downloader, Politeness
+from examples.downloads import Downloader, Politeness, thumbnail
 from examples.leak_audit import audit, file_name
 from examples.reproduce import Corpus
 from gemel_engine.config.loading import load_config
@@ -157,8 +157,8 @@ def test_pictures_that_a_browser_fetched_are_found_by_their_names(tmp_path: Path
 def test_pictures_of_commons_are_asked_for_in_a_small_size() -> None:
     original = "https://upload.wikimedia.org/wikipedia/commons/0/06/A%C3%A9_b.jpg"
     small = "https://commons.wikimedia.org/wiki/Special:FilePath/A%C3%A9_b.jpg?width=500"
-    assert reproduce.thumbnail(original) == small
-    assert reproduce.thumbnail("https://upload.wikimedia.org/wikipedia/en/0/06/A.jpg").endswith("/en/0/06/A.jpg")
+    assert thumbnail(original) == small
+    assert thumbnail("https://upload.wikimedia.org/wikipedia/en/0/06/A.jpg").endswith("/en/0/06/A.jpg")
     assert {file_name(address) for address in (original, small, "commons/thumb/0/06/x/500px-Aé b.jpg")} == {"Aé_b.jpg"}
 
 
