@@ -17,7 +17,6 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -187,7 +186,7 @@ def closed_form(model: Path, demonstrations: Path) -> Path:
 
 
 def engine(model: Path) -> EngineSettings:
-    """vLLM in what CPUs without instructions for bfloat16 are fastest in."""
+    """Return settings of vLLM in what CPUs without instructions for bfloat16 are fastest in."""
     return EngineSettings(name=str(model), dtype="float32")
 
 

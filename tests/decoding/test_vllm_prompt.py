@@ -18,7 +18,7 @@ from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import BlockHash, get_request_block_hasher, init_none_hash
 from vllm.v1.request import Request
 
-from gemel_engine.decoding.engines.vllm_prompt import VllmPrompts, with_picture_keys
+from gemel_engine.decoding.engines.vllm_prompt import VllmPrompts, with_prompt_keys
 from gemel_engine.decoding.prompt import VISUAL_PLACEHOLDER, Prompt
 
 BLOCK_SIZE, WIDTH, LONGEST_PATH = 4, 8, 6
@@ -60,7 +60,7 @@ def request_of(prompts: VllmPrompts, prompt: Prompt, path: tuple[int, ...]) -> R
         None,
         prompt_embeds=given.get("prompt_embeds"),
         prompt_is_token_ids=given.get("is_token_ids"),
-        block_hasher=with_picture_keys(get_request_block_hasher(BLOCK_SIZE, sha256)),
+        block_hasher=with_prompt_keys(get_request_block_hasher(BLOCK_SIZE, sha256)),
     )
 
 
