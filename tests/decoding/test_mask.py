@@ -68,3 +68,20 @@ def test_the_kernel_gives_what_torch_gives(device: str) -> None:
         check=False,
     )
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_the_kernel_compiles_for_gpus(capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = pytest.importorskip("triton.compiler")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    from triton.backends.compiler import GPUTarget  # type: ignore[import-untyped]
+
+    from gemel_engine.decoding.engines import mask_kernel
+
+    pointers = {"logits": "*fp32", "output": "*fp32", "rows": "*i64", "nodes": "*i64", "tokens": "*i16"}
+    pointers |= {"first_child": "*i32", "terminals": "*i32", "lowest": "fp32"}
+    constants = {"TOKEN_BITS": 16, "BLOCK": 4096}
+    kernel = mask_kernel._constrain_row
+    signature = {name: pointers.get(name, "constexpr" if name in constants else "i32") for name in kernel.arg_names}
+    source = compiler.ASTSource(kernel, signature, constants)
+    assert compiler.compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"]

@@ -43,8 +43,9 @@ def compare(trie: PrefixTrie, vocabulary: int, generator: np.random.Generator, d
     if vocabulary > 1000:
         mask_kernel._BLOCK = 4096
     size = int(generator.integers(1, 6))
-    logits = torch.from_numpy(generator.normal(0, 5, (size, vocabulary)).astype(np.float32)).to(device)
-    logits[generator.random((size, vocabulary)) < 0.05] = -torch.inf
+    padded = generator.normal(0, 5, (size, vocabulary + 3)).astype(np.float32)
+    padded[generator.random(padded.shape) < 0.05] = -np.inf
+    logits = torch.from_numpy(padded).to(device)[:, :vocabulary]  # as a padded vocabulary is cut
     rows = torch.from_numpy(generator.permutation(size)[: generator.integers(1, size + 1)]).to(device)
     nodes = torch.from_numpy(generator.integers(0, trie.num_nodes, len(rows))).to(device)
     tensors = TrieTensors.of(trie, device)

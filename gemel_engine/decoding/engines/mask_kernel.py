@@ -26,19 +26,19 @@ def constrain_rows(
 
     Args:
         logits: Logits (B, V), float32, rows contiguous.
-        output: Log-probs (B, V), float32, in the layout of `logits` and other memory; rows that are
-            not in `rows` are left as they are.
+        output: Log-probs (B, V), float32, rows contiguous, in other memory than `logits`; rows that
+            are not in `rows` are left as they are.
         rows: Rows (R,) to constrain, each once, int64.
         nodes: Their nodes (R,) in the trie, int64.
         trie: The trie, on the same device.
         terminator: Token allowed where a name ends.
     """
-    assert logits.stride() == output.stride(), "another layout"
-    assert logits.stride(1) == 1, "rows are not contiguous"
+    assert logits.stride(1) == output.stride(1) == 1, "rows are not contiguous"
     _constrain_row[(len(rows),)](
         logits,
         output,
         logits.stride(0),
+        output.stride(0),
         rows,
         nodes,
         trie.tokens,
@@ -58,7 +58,8 @@ def constrain_rows(
 def _constrain_row(  # type: ignore[no-untyped-def]
     logits,  # (B, V)
     output,  # (B, V)
-    stride,
+    logits_stride,
+    output_stride,
     rows,  # (R,)
     nodes,  # (R,)
     tokens,  # (N,), unsigned integers viewed as signed ones
@@ -75,8 +76,8 @@ def _constrain_row(  # type: ignore[no-untyped-def]
     number = tl.program_id(0)
     row = tl.load(rows + number)
     node = tl.load(nodes + number)
-    logits += row * stride
-    output += row * stride
+    logits += row * logits_stride
+    output += row * output_stride
     lanes = tl.arange(0, BLOCK)
 
     # Each lane keeps the largest of its logits and the sum of their exponentials relative to it.
@@ -110,7 +111,6 @@ def _constrain_row(  # type: ignore[no-untyped-def]
         is_below = tl.load(terminals + middle) < node
         low = tl.where(is_below, middle + 1, low)
         high = tl.where(is_below, high, middle)
-    if low < num_terminals:
-        if tl.load(terminals + low) == node:
-            value = tl.load(logits + terminator) - log_sum
-            tl.store(output + terminator, tl.where(value < lowest, lowest, value))
+    if tl.load(terminals + low, mask=low < num_terminals, other=-1) == node:
+        value = tl.load(logits + terminator) - log_sum
+        tl.store(output + terminator, tl.where(value < lowest, lowest, value))
