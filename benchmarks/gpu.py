@@ -149,6 +149,22 @@ def mask() -> Figures:
             f"whole_ms_{name}": median_ms(constrained),
             f"clone_ms_{name}": median_ms(logits.clone),
         }
+        if DEVICE == "cuda":
+            found[f"kernel_ms_{name}"] = kernel_ms(logits, there, tensors, constrained())
+    return found
+
+
+def kernel_ms(logits: torch.Tensor, nodes: torch.Tensor, tensors: Any, expected: torch.Tensor) -> float:
+    """Milliseconds of the mask's kernel, which has to give what torch gives."""
+    from gemel_engine.decoding.engines.mask_kernel import constrain_rows
+
+    log_probs, rows = torch.empty_like(logits), torch.arange(len(logits), device=DEVICE)
+
+    def constrained() -> None:
+        constrain_rows(logits, log_probs, rows, nodes, tensors, logits.shape[1] - 1)
+
+    found = median_ms(constrained)
+    torch.testing.assert_close(log_probs, expected, atol=1e-4, rtol=1e-5)
     return found
 
 

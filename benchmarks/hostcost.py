@@ -4,8 +4,9 @@ python benchmarks/hostcost.py
 
 A model of one tiny layer whose embeddings are 4,096 wide, in bfloat16, makes vLLM do with a prompt of 840 tokens what
 it does for a large model: take the request, hash its blocks, queue it. 17 pictures, as with the paper's 16
-demonstrations and a question; four rollouts of each prompt, the first of which prepares it. "Before" are a tensor
-filled with NaN for each rollout and vLLM's own keys of blocks. All take turns on one engine, in a process with one
+demonstrations and a question; the four prompts of a round share the pictures of the demonstrations, as mentions of a
+surface form do; four rollouts of each prompt, the first of which prepares it. "Before" are a tensor filled with NaN
+for each rollout and vLLM's own keys of blocks. All take turns on one engine, in a process with one
 torch thread and in one with two. What counts is the thread's own time, which other processes don't lengthen. Results
 go to `benchmarks/results/hostcost.json`.
 """
@@ -87,7 +88,7 @@ def measure(engine: VllmEngine, trie: PrefixTrie) -> dict[str, float]:
     """Milliseconds of a rollout by kind, and what pictures cost in comparison with text."""
     core: Any = engine.llm_engine.engine_core
     ours = core.engine_core.request_block_hasher
-    theirs = ours.args[0]  # what `with_picture_keys` wraps
+    theirs = ours.args[0]  # what `with_prompt_keys` wraps
     kinds: dict[str, tuple[Submit, Any, bool]] = {
         f"picture_{LENGTH}x{WIDTH}_ms": (VllmEngine.submit, ours, True),
         f"text_{LENGTH}_ms": (VllmEngine.submit, ours, False),
@@ -99,7 +100,7 @@ def measure(engine: VllmEngine, trie: PrefixTrie) -> dict[str, float]:
     for number in range(NUM_ROUNDS + 1):
         for name, (submit, hasher, has_pictures) in kinds.items():
             core.engine_core.request_block_hasher = hasher
-            prompts = [make_prompt(generator, has_pictures) for _ in range(PROMPTS_PER_ROUND)]
+            prompts = make_prompts(generator, has_pictures)
             milliseconds = time_round(engine, trie, submit, prompts)
             if number:  # the first round warms up
                 times[name].append(milliseconds)
@@ -155,15 +156,18 @@ def submit_before(engine: VllmEngine, request_id: str, prompt: Prompt, request: 
     engine.llm_engine.add_request(request_id, made, parameters)
 
 
-def make_prompt(generator: np.random.Generator, has_pictures: bool) -> Prompt:
-    """A random prompt, with pictures at equal distances."""
-    token_ids = generator.integers(1, VOCABULARY - 1, LENGTH).tolist()
-    if not has_pictures:
-        return Prompt(tuple(token_ids), ())
-    starts = range(0, LENGTH - PREFIX_LENGTH, LENGTH // NUM_PICTURES)[:NUM_PICTURES]
-    for start in starts:
-        token_ids[start : start + PREFIX_LENGTH] = [VISUAL_PLACEHOLDER] * PREFIX_LENGTH
-    return Prompt(tuple(token_ids), tuple((start, torch.randn(PREFIX_LENGTH, WIDTH)) for start in starts))
+def make_prompts(generator: np.random.Generator, has_pictures: bool) -> list[Prompt]:
+    """Random prompts, with pictures at equal distances, of which all but the last are the same."""
+    starts = range(0, LENGTH - PREFIX_LENGTH, LENGTH // NUM_PICTURES)[:NUM_PICTURES] if has_pictures else ()
+    demonstrations = [torch.randn(PREFIX_LENGTH, WIDTH) for _ in starts[:-1]]
+    made = []
+    for _ in range(PROMPTS_PER_ROUND):
+        token_ids = generator.integers(1, VOCABULARY - 1, LENGTH).tolist()
+        for start in starts:
+            token_ids[start : start + PREFIX_LENGTH] = [VISUAL_PLACEHOLDER] * PREFIX_LENGTH
+        pictures = [*demonstrations, torch.randn(PREFIX_LENGTH, WIDTH)]
+        made.append(Prompt(tuple(token_ids), tuple(zip(starts, pictures, strict=False))))
+    return made
 
 
 def start(directory: Path) -> tuple[VllmEngine, PrefixTrie]:

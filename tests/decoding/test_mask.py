@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import support
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -50,3 +55,33 @@ def test_constrained_logits_are_log_probs_of_allowed_tokens(device: str) -> None
 def test_an_allowed_token_of_no_probability_is_not_taken_for_a_forbidden_one() -> None:
     logits = torch.tensor([[0.0, -math.inf]])
     assert constrain(logits, torch.tensor([0]), torch.tensor([1]))[0, 1] > -math.inf
+
+
+def test_the_kernel_gives_what_torch_gives(device: str) -> None:
+    """On a CPU in Triton's interpreter, which is chosen when Triton is imported, so in a process of its own."""
+    pytest.importorskip("triton")
+    result = subprocess.run(
+        [sys.executable, Path(support.__path__[0]) / "mask_kernel.py", device],
+        env=os.environ | ({"TRITON_INTERPRET": "1"} if device == "cpu" else {}),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_the_kernel_compiles_for_gpus(capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = pytest.importorskip("triton.compiler")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    from triton.backends.compiler import GPUTarget  # type: ignore[import-untyped]
+
+    from gemel_engine.decoding.engines import mask_kernel
+
+    pointers = {"logits": "*fp32", "output": "*fp32", "rows": "*i64", "nodes": "*i64", "tokens": "*i16"}
+    pointers |= {"first_child": "*i32", "terminals": "*i32", "lowest": "fp32"}
+    constants = {"TOKEN_BITS": 16, "BLOCK": 4096}
+    kernel = mask_kernel._constrain_row
+    signature = {name: pointers.get(name, "constexpr" if name in constants else "i32") for name in kernel.arg_names}
+    source = compiler.ASTSource(kernel, signature, constants)
+    assert compiler.compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"]

@@ -18,11 +18,11 @@ from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import BlockHash, get_request_block_hasher, init_none_hash
 from vllm.v1.request import Request
 
-from gemel_engine.decoding.engines.vllm_prompt import VllmPrompts, with_picture_keys
+from gemel_engine.decoding.engines.vllm_prompt import VllmPrompts, with_prompt_keys
 from gemel_engine.decoding.prompt import VISUAL_PLACEHOLDER, Prompt
 
 BLOCK_SIZE, WIDTH, LONGEST_PATH = 4, 8, 6
-PICTURES = torch.randn(3, 2, WIDTH, generator=torch.Generator().manual_seed(0))
+PICTURES = torch.randn(3, 2, WIDTH, generator=torch.Generator().manual_seed(0)).unbind()
 PATHS = st.lists(st.integers(0, 1), max_size=LONGEST_PATH)
 # A block of a prompt: a token, or the number of a picture.
 LAYOUTS = st.lists(st.tuples(st.booleans(), st.integers(0, 2)), min_size=1, max_size=10)
@@ -41,7 +41,7 @@ def prompt_of(layout: list[tuple[bool, int]]) -> tuple[Prompt, list[tuple[object
     for is_picture, number in layout:
         if is_picture:
             contents += [("picture", number, row) for row in range(len(PICTURES[number]))]
-            prefixes.append((len(token_ids), PICTURES[number].clone()))
+            prefixes.append((len(token_ids), PICTURES[number]))
             token_ids += [VISUAL_PLACEHOLDER] * len(PICTURES[number])
         else:
             contents.append(("token", number))
@@ -60,7 +60,7 @@ def request_of(prompts: VllmPrompts, prompt: Prompt, path: tuple[int, ...]) -> R
         None,
         prompt_embeds=given.get("prompt_embeds"),
         prompt_is_token_ids=given.get("is_token_ids"),
-        block_hasher=with_picture_keys(get_request_block_hasher(BLOCK_SIZE, sha256)),
+        block_hasher=with_prompt_keys(get_request_block_hasher(BLOCK_SIZE, sha256)),
     )
 
 

@@ -1,5 +1,7 @@
 """Masks logits by a prefix trie, for all rows of a batch at once, on the device of the logits.
 
+On a GPU, `mask_kernel.py` takes its place for rows that follow a trie.
+
 B rows of a batch, V vocabulary, A allowed tokens of all rows, N nodes, M names.
 """
 
@@ -18,7 +20,7 @@ from torch import Tensor
 from gemel_engine.knowledge_base.arrays import UnsignedArray
 from gemel_engine.knowledge_base.trie import PrefixTrie
 
-_LOWEST_LOG_PROB = -1e9  # lower bound of an allowed token's log-prob; disallowed ones have -inf
+LOWEST_LOG_PROB = -1e9  # lower bound of an allowed token's log-prob; disallowed ones have -inf
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -87,11 +89,16 @@ def constrain(logits: Tensor, rows: Tensor, tokens: Tensor, excluded: Sequence[t
     is_constrained = torch.zeros(len(logits), 1, dtype=torch.bool, device=logits.device)
     is_constrained[rows] = True
     logits.masked_fill_(is_constrained, -math.inf)
-    logits[rows, tokens] = log_probs.clamp_(min=_LOWEST_LOG_PROB)
+    logits[rows, tokens] = log_probs.clamp_(min=LOWEST_LOG_PROB)
+    return exclude(logits, excluded)
+
+
+def exclude(log_probs: Tensor, excluded: Sequence[tuple[int, int]]) -> Tensor:
+    """Set pairs of row and token of log-probs (B, V) to minus infinity, in place; return the log-probs."""
     if excluded:
-        pairs = torch.tensor(excluded).to(logits.device)
-        logits[pairs[:, 0], pairs[:, 1]] = -math.inf
-    return logits
+        pairs = torch.tensor(excluded).to(log_probs.device)
+        log_probs[pairs[:, 0], pairs[:, 1]] = -math.inf
+    return log_probs
 
 
 def _tensor(array: UnsignedArray, device: torch.device) -> Tensor:

@@ -22,7 +22,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from gemel_engine.config.components import EngineSettings
 from gemel_engine.decoding.engines.base import CacheStatistics, Rollout, RolloutRequest
 from gemel_engine.decoding.engines.vllm_mask import TrieLogitsProcessor, TrieLogitsProcessorV2
-from gemel_engine.decoding.engines.vllm_prompt import VllmPrompts, with_picture_keys
+from gemel_engine.decoding.engines.vllm_prompt import VllmPrompts, with_prompt_keys
 from gemel_engine.decoding.language_model import DTYPES, check_language_model, language_model_width, warn_if_slow
 from gemel_engine.decoding.prompt import Prompt
 from gemel_engine.errors import EngineDiedError
@@ -103,7 +103,7 @@ class VllmEngine:
         )
         core: Any = self.llm_engine.engine_core
         if core.engine_core.request_block_hasher is not None:
-            core.engine_core.request_block_hasher = with_picture_keys(core.engine_core.request_block_hasher)
+            core.engine_core.request_block_hasher = with_prompt_keys(core.engine_core.request_block_hasher)
         if not os.path.isdir(settings.name):
             check_language_model(settings.name)  # they may just have been downloaded
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProc
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as SecondInterface
 
 from gemel_engine.decoding.engines.base import allowed_next_tokens
-from gemel_engine.decoding.engines.mask import TrieTensors, constrain
+from gemel_engine.decoding.engines.mask import TrieTensors, constrain, exclude
 from gemel_engine.knowledge_base.trie import PrefixTrie
 
 
@@ -64,6 +65,7 @@ class TrieConstraint:
             self._common_candidates = trie = PrefixTrie.open(Path(additional["common_candidates"]))
             self._tensors[trie] = TrieTensors.of(trie, device)
         self._terminator: int = additional["terminator"]
+        self._uses_kernel = device.type == "cuda" and find_spec("triton") is not None
 
     def cursor(self, parameters: SamplingParams, output_tokens: list[int]) -> TrieCursor | None:
         """Return the cursor at a rollout's start; None for other requests (vLLM's warm-up)."""
@@ -82,26 +84,42 @@ class TrieConstraint:
         """Constrain the rows of logits (B, V) that have a cursor."""
         if not cursors:
             return logits
-        own_rows, own_tokens = [], []
+        own_tokens: dict[int, list[int]] = {}  # by row, of a mention's own candidates, which are few
         nodes: dict[PrefixTrie, dict[int, int]] = {trie: {} for trie in self._tensors}  # by row
         for row, cursor in cursors.items():
             node = cursor.advance()
             if cursor.trie in nodes:
                 nodes[cursor.trie][row] = node
-            else:  # a mention's own candidates, which are few
-                allowed = allowed_next_tokens(cursor.trie, node, self._terminator, frozenset())
-                own_rows += [row] * len(allowed)
-                own_tokens += allowed.tolist()
-        rows, tokens = [_tensor(own_rows, logits)], [_tensor(own_tokens, logits)]
-        for trie, node_of_row in nodes.items():
-            if node_of_row:
-                places, of_trie = self._tensors[trie].allowed(
-                    _tensor([*node_of_row.values()], logits), self._terminator
-                )
-                rows.append(_tensor([*node_of_row], logits)[places])
-                tokens.append(of_trie)
+            else:
+                own_tokens[row] = allowed_next_tokens(cursor.trie, node, self._terminator, frozenset()).tolist()
         excluded = [(row, token) for row, cursor in cursors.items() for token in cursor.excluded]
+        of_tries = [
+            (_tensor([*node_of_row], logits), _tensor([*node_of_row.values()], logits), self._tensors[trie])
+            for trie, node_of_row in nodes.items()
+            if node_of_row
+        ]
+        if self._uses_kernel and not own_tokens:
+            return self._by_kernel(logits, of_tries, excluded)
+        rows = [_tensor([row for row, tokens in own_tokens.items() for _ in tokens], logits)]
+        tokens = [_tensor([token for tokens in own_tokens.values() for token in tokens], logits)]
+        for rows_of_trie, nodes_of_trie, tensors in of_tries:
+            places, allowed = tensors.allowed(nodes_of_trie, self._terminator)
+            rows.append(rows_of_trie[places])
+            tokens.append(allowed)
         return constrain(logits, torch.cat(rows), torch.cat(tokens), excluded)
+
+    def _by_kernel(
+        self, logits: Tensor, of_tries: list[tuple[Tensor, Tensor, TrieTensors]], excluded: list[tuple[int, int]]
+    ) -> Tensor:
+        """Constrain the rows of each trie, given with their nodes."""
+        from gemel_engine.decoding.engines.mask_kernel import constrain_rows  # Triton is for GPUs alone
+
+        logits = logits.float()
+        is_whole = sum(len(rows) for rows, _, _ in of_tries) == len(logits)
+        log_probs = torch.empty_like(logits) if is_whole else logits.clone()
+        for rows, nodes, tensors in of_tries:
+            constrain_rows(logits, log_probs, rows, nodes, tensors, self._terminator)
+        return exclude(log_probs, excluded)
 
 
 class TrieLogitsProcessor(FirstInterface):

@@ -7,7 +7,8 @@ tensor is made once for all rollouts of a prompt, and its other rows stay uninit
 vLLM's own key of a block covers all rows of that tensor and leaves the mask out. Ours has the
 digests of visual prefixes instead, with their positions, as vLLM's keys have them for multimodal
 models: the same text with another picture, without one, or with token ids in its place shares no
-block, and blocks before the first picture are shared with prompts that have none.
+block, and blocks before the first picture are shared with prompts that have none. The keys of a
+prompt's blocks are computed once for all its rollouts, the digest of a picture once for all prompts.
 
 D language-model width, P prefix length, T tokens.
 """
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +25,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 from vllm.inputs.engine import EmbedsInput, TokensInput, embeds_input, tokens_input
 from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from vllm.v1.core.kv_cache_utils import BlockHash
@@ -32,23 +34,38 @@ from vllm.v1.request import Request
 from gemel_engine.decoding.prompt import Prompt
 
 BlockHasher = Callable[[Request], list[BlockHash]]
-PICTURES = "pictures"  # key of a request's `extra_args`
+KEYS = "keys"  # of a request's `extra_args`
+
+
+@dataclass(frozen=True, slots=True)
+class PromptKeys:
+    """What the blocks of a prompt are cached under, beside its token ids.
+
+    Attributes:
+        num_tokens: T.
+        pictures: Position and digest of each visual prefix, in order.
+        blocks: Keys of the blocks that the prompt fills, once they are known.
+    """
+
+    num_tokens: int
+    pictures: list[MultiModalFeatureSpec] = field(default_factory=list)
+    blocks: list[BlockHash] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
 class PreparedPrompt:
-    """A prompt with visual prefixes in vLLM's form.
+    """A prompt in vLLM's form.
 
     Attributes:
+        keys: Keys of its blocks.
         embeddings: Embeddings (T + R, D) with room for a path of R tokens; only the rows of visual
-            prefixes are initialised.
+            prefixes are initialised. None without visual prefixes.
         is_token: False at the positions (T,) of visual prefixes.
-        pictures: Position and digest of each visual prefix, in order.
     """
 
-    embeddings: Tensor
-    is_token: list[bool]
-    pictures: list[MultiModalFeatureSpec]
+    keys: PromptKeys
+    embeddings: Tensor | None = None
+    is_token: list[bool] = field(default_factory=list)
 
 
 class VllmPrompts:
@@ -62,41 +79,47 @@ class VllmPrompts:
 
     def __init__(self, width: int, dtype: torch.dtype, longest_path: int) -> None:
         self._width = width
-        self._dtype = dtype
         self._longest_path = longest_path
+        # Pinned memory is copied to a GPU as it is; vLLM would copy other memory twice.
+        self._options: dict[str, Any] = {"dtype": dtype, "pin_memory": torch.cuda.is_available()}
         self._prepared: WeakKeyDictionary[Prompt, PreparedPrompt] = WeakKeyDictionary()
+        self._digests = WeakIdKeyDictionary()  # of visual prefixes, which demonstrations share
 
     def input(self, prompt: Prompt, path: tuple[int, ...]) -> tuple[EmbedsInput | TokensInput, dict[str, Any]]:
         """Return the prompt followed by `path`, and what the request's `extra_args` say of it."""
         token_ids = [*prompt.token_ids, *path]
-        if not prompt.visual_prefixes:
-            return tokens_input(token_ids), {}
         prepared = self._prepared.get(prompt)
         if prepared is None:
             prepared = self._prepared[prompt] = self._prepare(prompt)
+        arguments = {KEYS: prepared.keys}
+        if prepared.embeddings is None:
+            return tokens_input(token_ids), arguments
         embeds = embeds_input(
             prepared.embeddings[: len(token_ids)],
             prompt_token_ids=token_ids,
             is_token_ids=prepared.is_token + [True] * len(path),
         )
-        return embeds, {PICTURES: prepared.pictures}
+        return embeds, arguments
 
     def _prepare(self, prompt: Prompt) -> PreparedPrompt:
-        shape = len(prompt.token_ids) + self._longest_path, self._width
-        # Pinned memory is copied to a GPU as it is; vLLM would copy other memory twice.
-        embeddings = torch.empty(shape, dtype=self._dtype, pin_memory=torch.cuda.is_available())
+        keys = PromptKeys(len(prompt.token_ids))
+        if not prompt.visual_prefixes:
+            return PreparedPrompt(keys)
+        embeddings = torch.empty((len(prompt.token_ids) + self._longest_path, self._width), **self._options)
         is_token = [True] * len(prompt.token_ids)
-        pictures = []
         for start, prefix in prompt.visual_prefixes:
-            rows = embeddings[start : start + len(prefix)].copy_(prefix)
-            is_token[start : start + len(prefix)] = [False] * len(prefix)
-            digest = hashlib.sha256(rows.view(torch.uint8).numpy().data).hexdigest()
-            place = PlaceholderRange(offset=start, length=len(prefix))
-            pictures.append(MultiModalFeatureSpec(None, "prompt_embeds", digest, place))
-        return PreparedPrompt(embeddings, is_token, pictures)
+            length = len(prefix)
+            rows = embeddings[start : start + length].copy_(prefix)
+            is_token[start : start + length] = [False] * length
+            digest = self._digests.get(prefix)
+            if digest is None:
+                digest = self._digests[prefix] = hashlib.sha256(rows.view(torch.uint8).numpy().data).hexdigest()
+            place = PlaceholderRange(offset=start, length=length)
+            keys.pictures.append(MultiModalFeatureSpec(None, "prompt_embeds", digest, place))
+        return PreparedPrompt(keys, embeddings, is_token)
 
 
-def with_picture_keys(hasher: BlockHasher) -> BlockHasher:
+def with_prompt_keys(hasher: BlockHasher) -> BlockHasher:
     """Return vLLM's block hasher, with our keys for requests of `VllmPrompts`."""
     return partial(_block_hashes, hasher)
 
@@ -104,17 +127,23 @@ def with_picture_keys(hasher: BlockHasher) -> BlockHasher:
 def _block_hashes(hasher: BlockHasher, request: Request) -> list[BlockHash]:
     """Return the hashes of a request's blocks that are full and not hashed yet."""
     parameters = request.sampling_params
-    arguments = None if parameters is None else parameters.extra_args
-    pictures = (arguments or {}).get(PICTURES)
-    if pictures is None:
+    keys: PromptKeys | None = None if parameters is None else (parameters.extra_args or {}).get(KEYS)
+    if keys is None:
         return hasher(request)
     as_multimodal: Any = SimpleNamespace(
         block_hashes=request.block_hashes,
         num_tokens=request.num_tokens,
         all_token_ids=request.all_token_ids,  # zeros at the positions of visual prefixes
-        mm_features=pictures,
+        mm_features=keys.pictures,
         prompt_embeds=None,
         lora_request=None,
         cache_salt=None,
     )
-    return hasher(as_multimodal)
+    if request.block_hashes:
+        return hasher(as_multimodal)
+    if not keys.blocks:
+        as_multimodal.num_tokens = keys.num_tokens
+        keys.blocks.extend(hasher(as_multimodal))
+        as_multimodal.num_tokens = request.num_tokens
+    as_multimodal.block_hashes = keys.blocks
+    return keys.blocks + hasher(as_multimodal)
