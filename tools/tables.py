@@ -12,12 +12,12 @@ from record import difference
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A column: its heading, its cells' place in the results and Python's format for them.
+    """A column of values.
 
     Attributes:
-        heading: The heading.
-        place: Reference of a cell, with `{row}` for the key of its row; several are joined by " / ".
-        layout: The format of the cells.
+        heading: Heading of the column.
+        place: Reference of a cell, with `{row}` for the key of its row, or several that " | " separates.
+        layout: Format of the cells.
     """
 
     heading: str
@@ -30,7 +30,7 @@ class Compared:
     """A column of paired differences between the answers of a row and those of another one.
 
     Attributes:
-        heading: The heading.
+        heading: Heading of the column.
         place: Reference of a row's digits, one for each mention, with `{row}` for the row's key.
         base: Key of the row that others are compared with.
         others: Rows that are compared with another one than `base`.
@@ -47,9 +47,9 @@ class Table:
     """A table of results.
 
     Attributes:
-        text: What stands above the table.
-        columns: Its columns behind the first, which has the labels of rows.
-        rows: The labels of rows and their keys.
+        text: Sentence above the table.
+        columns: Columns after the first, which has the labels of the rows.
+        rows: Labels of the rows and their keys.
     """
 
     text: str
@@ -62,9 +62,9 @@ class Facts:
     """A table of single figures.
 
     Attributes:
-        text: What stands above the table.
-        source: The file that has them.
-        rows: A label, one or more places in the file, joined by " | ", and Python's format for them.
+        text: Sentence above the table.
+        source: Name of the file of results.
+        rows: Label, one or more places in the file, joined by " | ", and Python's format for them.
     """
 
     text: str
@@ -109,7 +109,7 @@ def _cell(column: Column | Compared, row: str, results: Results) -> str:
 
 
 def _shown(places: str, layout: str, results: Results) -> str:
-    """The values at several references; those that were not measured are empty."""
+    """Return the values at several references; those that were not measured are empty."""
     found = []
     for place in places.split(" | "):
         try:
@@ -124,7 +124,7 @@ def _line(cells: Iterable[str]) -> str:
 
 
 def _origin(places: Iterable[str], results: Results) -> list[str]:
-    """The distinct commands, commits and conditions behind the figures at some references."""
+    """Return the distinct commands, commits and conditions behind the figures at some references."""
     found: dict[str, None] = {}
     for place in (part for places_ in places for part in places_.split(" | ")):
         try:
