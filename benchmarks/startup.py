@@ -40,7 +40,8 @@ from record import record
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/startup.json"
 NUM_ROWS, SEED = 100, 0
-FIGURES = ("help", "dry_run_first", "dry_run", "text_100_rows", "rerun", "pictures_100_rows")
+COMMANDS = ("help", "dry_run_first", "dry_run", "text_100_rows", "rerun", "pictures_100_rows")
+FIGURES = (*COMMANDS, "profile", "import_cpu")
 LIBRARIES = (
     "gemel_engine.linking.job",
     "torch",
@@ -86,13 +87,13 @@ def main(
         data: Directory of the corpus.
         before: Checkout of the earlier commit.
         num_runs: Runs of each command.
-        figures: Names of the commands.
+        figures: What is measured; `dry_run` and `rerun` follow the commands that they need.
     """
     with tempfile.TemporaryDirectory(prefix="gs-", dir="/tmp") as scratch:
         text = write_config(data, Path(scratch))
-        found: dict[str, list[dict[str, float]]] = {name: [] for name in figures}
+        found: dict[str, list[dict[str, float]]] = {name: [] for name in figures if name in COMMANDS}
         for _ in range(num_runs):
-            for name in figures:
+            for name in found:
                 of_pair = {}
                 for side, tree in (("before", before.resolve()), ("after", ROOT)):
                     seconds, cpu = measured(name, tree, Path(scratch, side), text)
@@ -103,12 +104,13 @@ def main(
         what = f"seconds, before at {commit_of(before)}, median of {num_runs} in turn"
         results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
         results |= {f"{name}_s": note(medians(pairs), what=what) for name, pairs in found.items()}
-        what = f"seconds since the command at each step, {NUM_ROWS} rows of text in one process, nothing remembered"
-        results["profile"] = note(profile(Path(scratch, "profile"), text), what=what)
-        results["import_cpu_s"] = note(
-            {name: float(printed_by(CPU_OF_IMPORT.format(name), Path(scratch, "import"))) for name in LIBRARIES},
-            what="seconds of CPU in a fresh process",
-        )
+        if "profile" in figures:
+            what = f"seconds since the command at each step, {NUM_ROWS} rows of text in one process, nothing remembered"
+            results["profile"] = note(profile(Path(scratch, "profile"), text), what=what)
+        if "import_cpu" in figures:
+            seconds_of = {lib: printed_by(CPU_OF_IMPORT.format(lib), Path(scratch, "import")) for lib in LIBRARIES}
+            value = {name: round(float(seconds), 2) for name, seconds in seconds_of.items()}
+            results["import_cpu_s"] = note(value, what="seconds of CPU in a fresh process")
         RESULTS.write_text(json.dumps(results, indent=2) + "\n")
 
 
