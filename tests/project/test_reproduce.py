@@ -196,6 +196,7 @@ def test_leaks_are_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.heavy
+@pytest.mark.timeout(1800)
 def test_the_table_is_made_by_one_command(artifacts: dict[str, Path], tmp_path: Path) -> None:
     training = tmp_path / "training.toml"
     training.write_text(
