@@ -4,8 +4,9 @@ python benchmarks/startup.py DATA --before WORKTREE [--num-runs N] [--figures ..
 
 DATA is the corpus of `benchmarks/cards.py`, whose indexes must be there, as must be what `make demo` builds. WORKTREE
 is a checkout of the earlier commit with the same `build`. Each command is a process of its own, of the earlier commit
-and of this one in turn, over the same files; what is noted is the median. Directories for temporary files, in which
-what passed the checks is remembered, are empty at the start of `dry_run_first`, `text_100_rows` and
+and of this one in turn, over the same files; what is noted is the median, and that of the CPU time of the process and
+of all that it starts, which tells more than the seconds where the machine has other work. Directories for temporary
+files, in which what passed the checks is remembered, are empty at the start of `dry_run_first`, `text_100_rows` and
 `pictures_100_rows`; the other commands come after one that has filled them. The profile is of this commit: seconds of
 its one process in each step of linking the 100 rows of text, and of CPU for importing libraries. Results go to
 `benchmarks/results/startup.json`.
@@ -24,10 +25,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import tyro
@@ -87,28 +90,39 @@ def main(
     """
     with tempfile.TemporaryDirectory(prefix="gs-", dir="/tmp") as scratch:
         text = write_config(data, Path(scratch))
-        seconds: dict[str, dict[str, list[float]]] = {name: {"before": [], "after": []} for name in figures}
+        found: dict[str, list[dict[str, float]]] = {name: [] for name in figures}
         for _ in range(num_runs):
             for name in figures:
+                of_pair = {}
                 for side, tree in (("before", before.resolve()), ("after", ROOT)):
-                    seconds[name][side].append(measured(name, tree, Path(scratch, side), text))
-                logger.info("%s %s", name, {side: found[-1] for side, found in seconds[name].items()})
+                    seconds, cpu = measured(name, tree, Path(scratch, side), text)
+                    of_pair |= {side: seconds, f"{side}_cpu": cpu}
+                found[name].append(of_pair)
+                logger.info("%s %s", name, of_pair)
         note = partial(record, command="python benchmarks/startup.py DATA --before WORKTREE")
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=before, check=True, capture_output=True, text=True
-        ).stdout.strip()
+        what = f"seconds, before at {commit_of(before)}, median of {num_runs} in turn"
         results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        for name, found in seconds.items():
-            middle = {side: round(statistics.median(values), 2) for side, values in found.items()}
-            value = middle | {"ratio": round(middle["before"] / middle["after"], 2)}
-            what = f"seconds, before at {commit}, median of {num_runs} in turn"
-            results[f"{name}_s"] = note(value, what=what)
+        results |= {f"{name}_s": note(medians(pairs), what=what) for name, pairs in found.items()}
         what = f"seconds since the command at each step, {NUM_ROWS} rows of text in one process, nothing remembered"
-        results["profile"] = note(profile(Path(scratch), text), what=what)
+        results["profile"] = note(profile(Path(scratch, "profile"), text), what=what)
         results["import_cpu_s"] = note(
-            {name: cpu_of_import(name) for name in LIBRARIES}, what="seconds of CPU in a fresh process"
+            {name: float(printed_by(CPU_OF_IMPORT.format(name), Path(scratch, "import"))) for name in LIBRARIES},
+            what="seconds of CPU in a fresh process",
         )
         RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+
+
+def medians(pairs: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Medians of seconds and of CPU time of both commits, and how much faster this one is."""
+    middle = {side: round(statistics.median(pair[side] for pair in pairs), 2) for side in pairs[0]}
+    ratios = {"ratio": middle["before"] / middle["after"], "cpu_ratio": middle["before_cpu"] / middle["after_cpu"]}
+    return middle | {name: round(value, 2) for name, value in ratios.items()}
+
+
+def commit_of(tree: Path) -> str:
+    """Short name of the commit of a checkout."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, cwd=tree, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def write_config(data: Path, scratch: Path) -> Path:
@@ -135,52 +149,58 @@ generation = {{ num_threads = 2 }}
     return path
 
 
-def measured(name: str, tree: Path, scratch: Path, text: Path) -> float:
-    """Seconds of one command, with the directory for temporary files that it is to have."""
+def measured(name: str, tree: Path, scratch: Path, text: Path) -> tuple[float, float]:
+    """Seconds and CPU time of one command, with the directory for temporary files that it is to have."""
     if name in ("dry_run_first", "text_100_rows", "pictures_100_rows"):
         shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir()
-    if name == "help":
-        return seconds_of(tree, scratch, ["--help"])
+    scratch.mkdir(exist_ok=True)
     config = "examples/emoji/link.toml" if name == "pictures_100_rows" else str(text)
     output = scratch / ("other" if name.startswith("dry_run") else name.replace("rerun", "text_100_rows"))
     options = ["--dry-run"] if name.startswith("dry_run") else []
-    return seconds_of(tree, scratch, ["link", config, "--output", str(output), *options])
+    arguments = ["--help"] if name == "help" else ["link", config, "--output", str(output), *options]
+    started, cpu_of = time.perf_counter(), dict[int, float]()
+    with (scratch / "log.txt").open("w+") as log:
+        command = [sys.executable, "-m", "gemel_engine.cli.main", *arguments]
+        process = subprocess.Popen(command, cwd=tree, env=environment(tree, scratch), stdout=log, stderr=log)
+        while process.poll() is None:
+            with suppress(psutil.NoSuchProcess):
+                seen = psutil.Process(process.pid)
+                for one in (seen, *seen.children(recursive=True)):
+                    with suppress(psutil.NoSuchProcess):
+                        times = one.cpu_times()
+                        cpu_of[one.pid] = times.user + times.system
+            time.sleep(0.05)
+        seconds = time.perf_counter() - started
+        log.seek(0)
+        assert process.returncode == 0, log.read()[-3000:]
+    return seconds, sum(cpu_of.values())
 
 
-def seconds_of(tree: Path, scratch: Path, arguments: Sequence[str]) -> float:
-    """Seconds of a command of a checkout."""
-    started = time.perf_counter()
-    run(tree, scratch, ["-m", "gemel_engine.cli.main", *arguments])
-    return time.perf_counter() - started
-
-
-def run(tree: Path, scratch: Path, arguments: Sequence[str]) -> str:
-    """What this Python prints with the code of a checkout; bytecode is kept, as with an installed package."""
-    scratch.mkdir(exist_ok=True)
+def environment(tree: Path, scratch: Path) -> dict[str, str]:
+    """Variables for the code of a checkout; bytecode is kept, as with an installed package."""
     inherited = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    environment: Mapping[str, str] = inherited | {"PYTHONPATH": str(tree), "TMPDIR": str(scratch)}
+    return inherited | {"PYTHONPATH": str(tree), "TMPDIR": str(scratch)}
+
+
+def printed_by(code: str, scratch: Path, *arguments: str) -> str:
+    """Run code with the engine of this commit; return the last line that it prints."""
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    command = [sys.executable, "-c", code, *arguments]
     finished = subprocess.run(
-        [sys.executable, *arguments], cwd=tree, env=environment, capture_output=True, text=True, check=False
+        command, cwd=ROOT, env=environment(ROOT, scratch), capture_output=True, text=True, check=False
     )
     assert finished.returncode == 0, finished.stderr[-3000:]
-    return finished.stdout
+    return finished.stdout.splitlines()[-1]
 
 
 def profile(scratch: Path, text: Path) -> dict[str, float]:
     """Seconds since the command at the end of each step, the first of its name."""
-    fresh = scratch / "profiled"
-    printed = run(ROOT, fresh, ["-c", PROFILE, str(time.time()), str(text), "--output", str(fresh / "output")])
+    output = scratch / "output"
     marks: dict[str, float] = {}
-    for name, seconds in json.loads(printed.splitlines()[-1]):
+    for name, seconds in json.loads(printed_by(PROFILE, scratch, str(time.time()), str(text), "--output", str(output))):
         marks.setdefault(name, round(seconds, 2))
     return marks
-
-
-def cpu_of_import(name: str) -> float:
-    """Seconds of CPU of a fresh process that imports a module."""
-    with tempfile.TemporaryDirectory() as scratch:
-        return round(float(run(ROOT, Path(scratch), ["-c", CPU_OF_IMPORT.format(name)]).splitlines()[-1]), 2)
 
 
 if __name__ == "__main__":
