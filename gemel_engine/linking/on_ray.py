@@ -44,7 +44,6 @@ def receipts_on_ray(
     config: LinkConfig, remaining: Sequence[Shard], contents: Contents | None
 ) -> Iterator[dict[str, Any]]:
     """Run the stages; yield a row of `RECEIPT_SCHEMA` whenever a part has been written."""
-    connect(quiet=not is_verbose())
     dataset = stream(remaining, linking_stages(config, remaining, contents))
     dataset.set_name("linking")
     yield from rows_of(dataset.iter_batches(batch_size=None, batch_format="pyarrow"))
