@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
@@ -20,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from support.corpus import mention_rows, picture, predictions, run_job, toml, write_mentions
 from support.models import llama_2_tokenizer, save_artifacts, save_tiny_model
 from support.names import ENTITY_NAMES
+from support.paths import ROOT
 from support.s3_server import S3Server
 from support.trouble import forget_checksum
 
@@ -125,6 +128,31 @@ def test_many_small_files_become_few_shards(config: LinkConfig, tmp_path: Path) 
     plan = ordered_plan(replace(config, output=f"{config.output}-large", rows_per_shard=9), plan)
     assert [(shard.start, shard.stop) for shard in plan] == [(0, 4)]
     assert pq.read_table(plan[0].uri)["mention_id"].to_pylist() == ["m1", "m3", "m0", "m2"]
+
+
+def test_one_process_gives_the_same_without_ray(linked: tuple[LinkConfig, LinkReport], tmp_path: Path) -> None:
+    """And its rerun and a dry run import no library of models at all."""
+    on_ray, _ = linked
+    path, output = str(Path(on_ray.input).with_name("link.toml")), str(tmp_path / "output")
+    imported = imported_by_link(path, "--output", output)
+    assert "torch" in imported
+    assert "ray" not in imported
+    assert predictions(output) == predictions(on_ray.output)
+    assert not {"_parts", "_marks"} & {file.name for file in Path(output).iterdir()}
+    assert imported_by_link(path, "--output", output) == set()
+    assert imported_by_link(path, "--output", str(tmp_path / "other"), "--dry-run") == set()
+
+
+def imported_by_link(*arguments: str) -> set[str]:
+    """The libraries of models, and Ray, that a process of `gemel link` imports."""
+    code = (
+        "import sys; from gemel_engine.cli.main import main; main('link'); "
+        "print('imported:', *({'torch', 'transformers', 'open_clip', 'ray', 'vllm'} & sys.modules.keys()))"
+    )
+    command = [sys.executable, "-c", code, *arguments]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=540)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    return set(finished.stdout.rpartition("imported:")[2].split())
 
 
 def test_the_linker_without_ray_gives_the_same(linked: tuple[LinkConfig, LinkReport]) -> None:
