@@ -31,7 +31,9 @@ if TYPE_CHECKING:
     from gemel_engine.retrieval.encoder import MentionEncoder
 
 # The same examples in every run: a test that fails fails for a change of the code.
-settings.register_profile("fixed", derandomize=True, deadline=None)
+fixed = settings(derandomize=True, deadline=None)
+settings.register_profile("fixed", fixed)
+settings.register_profile("thorough", fixed, max_examples=1000)  # chosen by `--hypothesis-profile`
 settings.load_profile("fixed")
 
 
