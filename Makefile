@@ -12,6 +12,8 @@ DEVICE ?= cuda
 # Of the random models of gpu-bench: tiny, 1b or 8b.
 SHAPE ?= 1b
 UV_VERSION := 0.13.9
+# Two processes, each of which runs whole files, in their order: those of one file share what they have made.
+PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -58,10 +60,10 @@ cluster-trial: $(KNOWLEDGE_BASE) $(DEMONSTRATIONS) ## link and train a little on
 	PATH=$(CURDIR)/$(BIN):$$PATH cluster/local_trial.sh
 
 test: test-unit ## run the fast tests, those without a model or Ray first
-	$(BIN)/pytest -m "not heavy and not unit"
+	$(BIN)/pytest $(PARALLEL) -m "not heavy and not unit"
 
 test-unit: $(INSTALLED) ## run the tests that need neither a model nor Ray; COVERAGE=--cov measures what they reach
-	$(BIN)/pytest -m unit $(shell grep -rl --include='test_*.py' pytest.mark.unit tests) $(COVERAGE)
+	$(BIN)/pytest $(PARALLEL) -m unit $(shell grep -rl --include='test_*.py' pytest.mark.unit tests) $(COVERAGE)
 
 test-pythons: ## lint, check types and run the unit tests on each Python that is installed, in .venv-3.11 and so on
 	@set -e; for version in $(PYTHONS); do \
@@ -82,8 +84,8 @@ gpu-bench: $(INSTALLED) ## measure what a GPU does; DEVICE=cpu SHAPE=tiny tries 
 		PYTHONPATH=. DEVICE=$(DEVICE) SHAPE=$(SHAPE) $(BIN)/python benchmarks/gpu.py $$part; \
 	done
 
-test-all: $(KNOWLEDGE_BASE) $(DEMONSTRATIONS) ## run all tests, those with real models included
-	$(BIN)/pytest -m ""
+test-all: $(KNOWLEDGE_BASE) $(DEMONSTRATIONS) ## run all tests, those with real models included, on more examples
+	$(BIN)/pytest -m "" --hypothesis-profile=thorough
 
 test-chaos: $(INSTALLED) ## link while processes and a node are killed at random; a few minutes
 	$(BIN)/pytest -m chaos

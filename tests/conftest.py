@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 # Before Ray, vLLM or transformers are imported: no usage reports, no hub, and an engine in the test's own process.
 os.environ |= {
@@ -31,7 +32,9 @@ if TYPE_CHECKING:
     from gemel_engine.retrieval.encoder import MentionEncoder
 
 # The same examples in every run: a test that fails fails for a change of the code.
-settings.register_profile("fixed", derandomize=True, deadline=None)
+fixed = settings(derandomize=True, deadline=None)
+settings.register_profile("fixed", fixed)
+settings.register_profile("thorough", fixed, max_examples=1000)  # chosen by `--hypothesis-profile`
 settings.load_profile("fixed")
 
 
@@ -106,11 +109,17 @@ def artifacts(
     return save_artifacts(tmp_path_factory.mktemp("artifacts"), language_models["llama"], mention_encoder_directory)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def ray_ends_with_its_module() -> Iterator[None]:
+    """Stop Ray after the tests of a module, whoever started it: small runs would go on there, which takes longer."""
+    yield
+    if (ray := sys.modules.get("ray")) is not None:
+        ray.shutdown()
+
+
 @pytest.fixture(scope="module")
-def local_ray() -> Iterator[None]:
+def local_ray() -> None:
     """A Ray of this test module's own."""
     import ray
 
     ray.init(address="local", num_cpus=4, include_dashboard=False)
-    yield
-    ray.shutdown()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import compress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,8 +21,10 @@ from gemel_engine.retrieval.table import Demonstration
 from gemel_engine.storage import parquet
 from gemel_engine.storage.columns import IDENTIFIER
 from gemel_engine.types import Features, are_features, mention_columns
-from gemel_engine.vision.encoder import ImageEncoder, PictureEncoder
 from gemel_engine.vision.fetch import fetch_image
+
+if TYPE_CHECKING:
+    from gemel_engine.vision.encoder import ImageEncoder
 
 _ENTITIES_PER_READ = 65_536
 _MENTIONS_PER_READ = 32  # also the largest number of pictures encoded at once
@@ -39,6 +41,8 @@ class PictureReader:
     """
 
     def __init__(self, encoder: ImageEncoder, policy: ImagePolicy, max_pixels: int) -> None:
+        from gemel_engine.vision.encoder import PictureEncoder  # imports torch, which tables do without
+
         self.encoder = encoder
         self.num_unusable = 0
         self._policy = policy

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
-from support.scorer import PROMPT, TERMINATOR, VOCABULARY, RandomScorer, problems
+from support.scorer import PROMPT, TERMINATOR, VOCABULARY, Problem, RandomScorer, problems
 
 from gemel_engine.config.components import Objective, SearchSettings
 from gemel_engine.decoding.engines.base import RolloutRequest
@@ -23,26 +23,29 @@ from gemel_engine.knowledge_base.trie import PrefixTrie
 pytestmark = pytest.mark.unit
 
 
+def true_ranking(
+    problem: Problem, scorer: RandomScorer, numbers: Iterable[int], objective: Objective
+) -> list[tuple[float, int]]:
+    """All names as (objective, name index), best first."""
+    lengths = [1 if objective == "sum" else len(name) + 1 for name in problem.names]
+    scores = [scorer.name_log_prob(name) / length for name, length in zip(problem.names, lengths, strict=True)]
+    return sorted(zip(scores, map(int, numbers), strict=True), reverse=True)
+
+
 def solve(
-    problem: dict[str, Any], search_settings: SearchSettings
+    problem: Problem, search_settings: SearchSettings
 ) -> tuple[list[tuple[float, int]], SearchResult, RandomScorer]:
-    """The true ranking as (objective, name index), and what the search says."""
-    trie, numbers = PrefixTrie.from_sequences(problem["names"])
-    scorer = RandomScorer(trie, problem["seed"], problem["temperature"], problem["num_children"])
-    truth = []
-    for name, number in zip(problem["names"], numbers, strict=True):
-        log_prob = scorer.name_log_prob(name)
-        score = log_prob if search_settings.objective == "sum" else log_prob / (len(name) + 1)
-        truth.append((score, int(number)))
+    """The true ranking, and what the search says."""
+    trie, numbers = PrefixTrie.from_sequences(problem.names)
+    scorer = problem.scorer(trie)
     search = NameSearch(trie, TERMINATOR, search_settings)
     ((_, result),) = run_searches(scorer, [("key", PROMPT, search)], max_in_flight=1)
-    return sorted(truth, reverse=True), result, scorer
+    return true_ranking(problem, scorer, numbers, search_settings.objective), result, scorer
 
 
 @pytest.mark.parametrize("objective", ["sum", "mean"])
-@settings(max_examples=1000)
 @given(problem=problems, width=st.integers(1, 6))
-def test_certified_names_are_the_best_of_all(problem: dict[str, Any], width: int, objective: Objective) -> None:
+def test_certified_names_are_the_best_of_all(problem: Problem, width: int, objective: Objective) -> None:
     unlimited = SearchSettings(
         objective=objective, ranking="objective", num_to_certify=5, width=width, max_rollouts=10_000
     )
@@ -54,36 +57,50 @@ def test_certified_names_are_the_best_of_all(problem: dict[str, Any], width: int
 
 
 @pytest.mark.parametrize("objective", ["sum", "mean"])
-@settings(max_examples=500)
 @given(
     problem=problems,
-    budget=st.integers(1, 6),
+    budget=st.integers(1, 12),
     num_tokens=st.none() | st.integers(1, 20),
     num_to_certify=st.integers(1, 5),
+    newest_first=st.booleans(),
 )
 def test_a_budget_never_makes_a_false_claim(
-    problem: dict[str, Any], budget: int, num_tokens: int | None, num_to_certify: int, objective: Objective
+    problem: Problem, budget: int, num_tokens: int | None, num_to_certify: int, newest_first: bool, objective: Objective
 ) -> None:
+    """Checked after every answer, in whatever order the answers come, and so is the bound that proves it."""
     limited = SearchSettings(
         objective=objective,
         ranking="objective",
+        num_candidates=60,
         num_to_certify=num_to_certify,
-        width=2,
+        width=3,
         max_rollouts=budget,
         max_tokens=num_tokens,
     )
-    truth, result, scorer = solve(problem, limited)
-    assert 1 <= result.num_rollouts <= budget
-    proved = result.names[: result.num_certified]
-    assert [name.name_index for name in proved] == [index for _, index in truth[: len(proved)]]
-    found = {name.name_index for name in result.names}
-    _, numbers = PrefixTrie.from_sequences(problem["names"])
-    if len(found) < 5:  # then all that was found is listed
-        missing = [name for name, n in zip(problem["names"], numbers, strict=True) if int(n) not in found]
-        assert math.fsum(math.exp(scorer.name_log_prob(name)) for name in missing) <= result.unexplored_mass + 1e-9
+    trie, numbers = PrefixTrie.from_sequences(problem.names)
+    scorer = problem.scorer(trie)
+    truth = true_ranking(problem, scorer, numbers, objective)
+    total = math.fsum(math.exp(scorer.name_log_prob(name)) for name in problem.names)
+    search = NameSearch(trie, TERMINATOR, limited)
+    requests = search.next_requests()
+    while requests:
+        request = requests.pop(-1 if newest_first else 0)
+        search.observe(request, scorer.rollout(request))
+        result = search.result()
+        assert 1 <= result.num_rollouts <= budget
+        proved = result.names[: result.num_certified]
+        assert [name.name_index for name in proved] == [index for _, index in truth[: len(proved)]]
+        assert all(name.score >= result.highest_bound for name in proved)
+        found = {name.name_index for name in result.names}
+        assert all(score <= result.highest_bound + 1e-9 for score, number in truth if number not in found)
+        explored = math.exp(result.log_explored_mass)
+        assert explored - 1e-9 <= total <= explored + result.unexplored_mass + 1e-9
+        if search.is_done:
+            break
+        requests += search.next_requests()
+    assert search.is_done
 
 
-@settings(max_examples=1000)
 @given(
     problem=problems,
     width=st.integers(1, 6),
@@ -92,13 +109,13 @@ def test_a_budget_never_makes_a_false_claim(
     newest_first=st.booleans(),
 )
 def test_ranked_by_the_mean_come_the_names_that_any_proof_meets(
-    problem: dict[str, Any], width: int, num_children: int, num_to_certify: int, newest_first: bool
+    problem: Problem, width: int, num_children: int, num_to_certify: int, newest_first: bool
 ) -> None:
     by_mean = SearchSettings(
         ranking="mean", num_candidates=100, num_to_certify=num_to_certify, width=width, max_rollouts=10_000
     )
-    trie, _ = PrefixTrie.from_sequences(problem["names"])
-    scorer = RandomScorer(trie, problem["seed"], problem["temperature"], num_children)
+    trie, _ = PrefixTrie.from_sequences(problem.names)
+    scorer = replace(problem, num_children=num_children).scorer(trie)
     search = NameSearch(trie, TERMINATOR, by_mean)
     requests: list[RolloutRequest] = []
     while not search.is_done:
@@ -107,7 +124,7 @@ def test_ranked_by_the_mean_come_the_names_that_any_proof_meets(
         search.observe(request, scorer.rollout(request))
     result = search.result()
 
-    score_of = {name: scorer.name_log_prob(name) for name in problem["names"]}
+    score_of = {name: scorer.name_log_prob(name) for name in problem.names}
     best = max(score_of, key=lambda name: score_of[name])
     needed = {best}
     for prefix in {name[:length] for name in score_of for length in range(1, len(name) + 1)}:
@@ -122,9 +139,8 @@ def test_ranked_by_the_mean_come_the_names_that_any_proof_meets(
     assert len(certified) >= min(num_to_certify, len(expected))
 
 
-@settings(max_examples=200)
 @given(problem=problems)
-def test_one_rollout_of_greedy_decoding_comes_first(problem: dict[str, Any]) -> None:
+def test_one_rollout_of_greedy_decoding_comes_first(problem: Problem) -> None:
     _, result, scorer = solve(problem, SearchSettings(max_rollouts=1))
     greedy = scorer.rollout(RolloutRequest(()))
     node = scorer.trie.walk([step[0] for step in greedy.tokens[:-1]])
@@ -211,8 +227,7 @@ def test_log_probs_that_are_not_numbers() -> None:
 
 
 def test_probability_mass_is_complete_when_everything_is_explored() -> None:
-    sequences = [(a,) for a in range(TERMINATOR)]
-    problem = {"names": sequences, "seed": 3, "temperature": 1.0, "num_children": 2}
+    problem = Problem([(a,) for a in range(TERMINATOR)], seed=3, temperature=1.0, num_children=2)
     truth, result, _ = solve(problem, SearchSettings(num_to_certify=7, num_candidates=7, max_rollouts=1000))
     assert result.unexplored_mass == 0
     assert math.exp(result.log_explored_mass) == pytest.approx(math.fsum(math.exp(score) for score, _ in truth))
@@ -224,7 +239,6 @@ def as_stored(result: SearchResult) -> SearchResult:
 
 
 @pytest.mark.parametrize("objective", ["sum", "mean"])
-@settings(max_examples=500)
 @given(
     problem=problems,
     share_added=st.floats(0, 1),
@@ -233,7 +247,7 @@ def as_stored(result: SearchResult) -> SearchResult:
     budget=st.sampled_from([2, 5, 10_000]),
 )
 def test_searching_added_names_alone_gives_the_best_of_all(
-    problem: dict[str, Any],
+    problem: Problem,
     share_added: float,
     num_retired: int,
     num_to_certify: int,
@@ -241,9 +255,9 @@ def test_searching_added_names_alone_gives_the_best_of_all(
     objective: Objective,
 ) -> None:
     """The names before are those without the added ones; then some that the first search did not list go."""
-    assume(len(problem["names"]) > 1)
-    num_added = 1 + round(share_added * (len(problem["names"]) - 2))
-    before, added = problem["names"][num_added:], problem["names"][:num_added]
+    assume(len(problem.names) > 1)
+    num_added = 1 + round(share_added * (len(problem.names) - 2))
+    before, added = problem.names[num_added:], problem.names[:num_added]
     num_to_certify = min(num_to_certify, len(before))
     every_name = SearchSettings(
         objective=objective,
@@ -253,12 +267,12 @@ def test_searching_added_names_alone_gives_the_best_of_all(
         max_rollouts=10_000,
     )
     old_trie, _ = PrefixTrie.from_sequences(before)
-    scorer = RandomScorer(old_trie, problem["seed"], problem["temperature"], problem["num_children"])
+    scorer = problem.scorer(old_trie)
     ((_, first),) = run_searches(scorer, [(0, PROMPT, NameSearch(old_trie, TERMINATOR, every_name))], 1)
     assert first.num_certified >= num_to_certify
     listed = {tuple(old_trie.name_tokens(name.name_index)) for name in first.names}
     retired = [name for name in before if name not in listed][:num_retired]
-    names = [name for name in problem["names"] if name not in retired]
+    names = [name for name in problem.names if name not in retired]
 
     trie, _ = PrefixTrie.from_sequences(names)
     stored = numbered_in(trie, as_stored(first), old_trie)

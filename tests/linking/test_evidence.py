@@ -80,7 +80,7 @@ def calibrated(config: LinkConfig, weights: ScoreWeights, directory: Path) -> Li
     return replace(config, calibration=str(directory))
 
 
-def test_a_knowledge_base_alone_links_with_cards_and_a_certified_score(config: LinkConfig, local_ray: None) -> None:
+def test_a_knowledge_base_alone_links_with_cards_and_a_certified_score(config: LinkConfig) -> None:
     config = replace(config, demonstrations=None)
     report = link_corpus(config)
     assert report.decided_by == {"score": 9}
@@ -97,7 +97,7 @@ def test_a_knowledge_base_alone_links_with_cards_and_a_certified_score(config: L
     assert "0 of 9 rows are to be linked" in describe_run(config)
 
 
-def test_evidence_decides_alone_at_an_accepted_risk(config: LinkConfig, local_ray: None) -> None:
+def test_evidence_decides_alone_at_an_accepted_risk(config: LinkConfig) -> None:
     config = replace(config, score=replace(config.score, risk=0.02))
     report = link_corpus(config)
     assert report.decided_by == {"evidence": 9}
@@ -110,7 +110,7 @@ def test_evidence_decides_alone_at_an_accepted_risk(config: LinkConfig, local_ra
 
 @pytest.mark.heavy
 def test_a_run_goes_on_with_an_update_of_knowledge_base_and_evidence(
-    config: LinkConfig, evident: dict[str, Path], local_ray: None
+    config: LinkConfig, evident: dict[str, Path]
 ) -> None:
     link_corpus(config)
     updated = replace(config, knowledge_base=str(evident["updated"]), output=f"{config.output}-full")
@@ -128,9 +128,7 @@ def test_a_run_goes_on_with_an_update_of_knowledge_base_and_evidence(
 
 
 @pytest.mark.heavy
-def test_other_weights_rank_again_without_the_language_model(
-    config: LinkConfig, local_ray: None, tmp_path: Path
-) -> None:
+def test_other_weights_rank_again_without_the_language_model(config: LinkConfig, tmp_path: Path) -> None:
     link_corpus(config)
     other = replace(WEIGHTS, features={"likeness": 4.0, "words_of_form": 1.0}, language_model=0.3)
     changed = calibrated(config, other, tmp_path / "other")

@@ -1,12 +1,10 @@
-"""The linking job as a user runs it: tiny real models, real Ray, local files and a real S3 server."""
+"""The linking job as a user runs it: tiny real models, local files and a real S3 server; test_on_ray.py has Ray."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
@@ -17,19 +15,16 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from ray.exceptions import ActorDiedError, RayTaskError, UserCodeException
 from safetensors.torch import load_file, save_file
 from support.corpus import mention_rows, picture, predictions, run_job, toml, write_mentions
 from support.models import llama_2_tokenizer, save_artifacts, save_tiny_model
 from support.names import ENTITY_NAMES
-from support.paths import ROOT
 from support.s3_server import S3Server
 from support.trouble import forget_checksum
 
 from gemel_engine import storage
-from gemel_engine.config.components import KnowledgeBaseSettings, VisionSettings
+from gemel_engine.config.components import KnowledgeBaseSettings
 from gemel_engine.config.loading import config_json, load_config
-from gemel_engine.config.resources import PoolSettings
 from gemel_engine.config.settings import LinkConfig
 from gemel_engine.decoding.confidence import Calibration, LogisticModel, Term, scoring_settings
 from gemel_engine.errors import ArtifactError, ConfigurationError, GemelError, InputError, TooManyFailuresError
@@ -42,7 +37,6 @@ from gemel_engine.linking.job import describe_run, link_corpus
 from gemel_engine.linking.order import ordered_plan
 from gemel_engine.linking.report import LinkReport
 from gemel_engine.pipeline.corpus import plan_shards
-from gemel_engine.pipeline.ray_data import actor_pool, own_errors
 from gemel_engine.pipeline.stages import Retrieve, read_mentions
 from gemel_engine.tokenizer import load_tokenizer
 from gemel_engine.types import Features, Mention
@@ -58,9 +52,7 @@ def config(artifacts: dict[str, Path], tmp_path: Path) -> LinkConfig:
 
 
 @pytest.fixture(scope="module")
-def linked(
-    local_ray: None, artifacts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[LinkConfig, LinkReport]:
+def linked(artifacts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[LinkConfig, LinkReport]:
     """A finished run, which tests only look at, or copy."""
     directory = tmp_path_factory.mktemp("linked")
     path = directory / "link.toml"
@@ -84,38 +76,6 @@ def test_every_row_comes_out_once_in_order(linked: tuple[LinkConfig, LinkReport]
     assert not storage.exists(f"{config.output}/_marks")
 
 
-def test_actors_claim_what_their_settings_say() -> None:
-    asked = actor_pool(PoolSettings(num_cpus=2, num_gpus=0.25, memory_gib=1.5, num_threads=3))
-    assert (asked["num_cpus"], asked["num_gpus"], asked["memory"]) == (2, 0.25, 1.5 * 2**30)
-    assert asked["runtime_env"] == {"env_vars": {"OMP_NUM_THREADS": "3"}}
-    assert not {"memory", "runtime_env"} & actor_pool(PoolSettings()).keys()
-
-
-def test_equal_surface_forms_meet_in_one_shard(config: LinkConfig, local_ray: None, tmp_path: Path) -> None:
-    """Two files of other types and columns, surface forms that take turns, and a row without any."""
-    corpus = tmp_path / "corpus"
-    corpus.mkdir()
-    rows: list[dict[str, Any]] = [
-        {"mention_id": f"m{n:02}", "text": f"Look at the {name} over there.", "mention": name}
-        for n, name in enumerate(ENTITY_NAMES[:3] * 6)
-    ]
-    rows[7]["mention"] = None
-    pq.write_table(pa.Table.from_pylist(rows[:10]), corpus / "a.parquet")
-    large = pa.schema([(name, pa.large_string()) for name in (*rows[0], "image_uri")])
-    pq.write_table(pa.Table.from_pylist(rows[10:], schema=large), corpus / "b.parquet")
-    vision = VisionSettings()  # none, which spares a process
-    config = replace(config, input=str(corpus), rows_per_shard=6, max_failed_fraction=0.1, vision=vision)
-    report = link_corpus(config)
-    assert (report.rows, report.shards, report.errors) == (18, 3, {"invalid_mention": 1})
-    found = [row["mention_id"] for row in predictions(config.output)]
-    expected = sorted(rows, key=lambda row: (row["mention"] is None, row["mention"] or "", row["mention_id"]))
-    assert found == [row["mention_id"] for row in expected]
-
-    (Path(config.output) / "data/shard-00001.parquet").unlink()
-    assert link_corpus(config).shards_skipped == 2
-    assert [row["mention_id"] for row in predictions(config.output)] == found
-
-
 def test_many_small_files_become_few_shards(config: LinkConfig, tmp_path: Path) -> None:
     corpus = tmp_path / "corpus"
     corpus.mkdir()
@@ -130,32 +90,7 @@ def test_many_small_files_become_few_shards(config: LinkConfig, tmp_path: Path) 
     assert pq.read_table(plan[0].uri)["mention_id"].to_pylist() == ["m1", "m3", "m0", "m2"]
 
 
-def test_one_process_gives_the_same_without_ray(linked: tuple[LinkConfig, LinkReport], tmp_path: Path) -> None:
-    """And its rerun and a dry run import no library of models at all."""
-    on_ray, _ = linked
-    path, output = str(Path(on_ray.input).with_name("link.toml")), str(tmp_path / "output")
-    imported = imported_by_link(path, "--output", output)
-    assert "torch" in imported
-    assert "ray" not in imported
-    assert predictions(output) == predictions(on_ray.output)
-    assert not {"_parts", "_marks"} & {file.name for file in Path(output).iterdir()}
-    assert imported_by_link(path, "--output", output) == set()
-    assert imported_by_link(path, "--output", str(tmp_path / "other"), "--dry-run") == set()
-
-
-def imported_by_link(*arguments: str) -> set[str]:
-    """The libraries of models, and Ray, that a process of `gemel link` imports."""
-    code = (
-        "import sys; from gemel_engine.cli.main import main; main('link'); "
-        "print('imported:', *({'torch', 'transformers', 'open_clip', 'ray', 'vllm'} & sys.modules.keys()))"
-    )
-    command = [sys.executable, "-c", code, *arguments]
-    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=540)
-    assert finished.returncode == 0, finished.stderr[-3000:]
-    return set(finished.stdout.rpartition("imported:")[2].split())
-
-
-def test_the_linker_without_ray_gives_the_same(linked: tuple[LinkConfig, LinkReport]) -> None:
+def test_the_linker_gives_the_same(linked: tuple[LinkConfig, LinkReport]) -> None:
     config, _ = linked
     linker = Linker(config)
     for row, expected in list(zip(mention_rows(), predictions(config.output), strict=True))[:4]:
@@ -268,9 +203,7 @@ def test_a_calibration_gives_confidence(config: LinkConfig, tmp_path: Path) -> N
         describe_run(config)
 
 
-def test_bad_rows_become_errors_and_too_many_fail_the_job_at_its_end(
-    local_ray: None, config: LinkConfig, artifacts: dict[str, Path], tmp_path: Path
-) -> None:
+def test_bad_rows_become_errors_and_too_many_fail_the_job_at_its_end(config: LinkConfig, tmp_path: Path) -> None:
     outside = tmp_path / "outside.png"
     outside.write_bytes(picture("red"))
     corpus = write_mentions(
@@ -510,20 +443,6 @@ def test_vllm_links_like_the_reference_on_s3(
     secret = os.environ["AWS_SECRET_ACCESS_KEY"]
     assert secret not in finished.stderr + finished.stdout
     assert secret.encode() not in storage.read_bytes(f"{prefix}/out/_run.json")
-
-
-def test_an_error_of_a_stage_is_raised_as_itself() -> None:
-    """However Ray reports it: as the error of a task, of the code that it was given, or of an actor's start."""
-    text = (
-        "ray::MapBatches()\n  File ...\ngemel_engine.errors.InputError: x has changed: do y\n\nThe above exception was "
-        "the direct cause of the following exception:\n\nray.exceptions.UserCodeException: UDF failed"
-    )
-    task: Any = RayTaskError("f", text, UserCodeException("UDF failed"))  # type: ignore[no-untyped-call]
-    for error in (task, task.make_dual_exception_instance(), ActorDiedError(task)):
-        with pytest.raises(InputError, match=r"^x has changed: do y$"), own_errors():
-            raise error
-    with pytest.raises(RayTaskError), own_errors():
-        raise RayTaskError("f", "gemel_engine.errors.NoSuchError: x", ValueError("x"))  # type: ignore[no-untyped-call]
 
 
 def test_exit_codes_of_the_command(config: LinkConfig, tmp_path: Path) -> None:

@@ -9,10 +9,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 from support.chaos import NO_DAMAGE, ROWS_PER_SHARD, Corpus, Damage, link
@@ -39,9 +41,11 @@ def dashboard() -> Iterator[str]:
     try:
         wait_for(address)
         yield address
-    finally:
-        cluster.terminate()
-        cluster.wait(timeout=60)
+    finally:  # asked to stop, it would take half a minute
+        for process in [*psutil.Process(cluster.pid).children(recursive=True), cluster]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        cluster.wait()
 
 
 def wait_for(address: str) -> None:

@@ -58,7 +58,7 @@ def write_csv(directory: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def test_a_csv_with_pictures_in_an_archive_is_linked_as_parquet_is(
-    artifacts: dict[str, Path], local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    artifacts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "link.toml"
     rows = mention_rows()

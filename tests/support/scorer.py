@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
-from random import Random
+from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 from hypothesis import strategies as st
@@ -23,22 +23,28 @@ class RandomScorer:
 
     def __init__(self, trie: PrefixTrie, seed: int, temperature: float, num_children: int) -> None:
         self.trie = trie
-        self.seed = seed
         self.temperature = temperature
         self.num_children = num_children
         self.queue: deque[tuple[str, RolloutRequest]] = deque()
         self.cache_statistics = CacheStatistics()
-        self._log_probs: dict[tuple[int, ...], np.ndarray] = {}  # by path
+        self._random = np.random.default_rng(seed)
+        self._table = np.empty((0, VOCABULARY))  # of the paths asked for so far, and of some to come
+        self._rows: dict[tuple[int, ...], int] = {}  # of the table, by path
+        self._totals: dict[tuple[int, ...], float] = {(): 0.0}  # log-probs by path
 
     def log_probs(self, path: tuple[int, ...]) -> np.ndarray:
-        if path not in self._log_probs:
-            rng = Random(f"{self.seed} {path}")
-            logits = np.array([rng.gauss() for _ in range(VOCABULARY)]) / self.temperature
-            self._log_probs[path] = logits - np.logaddexp.reduce(logits)
-        return self._log_probs[path]
+        row = self._rows.setdefault(path, len(self._rows))
+        if row == len(self._table):
+            logits = self._random.normal(size=(128, VOCABULARY)) / self.temperature
+            log_probs = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+            self._table = np.concatenate([self._table, log_probs])
+        return self._table[row]
 
     def log_prob(self, path: tuple[int, ...]) -> float:
-        return math.fsum(self.log_probs(path[:depth])[token] for depth, token in enumerate(path))
+        if path not in self._totals:
+            *before, token = path
+            self._totals[path] = self.log_prob(tuple(before)) + float(self.log_probs(tuple(before))[token])
+        return self._totals[path]
 
     def name_log_prob(self, tokens: tuple[int, ...]) -> float:
         return self.log_prob((*tokens, TERMINATOR))
@@ -64,12 +70,34 @@ class RandomScorer:
             path, excluded = (*path, int(allowed[best[0]])), frozenset()
 
 
-names = st.lists(st.integers(0, TERMINATOR - 1), min_size=1, max_size=5).map(tuple)
-problems = st.fixed_dictionaries(
-    {
-        "names": st.lists(names, min_size=1, max_size=60, unique=True),
-        "seed": st.integers(0, 2**32 - 1),
-        "temperature": st.sampled_from([0.2, 0.5, 1.0, 3.0]),
-        "num_children": st.integers(1, VOCABULARY),
-    }
+def random_names(rng: np.random.Generator, num_names: int) -> list[tuple[int, ...]]:
+    """At most so many names, all different, of one to five tokens from small and large alphabets."""
+    drawn = [rng.integers(0, rng.integers(2, TERMINATOR + 1), rng.integers(1, 6)).tolist() for _ in range(num_names)]
+    return list(dict.fromkeys(map(tuple, drawn)))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Names, and what the scorer of them is made of."""
+
+    names: list[tuple[int, ...]]
+    seed: int
+    temperature: float
+    num_children: int
+
+    @classmethod
+    def random(cls, seed: int, num_names: int, temperature: float, num_children: int) -> Self:
+        return cls(random_names(np.random.default_rng(seed), num_names), seed, temperature, num_children)
+
+    def scorer(self, trie: PrefixTrie) -> RandomScorer:
+        return RandomScorer(trie, self.seed, self.temperature, self.num_children)
+
+
+# Of few numbers, from which names are made: drawing the names one by one takes longer than the search.
+problems = st.builds(
+    Problem.random,
+    seed=st.integers(0, 2**32 - 1),
+    num_names=st.integers(1, 60),
+    temperature=st.sampled_from([0.2, 0.5, 1.0, 3.0]),
+    num_children=st.integers(1, VOCABULARY),
 )
