@@ -94,7 +94,7 @@ def main(
         found: dict[str, list[dict[str, float]]] = {name: [] for name in figures if name in COMMANDS}
         for _ in range(num_runs):
             for name in found:
-                of_pair = {}
+                of_pair: dict[str, float] = {}
                 for side, tree in (("before", before.resolve()), ("after", ROOT)):
                     seconds, cpu = measured(name, tree, Path(scratch, side), text)
                     of_pair |= {side: seconds, f"{side}_cpu": cpu}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -42,7 +42,7 @@ def sort_on_ray(
 
 def receipts_on_ray(
     config: LinkConfig, remaining: Sequence[Shard], contents: Contents | None
-) -> Iterator[dict[str, Any]]:
+) -> Generator[dict[str, Any], None, None]:
     """Run the stages; yield a row of `RECEIPT_SCHEMA` whenever a part has been written."""
     dataset = stream(remaining, linking_stages(config, remaining, contents))
     dataset.set_name("linking")

@@ -142,7 +142,7 @@ def test_pictures_are_encoded_once_for_all_examples_of_a_content(
     first = prepared(config, config.train)
     assert (first.num_rows, first.num_pictures) == (10, 7)
     (tmp_path / "clone").mkdir()
-    clone = shutil.copy(config.train, tmp_path / "clone/train.parquet")  # with another time
+    clone = str(shutil.copy(config.train, tmp_path / "clone/train.parquet"))  # with another time
     assert prepared(config, clone) == first
     retrieval, mapper = replace(config.retrieval, num_demonstrations=1), replace(config.mapper, prefix_length=3)
     second = prepared(replace(config, retrieval=retrieval, mapper=mapper), clone)
