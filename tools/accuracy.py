@@ -89,6 +89,27 @@ def score() -> tuple[Table | Facts, ...]:
     )
 
 
+def share(results: Results) -> tuple[Table, ...]:
+    """Return the table on what language models add to evidence."""
+    place = "model_share/{row}"
+    return (
+        Table(
+            "What small language models add to evidence: accuracy on mentions that evidence is not sure of, by "
+            "language model and cards of the prompt; with length: of the name in tokens; with bias: log-prob of the "
+            "name after an empty question.",
+            (
+                Column("mentions", f"{place}/mentions", "d"),
+                Column("model alone", f"{place}/model alone"),
+                Column("evidence alone", f"{place}/evidence/accuracy"),
+                Column("both", f"{place}/evidence, log_prob/accuracy"),
+                Column("with length", f"{place}/evidence, log_prob, length/accuracy"),
+                Column("with bias", f"{place}/evidence, log_prob, bias/accuracy"),
+            ),
+            [(row, row) for row in results.read("model_share")],
+        ),
+    )
+
+
 def cards() -> tuple[Table | Facts, ...]:
     """Return the tables on the cards of prompts."""
     four = "num_demonstrations=4 num_cards=3 num_own_cards="

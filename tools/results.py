@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from accuracy import ablations, cards, confidence, mapper, score
+from accuracy import ablations, cards, confidence, mapper, score, share
 from costs import candidates, decoding, finding, runs, sizing, speed
 from figures import Results
 from tables import Facts, Table, rendered
@@ -66,6 +66,7 @@ def sections(results: Results) -> Sections:
     """Return the tables by topic."""
     return {
         "The score of language model and evidence": score(),
+        "What small language models add": share(results),
         "Which cards a prompt has": cards(),
         "What each part adds": tuple(ablations(results)),
         "Confidence and NIL": (confidence(),),

@@ -24,7 +24,7 @@ def test_it_is_committed_without_outputs() -> None:
 
 
 @pytest.mark.heavy
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 def test_it_links_reports_and_explains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not (ROOT / "build/emoji/demonstrations.stamp").exists():
         pytest.skip("the demo's artifacts are not there: `make test-all` makes them")
@@ -35,7 +35,7 @@ def test_it_links_reports_and_explains(tmp_path: Path, monkeypatch: pytest.Monke
                 (tmp_path / name / path.name).symlink_to(path)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     notebook = committed()
-    NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    NotebookClient(notebook, timeout=1700, resources={"metadata": {"path": str(tmp_path)}}).execute()
     shown = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     printed = "".join(output.get("text", "") for output in shown)
     pages = [output["data"]["text/html"] for output in shown if "text/html" in output.get("data", {})]
