@@ -123,7 +123,7 @@ def test_certified_entities_are_the_best_of_all(world: World, width: int) -> Non
     world=any_worlds,
     width=st.integers(1, 6),
     num_to_certify=st.integers(1, 5),
-    budget=st.integers(1, 6),
+    budget=st.integers(1, 12),
     num_tokens=st.none() | st.integers(1, 20),
     newest_first=st.booleans(),
 )
