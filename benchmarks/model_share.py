@@ -66,7 +66,8 @@ class NameScorer:
     """Log-probs of names after a prompt, by a model of transformers in float32."""
 
     def __init__(self, model: Path, generator: EntityNameGenerator) -> None:
-        self._model: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+        loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        self._model = loaded.eval()
         self._generator = generator
 
     @torch.inference_mode()

@@ -38,6 +38,7 @@ from gemel_engine.config.components import (
 from gemel_engine.config.loading import load_config
 from gemel_engine.config.settings import LinkConfig
 from gemel_engine.decoding.language_model import FrozenLanguageModel, language_model_fingerprint, load_model_config
+from gemel_engine.errors import MentionError
 from gemel_engine.linker import Linker
 from gemel_engine.pipeline.entity_vectors import EntityEncoders
 from gemel_engine.pipeline.knowledge_bases import build
@@ -101,7 +102,8 @@ def measured(linker: Linker, rows: Sequence[dict[str, Any]]) -> Iterator[dict[st
     for start in range(0, len(rows), BATCH):
         batch = rows[start : start + BATCH]
         mentions = [Mention(row["mention_id"], row["text"], row["mention"]) for row in batch]
-        features, retrieved = linker.prepare(mentions, [row.get("image_bytes") for row in batch])
+        encoded, retrieved = linker.prepare(mentions, [row.get("image_bytes") for row in batch])
+        features = [None if isinstance(item, MentionError) else item for item in encoded]
         for name, generator in generators.items():  # the second finds the prompts in the prefix cache
             predictions = generator.generate(mentions, features, retrieved)
             right[name] += [found.entity_id == row["entity_id"] for found, row in zip(predictions, batch, strict=True)]
@@ -166,10 +168,10 @@ def closed_form(model: Path, demonstrations: Path) -> Path:
     if (path / "mapper.json").exists():
         return path
     index, tokenizer = DemonstrationIndex.open(demonstrations), load_tokenizer(str(model))
-    pictured = [item for item in map(index.__getitem__, range(len(index))) if item.image_features is not None]
+    pictured = [item for item in map(index.__getitem__, range(len(index))) if item.features is not None]
     tokens = [list(islice(cycle(encode_text(tokenizer, item.name)), PREFIX_LENGTH)) for item in pictured]
     embeddings = FrozenLanguageModel(str(model)).embed_tokens(torch.tensor(tokens)).float()
-    features = torch.from_numpy(np.stack([item.image_features for item in pictured if item.image_features is not None]))
+    features = torch.from_numpy(np.stack([item.features for item in pictured if item.features is not None]))
     mapper = FeatureMapper.random(
         features.shape[1],
         PREFIX_LENGTH,

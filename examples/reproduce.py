@@ -127,7 +127,8 @@ def main(
             write(with_candidates(pq.read_table(work / "test.parquet"), pq.read_table(candidates)), mentions)
         link(work, training, mentions, "linked_candidates")
         runs["linked_candidates"] = ("candidates",)
-    leaks = audit(*(pq.read_table(work / f"{name}.parquet") for name in ("train", "test", "entities")), work)
+    tables = {name: pq.read_table(work / f"{name}.parquet") for name in ("train", "test", "entities")}
+    leaks = audit(tables["train"], tables["test"], tables["entities"], work)
     rows = list(evaluate(runs, leaks, work))
     shared = {name: int(is_shared.sum()) for name, is_shared in leaks.items()}
     result = {"corpus": corpus.name, "published": corpus.published, "reproduced": rows, "leaks": shared}

@@ -421,7 +421,7 @@ SHARED_GPU = [
 def test_vllm_links_like_the_reference_on_s3(
     artifacts: dict[str, Path], config: LinkConfig, s3_server: S3Server, tmp_path: Path, device: str
 ) -> None:
-    """The job as its own process: input, knowledge base and output on S3, credentials from the environment."""
+    """The job as its own process, in actors: input, knowledge base and output on S3, credentials from the environment."""
     prefix = f"{s3_server.uri}/linking"
     storage.write_bytes(f"{prefix}/in/mentions.parquet", Path(config.input).read_bytes())
     for file in artifacts["knowledge_base"].rglob("*.*"):
@@ -429,7 +429,7 @@ def test_vllm_links_like_the_reference_on_s3(
         storage.write_bytes(f"{prefix}/kb/{relative}", file.read_bytes())
     path = tmp_path / "s3.toml"
     path.write_text(toml(artifacts | {"knowledge_base": f"{prefix}/kb"}, f"{prefix}/in", f"{prefix}/out", "vllm"))
-    finished = run_job(path, *(SHARED_GPU if device == "cuda" else []))
+    finished = run_job(path, "--resources.retrieval.max-actors", "2", *(SHARED_GPU if device == "cuda" else []))
     assert finished.returncode == 0, finished.stderr[-3000:]
     linker = Linker(config)
     rows = predictions(f"{prefix}/out")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,7 +64,7 @@ def compare_processors(directory: Path, device: torch.device) -> None:
     PrefixTrie.from_sequences(COMMON)[0].save(directory / "common")
     directories = {"prefix_trie": str(directory / "trie"), "common_candidates": str(directory / "common")}
     constraint = TrieConstraint(VllmConfig(additional_config={**directories, "terminator": 30}), device)
-    requests = {
+    requests: dict[int, dict[str, Any]] = {
         0: {"path": [], "excluded": [2], "candidates": None},
         1: {"path": [8], "excluded": [], "candidates": None, "has_common_candidates": True},
         3: {"path": [1, 2], "excluded": [30], "candidates": None},

@@ -8,6 +8,7 @@ from typing import Self
 
 import numpy as np
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from gemel_engine.decoding.engines.base import CacheStatistics, Rollout, RolloutRequest, allowed_next_tokens
 from gemel_engine.decoding.prompt import Prompt
@@ -32,13 +33,14 @@ class RandomScorer:
         self._rows: dict[tuple[int, ...], int] = {}  # of the table, by path
         self._totals: dict[tuple[int, ...], float] = {(): 0.0}  # log-probs by path
 
-    def log_probs(self, path: tuple[int, ...]) -> np.ndarray:
+    def log_probs(self, path: tuple[int, ...]) -> NDArray[np.float64]:
         row = self._rows.setdefault(path, len(self._rows))
         if row == len(self._table):
             logits = self._random.normal(size=(128, VOCABULARY)) / self.temperature
             log_probs = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
             self._table = np.concatenate([self._table, log_probs])
-        return self._table[row]
+        found: NDArray[np.float64] = self._table[row]
+        return found
 
     def log_prob(self, path: tuple[int, ...]) -> float:
         if path not in self._totals:

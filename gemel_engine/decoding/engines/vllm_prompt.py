@@ -111,7 +111,7 @@ class VllmPrompts:
             length = len(prefix)
             rows = embeddings[start : start + length].copy_(prefix)
             is_token[start : start + length] = [False] * length
-            digest = self._digests.get(prefix)
+            digest = self._digests.get(prefix)  # type: ignore[no-untyped-call]
             if digest is None:
                 digest = self._digests[prefix] = hashlib.sha256(rows.view(torch.uint8).numpy().data).hexdigest()
             place = PlaceholderRange(offset=start, length=length)
