@@ -251,7 +251,7 @@ def compared(linker: Linker, weights: ScoreWeights, rows: Sequence[dict[str, Any
     found: dict[str, Any] = {"compared.mentions": len(rows)}
     for name, generator in generators.items():
         engine.llm_engine.reset_prefix_cache()
-        before, started = engine.cache_statistics, time.perf_counter()
+        before, started = replace(engine.cache_statistics), time.perf_counter()
         predictions = generator.generate(mentions, [None] * len(mentions), retrieved)
         found[f"compared.{name}.seconds"] = round(time.perf_counter() - started, 1)
         after = engine.cache_statistics

@@ -421,7 +421,7 @@ SHARED_GPU = [
 def test_vllm_links_like_the_reference_on_s3(
     artifacts: dict[str, Path], config: LinkConfig, s3_server: S3Server, tmp_path: Path, device: str
 ) -> None:
-    """The job as its own process, in actors: input, knowledge base and output on S3, credentials from the environment."""
+    """The job in actors: input, knowledge base and output on S3, credentials from the environment."""
     prefix = f"{s3_server.uri}/linking"
     storage.write_bytes(f"{prefix}/in/mentions.parquet", Path(config.input).read_bytes())
     for file in artifacts["knowledge_base"].rglob("*.*"):
