@@ -213,7 +213,7 @@ class _Card:
             "right": item.right is True,
             "wrong": item.right is False,
             "certified": row["certified"] is True,
-            "uncertified": row["certified"] is False,
+            "uncertified": row["certified"] is False and row.get("decided_by") != "evidence",
             "nil": row["is_nil"] is True,
             "error": row["error"] is not None,
         }

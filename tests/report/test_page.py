@@ -249,6 +249,17 @@ def test_what_is_known_with_gold(harmless: Page) -> None:
         assert expected in harmless.text
 
 
+def test_no_search_was_stopped_where_evidence_decided() -> None:
+    items = gallery()
+    for item in items:
+        assert isinstance(item.prediction, dict)
+        item.prediction |= {"certified": False, "decided_by": "evidence"}
+    page = Page(render_report(**(everything() | {"gallery": items})))
+    flags = [attributes["data-flags"] for tag, attributes in page.elements if tag == "article"]
+    assert flags == ["right", "wrong nil", "wrong error"]
+    assert not [text for text in page.text.splitlines() if text.strip() == "search stopped early"]
+
+
 def test_without_gold_the_gold_parts_are_left_out() -> None:
     items = [replace(item, right=None, gold_id=None, gold_name=None) for item in gallery()]
     page = Page(render_report(title="bears", run=RUN, predictions=table(items), gallery=items))
