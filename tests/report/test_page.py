@@ -253,7 +253,7 @@ def test_no_search_was_stopped_where_evidence_decided() -> None:
     items = gallery()
     for item in items:
         assert isinstance(item.prediction, dict)
-        item.prediction |= {"certified": False, "decided_by": "evidence"}
+        item.prediction.update(certified=False, decided_by="evidence")
     page = Page(render_report(**(everything() | {"gallery": items})))
     flags = [attributes["data-flags"] for tag, attributes in page.elements if tag == "article"]
     assert flags == ["right", "wrong nil", "wrong error"]
