@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.scorer import PROMPT, TERMINATOR, VOCABULARY, RandomScorer, random_names
+from support.scorer import PROMPT, TERMINATOR, VOCABULARY, RandomScorer, many_examples, random_names
 
 from gemel_engine.config.components import SearchSettings
 from gemel_engine.decoding.entity_search import EntitySearch, EntitySearchResult, PoolEntity
@@ -107,6 +107,7 @@ any_worlds = worlds(st.sampled_from([1.0, 3.0, 10.0]), st.integers(0, 30))
 worlds_of_one_name_each = worlds(st.just(0.0), st.just(0)).map(lambda world: replace(world, weight=1.0))
 
 
+@many_examples
 @given(world=any_worlds, width=st.integers(1, 6))
 def test_certified_entities_are_the_best_of_all(world: World, width: int) -> None:
     result = world.run(SearchSettings(num_to_certify=5, width=width, max_rollouts=10_000))
@@ -119,6 +120,7 @@ def test_certified_entities_are_the_best_of_all(world: World, width: int) -> Non
         assert found.log_prob == pytest.approx(world.log_probs[found.name_index])
 
 
+@many_examples
 @given(
     world=any_worlds,
     width=st.integers(1, 6),
@@ -158,6 +160,7 @@ def test_a_budget_never_makes_a_false_claim(
     assert search.is_done
 
 
+@many_examples
 @given(world=worlds_of_one_name_each, width=st.integers(1, 6), budget=st.sampled_from([1, 3, 10_000]))
 def test_without_a_pool_it_is_the_search_for_names(world: World, width: int, budget: int) -> None:
     world.pool = []
@@ -171,6 +174,7 @@ def test_without_a_pool_it_is_the_search_for_names(world: World, width: int, bud
     assert result.unexplored_mass == names.unexplored_mass
 
 
+@many_examples
 @given(world=worlds_of_one_name_each, width=st.integers(1, 6), num_to_certify=st.integers(1, 3))
 def test_a_pool_without_bonuses_asks_as_the_search_for_names_does(
     world: World, width: int, num_to_certify: int

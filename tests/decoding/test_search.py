@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from support.scorer import PROMPT, TERMINATOR, VOCABULARY, Problem, RandomScorer, problems
+from support.scorer import PROMPT, TERMINATOR, VOCABULARY, Problem, RandomScorer, many_examples, problems
 
 from gemel_engine.config.components import Objective, SearchSettings
 from gemel_engine.decoding.engines.base import RolloutRequest
@@ -44,6 +44,7 @@ def solve(
 
 
 @pytest.mark.parametrize("objective", ["sum", "mean"])
+@many_examples
 @given(problem=problems, width=st.integers(1, 6))
 def test_certified_names_are_the_best_of_all(problem: Problem, width: int, objective: Objective) -> None:
     unlimited = SearchSettings(
@@ -57,6 +58,7 @@ def test_certified_names_are_the_best_of_all(problem: Problem, width: int, objec
 
 
 @pytest.mark.parametrize("objective", ["sum", "mean"])
+@many_examples
 @given(
     problem=problems,
     budget=st.integers(1, 12),
@@ -101,6 +103,7 @@ def test_a_budget_never_makes_a_false_claim(
     assert search.is_done
 
 
+@many_examples
 @given(
     problem=problems,
     width=st.integers(1, 6),
@@ -139,6 +142,7 @@ def test_ranked_by_the_mean_come_the_names_that_any_proof_meets(
     assert len(certified) >= min(num_to_certify, len(expected))
 
 
+@many_examples
 @given(problem=problems)
 def test_one_rollout_of_greedy_decoding_comes_first(problem: Problem) -> None:
     _, result, scorer = solve(problem, SearchSettings(max_rollouts=1))
@@ -239,6 +243,7 @@ def as_stored(result: SearchResult) -> SearchResult:
 
 
 @pytest.mark.parametrize("objective", ["sum", "mean"])
+@many_examples
 @given(
     problem=problems,
     share_added=st.floats(0, 1),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
+from hypothesis import settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -17,6 +18,8 @@ from gemel_engine.knowledge_base.trie import PrefixTrie
 VOCABULARY = 8
 TERMINATOR = 7
 PROMPT = Prompt((), ())
+# So many find each of the seeded faults of the bounds and of their masses that were tried; a hundred miss some.
+many_examples = settings(max_examples=max(500, settings().max_examples))
 
 
 class RandomScorer:
