@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 
 VARIABLE = "GEMEL_VERBOSE"
@@ -20,6 +21,11 @@ def is_verbose() -> bool:
     return bool(os.environ.get(VARIABLE) or os.environ.get("RAY_LOGGING_CONFIG_ENCODING"))
 
 
+def bar_interval() -> float:
+    """Return the least number of seconds between two states of a progress bar: 30 off a terminal."""
+    return 0.1 if sys.stderr.isatty() else 30.0
+
+
 def quiet_libraries() -> None:
     """Hide what libraries print that a user cannot change; no error is hidden.
 
@@ -31,6 +37,9 @@ def quiet_libraries() -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of vLLM, too, which binds memory to NUMA nodes
+    # vLLM: what it looks up in PyTorch.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.reduce_op` is deprecated", FutureWarning)
     # Ray: what a later version will do with CUDA_VISIBLE_DEVICES, and that its tokens can be turned off.
     warnings.filterwarnings("ignore", r"Tip: In future versions of Ray", FutureWarning)
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)

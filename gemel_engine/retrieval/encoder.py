@@ -38,6 +38,7 @@ from gemel_engine.checkpoint import (
 )
 from gemel_engine.errors import ArtifactError, ConfigurationError, not_loadable
 from gemel_engine.tokenizer import check_embedded, tokenizer_fingerprint
+from gemel_engine.verbosity import bar_interval
 
 TokenIds = tuple[int, ...]
 
@@ -111,6 +112,7 @@ class MentionEncoder:
                     desc="embed surface forms",
                     unit=" forms",
                     delay=5,
+                    mininterval=bar_interval(),
                     disable=len(embeddings) < _LEAST_FORMS_SHOWN,
                 ) as progress,
                 ThreadPoolExecutor(num_workers, initializer=set_num_threads, initargs=(1,)) as workers,

@@ -21,6 +21,7 @@ from gemel_engine.retrieval.table import Demonstration
 from gemel_engine.storage import parquet
 from gemel_engine.storage.columns import IDENTIFIER
 from gemel_engine.types import Features, are_features, mention_columns
+from gemel_engine.verbosity import bar_interval
 from gemel_engine.vision.fetch import fetch_image
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def read_demonstrations(
     num_left_out = 0
     required = ("mention_id", "text", "mention", "entity_id")
     batches = _read_batches(mentions_uri, _MENTIONS_PER_READ, required, optional, stored_names)
-    with tqdm(desc="read demonstrations", unit=" mentions", delay=5) as progress:
+    with tqdm(desc="read demonstrations", unit=" mentions", delay=5, mininterval=bar_interval()) as progress:
         for rows in batches:
             for row in rows:
                 row["name"] = names.get(row["entity_id"]) or normalised_name(row.get("entity_name") or "")

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from gemel_engine.config.addresses import local_path
 from gemel_engine.errors import InputError, redacted, shown
 from gemel_engine.storage.files import resolve
+from gemel_engine.verbosity import bar_interval
 
 MAX_LINE_BYTES = 64 << 20  # far above the largest item of Wikidata
 _BUFFER_BYTES = 1 << 20
@@ -76,4 +77,5 @@ def _decompressed(source: pa.NativeFile) -> io.BufferedReader:
 
 def _progress(uri: str, source: pa.NativeFile) -> tqdm:
     name = uri.rstrip("/").rpartition("/")[2]
-    return tqdm(desc=f"read {name}", total=source.size(), unit="B", unit_scale=True, delay=5)
+    total = source.size()
+    return tqdm(desc=f"read {name}", total=total, unit="B", unit_scale=True, delay=5, mininterval=bar_interval())

@@ -27,6 +27,7 @@ from gemel_engine.decoding.language_model import DTYPES, check_language_model, l
 from gemel_engine.decoding.prompt import Prompt
 from gemel_engine.errors import EngineDiedError
 from gemel_engine.knowledge_base.trie import PrefixTrie, SavedTrie
+from gemel_engine.verbosity import is_verbose
 
 
 class VllmEngine:
@@ -79,6 +80,7 @@ class VllmEngine:
                 model=settings.name,
                 load_format="hf",  # by default vLLM may prefer files that were not checked
                 skip_tokenizer_init=True,
+                use_tqdm_on_load=is_verbose(),
                 enable_prompt_embeds=True,
                 dtype=settings.dtype,
                 max_model_len=max_prompt_tokens + self._trie.longest(0) + 1,
