@@ -21,7 +21,7 @@ FIGURE = re.compile(r"(?<![\w.])\d+(?:,\d{3})*\.\d+(?![\w.])|(?<![\w.])\d+(?:\.\
 NO_MEASUREMENT = re.compile(
     r"(?:Python|Python from|PyTorch|vLLM|Ray) \d+\.\d+(?:(?:, | to | or | and )\d+\.\d+)*|5\.9 million|"
     r"95% intervals?|risk of \d%|\b40% of its vendor's|Apache-2\.0|Far below 100%|"
-    r"80% confidence are right in 80%|Below 0\.05 is usually"
+    r"80% confidence are right in 80%|Below 0\.05 is usually|precision of 0\.6"
 )
 
 
