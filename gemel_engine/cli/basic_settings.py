@@ -9,7 +9,7 @@ from typing import Annotated, Any, get_type_hints
 from tyro.conf import arg
 
 BASIC_SETTINGS = {
-    "input": "Table of mentions: a Parquet file or a directory of them.",
+    "input": "Table of mentions: a file of Parquet, CSV or JSON Lines, or a directory of them.",
     "output": "Directory for the answers.",
     "knowledge_base": "Knowledge base to link to, made by `gemel build-kb`.",
     "demonstrations": "Solved examples for the prompts, made by `gemel build-demonstrations`.",

@@ -207,7 +207,7 @@ def evaluate(
 
     Args:
         output: Output of the run, local or s3://bucket/prefix.
-        gold: Parquet file or directory with the columns `mention_id` and `entity_id`. Default: the
+        gold: Table file or directory with the columns `mention_id` and `entity_id`. Default: the
             input of the run, if it has an `entity_id`.
         train: Training split. It adds accuracies by what the training split contains, a baseline
             without a model, and the pictures of demonstrations.
@@ -219,7 +219,7 @@ def evaluate(
             mentions by their places: `group` (the document), `mention`, and `mention_start`, else
             `text`. Writes `found.json` instead. Labels without `mention_id` are always read so.
         write_to: Directory for the files. Default: `_evaluation` in the output of the run.
-        entities: Parquet file or directory with the pictures of entities: the columns `entity_id`,
+        entities: Table file or directory with the pictures of entities: the columns `entity_id`,
             and `image_bytes` or `image_uri`, as for `gemel build-kb`. Default: the addresses in the
             knowledge base of the run.
         gallery_size: Number of mentions shown in the report.
@@ -301,7 +301,7 @@ def calibrate(
             training mentions with `retrieval.exclude_group`, not over mentions to be evaluated
             later.
         calibration: Local directory for the calibration.
-        gold: Parquet file or directory with the columns `mention_id` and `entity_id`. Default: the
+        gold: Table file or directory with the columns `mention_id` and `entity_id`. Default: the
             input of the run. Mentions without an entity, or with one that the knowledge base lacks,
             serve as examples of NIL; if there are fewer than 20, the entities of a fifth of the
             surface forms are held out instead.

@@ -53,7 +53,7 @@ class FindConfig:
     shards whose files are missing.
 
     Attributes:
-        input: Parquet file or directory of documents, local or s3://bucket/prefix: `document_id`,
+        input: Table file or directory of documents, local or s3://bucket/prefix: `document_id`,
             `text`, and optionally `image_bytes`, `image_uri` or `image_features`.
         output: Output directory, local or s3://bucket/prefix, which `gemel link` takes as `input`.
         knowledge_base: Directory written by `gemel build-kb` or `gemel update-kb`, local or
@@ -62,7 +62,7 @@ class FindConfig:
             s3://bucket/prefix; None: the dictionary has names and aliases alone.
         finder: How mentions are found.
         columns: Names of the columns of the documents, where they differ from the engine's own.
-        gold: Parquet file or directory of the mentions that should be found, to print precision and
+        gold: Table file or directory of the mentions that should be found, to print precision and
             recall: `group` (the id of the document), `mention`, and `mention_start`, else `text`.
         rows_per_shard: Maximum number of documents that are searched together, as a shard.
         max_failed_fraction: Maximum share of documents with an `error` before the job fails.

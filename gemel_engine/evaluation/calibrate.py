@@ -51,7 +51,7 @@ def calibrate_run(linked: LinkedRun, *, gold: str | None = None, nil_precision: 
 
     Args:
         linked: The run.
-        gold: Parquet file or directory with gold labels (see `read_gold`); the run's input by
+        gold: Table file or directory with gold labels (see `read_gold`); the run's input by
             default.
         nil_precision: Required precision of `is_nil`, measured by cross-validation. If no threshold
             reaches it, there is none.

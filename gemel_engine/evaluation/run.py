@@ -168,9 +168,9 @@ def judge_run(
 
     Args:
         linked: The run.
-        gold: Parquet file or directory with gold labels (see `read_gold`); the run's input by
+        gold: Table file or directory with gold labels (see `read_gold`); the run's input by
             default.
-        train: Parquet file or directory of the training split; None: leaks are not counted.
+        train: Table file or directory of the training split; None: leaks are not counted.
         against: Another run over the same mentions, to compare with.
         protocol: Protocol that decides when an answer is right.
 

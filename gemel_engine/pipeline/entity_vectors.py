@@ -205,7 +205,7 @@ def encode_entities(
     """Write the parts of a table of entities that do not exist yet; return the addresses of all.
 
     Args:
-        entities_uri: Parquet file or directory of entities.
+        entities_uri: Table file or directory of entities.
         parts: Address of the directory of the parts, which all nodes share.
         encoders: Models and limits.
         identity: What the parts depend on, with the fingerprints `mention_encoder` and

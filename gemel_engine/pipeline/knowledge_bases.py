@@ -93,7 +93,7 @@ def build(
     """Build a knowledge base and its evidence; go on with an unfinished build of the same.
 
     Args:
-        entities_uri: Parquet file or directory of entities, local or `s3://`.
+        entities_uri: Table file or directory of entities, local or `s3://`.
         output: New or empty directory, or one with an unfinished build; local or `s3://`.
         tokenizer: Tokenizer of the language model.
         settings: How to treat unusable names.
@@ -143,7 +143,7 @@ def update(
 
     Args:
         base: Address of a knowledge base or an update.
-        changes_uri: Parquet file or directory of entities, and optionally the column `retired`.
+        changes_uri: Table file or directory of entities, and optionally the column `retired`.
         output: New or empty local directory, or one with an unfinished update.
         tokenizer: Tokenizer of the language model.
         settings: How to treat unusable names.
@@ -306,7 +306,7 @@ def _write_records(changes_uri: str, records: pa.Table, directory: Path, scratch
     """Write changed entities with all their texts, and the pictures of their rows in the changes.
 
     Args:
-        changes_uri: Parquet file or directory of the changes.
+        changes_uri: Table file or directory of the changes.
         records: The entities as they are after the update.
         directory: Output directory; nothing is done if it exists.
         scratch: Directory that becomes the output directory.

@@ -55,7 +55,7 @@ def shown_entities(
         knowledge_base: Knowledge base of the run.
         entity_ids: Identifiers of the entities; unknown ones are left out.
         pictured: Those whose pictures are looked for.
-        table: Parquet file or directory with the pictures of entities; None: the addresses in the
+        table: Table file or directory with the pictures of entities; None: the addresses in the
             knowledge base alone.
         image_source: Policy for reading image addresses; None: no address is read.
 

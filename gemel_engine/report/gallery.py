@@ -89,14 +89,14 @@ def gallery_items(
 
     Args:
         predictions: Output of the run.
-        mentions: Parquet file or directory of the mentions that were linked.
+        mentions: Table file or directory of the mentions that were linked.
         index: Demonstrations of the run; None: without demonstrations.
         size: Number of mentions to draw; all of them if there are fewer.
         seed: Seed of the draw; equal seeds draw equal mentions.
         stored_names: The corpus' names of columns that have another name there.
         judged: Verdicts (see `Judge.verdicts`) on any of the mentions: columns `mention_id`,
             `entity_id` (gold, null for NIL), `entity_name` and `right` (both nullable).
-        training: Parquet file or directory with the pictures of the demonstrations; None: without.
+        training: Table file or directory with the pictures of the demonstrations; None: without.
         knowledge_base: Knowledge base of the run; None: entities without names and descriptions.
         entities: Table of the pictures of entities; None: only addresses in the knowledge base.
         image_source: Policy for reading image addresses; None: no address is read.

@@ -123,9 +123,9 @@ def report_of(
     Args:
         linked: The run.
         judged: Results of judging the run; None without gold labels.
-        training: Parquet file or directory with the pictures of the demonstrations; None: without.
+        training: Table file or directory with the pictures of the demonstrations; None: without.
         gallery_size: Number of mentions to show.
-        entities: Parquet file or directory with the pictures of entities; None: only addresses in
+        entities: Table file or directory with the pictures of entities; None: only addresses in
             the run's knowledge base.
         image_source: Policy for reading image addresses, independent of the run's own; None: no
             address is read.

@@ -42,7 +42,7 @@ def read_rows(uri: str, columns: Mapping[str, Column], ids: Collection[str]) -> 
     """Read rows of a table by their ids: first all ids, then the row groups that contain them.
 
     Args:
-        uri: Parquet file or directory.
+        uri: Table file or directory.
         columns: Columns to read where they exist; the first one, which must, has the ids.
         ids: Ids of the rows to read.
 

@@ -72,7 +72,7 @@ def read_names(entities_uri: str) -> dict[str, str]:
     """Read the names of entities by id, normalised as in a knowledge base.
 
     Args:
-        entities_uri: Parquet file or directory with the columns `entity_id` and `name`.
+        entities_uri: Table file or directory with the columns `entity_id` and `name`.
 
     Raises:
         InputError: There is no such table, or it lacks a column.

@@ -71,7 +71,7 @@ def check_apart(output: str, source: str) -> None:
 
     Args:
         output: Directory that the job writes to; it need not exist.
-        source: Parquet file or directory that the job reads.
+        source: Table file or directory that the job reads.
 
     Raises:
         ConfigurationError: `output` is `source` or is inside of it where `list_parquet` would find
