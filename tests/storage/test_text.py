@@ -205,7 +205,7 @@ HEADER = "mention_id,text,mention,mention_start\n"
          "{uri} has no column 'text'; its columns are mention_id, txt, mention (did you mean 'txt' for 'text'?)"),
         ("a.csv", "id;text;mention\n1;x;x\n", "; its columns are id, text, mention"),
         ("a.csv", "mention_id,text,text\n1,x,x\n", "'{uri}' has the column 'text' more than once: keep one"),
-        ("a.csv.gz", gzip.compress(HEADER.encode() * 9)[:-9], "'{uri}' is damaged or cut off after line"),
+        ("a.csv.gz", gzip.compress(HEADER.encode() * 9, mtime=0)[:-9], "'{uri}' is damaged or cut off after line"),
         ("a.jsonl", '{"mention_id": 1}\n{"mention_id"\n', "'{uri}', line 2 is malformed"),
         ("a.jsonl", '{"mention_id": "\\ud800"}\n', "'{uri}', line 1 is malformed (text that is not UTF-8)"),
         ("a.jsonl", '{"\\ud800": 1}', "'{uri}', line 1 is malformed (text that is not UTF-8)"),
