@@ -8,6 +8,7 @@ import io
 import locale
 import logging
 import os
+import select
 import signal
 import sys
 import threading
@@ -88,8 +89,28 @@ def run(command: Callable[[], object], name: str | None = None) -> None:
         sys.stderr.write(f"error: {visible(redacted(str(cause)))}\n")
         sys.exit(error.exit_code)
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and not _is_output_read():
+            _end_unread()
         sys.stderr.write(f"{redacted(visible_traceback(error))}\n")
         sys.exit(1)
+    finally:
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            _end_unread()
+
+
+def _is_output_read() -> bool:
+    """Return whether somebody reads standard output, unlike behind a `head` that has ended."""
+    poller = select.poll()
+    poller.register(sys.stdout.fileno(), 0)  # errors alone
+    return not poller.poll(0)
+
+
+def _end_unread() -> NoReturn:
+    """End as a process does whose output nobody reads any more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(128 + signal.SIGPIPE)
 
 
 def _interrupt(number: int, _: object) -> NoReturn:

@@ -101,6 +101,17 @@ def test_a_temporary_directory_with_a_long_path_is_said(tmp_path: Path, monkeypa
     assert "RAY_ADDRESS" not in os.environ
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_of_the_output_may_end(unbuffered: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "gemel_engine.cli.main", "--help"]
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
+
+
 def test_workers_behind_uv_run_work_where_the_driver_does() -> None:
     uv = Path(sys.executable).with_name("uv")
     if not uv.exists():

@@ -37,7 +37,7 @@ def test_it_links_reports_and_explains(tmp_path: Path, monkeypatch: pytest.Monke
     notebook = committed()
     NotebookClient(notebook, timeout=1700, resources={"metadata": {"path": str(tmp_path)}}).execute()
     shown = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    printed = "".join(output.get("text", "") for output in shown)
+    printed = "".join(output.get("text") or output["data"].get("text/plain", "") for output in shown)
     pages = [output["data"]["text/html"] for output in shown if "text/html" in output.get("data", {})]
     assert "accuracy 0." in printed or "accuracy 1." in printed
     assert "without the picture" in printed.lower()
