@@ -25,13 +25,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import tyro
 from cards import WORK as CARDS
-from cards import prepare
+from cards import build_knowledge_base, prepare
 from numpy.typing import NDArray
 from record import record
 from sklearn.metrics import roc_auc_score
 
 from gemel_engine.assembly import load_picture_encoder, open_artifacts
-from gemel_engine.config.components import EngineSettings, KnowledgeBaseSettings, RetrievalSettings
+from gemel_engine.config.components import EngineSettings, RetrievalSettings
 from gemel_engine.config.loading import config_json, load_config
 from gemel_engine.config.settings import LinkConfig
 from gemel_engine.decoding.confidence import Calibration
@@ -44,8 +44,6 @@ from gemel_engine.evidence.retrieved import Retrieved
 from gemel_engine.evidence.retriever import Retriever
 from gemel_engine.evidence.weights import ScoreWeights
 from gemel_engine.pipeline.entity_vectors import EntityEncoders
-from gemel_engine.pipeline.knowledge_bases import build
-from gemel_engine.tokenizer import load_tokenizer
 from gemel_engine.types import Features, Mention, Prediction, predictions_to_table
 
 WORK = Path("build/calibration")
@@ -154,8 +152,7 @@ def without_entities(config: LinkConfig, entities: Path, directory: Path) -> Lin
         encoders = EntityEncoders(
             mention_encoder=config.retrieval.mention_encoder, image_encoder=config.vision.image_encoder
         )
-        tokenizer = load_tokenizer(config.language_model.name)
-        build(str(directory / "entities.parquet"), str(knowledge_base), tokenizer, KnowledgeBaseSettings(), encoders)
+        build_knowledge_base(directory / "entities.parquet", knowledge_base, config.language_model.name, encoders)
     return replace(config, knowledge_base=str(knowledge_base))
 
 

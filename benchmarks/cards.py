@@ -111,14 +111,23 @@ def opened(data: Path, language_model: str, mention_encoder: str) -> Linker:
 
 def prepare(data: Path, language_model: str, mention_encoder: str) -> None:
     """Build the knowledge base with its evidence index and the demonstration index, where they are missing."""
-    knowledge_base = WORK / "knowledge_base"
-    if not (knowledge_base / "knowledge_base.json").exists():
-        entities, encoders = str(data / "entities.parquet"), EntityEncoders(mention_encoder=mention_encoder)
-        build(entities, str(knowledge_base), load_tokenizer(language_model), KnowledgeBaseSettings(), encoders)
-    if not (WORK / "demonstrations/index.json").exists():
+    encoders = EntityEncoders(mention_encoder=mention_encoder)
+    build_knowledge_base(data / "entities.parquet", WORK / "knowledge_base", language_model, encoders)
+    build_demonstrations(data, WORK / "demonstrations", mention_encoder)
+
+
+def build_knowledge_base(entities: Path, directory: Path, language_model: str, encoders: EntityEncoders) -> None:
+    """Build a knowledge base with its evidence index in a language model's tokens, where it is missing."""
+    if not (directory / "knowledge_base.json").exists():
+        build(str(entities), str(directory), load_tokenizer(language_model), KnowledgeBaseSettings(), encoders)
+
+
+def build_demonstrations(data: Path, directory: Path, mention_encoder: str) -> None:
+    """Build the demonstration index of a corpus' training mentions, where it is missing."""
+    if not (directory / "index.json").exists():
         names = read_names(str(data / "entities.parquet"))
         demonstrations = read_demonstrations(str(data / "train.parquet"), names)
-        DemonstrationIndex.build(WORK / "demonstrations", demonstrations, MentionEncoder(mention_encoder))
+        DemonstrationIndex.build(directory, demonstrations, MentionEncoder(mention_encoder))
 
 
 def buckets_of(rows: Sequence[dict[str, Any]], data: Path) -> list[str]:

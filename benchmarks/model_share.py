@@ -35,7 +35,7 @@ from gemel_engine.assembly import open_artifacts
 from gemel_engine.config.components import EngineSettings, RetrievalSettings, SearchSettings
 from gemel_engine.config.settings import LinkConfig
 from gemel_engine.decoding.generator import EntityNameGenerator
-from gemel_engine.evaluation.fit_score import conditional_logit
+from gemel_engine.evaluation.fit_score import LabelledPools, conditional_logit
 from gemel_engine.evidence.retrieved import Retrieved
 from gemel_engine.evidence.retriever import Retriever
 from gemel_engine.evidence.weights import ScoreWeights, bonuses_of, softmax
@@ -44,7 +44,8 @@ from gemel_engine.types import Mention
 
 RESULTS = Path("benchmarks/results/model_share.json")
 WORK = Path("build/model_share")
-NUM_CANDIDATES, NUM_FOLDS = 6, 5
+NUM_CANDIDATES = 6
+COLUMNS = ("evidence", "log_prob", "length", "bias")
 
 logger = logging.getLogger("model_share")
 
@@ -186,29 +187,26 @@ def scored(
 def judged(asked: Sequence[Asked], log_probs: Sequence[list[float]], bias: dict[str, float]) -> dict[str, Any]:
     """Accuracy, likelihood and weights with each combination of evidence, log-prob and corrections."""
     starts = np.concatenate([[0], np.cumsum([len(item.rows) for item in asked])])
-    gold = np.array([-1 if item.gold < 0 else start + item.gold for item, start in zip(asked, starts, strict=False)])
-    columns = {
-        "evidence": joined(item.bonuses for item in asked),
-        "log_prob": joined(log_probs),
-        "length": joined([len(name) for name in item.names] for item in asked),
-        "bias": -joined([bias[name] for name in item.names] for item in asked),
-    }
-    of_form = {form: number for number, form in enumerate(sorted({item.mention.mention for item in asked}))}
-    order = np.random.default_rng(0).permutation(len(of_form))
-    folds = np.array([order[of_form[item.mention.mention]] % NUM_FOLDS for item in asked])
-    combinations: dict[str, tuple[str, ...]] = {
-        "evidence": ("evidence",),
-        "evidence, log_prob": ("evidence", "log_prob"),
-        "evidence, log_prob, length": ("evidence", "log_prob", "length"),
-        "evidence, log_prob, bias": ("evidence", "log_prob", "bias"),
-    }
-    values: dict[str, Any] = {"mentions": len(asked), "model alone": right(columns["log_prob"], starts, gold)}
-    for name, chosen in combinations.items():
-        features = np.column_stack([columns[column] for column in chosen])
-        values[name] = {
-            **left_out(features, starts, gold, folds),
-            "weights": dict(zip(chosen, fit(features, starts, gold).round(4).tolist(), strict=True)),
-        }
+    pools = LabelledPools(
+        np.column_stack(
+            [
+                joined(item.bonuses for item in asked),
+                joined(log_probs),
+                joined([len(name) for name in item.names] for item in asked),
+                -joined([bias[name] for name in item.names] for item in asked),
+            ]
+        ),
+        joined(log_probs),
+        starts,
+        np.array([-1 if item.gold < 0 else start + item.gold for item, start in zip(asked, starts, strict=False)]),
+        np.unique([item.mention.mention for item in asked], return_inverse=True)[1],
+    )
+    combinations = (("evidence",), COLUMNS[:2], COLUMNS[:3], (*COLUMNS[:2], "bias"))
+    values: dict[str, Any] = {"mentions": len(asked), "model alone": right(pools.log_probs, pools)}
+    for chosen in combinations:
+        of_chosen = replace(pools, features=pools.features[:, [COLUMNS.index(name) for name in chosen]])
+        weights = fit(of_chosen).round(4).tolist()
+        values[", ".join(chosen)] = {**left_out(of_chosen), "weights": dict(zip(chosen, weights, strict=True))}
     return values
 
 
@@ -217,37 +215,30 @@ def joined(parts: Iterable[Sequence[float] | NDArray[np.float64]]) -> NDArray[np
     return np.concatenate([np.asarray(part, np.float64) for part in parts])
 
 
-def fit(features: NDArray[np.float64], starts: NDArray[np.intp], gold: NDArray[np.intp]) -> NDArray[np.float64]:
+def fit(pools: LabelledPools) -> NDArray[np.float64]:
     """Weights of a conditional logit without a penalty."""
-    return conditional_logit(features, starts, gold, penalty=0.0)
+    return conditional_logit(pools.features, pools.starts, pools.gold, penalty=0.0)
 
 
-def left_out(
-    features: NDArray[np.float64], starts: NDArray[np.intp], gold: NDArray[np.intp], folds: NDArray[np.intp]
-) -> dict[str, float]:
+def left_out(pools: LabelledPools) -> dict[str, float]:
     """Accuracy, and the mean log-likelihood of right candidates, by weights fitted without the surface form."""
-    scores = np.empty(len(features))
-    for fold in range(NUM_FOLDS):
-        others = np.flatnonzero(folds != fold)
-        spans = [np.arange(starts[number], starts[number + 1]) for number in others]
-        begins = np.concatenate([[0], np.cumsum([len(span) for span in spans])])
-        places = [-1 if gold[n] < 0 else gold[n] - starts[n] + begin for n, begin in zip(others, begins, strict=False)]
-        weights = fit(features[np.concatenate(spans)], begins, np.array(places))
-        for number in np.flatnonzero(folds == fold):
-            span = slice(starts[number], starts[number + 1])
-            scores[span] = features[span] @ weights
+    scores, spans = np.empty(len(pools.features)), [slice(*span) for span in pairwise(pools.starts)]
+    for fold in np.unique(pools.folds):
+        weights = fit(pools.select(np.flatnonzero(pools.folds != fold)))
+        for number in np.flatnonzero(pools.folds == fold):
+            scores[spans[number]] = pools.features[spans[number]] @ weights
     likelihoods = [
-        scores[place] - np.logaddexp.reduce(scores[starts[number] : starts[number + 1]])
-        for number, place in enumerate(gold)
+        scores[place] - np.logaddexp.reduce(scores[span])
+        for span, place in zip(spans, pools.gold, strict=True)
         if place >= 0
     ]
-    return {"accuracy": right(scores, starts, gold), "log_likelihood": round(float(np.mean(likelihoods)), 4)}
+    return {"accuracy": right(scores, pools), "log_likelihood": round(float(np.mean(likelihoods)), 4)}
 
 
-def right(scores: NDArray[np.float64], starts: NDArray[np.intp], gold: NDArray[np.intp]) -> float:
+def right(scores: NDArray[np.float64], pools: LabelledPools) -> float:
     """Share of mentions whose best candidate is the right one."""
-    best = [start + scores[start:end].argmax() for start, end in pairwise(starts)]
-    return round(float(np.mean(np.array(best) == gold)), 4)
+    best = [start + scores[start:end].argmax() for start, end in pairwise(pools.starts)]
+    return round(float(np.mean(np.array(best) == pools.gold)), 4)
 
 
 if __name__ == "__main__":

@@ -25,12 +25,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 import tyro
+from cards import build_demonstrations, build_knowledge_base
 from record import difference, record, to_digits
 from score import with_weights
 
 from gemel_engine.config.components import (
     EngineSettings,
-    KnowledgeBaseSettings,
     PromptSettings,
     RetrievalSettings,
     VisionSettings,
@@ -41,10 +41,7 @@ from gemel_engine.decoding.language_model import FrozenLanguageModel, language_m
 from gemel_engine.errors import MentionError
 from gemel_engine.linker import Linker
 from gemel_engine.pipeline.entity_vectors import EntityEncoders
-from gemel_engine.pipeline.knowledge_bases import build
-from gemel_engine.retrieval.encoder import MentionEncoder
 from gemel_engine.retrieval.index import DemonstrationIndex
-from gemel_engine.retrieval.reading import read_demonstrations, read_names
 from gemel_engine.tokenizer import encode_text, load_tokenizer
 from gemel_engine.types import Mention
 from gemel_engine.vision.mapper import FeatureMapper
@@ -122,9 +119,7 @@ def measured(linker: Linker, rows: Sequence[dict[str, Any]]) -> Iterator[dict[st
 def wikidiverse(data: Path, model: Path) -> LinkConfig:
     """The configuration for WikiDiverse, with what it names."""
     demonstrations = WORK / "demonstrations"
-    if not (demonstrations / "index.json").exists():
-        known = read_demonstrations(str(data / "train.parquet"), read_names(str(data / "entities.parquet")))
-        DemonstrationIndex.build(demonstrations, known, MentionEncoder(str(ENCODERS.mention_encoder)))
+    build_demonstrations(data, demonstrations, str(ENCODERS.mention_encoder))
     return LinkConfig(
         input=str(data / "dev.parquet"),
         output=str(WORK / "linked"),
@@ -155,10 +150,7 @@ def emoji(model: Path) -> LinkConfig:
 def knowledge_base(model: Path, corpus: str, tables: Path, encoders: EntityEncoders) -> str:
     """The knowledge base of a corpus in a model's tokens."""
     path = WORK / model.name / corpus
-    if not (path / "knowledge_base.json").exists():
-        build(
-            str(tables / "entities.parquet"), str(path), load_tokenizer(str(model)), KnowledgeBaseSettings(), encoders
-        )
+    build_knowledge_base(tables / "entities.parquet", path, str(model), encoders)
     return str(path)
 
 

@@ -11,6 +11,7 @@ import sys
 import warnings
 
 VARIABLE = "GEMEL_VERBOSE"
+SECONDS_BETWEEN_LINES = 30.0  # of progress, where the output is no terminal
 
 
 def is_verbose() -> bool:
@@ -22,8 +23,8 @@ def is_verbose() -> bool:
 
 
 def bar_interval() -> float:
-    """Return the least number of seconds between two states of a progress bar: 30 off a terminal."""
-    return 0.1 if sys.stderr.isatty() else 30.0
+    """Return the least number of seconds between two states of a progress bar."""
+    return 0.1 if sys.stderr.isatty() else SECONDS_BETWEEN_LINES
 
 
 def quiet_libraries() -> None:

@@ -111,7 +111,7 @@ def build_kb(
     The same command goes on with a build that was killed.
 
     Args:
-        entities: Table file or directory of Parquet files, local or s3://bucket/prefix. Required
+        entities: Table file or directory of such files, local or s3://bucket/prefix. Required
             columns: `entity_id` and `name`; optional columns: `aliases`, `other_names` (aliases that
             may be generated, too), `description`, `popularity`, `language`, and pictures, one or a list of them:
             `image_features`, else `image_bytes`, else `image_uri`.
@@ -174,7 +174,7 @@ def update_kb(
     Args:
         knowledge_base: Directory of the base: a knowledge base or an update, local or
             s3://bucket/prefix. Do not move or delete it afterwards.
-        changes: Table file or directory of Parquet files with the columns of `gemel build-kb` and
+        changes: Table file or directory of such files with the columns of `gemel build-kb` and
             `retired`. A row whose `entity_id` exists in the base replaces that entity; columns that
             the table lacks keep their values, and pictures are kept if it has none of their columns.
         output_dir: New or empty local directory.

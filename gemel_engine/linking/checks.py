@@ -17,7 +17,7 @@ from typing import Any
 
 from gemel_engine.config.settings import LinkConfig
 from gemel_engine.contents import run_contents
-from gemel_engine.evidence.update import open_knowledge_base
+from gemel_engine.evidence.update import local_knowledge_base
 from gemel_engine.fingerprints import Contents, files_digest
 from gemel_engine.pipeline.identity import run_identity
 from gemel_engine.storage import ARTIFACT_CACHE, download_directory, made_once
@@ -86,9 +86,8 @@ def _key(config: LinkConfig) -> str | None:
     if not all(Path(name).is_dir() for name in (config.language_model.name, *encoders)):
         return None
     verify = config.verify_artifacts
-    knowledge_base = open_knowledge_base(config.knowledge_base, verify=verify)
     addresses = filter(None, (config.demonstrations, config.vision.feature_mapper, config.calibration))
-    artifacts = [knowledge_base.directory, *map(download_directory, addresses)]
+    artifacts = [local_knowledge_base(config.knowledge_base), *map(download_directory, addresses)]
     settings = run_identity(config, None, {})["settings"]
     del settings["input"]
     parts = {

@@ -16,11 +16,10 @@ from rich.table import Table
 from rich.text import Text
 
 from gemel_engine.linking.progress import Progress
-from gemel_engine.verbosity import is_verbose
+from gemel_engine.verbosity import SECONDS_BETWEEN_LINES, is_verbose
 
 logger = logging.getLogger(__name__)
 
-_SECONDS_BETWEEN_LINES = 30.0
 _BAR_WIDTH = 40
 _LOGGERS = (None, "ray", "ray.data")  # whose handlers write to the terminal; None: the root
 
@@ -32,7 +31,7 @@ class LiveView:
         seconds_between_lines: Time between two lines where the output is no terminal.
     """
 
-    def __init__(self, seconds_between_lines: float = _SECONDS_BETWEEN_LINES) -> None:
+    def __init__(self, seconds_between_lines: float = SECONDS_BETWEEN_LINES) -> None:
         self._seconds = seconds_between_lines
         self._stage = "starting"
         self._progress: Progress | None = None

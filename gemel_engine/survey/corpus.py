@@ -18,6 +18,7 @@ from gemel_engine.display import visible
 from gemel_engine.errors import InputError, shown
 from gemel_engine.storage import parquet
 from gemel_engine.types import MENTION_COLUMNS, mention_columns
+from gemel_engine.vision.fetch import is_relative
 
 _DOCUMENT_ID = "document_id"
 _COLUMNS = {**MENTION_COLUMNS, _DOCUMENT_ID: MENTION_COLUMNS["group"]}
@@ -196,8 +197,7 @@ def _settings(survey: CorpusSurvey, dtype: str) -> Iterator[str]:
         for name, theirs in survey.stored_names.items():
             yield f"{name} = {json.dumps(theirs, ensure_ascii=False)}"
     if survey.missing:
-        yield "" if not survey.stored_names else "# Missing, too:"
-        yield from () if survey.stored_names else ("# [columns]",)
+        yield from ("# Missing, too:",) if survey.stored_names else ("", "# [columns]")
         for name in survey.missing:
             yield f'# {name} = "{MISSING}: its name in the corpus"'
 
@@ -243,7 +243,7 @@ def _median_characters(sample: pa.Table) -> int | None:
 def _start_of_relative(sample: pa.Table, uri: str) -> Iterator[str]:
     """Yield where relative image addresses begin: beside the table, else in the working directory."""
     addresses = sample["image_uri"].drop_null().to_pylist() if _count(sample, "image_uri") else []
-    relative = next((address for address in addresses if address and ":" not in address and address[0] != "/"), None)
+    relative = next(filter(is_relative, addresses), None)
     if relative is None:
         return
     path = local_path(uri)

@@ -155,9 +155,12 @@ def mapper_prefix_length(config: TrainConfig, starting_mapper: FeatureMapper | N
 
 def _content_of(plan: list[Shard]) -> list[dict[str, Any]]:
     """Return what the shards contain, as JSON: not where their files are, nor when they were written."""
-    digests = {shard.uri: _file_digest(shard) for shard in plan}
-    rows = [{"start": shard.start, "stop": shard.stop, "columns": shard.columns} for shard in plan]
-    return [of_shard | {"file": digests[shard.uri]} for of_shard, shard in zip(rows, plan, strict=True)]
+    of_file = {shard.uri: shard for shard in plan}  # a file may be cut into many shards
+    digests = {uri: _file_digest(shard) for uri, shard in of_file.items()}
+    return [
+        {"file": digests[shard.uri], "start": shard.start, "stop": shard.stop, "columns": shard.columns}
+        for shard in plan
+    ]
 
 
 def _file_digest(shard: Shard) -> str:

@@ -110,8 +110,13 @@ def _result(file: bytes | Future[bytes | ImageFetchError] | None) -> bytes | Ima
     return file.result() if isinstance(file, Future) else file
 
 
+def is_relative(uri: str) -> bool:
+    """Return whether an image address is relative: neither a local path from the root nor one with a scheme."""
+    return bool(uri) and not uri.startswith("/") and ":" not in uri.partition("/")[0]
+
+
 def _absolute(uri: str, policy: ImagePolicy) -> str:
-    if not uri or uri.startswith("/") or ":" in uri.partition("/")[0] or not policy.allowed_prefixes:
+    if not policy.allowed_prefixes or not is_relative(uri):
         return uri
     return f"{policy.allowed_prefixes[0].rstrip('/')}/{uri}"
 

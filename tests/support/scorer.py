@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass
 from typing import Self
@@ -12,7 +13,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from gemel_engine.decoding.engines.base import CacheStatistics, Rollout, RolloutRequest, allowed_next_tokens
+from gemel_engine.decoding.entity_search import EntitySearchResult
 from gemel_engine.decoding.prompt import Prompt
+from gemel_engine.decoding.search import SearchResult
 from gemel_engine.knowledge_base.trie import PrefixTrie
 
 VOCABULARY = 8
@@ -20,6 +23,12 @@ TERMINATOR = 7
 PROMPT = Prompt((), ())
 # So many find each of the seeded faults of the bounds and of their masses that were tried; a hundred miss some.
 many_examples = settings(max_examples=max(500, settings().max_examples))
+
+
+def assert_mass_is_accounted_for(result: SearchResult | EntitySearchResult, total: float) -> None:
+    """Check that the mass of all names lies between what was explored and that with what may be left."""
+    explored = math.exp(result.log_explored_mass)
+    assert explored - 1e-9 <= total <= explored + result.unexplored_mass + 1e-9
 
 
 class RandomScorer:
