@@ -204,8 +204,15 @@ def runs() -> tuple[Table | Facts, ...]:
 def sizing(results: Results) -> tuple[Table | Facts, ...]:
     """Return the tables on sizes on paper."""
     costs = "on_paper/costs/{row}"
-    pairs = [("tokens_computed", ".0f"), ("teraflop", ".1f"), ("mentions_per_second", ".0f")]
-    computed, teraflop, mentions = ((f"{costs}/{key}_distinct | {costs}/{key}_shared", layout) for key, layout in pairs)
+    computed, teraflop, mentions, with_evidence = (
+        (" | ".join(f"{costs}/{key.format(case)}" for case in ("distinct", "shared")), layout)
+        for key, layout in (
+            ("tokens_computed_{}", ".0f"),
+            ("teraflop_{}", ".1f"),
+            ("mentions_per_second_{}", ".0f"),
+            ("mentions_per_second_{}_cascade", ".0f"),
+        )
+    )
     many = (
         ("mentions/s", "mentions_per_second", ",.0f"),
         ("GB/s read", "gigabytes_read_per_second", ".1f"),
@@ -216,12 +223,14 @@ def sizing(results: Results) -> tuple[Table | Facts, ...]:
     return (
         Table(
             "On paper: no GPU was used. A GPU is assumed to reach 40% of its vendor's rate. *Distinct*: no surface "
-            "form comes twice; *shared*: all forms are common.",
+            "form comes twice; *shared*: all forms are common; *with evidence*: it decides as many alone as on "
+            "WikiDiverse dev.",
             (
                 Column("tokens of a prompt", f"{costs}/prompt_tokens", ".0f"),
                 Column("computed, distinct / shared", *computed),
                 Column("TFLOP a mention", *teraflop),
                 Column("mentions/s a GPU", *mentions),
+                Column("the same with evidence", *with_evidence),
                 Column("searches/s that one host thread submits", f"{costs}/searches_per_second_host", ".0f"),
                 Column("tokens in the cache", f"{costs}/kv_tokens", ",.0f"),
             ),

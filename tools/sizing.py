@@ -69,7 +69,10 @@ def on_paper(results: Results) -> dict[str, Any]:
         for model_name, model in MODELS.items()
         for gpu_name, gpu in GPUS.items()
     }
-    conditions = f"block lengths of WikiDiverse ({made_by['conditions']}); the rest is calculated by `tools/sizing.py`"
+    conditions = (
+        f"block lengths of WikiDiverse ({made_by['conditions']}); the rest is calculated by "
+        "`tools/sizing.py`, from `score.json` and `hostcost.json`, too"
+    )
     return {"costs": {**made_by, "value": rows, "conditions": conditions}}
 
 
