@@ -36,7 +36,7 @@ export VLLM_NO_USAGE_STATS = 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install demo gazetteer-demo train-demo cluster-trial test test-unit test-pythons gpu-check gpu-bench test-all test-chaos \
-	check format lint hygiene types bench bench-decode ablations docs site requirements dist clean
+	check format lint hygiene types bench bench-decode docs site requirements dist clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' Makefile
@@ -81,7 +81,7 @@ gpu-check: $(INSTALLED) ## check what a GPU changes; ENGINE=gpu installs for it,
 
 gpu-bench: $(INSTALLED) ## measure what a GPU does; DEVICE=cpu SHAPE=tiny tries it, without a GPU's kernels
 	@set -e; for part in device $(if $(filter cuda,$(DEVICE)),kernels) hostcost mask training encoder transformers_engine vllm; do \
-		PYTHONPATH=. DEVICE=$(DEVICE) SHAPE=$(SHAPE) $(BIN)/python benchmarks/gpu.py $$part; \
+		DEVICE=$(DEVICE) SHAPE=$(SHAPE) $(BIN)/python -m benchmarks.gpu $$part; \
 	done
 
 test-all: $(KNOWLEDGE_BASE) $(DEMONSTRATIONS) ## run all tests, those with real models included, on more examples
@@ -111,18 +111,15 @@ hygiene: $(INSTALLED) ## check line ends, white space, sizes and syntax of all f
 types: $(INSTALLED) ## check types
 	$(BIN)/mypy
 
-bench: $(MODELS) ## measure accuracy on WikiDiverse; WIKIDIVERSE=DIRECTORY holds that corpus
-	$(BIN)/python benchmarks/wikidiverse.py $(WIKIDIVERSE) --language-model build/models/smollm2-135m \
-		--mention-encoder build/models/minilm
+bench: $(KNOWLEDGE_BASE) $(DEMONSTRATIONS) ## measure the accuracy of the score; WIKIDIVERSE=DIRECTORY holds that corpus
+	$(BIN)/python -m benchmarks.accuracy alone $(WIKIDIVERSE)
+	$(BIN)/python -m benchmarks.accuracy score $(WIKIDIVERSE) --shipped-weights
 
-bench-decode: $(MODELS) ## measure decoding; WIKIDIVERSE as for bench, which goes first, TITLES=FILE: a Parquet file of names
-	$(BIN)/python benchmarks/decode.py $(WIKIDIVERSE) $(TITLES)
-
-ablations: $(KNOWLEDGE_BASE) $(DEMONSTRATIONS) ## change one thing at a time; WIKIDIVERSE as for bench, which goes first
-	$(BIN)/python benchmarks/ablations.py $(WIKIDIVERSE)
+bench-decode: $(MODELS) ## measure decoding; WIKIDIVERSE as for bench, TITLES=FILE: a Parquet file of names
+	$(BIN)/python -m benchmarks.decoding $(WIKIDIVERSE) $(TITLES)
 
 docs: $(INSTALLED) ## write the figures, the results and the reference of the documents anew
-	PYTHONPATH=benchmarks $(BIN)/python tools/documents.py
+	PYTHONPATH=. $(BIN)/python tools/documents.py
 
 site: $(INSTALLED) ## build the documents as a site, in build/site; a broken link fails
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet

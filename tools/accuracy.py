@@ -166,8 +166,7 @@ def ablations(results: Results) -> Iterator[Table]:
         if corpus == "emoji":
             others = others | {"random demonstrations": "none repeated for its picture"}
         yield Table(
-            f"{text} `base` searches for the sum of log-probs and ranks by it; each row changes one thing "
-            "(`make ablations`).",
+            f"{text} `base` searches for the sum of log-probs and ranks by it; each row changes one thing.",
             (
                 Column("accuracy", f"ablations/{corpus}/{{row}}/accuracy"),
                 Compared("less base, or the row in brackets", f"ablations/{corpus}/{{row}}/right", "base", others),

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from figures import Results
+from sizing import NUMBERS_OF_GPUS
 from tables import Column, Facts, Table
-
-MODELS_AND_GPUS = ("OPT-6.7B, A100", "OPT-6.7B, H100", "8B, A100", "8B, H100")
 
 
 def decoding(results: Results) -> tuple[Table | Facts, ...]:
@@ -202,43 +201,48 @@ def runs() -> tuple[Table | Facts, ...]:
     )
 
 
-def sizing() -> tuple[Table | Facts, ...]:
+def sizing(results: Results) -> tuple[Table | Facts, ...]:
     """Return the tables on sizes on paper."""
-    costs = "sizing/costs/{row}"
+    costs = "on_paper/costs/{row}"
+    computed, teraflop, mentions, with_evidence = (
+        (" | ".join(f"{costs}/{key.format(case)}" for case in ("distinct", "shared")), layout)
+        for key, layout in (
+            ("tokens_computed_{}", ".0f"),
+            ("teraflop_{}", ".1f"),
+            ("mentions_per_second_{}", ".0f"),
+            ("mentions_per_second_{}_cascade", ".0f"),
+        )
+    )
     many = (
         ("mentions/s", "mentions_per_second", ",.0f"),
         ("GB/s read", "gigabytes_read_per_second", ".1f"),
         ("cores for pictures", "cores_for_pictures", ".0f"),
         ("hours for 100M, forms shared", "hours_for_100m_shared", ".1f"),
     )
+    names = results.look_up("on_paper/costs")[0]
     return (
         Table(
             "On paper: no GPU was used. A GPU is assumed to reach 40% of its vendor's rate. *Distinct*: no surface "
-            "form comes twice; *shared*: all forms are common.",
+            "form comes twice; *shared*: all forms are common; *with evidence*: it decides as many alone as on "
+            "WikiDiverse dev.",
             (
                 Column("tokens of a prompt", f"{costs}/prompt_tokens", ".0f"),
-                Column(
-                    "computed, distinct / shared",
-                    f"{costs}/tokens_computed_distinct | {costs}/tokens_computed_shared",
-                    ".0f",
-                ),
-                Column("TFLOP a mention", f"{costs}/teraflop_distinct | {costs}/teraflop_shared", ".1f"),
-                Column(
-                    "mentions/s a GPU",
-                    f"{costs}/mentions_per_second_distinct | {costs}/mentions_per_second_shared",
-                    ".0f",
-                ),
+                Column("computed, distinct / shared", *computed),
+                Column("TFLOP a mention", *teraflop),
+                Column("mentions/s a GPU", *mentions),
+                Column("the same with evidence", *with_evidence),
+                Column("searches/s that one host thread submits", f"{costs}/searches_per_second_host", ".0f"),
                 Column("tokens in the cache", f"{costs}/kv_tokens", ",.0f"),
             ),
-            [(label, str(i)) for i, label in enumerate(MODELS_AND_GPUS)],
+            [(name, name) for name in names],
         ),
         Table(
             "Many GPUs, forms shared.",
-            tuple(Column(heading, f"sizing/costs/{{row}}/{key}", layout) for heading, key, layout in many),
+            tuple(Column(heading, f"{costs}/{key}", layout) for heading, key, layout in many),
             [
-                (f"{label}, {gpus} GPUs", f"{i}/many/{j}")
-                for i, label in enumerate(MODELS_AND_GPUS)
-                for j, gpus in enumerate((8, 64, 512))
+                (f"{name}, {number} GPUs", f"{name}/many/{place}")
+                for name in names
+                for place, number in enumerate(NUMBERS_OF_GPUS)
             ],
         ),
         Facts(

@@ -13,13 +13,14 @@ from pathlib import Path
 from figures import Results, fill_in
 from reference import pages
 from results import page
+from sizing import on_paper
 
 ROOT = Path(__file__).parent.parent
 
 
 def documents(root: Path) -> dict[Path, str]:
     """Return what each document that is generated, or has figures, must contain."""
-    results = Results(root / "benchmarks/results")
+    results = Results(root / "benchmarks/results", {"on_paper": on_paper})
     written = [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
     found = {path: fill_in(path.read_text("utf-8"), results) for path in written if path.is_file()}
     generated = {f"reference/{name}": text for name, text in pages().items()} | {"results": page(results)}

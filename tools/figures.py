@@ -1,25 +1,39 @@
 """Figures of documents: what stands between two marks is taken from `benchmarks/results/*.json`.
 
 `<!-- =score/wikidiverse.score .3f -->0.894<!-- / -->` is the value at `wikidiverse.score` in `score.json`, in
-Python's format `.3f`. Marks are comments, which no reader of the rendered document sees.
+Python's format `.3f`. With `script` in the place of the format it is the script that measured the value. Marks are
+comments, which no reader of the rendered document sees.
+
+A script that was needed once is not kept: its command is then shown with the commit at which it is there.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).parent.parent
 MARK = re.compile(r"(<!-- =(?P<reference>\S[^>]*?) (?P<layout>\S+) -->)(?P<shown>[^<]*)(<!-- / -->)")
+SCRIPT = re.compile(r"\bpython (?:(?P<path>\w+/\w+\.py)|-m (?P<module>[\w.]+)(?: [a-z]+\b)?)")
 
 
 class Results:
-    """The files of one directory of results."""
+    """The files of one directory of results.
 
-    def __init__(self, directory: Path) -> None:
+    Args:
+        directory: The directory.
+        derived: What is calculated from the others, as further files, by name.
+    """
+
+    def __init__(
+        self, directory: Path, derived: Mapping[str, Callable[[Results], dict[str, Any]]] | None = None
+    ) -> None:
         self._directory = directory
+        self._derived = derived or {}
         self.read = cache(self._read)
 
     def names(self) -> list[str]:
@@ -27,6 +41,8 @@ class Results:
         return sorted(path.stem for path in self._directory.glob("*.json"))
 
     def _read(self, name: str) -> dict[str, Any]:
+        if name in self._derived:
+            return self._derived[name](self)
         path = self._directory / f"{name}.json"
         if not path.is_file():
             raise LookupError(f"there is no file of results {path}")
@@ -55,9 +71,37 @@ class Results:
         return found[key]
 
     def show(self, reference: str, layout: str) -> str:
-        """Return the value at a reference in one of Python's formats; a result without a value is empty."""
-        value, _ = self.look_up(reference)
+        """Return the value at a reference in one of Python's formats, or the `script` that measured it.
+
+        A result without a value is empty.
+        """
+        value, record = self.look_up(reference)
+        if layout == "script":
+            return origin(record | {"command": scripts(record["command"])[0][0]}, names_commit=False)
         return "" if value is None else format(value, layout)
+
+
+def origin(record: Mapping[str, str], *, names_commit: bool = True) -> str:
+    """Return the command of a result, and the commit: at which to run it where its script has gone since.
+
+    Args:
+        record: Command and commit.
+        names_commit: Whether to name the commit, too, where the script is still there.
+    """
+    commits = ", ".join(commit[:7] for commit in record["commit"].split(", "))
+    if not all(is_there for _, is_there in scripts(record["command"])):
+        return f"`{record['command']}` at commit {commits}"
+    return f"`{record['command']}`" + (f", commit {commits}" if names_commit else "")
+
+
+def scripts(command: str) -> list[tuple[str, bool]]:
+    """Return how each script of a command is called, without its options, and whether it is still there."""
+    found = []
+    for call in SCRIPT.finditer(command):
+        module = (call["module"] or "").replace(".", "/")
+        places = [call["path"]] if call["path"] else [f"{module}.py", f"{module}/__main__.py"]
+        found.append((call[0], any((ROOT / place).is_file() for place in places)))
+    return found
 
 
 def fill_in(text: str, results: Results) -> str:

@@ -14,7 +14,9 @@ HEAD = """# Results
 
 Every figure here was measured on one machine with two CPU cores; none comes from a GPU. This page
 is generated: `make docs` writes it from `benchmarks/results/*.json`, where each figure has its
-command, its commit and its conditions. WIKIDIVERSE and DATA stand for directories with that corpus.
+command, its commit and its conditions. A command *at* a commit is to be run there: its script has
+another name since, or was needed once. What can be measured again stands in `benchmarks/README.md`.
+WIKIDIVERSE and DATA stand for directories with that corpus, TITLES for a table of names.
 
 The models are small: SmolLM2-135M, MiniLM and EfficientNet-Lite2. What the tables compare holds for
 them; the level of accuracy does not carry over to larger ones. In brackets are 95% intervals, by
@@ -76,5 +78,5 @@ def sections(results: Results) -> Sections:
         "Candidates": (candidates(),),
         "Speed of parts": speed(),
         "Runs: faults, overhead, changes, plans": runs(),
-        "Sizes on paper": sizing(),
+        "Sizes on paper": sizing(results),
     }

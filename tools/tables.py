@@ -6,8 +6,9 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from figures import Results
-from record import difference
+from figures import Results, origin
+
+from benchmarks.record import difference
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +132,6 @@ def _origin(places: Iterable[str], results: Results) -> list[str]:
             _, record = results.look_up(place)
         except LookupError:
             continue
-        commit = ", ".join(commit[:7] for commit in record["commit"].split(", "))
-        found[f"- `{record['command']}`, commit {commit}: {record['conditions']}"] = None
+        found[f"- {origin(record)}: {record['conditions']}"] = None
     summary = "<summary>Command, commit and conditions</summary>"
     return ['<details markdown="1">', summary, "", *found, "", "</details>"]

@@ -16,7 +16,7 @@ from support.paths import ROOT
 @pytest.mark.parametrize("part", ["device", "mask", "training", "encoder", "transformers_engine", "vllm"])
 def test_a_part_gives_figures(part: str, tmp_path: Path) -> None:
     target = tmp_path / "figures.json"
-    variables = {"DEVICE": "cpu", "SHAPE": "tiny", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), part, str(target)]
+    variables = {"DEVICE": "cpu", "SHAPE": "tiny"}
+    command = [sys.executable, "-m", "benchmarks.gpu", part, str(target)]
     subprocess.run(command, check=True, cwd=ROOT, env=os.environ | variables)
     assert json.loads(target.read_text())

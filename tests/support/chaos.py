@@ -1,7 +1,6 @@
 """Linking runs whose processes are killed at random, and what must be true of their output all the same.
 
-The job is the user's own command, started again whenever its driver was killed. `tests/test_chaos.py` has a short
-version, `benchmarks/chaos.py` the long one.
+The job is the user's own command, started again whenever its driver was killed: see `tests/linking/test_chaos.py`.
 """
 
 from __future__ import annotations

@@ -1,0 +1,200 @@
+"""Candidate pools of mentions with labels, and what evidence alone answers by them."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from benchmarks.corpora import (
+    EMOJI,
+    EMOJI_INDEXES,
+    IMAGE_ENCODER,
+    MENTION_ENCODER,
+    SEED,
+    mentions_of,
+    picture_features,
+    read_rows,
+)
+from benchmarks.record import mean
+from gemel_engine.config.components import RetrievalSettings, VisionSettings
+from gemel_engine.evaluation.fit_score import LabelledPools, conditional_logit
+from gemel_engine.evidence.features import FEATURES
+from gemel_engine.evidence.index import open_evidence
+from gemel_engine.evidence.retrieved import Retrieved
+from gemel_engine.evidence.retriever import Retriever
+from gemel_engine.evidence.weights import ScoreWeights
+from gemel_engine.knowledge_base.store import KnowledgeBase
+from gemel_engine.retrieval.index import DemonstrationIndex
+from gemel_engine.types import Features, Mention, PoolEntity, Prediction, predictions_to_table
+
+WORK = Path("build/score")
+NUM_EMOJI = 1500
+RAISED = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # factors of the weight of pictures
+OF_TRAINING = frozenset({"form", "similar_form", "training_picture", "frequency"})
+
+Labelled = tuple[list[Mention], list[Features | None], list[str]]  # mentions, their pictures and entities
+
+logger = logging.getLogger("benchmarks")
+
+
+class Pools:
+    """Candidate pools of mentions with labels, kept in a file.
+
+    Args:
+        name: Name of the file.
+        indexes: Directory of the knowledge base and the demonstrations.
+        mentions: Returns the mentions, if there is no file yet.
+        is_training: Whether these are training mentions, whose own groups are left out.
+    """
+
+    def __init__(
+        self, name: str, indexes: Path, mentions: Callable[[], Labelled], *, is_training: bool = False
+    ) -> None:
+        self.knowledge_base = KnowledgeBase.open(indexes / "knowledge_base")
+        path = WORK / f"{name}.parquet"
+        if not path.exists():
+            found, features, gold = mentions()
+            settings = RetrievalSettings(
+                mention_encoder=MENTION_ENCODER, num_demonstrations=0, exclude_group=is_training
+            )
+            evidence = open_evidence(indexes / "knowledge_base")
+            index = DemonstrationIndex.open(indexes / "demonstrations")
+            retrieved = Retriever(settings, self.knowledge_base, index, evidence).retrieve(found, features)
+            table = predictions_to_table(with_pools(found, retrieved, self.knowledge_base))
+            forms = [mention.mention for mention in found]
+            WORK.mkdir(parents=True, exist_ok=True)
+            pq.write_table(table.append_column("form", [forms]).append_column("gold", [gold]), path)
+            logger.info("%s: %d mentions", name, len(found))
+        self.table = pq.read_table(path)
+
+    @property
+    def labelled(self) -> LabelledPools:
+        """The pools as they are fitted and judged."""
+        forms, gold = (self.table[name].to_pylist() for name in ("form", "gold"))
+        return LabelledPools.of(self.table, forms, gold, self.knowledge_base)
+
+    @property
+    def with_unseen(self) -> LabelledPools:
+        """The pools, and again as if a third of the entities had no training mention.
+
+        Both tell how far a picture of the knowledge base reaches where training has none.
+        """
+        gold = self.table["gold"].to_pylist()
+        entities = sorted(set(gold))
+        unseen = set(random.Random(SEED).sample(entities, len(entities) // 3))
+        pools = [
+            [
+                item | {"reasons": _of_knowledge_base(item)} if item["entity_id"] in unseen else item
+                for item in pool or ()
+            ]
+            for pool in self.table["pool"].to_pylist()
+        ]
+        number = self.table.schema.get_field_index("pool")
+        field = self.table.schema.field(number)
+        both = pa.concat_tables([self.table, self.table.set_column(number, field, pa.array(pools, field.type))])
+        return LabelledPools.of(both, both["form"].to_pylist(), both["gold"].to_pylist(), self.knowledge_base)
+
+    def lookup(self) -> float:
+        """Return the accuracy of the form's most frequent training entity, else of an equal name or alias."""
+        rows = self.table.select(["pool", "gold"]).to_pylist()
+        return mean([_looked_up(row["pool"] or []) == row["gold"] for row in rows])
+
+
+def _of_knowledge_base(item: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """Return the reasons of an entity of a pool that its training mentions have no part in."""
+    return [(source, score) for source, score in item["reasons"] if source not in OF_TRAINING]
+
+
+def _looked_up(pool: Sequence[Mapping[str, Any]]) -> str | None:
+    best, entity = (0.0, 0.0, 0.0), None
+    for item in pool:
+        known = dict(item["reasons"])
+        strength = known.get("form", 0.0), known.get("name", 0.0), known.get("alias", 0.0)
+        if strength > best:
+            best, entity = strength, item["entity_id"]
+    return entity
+
+
+def with_pools(
+    mentions: Sequence[Mention], retrieved: Sequence[Retrieved], knowledge_base: KnowledgeBase
+) -> list[Prediction]:
+    """Return predictions that have a pool and nothing else."""
+    entity_id = knowledge_base.entity_id
+    return [
+        Prediction(
+            mention.mention_id,
+            pool=tuple(PoolEntity(entity_id(item.row), item.score, item.reasons) for item in found.candidates),
+        )
+        for mention, found in zip(mentions, retrieved, strict=True)
+    ]
+
+
+def emoji_train() -> Pools:
+    """Return the pools of a fixed sample of the emoji corpus' training mentions; their groups are their artists."""
+
+    def mentions() -> Labelled:
+        index = DemonstrationIndex.open(EMOJI_INDEXES / "demonstrations")
+        items = [index[row] for row in random.Random(SEED).sample(range(len(index)), NUM_EMOJI)]
+        found = [Mention(item.mention_id, item.text, item.mention, group=item.group) for item in items]
+        return found, [item.features for item in items], [item.entity_id for item in items]
+
+    return Pools("emoji_train", EMOJI_INDEXES, mentions, is_training=True)
+
+
+def emoji(split: str) -> Pools:
+    """Return the pools of a split of the emoji corpus, with its pictures."""
+
+    def mentions() -> Labelled:
+        rows = read_rows(EMOJI / f"{split}.parquet")
+        features = picture_features(rows, VisionSettings(image_encoder=IMAGE_ENCODER))
+        return mentions_of(rows), features, [row["entity_id"] for row in rows]
+
+    return Pools(f"emoji_{split}", EMOJI_INDEXES, mentions)
+
+
+def with_pictures(weights: ScoreWeights, pools: Pools) -> ScoreWeights:
+    """Return weights with those of aliases and pictures, which WikiDiverse as it is here lacks, by another corpus.
+
+    That of pictures is raised to where most mentions are right, those of unseen entities included.
+    """
+    plain, both = pools.labelled, pools.with_unseen
+    added = ("equal_alias", "picture")
+    columns = np.column_stack(
+        [plain.features @ vector(weights), *(plain.features[:, FEATURES.index(name)] for name in added)]
+    )
+    scale, alias, picture = conditional_logit(columns, plain.starts, plain.gold).tolist()
+    raised = [
+        replace(
+            weights, features=weights.features | {"equal_alias": alias / scale, "picture": factor * picture / scale}
+        )
+        for factor in RAISED
+    ]
+    return max(raised, key=lambda tried: accuracy(both, tried))
+
+
+def vector(weights: ScoreWeights) -> NDArray[np.float64]:
+    """Return the weights in the order of the features."""
+    return np.array([weights.features.get(name, 0.0) for name in FEATURES])
+
+
+def is_right(pools: LabelledPools, weights: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Return whether the best candidate of each mention by evidence alone is right, (mentions,)."""
+    scores, starts = pools.features @ weights, pools.starts
+    best = [start + int(scores[start:end].argmax()) for start, end in pairwise(starts)]
+    right: NDArray[np.bool_] = np.array(best) == pools.gold
+    return right
+
+
+def accuracy(pools: LabelledPools, weights: ScoreWeights) -> float:
+    """Return the accuracy of evidence alone."""
+    return mean(is_right(pools, vector(weights)))

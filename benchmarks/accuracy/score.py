@@ -1,0 +1,216 @@
+"""The score of language model and evidence on WikiDiverse: fit it on train, judge it on dev.
+
+    python -m benchmarks.accuracy score DATA [--num-dev N] [--risk 0.03] [--shipped-weights]
+
+Some two hours on two cores. Weights are fitted on training mentions whose own group is left out, so that dev judges
+them without having been seen. The weight of the language model comes from the training mentions that evidence alone is
+least sure of: `--num-asked` of them are linked. `--num-compared` mentions of dev are linked once more, side by side: by
+the score with the cascade and without it, and by the language model alone. Figures go to
+`benchmarks/results/score.json`, the weights to `build/score`; `--ship` writes the weights that the package ships.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+
+from benchmarks.accuracy.pools import WORK, emoji_train, with_pictures, with_pools
+from benchmarks.accuracy.ranking import by_evidence, computed_tokens, with_weights
+from benchmarks.corpora import SEED, Row, buckets_of, in_order, mentions_of, read_rows, retriever, wikidiverse
+from benchmarks.record import ResultFile, difference, mean, to_digits
+from gemel_engine.config.components import ScoreSettings, SearchSettings
+from gemel_engine.evaluation.fit_score import LabelledPools, fit_score
+from gemel_engine.evaluation.quality import quality
+from gemel_engine.evidence import weights as shipped
+from gemel_engine.evidence.weights import ScoreWeights, softmax
+from gemel_engine.linker import Linker
+from gemel_engine.types import Prediction, predictions_to_table
+
+NUM_ASKED = 10  # candidates of a training mention whose log-probs are asked for
+
+logger = logging.getLogger("benchmarks")
+
+
+def main(
+    data: tyro.conf.Positional[Path],
+    *,
+    num_train: int = 3000,
+    num_asked: int = 150,
+    num_dev: int | None = None,
+    risk: float = 0.03,
+    num_compared: int = 200,
+    shipped_weights: bool = False,
+    ship: bool = False,
+) -> None:
+    """Language model and evidence: fit, then judge.
+
+    Args:
+        data: Directory of WikiDiverse.
+        num_train: Number of training mentions that the weights of the evidence are fitted on.
+        num_asked: Number of these that the weight of the language model is fitted on.
+        num_dev: Size of a fixed sample of dev; None: all of it.
+        risk: Risk at which evidence decides alone.
+        num_compared: Number of mentions that are linked with and without the cascade.
+        shipped_weights: Whether to judge the weights of the package instead of fitting.
+        ship: Whether the weights become those of the package.
+    """
+    linker = Linker(replace(wikidiverse(data), score=ScoreSettings(kind="language_model")))
+    weights = ScoreWeights.open() if shipped_weights else fitted(linker, data, num_train, num_asked)
+    if ship:
+        weights.save(shipped.SHIPPED)
+    logger.info("%s, language model %.3f", weights.features, weights.language_model)
+    rows = in_order(read_rows(data / "dev.parquet", num_dev))
+    of_weights = (
+        "the weights of the package"
+        if shipped_weights
+        else f"weights fitted on {num_train} training mentions without their own groups, the language model's on "
+        f"{num_asked} of them"
+    )
+    what = f"WikiDiverse dev, text only, {len(rows)} mentions, 7,642 names, SmolLM2-135M in float32, {of_weights}"
+    sample = sorted(random.Random(SEED).sample(range(len(rows)), min(num_compared, len(rows))))
+    results = ResultFile("score", {"DATA": data})
+    for part in (
+        partial(judged, linker, weights, rows, buckets_of(rows, data), risk),
+        partial(compared, linker, weights, [rows[number] for number in sample], risk),
+    ):
+        results.note(part(), what)
+
+
+def fitted(linker: Linker, data: Path, num_train: int, num_asked: int) -> ScoreWeights:
+    """Return the weights, from what is stored of an interrupted run if there is such."""
+    path = WORK / f"weights_{num_train}_{num_asked}"
+    if (path / shipped.MANIFEST).exists():
+        return ScoreWeights.open(path)
+    artifacts = linker.generator.artifacts
+    rows = read_rows(data / "train.parquet", num_train)
+    mentions = mentions_of(rows)
+    gold, forms = [row["entity_id"] for row in rows], [row["mention"] for row in rows]
+    settings = replace(linker.config.retrieval, exclude_group=True)
+    retrieved = retriever(settings, artifacts).retrieve(mentions, [None] * len(mentions))
+    predictions = with_pools(mentions, retrieved, artifacts.knowledge_base)
+    first = fit_score(LabelledPools.of(predictions_to_table(predictions), forms, gold, artifacts.knowledge_base))
+    logger.info("evidence alone: %s", first.fitted_on)
+    unsure = sorted(range(len(rows)), key=lambda row: certainty(linker, first, forms[row], predictions[row]))[
+        : 2 * num_asked
+    ]
+    asked = sorted(random.Random(SEED).sample(unsure, num_asked), key=lambda row: forms[row])
+    # All of these names are asked for, so that their log-probs are known.
+    generator = with_weights(linker, None, search=SearchSettings(num_candidates=NUM_ASKED, num_to_certify=NUM_ASKED))
+    ids = [tuple(item.entity_id for item in predictions[row].pool[:NUM_ASKED]) for row in asked]
+    linked = generator.generate(
+        [replace(mentions[row], candidate_ids=candidates) for row, candidates in zip(asked, ids, strict=True)],
+        [None] * len(asked),
+        [retrieved[row] for row in asked],
+    )
+    for row, prediction in zip(asked, linked, strict=True):
+        predictions[row] = replace(predictions[row], candidates=prediction.candidates)
+    what = {
+        "corpora": "WikiDiverse train, text only; aliases and pictures on emoji train, on top of the others",
+        "language_model": Path(linker.config.language_model.name).name,
+    }
+    pools = LabelledPools.of(predictions_to_table(predictions), forms, gold, artifacts.knowledge_base)
+    weights = with_pictures(fit_score(pools, fitted_on=what), emoji_train())
+    weights.save(path)
+    return weights
+
+
+def certainty(linker: Linker, weights: ScoreWeights, form: str, prediction: Prediction) -> float:
+    """Return the probability of the best candidate by evidence alone."""
+    knowledge_base = linker.generator.artifacts.knowledge_base
+    rows = [knowledge_base.row_of_entity(item.entity_id) for item in prediction.pool]
+    names = [knowledge_base.entity(row).name for row in rows if row is not None]
+    if not names:
+        return 0.0
+    return float(softmax(weights.bonuses(form, names, [item.reasons for item in prediction.pool])).max())
+
+
+def judged(
+    linker: Linker, weights: ScoreWeights, rows: Sequence[Row], buckets: Sequence[str], risk: float
+) -> dict[str, object]:
+    """Return the accuracy of evidence alone, and of the score where evidence does not decide at the risk."""
+    engine = linker.generator.engine
+    mentions, features = mentions_of(rows), [None] * len(rows)
+    started = time.perf_counter()
+    _, retrieved = linker.prepare(mentions, features)
+    retrieval_seconds = time.perf_counter() - started
+    of_evidence = by_evidence(linker.config, linker.generator.artifacts, weights).generate(
+        mentions, features, retrieved
+    )
+    before, started = engine.cache_statistics.num_prompt_tokens, time.perf_counter()
+    of_score = with_weights(linker, weights, risk).generate(mentions, features, retrieved)
+    seconds = time.perf_counter() - started
+    tokens = engine.cache_statistics.num_prompt_tokens - before
+    gold = [row["entity_id"] for row in rows]
+    right = {
+        name: np.array([prediction.entity_id == entity for prediction, entity in zip(predictions, gold, strict=True)])
+        for name, predictions in (("evidence_alone", of_evidence), ("score", of_score))
+    }
+    order = np.argsort([prediction.confidence or 0.0 for prediction in of_evidence], kind="stable")
+    least_sure = order[: len(order) // 5]
+    is_asked = np.array([prediction.decided_by != "evidence" for prediction in of_score])
+    asked = [prediction for prediction in of_score if prediction.decided_by != "evidence"]
+    measured = quality(np.array([prediction.confidence or 0.0 for prediction in of_score]), right["score"])
+    results: dict[str, object] = {
+        "wikidiverse.retrieval_seconds": round(retrieval_seconds, 1),
+        "wikidiverse.seconds": round(seconds, 1),
+        "wikidiverse.prompt_tokens": round(tokens / len(rows), 1),
+        "wikidiverse.decided_by_evidence": mean(~is_asked),
+        "wikidiverse.risk_of_decided": None if is_asked.all() else mean(~right["score"][~is_asked]),
+        "wikidiverse.certified_of_asked": mean([bool(prediction.certified) for prediction in asked]),
+        "wikidiverse.rollouts_of_asked": mean([prediction.num_rollouts for prediction in asked], 2),
+        "wikidiverse.least_sure_difference": difference(
+            to_digits(right["score"][least_sure]), to_digits(right["evidence_alone"][least_sure])
+        ),
+        "confidence.ece": round(measured.expected_calibration_error, 4),
+        "confidence.risk_coverage_area": round(measured.area_under_risk_coverage, 4),
+    }
+    of_bucket: dict[str, list[int]] = defaultdict(list)
+    for number, bucket in enumerate(buckets):
+        of_bucket[bucket].append(number)
+    for name, values in right.items():
+        results[f"wikidiverse.{name}"] = mean(values)
+        results[f"wikidiverse.least_sure_{name}"] = mean(values[least_sure])
+        for bucket, numbers in of_bucket.items():
+            results[f"wikidiverse.{name}.{bucket}"] = mean(values[numbers])
+    return results
+
+
+def compared(linker: Linker, weights: ScoreWeights, rows: Sequence[Row], risk: float) -> dict[str, object]:
+    """Return what the score costs with the cascade and without it, and the language model alone.
+
+    Each begins with an empty prefix cache; seconds have no retrieval in them.
+    """
+    engine: Any = linker.generator.engine
+    mentions, features = mentions_of(rows), [None] * len(rows)
+    _, retrieved = linker.prepare(mentions, features)
+    generators = {
+        "cascade": with_weights(linker, weights, risk),
+        "without_cascade": with_weights(linker, weights),
+        "model_alone": with_weights(linker, None),
+    }
+    found: dict[str, Any] = {"compared.mentions": len(rows)}
+    for name, generator in generators.items():
+        engine.llm_engine.reset_prefix_cache()
+        before, started = computed_tokens(engine), time.perf_counter()
+        predictions = generator.generate(mentions, features, retrieved)
+        found[f"compared.{name}.seconds"] = round(time.perf_counter() - started, 1)
+        found[f"compared.{name}.computed_prompt_tokens"] = computed_tokens(engine) - before
+        right = [found.entity_id == row["entity_id"] for found, row in zip(predictions, rows, strict=True)]
+        found[f"compared.{name}.accuracy"] = mean(right)
+        found[f"compared.{name}.certified_of_asked"] = mean(
+            [bool(prediction.certified) for prediction in predictions if prediction.decided_by != "evidence"]
+        )
+    for ratio, quantity in (("tokens_ratio", "computed_prompt_tokens"), ("time_ratio", "seconds")):
+        without = found[f"compared.without_cascade.{quantity}"]
+        found[f"cascade.{ratio}"] = round(found[f"compared.cascade.{quantity}"] / without, 3)
+    return found
