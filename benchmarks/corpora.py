@@ -34,6 +34,7 @@ IMAGE_ENCODER = "build/models/efficientnet-lite2"
 INDEXES = Path("build/cards")  # of WikiDiverse
 EMOJI = Path("examples/emoji")  # tables and configuration
 EMOJI_INDEXES = Path("build/emoji")
+GAZETTEER_INDEXES = Path("build/gazetteer")  # and tables
 SEED = 0
 
 Row = dict[str, Any]  # of a table; as a rule a labelled mention
