@@ -149,10 +149,11 @@ def build_kb(
     )
     if built.evidence is not None:
         logger.info(
-            "%s: evidence of %d names and aliases, %d embedded texts, %d pictures, %d unusable pictures",
+            "%s: evidence of %d names and aliases (%d embedded), %d descriptions, %d pictures, %d unusable pictures",
             output,
             built.evidence.num_names,
-            built.evidence.num_texts,
+            built.evidence.num_embedded_names,
+            built.evidence.num_descriptions,
             built.evidence.num_pictures,
             built.num_unusable_pictures,
         )

@@ -12,13 +12,15 @@ _LEAST = 0.005  # a smaller difference is not mentioned
 
 # What a higher feature of one of the two says of it.
 _WORDS = {
-    "equal_alias": "an alias of {} equals the form",
+    "unseen_entity": "no training mention means {}, so that their number does not count against it",
+    "equal_name": "the name or an alias of {} equals the form",
     "equal_base_name": "the name of {} without its qualifier equals the form",
     "initials": "{} has the form as initials",
     "likeness": "the name of {} is more like the form",
     "words_of_form": "the name of {} has more words of the form",
     "similar_name": "{} means more nearly what the form says",
-    "similar_text": "{} means more nearly what the text says",
+    "similar_text": "the name of {} means more nearly what the text says",
+    "similar_description": "the description of {} fits the text better",
     "popularity": "{} is better known",
     "picture": "{} has a picture more like the mention's",
 }

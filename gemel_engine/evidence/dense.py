@@ -163,6 +163,11 @@ class DenseIndex:
         return cls.open(directory)
 
     @property
+    def entities(self) -> NDArray[np.integer[Any]]:
+        """Entity of each vector, (N,)."""
+        return self._on_cpu.entities()
+
+    @property
     def is_exact(self) -> bool:
         """Whether the vectors are stored as they are."""
         return isinstance(self._on_cpu, _Exact)
@@ -234,7 +239,7 @@ class DenseIndex:
     @cached_property
     def _by_entity(self) -> tuple[NDArray[np.intp], NDArray[np.integer[Any]]]:
         """The numbers of all vectors by entity, and the entities in that order."""
-        entities = self._on_cpu.entities()
+        entities = self.entities
         order = np.argsort(entities, kind="stable")
         return order, entities[order]
 

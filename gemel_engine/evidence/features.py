@@ -5,7 +5,8 @@ a mention lacks, such as pictures, has no effect, and entities outside the pool 
 
 What form and name have in common says less, the more training mentions say what the form means:
 "American" means the United States more often than Americans. So these features are divided by the
-square root of 1 + the number of the form's training mentions.
+square root of 1 + the number of the form's training mentions. An entity that no training mention of
+any form means is not one that the form does not mean: it gets back a part of what the others gain.
 
 Shapes: N candidates, F features.
 """
@@ -23,13 +24,15 @@ from gemel_engine.evidence.normal_form import normal_form, without_qualifier
 
 FEATURES = (
     "form_prior",  # log of the number of the form's training mentions that mean the entity, smoothed
-    "equal_alias",  # divided, as all up to similar_name
+    "unseen_entity",  # as form_prior for the whole form, where no training mention means the entity
+    "equal_name",  # the name or an alias; divided, as all up to similar_name
     "equal_base_name",  # the name without its qualifier
     "initials",
     "likeness",  # share of characters in common blocks of form and name without its qualifier
     "words_of_form",  # share of the form's words that the name has
-    "similar_name",  # cosine of form and name, alias or description
-    "similar_text",  # cosine of text and name, alias or description
+    "similar_name",  # cosine of form and name or alias
+    "similar_text",  # cosine of text and name or alias
+    "similar_description",  # cosine of text and description
     "popularity",  # log of the popularity
     "picture",  # highest cosine with a picture of the entity, or of a training mention of the form
 )
@@ -48,17 +51,20 @@ def features_of(form: str, names: Sequence[str], reasons: Sequence[Mapping[str, 
     """
     normal = normal_form(form)
     words = set(normal.split())
-    novelty = 1 / math.sqrt(1 + sum(known.get("form", 0.0) for known in reasons))
+    num_mentions = sum(known.get("form", 0.0) for known in reasons)
+    novelty = 1 / math.sqrt(1 + num_mentions)
     rows = [
         [
             math.log1p(known.get("form", 0.0) / _SMOOTHING),
-            novelty * known.get("alias", 0.0),
+            0.0 if "frequency" in known else math.log1p(num_mentions / _SMOOTHING),
+            novelty * max(known.get("name", 0.0), known.get("alias", 0.0)),
             novelty * known.get("base_name", 0.0),
             novelty * float("initials" in known),
             novelty * _likeness(normal, normal_form(without_qualifier(name))),
             novelty * len(words & set(normal_form(name).split())) / max(1, len(words)),
             novelty * known.get("similar_name", 0.0),
             known.get("text_name", 0.0),
+            known.get("description", 0.0),
             math.log1p(known.get("popularity", 0.0)),
             max(0.0, known.get("picture", 0.0), known.get("training_picture", 0.0)),
         ]

@@ -3,7 +3,8 @@
     evidence.json   counts, encoder fingerprints, and checksums of all other files; written last
     dictionary/     names and aliases (see `dictionary`)
     lexical/        words of names and aliases (see `lexical`)
-    texts/          embeddings of names, aliases and descriptions (see `dense`), optional
+    names/          embeddings of names and aliases (see `dense`), optional
+    descriptions/   embeddings of descriptions (see `dense`), optional
     pictures/       features of pictures (see `pictures`), optional
     popularity.npy  popularity of each entity, 0 where it is unknown, optional
 
@@ -17,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Self
+from typing import Final, Self
 
 import numpy as np
 import pyarrow as pa
@@ -35,10 +36,12 @@ from gemel_engine.knowledge_base.store import KnowledgeBase
 from gemel_engine.knowledge_base.update_files import read_contents
 from gemel_engine.storage.manifest import file_sha256, read_manifest, write_manifest
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "evidence.json"
 DIRECTORY = "evidence"  # in the directory of the knowledge base
-TEXTS, PICTURES = "texts", "pictures"
+NAMES: Final = "names"
+DESCRIPTIONS: Final = "descriptions"
+PICTURES: Final = "pictures"
 _POPULARITY = "popularity.npy"
 _CHUNK = 1 << 13
 
@@ -52,7 +55,8 @@ class EvidenceManifest:
             `entities_sha256` of `knowledge_base.json`.
         num_entities: S, the number of entities.
         num_names: Number of names and aliases in the lexical index.
-        num_texts: Number of embedded names, aliases and descriptions.
+        num_embedded_names: Number of embedded names and aliases.
+        num_descriptions: Number of embedded descriptions.
         num_pictures: Number of pictures.
         has_popularity: Whether the popularity of any entity is known.
         mention_encoder_fingerprint: `MentionEncoder.fingerprint`; None without embeddings.
@@ -64,7 +68,8 @@ class EvidenceManifest:
     knowledge_base: str
     num_entities: PositiveInt
     num_names: int
-    num_texts: int
+    num_embedded_names: int
+    num_descriptions: int
     num_pictures: int
     has_popularity: bool
     mention_encoder_fingerprint: str | None
@@ -80,7 +85,9 @@ class EvidenceIndex:
         manifest: Contents of `evidence.json`.
         dictionary: Index by name and alias.
         lexical: Index by the words of names and aliases.
-        texts: Index by embedding; None if built without a mention encoder.
+        names: Index by the embeddings of names and aliases; None if built without a mention
+            encoder.
+        descriptions: Index by the embeddings of descriptions; None if there are none.
         pictures: Index by picture; None if built without pictures.
         popularity: Popularity of each entity, 0 where it is unknown, shape (S,); None if it is
             unknown for all.
@@ -89,7 +96,8 @@ class EvidenceIndex:
     manifest: EvidenceManifest
     dictionary: NameDictionary
     lexical: LexicalIndex
-    texts: DenseIndex | None = None
+    names: DenseIndex | None = None
+    descriptions: DenseIndex | None = None
     pictures: PictureIndex | None = None
     popularity: NDArray[np.float32] | None = None
 
@@ -123,17 +131,18 @@ class EvidenceIndex:
             manifest,
             NameDictionary.open(directory / "dictionary"),
             LexicalIndex.open(directory / "lexical"),
-            DenseIndex.open(directory / TEXTS) if manifest.num_texts else None,
+            DenseIndex.open(directory / NAMES) if manifest.num_embedded_names else None,
+            DenseIndex.open(directory / DESCRIPTIONS) if manifest.num_descriptions else None,
             PictureIndex.open(directory / PICTURES) if manifest.num_pictures else None,
             popularity,
         )
 
     def move_to_gpu(self) -> None:
         """Search embeddings and pictures on the current GPU from now on, where faiss can."""
-        if self.texts is not None:
-            self.texts.move_to_gpu()
-        if self.pictures is not None:
-            self.pictures.index.move_to_gpu()
+        pictures = None if self.pictures is None else self.pictures.index
+        for index in (self.names, self.descriptions, pictures):
+            if index is not None:
+                index.move_to_gpu()
 
 
 def complete_evidence(
@@ -149,9 +158,9 @@ def complete_evidence(
     Args:
         entities: Result of `KnowledgeBase.table()`: columns `name`, and optionally `aliases` and
             `popularity`.
-        directory: Output directory, empty but for `texts` and `pictures`.
+        directory: Output directory, empty but for `names`, `descriptions` and `pictures`.
         knowledge_base: Checksum of these entities.
-        mention_encoder_fingerprint: Fingerprint of the encoder of `texts`; None without.
+        mention_encoder_fingerprint: Fingerprint of the encoder of the embeddings; None without.
         image_encoder_fingerprint: Fingerprint of the encoder of `pictures`; None if unknown.
 
     Raises:
@@ -166,13 +175,13 @@ def complete_evidence(
     has_popularity = "popularity" in entities.column_names and entities["popularity"].null_count < len(entities)
     if has_popularity:
         np.save(directory / _POPULARITY, _popularity(entities["popularity"]))
-    has_texts, has_pictures = (directory / TEXTS).is_dir(), (directory / PICTURES).is_dir()
     manifest = EvidenceManifest(
         knowledge_base=knowledge_base,
         num_entities=len(entities),
         num_names=lexical.num_documents,
-        num_texts=DenseIndex.open(directory / TEXTS).num_vectors if has_texts else 0,
-        num_pictures=PictureIndex.open(directory / PICTURES).num_pictures if has_pictures else 0,
+        num_embedded_names=_num_vectors(directory / NAMES),
+        num_descriptions=_num_vectors(directory / DESCRIPTIONS),
+        num_pictures=_num_vectors(directory / PICTURES),
         has_popularity=has_popularity,
         mention_encoder_fingerprint=mention_encoder_fingerprint,
         image_encoder_fingerprint=image_encoder_fingerprint,
@@ -225,9 +234,13 @@ def entities_checksum(knowledge_base_directory: Path) -> str:
     return str(read_contents(knowledge_base_directory).get("entities_sha256"))
 
 
-def texts_of(name: str, aliases: Iterable[str | None] | None, description: str | None) -> list[str]:
-    """Return the texts of an entity that are embedded, each once."""
-    return list(dict.fromkeys(text for text in (name, *(aliases or ()), description) if text))
+def embedded_names(name: str, aliases: Iterable[str | None] | None) -> list[str]:
+    """Return the names and aliases of an entity that are embedded, each once."""
+    return list(dict.fromkeys(text for text in (name, *(aliases or ())) if text))
+
+
+def _num_vectors(directory: Path) -> int:
+    return DenseIndex.open(directory).num_vectors if directory.is_dir() else 0
 
 
 def _names_and_aliases(entities: pa.Table) -> Iterator[tuple[int, str, list[str]]]:

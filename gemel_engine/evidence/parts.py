@@ -2,12 +2,14 @@
 
 A part is a Parquet file with one row per entity:
 
-    entity_id       identifier
-    num_texts       number of embedded texts: name, aliases, description
-    texts           their embeddings, concatenated
-    num_pictures    number of usable pictures; null: the table says nothing of pictures
-    pictures        their features, concatenated
-    faults          why its other pictures are unusable
+    entity_id         identifier
+    num_names         number of embedded names and aliases
+    names             their embeddings, concatenated
+    num_descriptions  number of embedded descriptions: 0 or 1
+    descriptions      its embedding
+    num_pictures      number of usable pictures; null: the table says nothing of pictures
+    pictures          their features, concatenated
+    faults            why its other pictures are unusable
 
 Shapes: N vectors, E their width, S entities.
 """
@@ -17,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -27,7 +29,7 @@ from numpy.typing import NDArray
 from gemel_engine.errors import InputError, MentionError, shown
 from gemel_engine.evidence.arrays import scratch_array
 from gemel_engine.evidence.dense import DenseIndex, DenseSettings
-from gemel_engine.evidence.index import PICTURES, TEXTS
+from gemel_engine.evidence.index import DESCRIPTIONS, NAMES, PICTURES
 from gemel_engine.evidence.pictures import PictureIndex
 from gemel_engine.retrieval.table import FloatArray
 from gemel_engine.storage import parquet
@@ -36,8 +38,10 @@ from gemel_engine.storage.columns import Column
 PART_SCHEMA = pa.schema(
     [
         pa.field("entity_id", pa.large_string(), nullable=False),
-        pa.field("num_texts", pa.int32(), nullable=False),
-        pa.field("texts", pa.list_(pa.float32()), nullable=False),
+        pa.field("num_names", pa.int32(), nullable=False),
+        pa.field("names", pa.list_(pa.float32()), nullable=False),
+        pa.field("num_descriptions", pa.int32(), nullable=False),
+        pa.field("descriptions", pa.list_(pa.float32()), nullable=False),
         pa.field("num_pictures", pa.int32()),
         pa.field("pictures", pa.list_(pa.float32()), nullable=False),
         pa.field("faults", pa.list_(pa.string()), nullable=False),
@@ -46,31 +50,35 @@ PART_SCHEMA = pa.schema(
 _COLUMNS = {field.name: Column.like(field.type) for field in PART_SCHEMA} | {
     "entity_id": Column(pa.large_string(), "string", pa.types.is_large_string)
 }
-_COUNTED = ("entity_id", "num_texts", "num_pictures", "faults")
+_COUNTED = ("entity_id", "num_names", "num_descriptions", "num_pictures", "faults")
 _COUNTED_SCHEMA = pa.schema([pa.field(name, PART_SCHEMA.field(name).type) for name in _COUNTED])
-Kind = Literal["texts", "pictures"]
+Kind = Literal["names", "descriptions", "pictures"]
 
 
 def make_part(
     entity_ids: pa.Array | pa.ChunkedArray,
-    texts: Sequence[FloatArray],
+    names: Sequence[FloatArray],
+    descriptions: Sequence[FloatArray],
     pictures: Sequence[Sequence[FloatArray | MentionError]] | None,
 ) -> pa.Table:
     """Return a part.
 
     Args:
         entity_ids: Identifier of each entity.
-        texts: Embeddings (N, E) of the texts of each entity.
+        names: Embeddings (N, E) of the names and aliases of each entity.
+        descriptions: Embeddings (N, E) of its description, at most one.
         pictures: Features of each entity's pictures, or why they are unusable; None: the table says
             nothing of pictures.
     """
-    of_entities = [[]] * len(texts) if pictures is None else pictures
+    of_entities = [[]] * len(names) if pictures is None else pictures
     usable = [[item for item in found if not isinstance(item, MentionError)] for found in of_entities]
     return pa.table(
         {
             "entity_id": entity_ids,
-            "num_texts": [len(vectors) for vectors in texts],
-            "texts": [vectors.ravel() for vectors in texts],
+            "num_names": [len(vectors) for vectors in names],
+            "names": [vectors.ravel() for vectors in names],
+            "num_descriptions": [len(vectors) for vectors in descriptions],
+            "descriptions": [vectors.ravel() for vectors in descriptions],
             "num_pictures": [None if pictures is None else len(features) for features in usable],
             "pictures": [np.concatenate(features) if features else [] for features in usable],
             "faults": [[str(item) for item in found if isinstance(item, MentionError)] for found in of_entities],
@@ -106,7 +114,7 @@ class VectorParts:
         self.has_pictures: NDArray[np.bool_] = pc.is_valid(table["num_pictures"]).to_numpy()
         self._counts = {
             kind: np.where(self.rows >= 0, pc.fill_null(table[f"num_{kind}"], 0).to_numpy(), 0)
-            for kind in ("texts", "pictures")
+            for kind in get_args(Kind)
         }
         faults = table["faults"].combine_chunks()
         of_fault = ids.take(pc.list_parent_indices(faults)).to_pylist()
@@ -175,9 +183,10 @@ def index_parts(parts: VectorParts, directory: Path, num_rows: int, settings: De
     """
     directory.mkdir(parents=True, exist_ok=True)
     scratch = directory / "vectors.tmp"
-    with parts.vectors("texts", scratch) as texts:
-        if texts is not None:
-            DenseIndex.build(directory / TEXTS, *texts, num_rows, settings)
-    with parts.vectors("pictures", scratch) as pictures:
+    for kind in (NAMES, DESCRIPTIONS):
+        with parts.vectors(kind, scratch) as embedded:
+            if embedded is not None:
+                DenseIndex.build(directory / kind, *embedded, num_rows, settings)
+    with parts.vectors(PICTURES, scratch) as pictures:
         if pictures is not None:
             PictureIndex.build(directory / PICTURES, *pictures, num_rows, settings)

@@ -2,7 +2,7 @@
 
 Each source ranks entities for a mention: entities of its surface form in training, equal names and
 aliases, names that share words, initials or beginnings with it, names in its text, the nearest
-names by embedding, the nearest pictures. Reciprocal rank fusion (Cormack, Clarke and Büttcher,
+names and descriptions by embedding, the nearest pictures. Reciprocal rank fusion (Cormack, Clarke and Büttcher,
 SIGIR 2009) combines the rankings: scores of different sources need not be comparable, and an entity
 that several sources propose ranks higher.
 
@@ -27,7 +27,7 @@ from gemel_engine.types import Features, Mention
 Ranking = list[tuple[int, float]]
 
 # Sources that depend on more than the surface form: on the text or the picture.
-_OF_CONTEXT = frozenset({"context", "in_text", "text_name", "picture", "training_picture"})
+_OF_CONTEXT = frozenset({"context", "in_text", "text_name", "description", "picture", "training_picture"})
 
 MAX_TEXT = 1 << 16  # number of characters of a text that are searched
 _LONGEST_NAME = 6  # greatest number of words of a name that is looked up in a text
@@ -48,6 +48,7 @@ WEIGHTS: Mapping[str, float] = MappingProxyType(
         "similar_form": 1.0,
         "similar_name": 1.0,
         "text_name": 1.0,
+        "description": 1.0,
         "picture": 1.0,
         "training_picture": 2.0,
         "frequency": 0.3,
@@ -152,11 +153,15 @@ class CandidatePool:
     def _compare(self, pool: Pool, form: FloatArray | None, text: FloatArray | None, picture: Features | None) -> None:
         """Add the similarities of all candidates, also of those that are not among the nearest."""
         rows = [candidate.row for candidate in pool.candidates]
-        texts, pictures = self._evidence.texts, self._evidence.pictures
+        names, descriptions, pictures = self._evidence.names, self._evidence.descriptions, self._evidence.pictures
         found: dict[str, dict[int, float]] = {}
-        for source, embedding in (("similar_name", form), ("text_name", text)):
-            if texts is not None and embedding is not None and embedding.any():
-                found[source] = texts.similarities(embedding, rows)
+        for source, index, query in (
+            ("similar_name", names, form),
+            ("text_name", names, text),
+            ("description", descriptions, text),
+        ):
+            if index is not None and query is not None and query.any():
+                found[source] = index.similarities(query, rows)
         if pictures is not None and picture is not None:
             found["picture"] = pictures.similarities(picture, rows)
         for candidate in pool.candidates:
@@ -203,13 +208,16 @@ class CandidatePool:
         features: Sequence[Features | None] | None,
         groups: Sequence[str | None],
     ) -> Iterable[tuple[str, list[Ranking]]]:
-        depth, texts, pictures = self._settings.depth, self._evidence.texts, self._evidence.pictures
+        depth, evidence = self._settings.depth, self._evidence
+        names, descriptions, pictures = evidence.names, evidence.descriptions, evidence.pictures
         if form_embeddings is not None:
             yield "similar_form", [found[:depth] for found in self._forms.nearest(form_embeddings, depth, groups)]
-        if texts is not None and form_embeddings is not None:
-            yield "similar_name", texts.nearest(form_embeddings, depth)
-        if texts is not None and text_embeddings is not None:
-            yield "text_name", texts.nearest(text_embeddings, depth)
+        if names is not None and form_embeddings is not None:
+            yield "similar_name", names.nearest(form_embeddings, depth)
+        if names is not None and text_embeddings is not None:
+            yield "text_name", names.nearest(text_embeddings, depth)
+        if descriptions is not None and text_embeddings is not None:
+            yield "description", descriptions.nearest(text_embeddings, depth)
         if pictures is not None and features is not None:
             yield "picture", pictures.nearest(features, depth)
 

@@ -48,7 +48,7 @@ class Retriever:
         device: str = "cpu",
     ) -> None:
         self._settings = settings
-        self._embeds_texts = evidence is not None and evidence.texts is not None
+        self._embeds_texts = evidence is not None and evidence.names is not None
         self.encoder: MentionEncoder | None = None
         if settings.mention_encoder is not None and (index is not None or self._embeds_texts):
             self.encoder = MentionEncoder(settings.mention_encoder, device)

@@ -29,16 +29,17 @@ from gemel_engine import storage
 from gemel_engine.errors import ArtifactError
 from gemel_engine.evidence.dense import DenseIndex
 from gemel_engine.evidence.index import (
+    DESCRIPTIONS,
     DIRECTORY,
     MANIFEST,
+    NAMES,
     PICTURES,
-    TEXTS,
     EvidenceManifest,
     complete_evidence,
     entities_checksum,
     open_evidence,
 )
-from gemel_engine.evidence.parts import VectorParts
+from gemel_engine.evidence.parts import Kind, VectorParts
 from gemel_engine.evidence.pictures import PictureIndex
 from gemel_engine.knowledge_base import update as knowledge_base_update
 from gemel_engine.knowledge_base.store import KnowledgeBase
@@ -128,21 +129,11 @@ def merge_evidence(update: Path, base: Path, target: Path) -> None:
     new_rows = _rows_of(KnowledgeBase.open(base).table()["entity_id"], ids)
     directory = target / DIRECTORY
     directory.mkdir()
-    changed = _rows_of(changes["entity_id"], ids)
-    scratch = directory / "vectors.tmp"
-    with parts.vectors("texts", scratch) as found:
-        if evidence.texts is not None:
-            more = found or (np.zeros((0, evidence.texts.width), np.float32), np.zeros(0, np.uint32))
-            kept = _without(new_rows, changed)
-            DenseIndex.merge(directory / TEXTS, base / DIRECTORY / TEXTS, kept, *more, len(ids))
-    with parts.vectors("pictures", scratch) as found:
-        kept = _without(new_rows, parts.rows[parts.has_pictures])
-        if evidence.pictures is None:
-            if found is not None:
-                PictureIndex.build(directory / PICTURES, *found, len(ids))
-        elif found is not None or (kept[evidence.pictures.entities] >= 0).any():
-            more = found or (np.zeros((0, evidence.pictures.index.width), np.float32), np.zeros(0, np.uint32))
-            PictureIndex.merge(directory / PICTURES, base / DIRECTORY / PICTURES, kept, *more, len(ids))
+    unchanged = _without(new_rows, _rows_of(changes["entity_id"], ids))
+    unpictured = _without(new_rows, parts.rows[parts.has_pictures])
+    _merge(NAMES, evidence.names, parts, base, directory, unchanged, len(ids))
+    _merge(DESCRIPTIONS, evidence.descriptions, parts, base, directory, unchanged, len(ids))
+    _merge(PICTURES, evidence.pictures, parts, base, directory, unpictured, len(ids))
     complete_evidence(
         entities,
         directory,
@@ -150,6 +141,35 @@ def merge_evidence(update: Path, base: Path, target: Path) -> None:
         mention_encoder_fingerprint=evidence.manifest.mention_encoder_fingerprint,
         image_encoder_fingerprint=evidence.manifest.image_encoder_fingerprint,
     )
+
+
+def _merge(
+    kind: Kind,
+    index: DenseIndex | PictureIndex | None,
+    parts: VectorParts,
+    base: Path,
+    directory: Path,
+    kept: NDArray[np.int64],
+    num_rows: int,
+) -> None:
+    """Write an index of the vectors of a base that are kept and those of an update, if there are any.
+
+    Args:
+        kind: Kind of the vectors.
+        index: Index of the base; None if it has no such vectors.
+        parts: Vectors of the update.
+        base: Directory of the base.
+        directory: Directory of the merged evidence.
+        kept: New row of each entity of the base; -1: its vectors are left out.
+        num_rows: Number of entities after the update.
+    """
+    with parts.vectors(kind, directory / "vectors.tmp") as found:
+        if index is None:
+            if found is not None:
+                (PictureIndex if kind == PICTURES else DenseIndex).build(directory / kind, *found, num_rows)
+        elif found is not None or (kept[index.entities] >= 0).any():
+            more = found or (np.zeros((0, index.width), np.float32), np.zeros(0, np.uint32))
+            index.merge(directory / kind, base / DIRECTORY / kind, kept, *more, num_rows)
 
 
 def _version(update: Path, base: Path) -> str:

@@ -19,7 +19,7 @@ from gemel_engine import storage
 from gemel_engine.config.bounds import NumPixels
 from gemel_engine.config.components import ImagePolicy
 from gemel_engine.errors import ArtifactError, ConfigurationError, MentionError, shown
-from gemel_engine.evidence.index import texts_of
+from gemel_engine.evidence.index import embedded_names
 from gemel_engine.evidence.parts import make_part
 from gemel_engine.knowledge_base.columns import ENTITY_COLUMNS, all_aliases
 from gemel_engine.knowledge_base.names import normalised_name
@@ -131,19 +131,22 @@ class EncodeEntities:
             entities = table.read(_READ, rows)
             pictures = list(self._encoded(table.pieces(IMAGE_COLUMNS, rows, _ROWS_PER_READ))) if has_pictures else None
         check_version(shard)
-        part = make_part(entities["entity_id"], self._embedded(entities), pictures)
+        part = make_part(entities["entity_id"], *self._embedded(entities), pictures)
         storage.create_exclusive(f"{self._parts}/{shard.name}.parquet", parquet.parquet_bytes(part))
 
-    def _embedded(self, entities: pa.Table) -> list[Features]:
-        """Return the embeddings of the texts of each entity, each of shape (number of texts, E)."""
-        if self._texts is None:
-            return [np.zeros((0, 0), np.float32)] * len(entities)
-        rows = entities.to_pylist()
-        texts = []
-        for row in rows:
+    def _embedded(self, entities: pa.Table) -> tuple[list[Features], list[Features]]:
+        """Return the embeddings of the names, and of the description, of each entity, (number, E)."""
+        names, descriptions = [], []
+        for row in entities.to_pylist():
             others = (normalised_name(name) for name in row.get("other_names") or () if name)
             aliases = all_aliases(row.get("aliases"), others)
-            texts.append(texts_of(normalised_name(row["name"] or ""), aliases, row.get("description")))
+            names.append(embedded_names(normalised_name(row["name"] or ""), aliases))
+            descriptions.append([text] if (text := row.get("description")) else [])
+        return self._of_each(names), self._of_each(descriptions)
+
+    def _of_each(self, texts: Sequence[Sequence[str]]) -> list[Features]:
+        if self._texts is None:
+            return [np.zeros((0, 0), np.float32)] * len(texts)
         vectors = self._texts.encode([text for of_entity in texts for text in of_entity])
         return np.split(vectors, np.cumsum([len(of_entity) for of_entity in texts])[:-1])
 

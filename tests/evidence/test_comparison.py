@@ -6,6 +6,7 @@ import pytest
 
 from gemel_engine.evidence.comparison import arguments
 from gemel_engine.evidence.features import FEATURES
+from gemel_engine.evidence.pool import WEIGHTS as WEIGHTS_OF_SOURCES
 from gemel_engine.evidence.weights import ScoreWeights
 
 pytestmark = pytest.mark.unit
@@ -22,7 +23,7 @@ def test_each_difference_is_said_with_what_it_adds() -> None:
     assert {item.words for item in found} == {
         "of the training mentions of this form 12 mean the first, 0 the second",
         "the name of the first is more like the form",
-        "the second means more nearly what the text says",
+        "the name of the second means more nearly what the text says",
         "the language model prefers the second by 1.3 nats",
     }
     bonuses = WEIGHTS.bonuses("Paris", ["Paris", "Lyon"], reasons)
@@ -39,8 +40,7 @@ def test_what_is_not_known_is_not_said() -> None:
 
 def test_every_feature_has_words() -> None:
     everything = ScoreWeights(features=dict.fromkeys(FEATURES, 1.0), language_model=1.0, risks=(), fitted_on={})
-    sources = ("form", "alias", "base_name", "initials", "similar_name", "text_name", "popularity", "picture")
-    pool = {"Q1": ("Paris", dict.fromkeys(sources, 1.0))}
+    pool = {"Q1": ("Paris", dict.fromkeys(WEIGHTS_OF_SOURCES, 1.0))}
     found = arguments("Paris", pool, ["Q1", "Q2"], [None, None], everything)
     assert len(found) == len(FEATURES)
     assert all(item.difference > 0 and "the first" in item.words for item in found)

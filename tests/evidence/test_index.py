@@ -51,10 +51,12 @@ def evidence(directory: Path) -> EvidenceIndex:
 
 
 def test_an_index_knows_its_counts_and_encoders(evidence: EvidenceIndex, encoder: MentionEncoder) -> None:
-    assert evidence.texts is not None
+    assert evidence.names is not None
+    assert evidence.descriptions is not None
     assert evidence.pictures is not None
-    counts = evidence.manifest.num_entities, evidence.manifest.num_names, evidence.manifest.num_texts
-    assert counts == (5, 8, 10)
+    manifest = evidence.manifest
+    assert (manifest.num_entities, manifest.num_names) == (5, 8)
+    assert (manifest.num_embedded_names, manifest.num_descriptions) == (8, 2)
     assert evidence.manifest.num_pictures == evidence.pictures.num_pictures == 3
     assert evidence.manifest.mention_encoder_fingerprint == encoder.fingerprint
     assert evidence.popularity is not None
@@ -63,7 +65,7 @@ def test_an_index_knows_its_counts_and_encoders(evidence: EvidenceIndex, encoder
 
 def test_an_index_of_names_alone_is_searched_without_encoders(tmp_path: Path) -> None:
     evidence = build_evidence(ENTITIES.select(["name"]), tmp_path)
-    assert evidence.texts is None
+    assert evidence.names is None
     assert evidence.pictures is None
     assert CandidatePool(evidence).pool([MENTION])[0].candidates
     with pytest.raises(InputError, match="no entities"):
@@ -81,7 +83,7 @@ def test_a_damaged_or_foreign_index_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="are not those of its"):
         EvidenceIndex.open(tmp_path, verify=True)
     manifest = json.loads((tmp_path / MANIFEST).read_text())
-    del manifest["num_texts"]
+    del manifest["num_descriptions"]
     (tmp_path / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(ArtifactError, match="has been changed since it was written"):
         EvidenceIndex.open(tmp_path)
@@ -95,7 +97,7 @@ def test_each_candidate_has_its_reasons(evidence: EvidenceIndex, encoder: Mentio
     candidates = CandidatePool(evidence, forms).pool([MENTION], embeddings, of_texts, features)[0].candidates
     reasons = {candidate.row: candidate.reasons for candidate in candidates}
     assert candidates[0].row == 2
-    assert {"form", "words", "context", "similar_form", "similar_name", "popularity"} <= set(reasons[2])
+    assert {"form", "words", "context", "similar_form", "similar_name", "description", "popularity"} <= set(reasons[2])
     assert reasons[0]["base_name"] == 1
     assert "in_text" in reasons[3]
     assert "picture" in reasons[3]
@@ -112,12 +114,14 @@ def test_a_candidate_far_from_form_text_and_picture_is_compared_with_them(
         CandidatePool(evidence, settings=settings).pool([MENTION], embeddings, of_texts, features)[0].candidates
     )
     assert len(candidates) > 2
-    assert evidence.texts is not None
+    assert evidence.names is not None
+    assert evidence.descriptions is not None
     assert evidence.pictures is not None
     rows = [candidate.row for candidate in candidates]
     for source, expected in (
-        ("similar_name", evidence.texts.similarities(embeddings[0], rows)),
-        ("text_name", evidence.texts.similarities(of_texts[0], rows)),
+        ("similar_name", evidence.names.similarities(embeddings[0], rows)),
+        ("text_name", evidence.names.similarities(of_texts[0], rows)),
+        ("description", evidence.descriptions.similarities(of_texts[0], rows)),
         ("picture", evidence.pictures.similarities(features[0], rows)),
     ):
         known = {row: next(c for c in candidates if c.row == row).reasons.get(source, 0.0) for row in expected}

@@ -32,6 +32,7 @@ def test_a_candidate_of_which_nothing_is_known_has_no_bonus() -> None:
 def test_each_reason_makes_its_feature_larger() -> None:
     reasons = {"form": 3.0, "alias": 1.0, "base_name": 1.0, "initials": 1.0, "similar_name": 0.9, "text_name": 0.4}
     reasons |= {
+        "description": 0.5,
         "context": 5.0,
         "words": 2.0,
         "in_text": 1.0,
@@ -42,7 +43,7 @@ def test_each_reason_makes_its_feature_larger() -> None:
     }
     reasons |= {"similar_form": 0.8, "name": 1.0}
     known, unknown = features_of("Paris", ["Paris (city)", "Quux"], [reasons, {}])
-    assert (known > unknown).all()
+    assert (np.delete(known - unknown, FEATURES.index("unseen_entity")) > 0).all()
     likeness = FEATURES.index("likeness")
     assert known[likeness] == 0.5  # equal, of a form with three training mentions
 
@@ -53,8 +54,26 @@ def test_what_form_and_name_share_counts_less_the_more_training_mentions_the_for
     after, _ = features_of("Paris", ["Paris", "Quux"], [reasons, {"form": 3.0}])
     unchanged = [FEATURES.index(name) for name in ("similar_text", "picture")]
     assert after[unchanged].tolist() == before[unchanged].tolist()
-    shared = slice(FEATURES.index("equal_alias"), FEATURES.index("similar_name") + 1)
+    shared = slice(FEATURES.index("equal_name"), FEATURES.index("similar_name") + 1)
     assert after[shared] == pytest.approx(before[shared] / 2)
+
+
+def test_an_entity_without_training_mentions_gets_back_what_those_of_the_form_give_others() -> None:
+    reasons: list[dict[str, float]] = [{"form": 3.0, "frequency": 5.0}, {"frequency": 2.0}, {}]
+    features = features_of("Paris", ["Paris", "Paris, Texas", "Paris (Finland)"], reasons)
+    assert features[:, FEATURES.index("unseen_entity")].tolist() == [
+        0.0,
+        0.0,
+        features[0, FEATURES.index("form_prior")],
+    ]
+    nowhere = features_of("Paris", ["Paris", "Lyon"], [{"frequency": 1.0}, {}])
+    assert not nowhere[:, FEATURES.index("unseen_entity")].any()
+
+
+def test_an_equal_name_is_worth_as_much_as_an_equal_alias() -> None:
+    of_name, of_alias = features_of("Paris", ["Lutetia", "Lutetia"], [{"name": 1.0}, {"alias": 1.0}])
+    assert of_name.tolist() == of_alias.tolist()
+    assert of_name.any()
 
 
 def test_a_bonus_is_the_weighted_sum_of_features() -> None:

@@ -28,7 +28,7 @@ from gemel_engine.tokenizer import load_tokenizer
 from gemel_engine.types import CARD_PREFIX
 
 WEIGHTS = ScoreWeights(
-    features={"likeness": 3.0, "words_of_form": 1.0, "equal_alias": 5.0},
+    features={"likeness": 3.0, "words_of_form": 1.0, "equal_name": 5.0},
     language_model=0.5,
     risks=((0.0, 0.01),),
     fitted_on={},

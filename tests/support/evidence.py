@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gemel_engine.evidence.index import EvidenceIndex, complete_evidence, texts_of
+from gemel_engine.evidence.index import EvidenceIndex, complete_evidence, embedded_names
 from gemel_engine.evidence.parts import VectorParts, index_parts, make_part
 from gemel_engine.retrieval.encoder import MentionEncoder
 from gemel_engine.types import Features
@@ -33,16 +33,15 @@ def build_evidence(
         pictures: Features (N, C) of the N pictures of an entity, by row; None: without pictures.
     """
     ids = pa.array([f"row {row}" for row in range(len(entities))], pa.large_string())
-    texts = [np.zeros((0, 0), np.float32)] * len(ids)
+    names = descriptions = [np.zeros((0, 0), np.float32)] * len(ids)
     if mention_encoder is not None:
-        texts = [
-            mention_encoder.encode(texts_of(row["name"], row.get("aliases"), row.get("description")))
-            for row in entities.to_pylist()
-        ]
+        rows = entities.to_pylist()
+        names = [mention_encoder.encode(embedded_names(row["name"], row.get("aliases"))) for row in rows]
+        descriptions = [mention_encoder.encode([text] if (text := row.get("description")) else []) for row in rows]
     found = None if pictures is None else [list(pictures.get(row, ())) for row in range(len(ids))]
     directory.mkdir(parents=True, exist_ok=True)
     part = directory / "part.parquet"
-    pq.write_table(make_part(ids, texts, found), part)
+    pq.write_table(make_part(ids, names, descriptions, found), part)
     index_parts(VectorParts([str(part)], ids), directory, len(ids))
     part.unlink()
     return complete_evidence(
