@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -74,9 +74,9 @@ def commit(tree: Path = RESULTS) -> str:
     return subprocess.run(command, cwd=tree, check=True, capture_output=True, text=True).stdout.strip()
 
 
-def mean(values: ArrayLike, digits: int = 4) -> float:
+def mean(values: Iterable[Any], digits: int = 4) -> float:
     """Return a mean, or a share of truths, rounded."""
-    return round(float(np.mean(values)), digits)
+    return round(float(np.mean(list(values))), digits)
 
 
 def to_digits(right: Iterable[bool | np.bool_]) -> str:
@@ -107,7 +107,8 @@ def run(commands: Callable[..., None] | Mapping[str, Callable[..., None]]) -> No
     import tyro  # a bare machine with a GPU may lack it
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    name = " ".join(["python", *sys.orig_argv[1:3]])
     if isinstance(commands, Mapping):
-        tyro.extras.subcommand_cli_from_dict(dict(commands))
+        tyro.extras.subcommand_cli_from_dict(dict(commands), prog=name)
     else:
-        tyro.cli(commands)
+        tyro.cli(commands, prog=name)

@@ -13,6 +13,7 @@ PAGES = {
     "README.md": "index.md",
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
+    "benchmarks/README.md": "benchmarks.md",
     "SECURITY.md": "security.md",
 }
 COPIES = ("CITATION.cff", "NOTICE", "examples/quickstart.ipynb")
@@ -28,10 +29,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def with_links(text: str) -> str:
-    """Return a page of the root with its links as they are on the site."""
+    """Return a page from outside of `docs/` with its links as they are on the site."""
 
     def moved(link: re.Match[str]) -> str:
-        target = PAGES.get(link[1], link[1].removeprefix("docs/"))
+        target = PAGES.get(link[1], link[1].removeprefix("../").removeprefix("docs/"))
         return f"]({target}{link[2] or ''})"
 
     return re.sub(r"\]\(([^)#:\s]+)(#[^)]*)?\)", moved, text)

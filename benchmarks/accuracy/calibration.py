@@ -96,8 +96,9 @@ def main(data: tyro.conf.Positional[Path]) -> None:
     results = ResultFile("calibration", {"DATA": data})
     for name, config, tables in (("wikidiverse", wikidiverse(data), data), ("emoji", emoji(), EMOJI)):
         rows = read_rows(tables / "dev.parquet")
-        has_pictures = config.vision.image_encoder is not None
-        features = picture_features(rows, config.vision) if has_pictures else [None] * len(rows)
+        features: list[Features | None] = [None] * len(rows)
+        if config.vision.image_encoder is not None:
+            features = picture_features(rows, config.vision)
         whole = Prepared.of(config, rows, features)
         reduced = without_entities(config, tables / "entities.parquet", WORK / name)
         values, what = judged(whole, Prepared.of(reduced, rows, features), WORK / name)

@@ -121,8 +121,8 @@ def with_embeddings(
 ) -> EvidenceIndex:
     """Return an index that also finds some of its names by embedding."""
     vectors = cache.encode([names[row] for row in rows])
-    directory = WORK / f"texts_{len(names)}"
-    return replace(evidence, texts=DenseIndex.build(directory, vectors, np.array(rows, np.uint32), len(names)))
+    directory = WORK / f"names_{len(names)}"
+    return replace(evidence, names=DenseIndex.build(directory, vectors, np.array(rows, np.uint32), len(names)))
 
 
 def measured(evidence: EvidenceIndex, data: Path, cache: EmbeddingCache) -> tuple[float, float]:
