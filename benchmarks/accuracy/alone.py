@@ -112,10 +112,10 @@ def alone(dev: Pools, weights: ScoreWeights, data: Path) -> dict[str, object]:
     return results
 
 
-def worth(train: LabelledPools, dev: LabelledPools) -> dict[str, float]:
-    """Return accuracy on dev without each feature that a corpus has, and with all of them."""
+def worth(train: LabelledPools, dev: LabelledPools) -> dict[str, float | None]:
+    """Return accuracy on dev with all features, and without each; None for a feature that the corpus lacks."""
     used = [number for number in range(len(FEATURES)) if train.features[:, number].any()]
-    found = {}
+    found: dict[str, float | None] = {f"without_{name}": None for name in FEATURES}
     for left_out in (None, *used):
         columns = [number for number in used if number != left_out]
         weights = np.zeros(len(FEATURES))

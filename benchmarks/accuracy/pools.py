@@ -42,6 +42,8 @@ from gemel_engine.types import Features, Mention, PoolEntity, Prediction, predic
 WORK = Path("build/score")
 NUM_WIKIDIVERSE, NUM_EMOJI, NUM_GAZETTEER = 6000, 1500, 1500  # training mentions that weights are fitted on
 RAISED = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # factors of the weight of pictures
+# The gazetteer draws its places evenly, other texts do not. It costs nothing there, and decides where nothing else does.
+LEAST_POPULARITY = 0.1
 OF_TRAINING = frozenset({"form", "similar_form", "training_picture", "frequency"})
 
 Labelled = tuple[list[Mention], list[Features | None], list[str]]  # mentions, their pictures and entities
@@ -199,10 +201,8 @@ def fit_corpora(texts: LabelledPools, what: Mapping[str, object] | None = None) 
     """
     pictures = emoji_train().with_unseen
     weights = fit_score(joined([texts, pictures, gazetteer("train").labelled]), fitted_on=what)
-    raised = [
-        replace(weights, features=weights.features | {"picture": factor * weights.features["picture"]})
-        for factor in RAISED
-    ]
+    fitted = weights.features | {"popularity": max(LEAST_POPULARITY, weights.features["popularity"])}
+    raised = [replace(weights, features=fitted | {"picture": factor * fitted["picture"]}) for factor in RAISED]
     return max(raised, key=lambda tried: accuracy(pictures, tried))
 
 
