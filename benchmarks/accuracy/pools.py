@@ -42,7 +42,7 @@ from gemel_engine.types import Features, Mention, PoolEntity, Prediction, predic
 WORK = Path("build/score")
 NUM_WIKIDIVERSE, NUM_EMOJI, NUM_GAZETTEER = 6000, 1500, 1500  # training mentions that weights are fitted on
 RAISED = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # factors of the weight of pictures
-# The gazetteer draws its places evenly, other texts do not. It costs nothing there, and decides where all else is equal.
+# The gazetteer draws its places evenly, other texts do not. It costs nothing there, and decides where all else is even.
 LEAST_POPULARITY = 0.1
 OF_TRAINING = frozenset({"form", "similar_form", "training_picture", "frequency"})
 

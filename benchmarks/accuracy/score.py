@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import tyro
 
 from benchmarks.accuracy.pools import (
@@ -113,7 +114,10 @@ def fitted(linker: Linker, data: Path, num_train: int, num_asked: int) -> ScoreW
         f"the entities in training, {NUM_GAZETTEER} of the gazetteer",
         "language_model": Path(linker.config.language_model.name).name,
     }
-    train.table = with_log_probs(linker, train.table, rows, asked)
+    asked_path = WORK / f"asked_{num_train}_{num_asked}.parquet"
+    if not asked_path.exists():
+        pq.write_table(with_log_probs(linker, train.table, rows, asked), asked_path)
+    train.table = pq.read_table(asked_path)
     weights = fit_corpora(train.labelled, what)
     weights.save(path)
     return weights
