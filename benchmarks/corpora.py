@@ -100,6 +100,23 @@ def build_demonstrations(data: Path, directory: Path) -> None:
         DemonstrationIndex.build(directory, demonstrations, MentionEncoder(MENTION_ENCODER))
 
 
+def zipf_rows(rows: Sequence[Row], num_mentions: int) -> list[Row]:
+    """Return mentions whose surface forms are drawn with probability 1/rank, with texts that differ, at random."""
+    rng = random.Random(SEED)
+    of_form: dict[str, list[Row]] = {}
+    for row in rows:
+        of_form.setdefault(row["mention"], []).append(row)
+    forms = sorted(of_form)
+    rng.shuffle(forms)
+    drawn = rng.choices(forms, [1 / rank for rank in range(1, len(forms) + 1)], k=num_mentions)
+    chosen = [rng.choice(of_form[form]) for form in drawn]
+    return [
+        {"mention_id": f"z{number}", "text": f"{row['text']} (photo {number})"}
+        | {name: row[name] for name in ("mention", "entity_id")}
+        for number, row in enumerate(chosen)
+    ]
+
+
 def union_with(data: Path, titles: Path) -> pa.Table:
     """Return the entities of WikiDiverse, and those of other titles, which have no aliases or descriptions.
 

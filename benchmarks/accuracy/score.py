@@ -2,12 +2,11 @@
 
     python -m benchmarks.accuracy score DATA [--num-dev N] [--risk 0.03] [--shipped-weights]
 
-Some two hours on two cores. Weights are fitted on training mentions whose own group is left out, so that dev judges
+Some half an hour on two cores. Weights are fitted on training mentions whose own group is left out, so that dev judges
 them without having been seen, and on those of the emoji and the gazetteer corpus. The weight of the language model
 comes from the training mentions that evidence alone is least sure of: `--num-asked` of them are linked.
-`--num-compared` mentions of dev are linked once more, side by side: by the score with the cascade and without it, and
-by the language model alone. Figures go to `benchmarks/results/score.json`, the weights to `build/score`; `--ship`
-writes the weights that the package ships.
+Figures go to `benchmarks/results/score.json`, the weights to `build/score`; `--ship` writes the weights that the
+package ships.
 """
 
 from __future__ import annotations
@@ -18,9 +17,7 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -36,7 +33,7 @@ from benchmarks.accuracy.pools import (
     fit_corpora,
     wikidiverse_pools,
 )
-from benchmarks.accuracy.ranking import by_evidence, computed_tokens, with_weights
+from benchmarks.accuracy.ranking import by_evidence, with_weights
 from benchmarks.corpora import SEED, Row, buckets_of, in_order, mentions_of, read_rows, retriever, wikidiverse
 from benchmarks.record import ResultFile, difference, mean, to_digits
 from gemel_engine.config.components import ScoreSettings, SearchSettings
@@ -59,7 +56,6 @@ def main(
     num_asked: int = 150,
     num_dev: int | None = None,
     risk: float = 0.03,
-    num_compared: int = 200,
     shipped_weights: bool = False,
     ship: bool = False,
 ) -> None:
@@ -71,7 +67,6 @@ def main(
         num_asked: Number of these that the weight of the language model is fitted on.
         num_dev: Size of a fixed sample of dev; None: all of it.
         risk: Risk at which evidence decides alone.
-        num_compared: Number of mentions that are linked with and without the cascade.
         shipped_weights: Whether to judge the weights of the package instead of fitting.
         ship: Whether the weights become those of the package.
     """
@@ -88,13 +83,8 @@ def main(
         f"{num_asked} of them"
     )
     what = f"WikiDiverse dev, text only, {len(rows)} mentions, 7,642 names, SmolLM2-135M in float32, {of_weights}"
-    sample = sorted(random.Random(SEED).sample(range(len(rows)), min(num_compared, len(rows))))
-    results = ResultFile("score", {"DATA": data})
-    for part in (
-        partial(judged, linker, weights, rows, buckets_of(rows, data), risk),
-        partial(compared, linker, weights, [rows[number] for number in sample], risk),
-    ):
-        results.note(part(), what)
+    found = judged(linker, weights, rows, buckets_of(rows, data), risk)
+    ResultFile("score", {"DATA": data}).note(found, what)
 
 
 def fitted(linker: Linker, data: Path, num_train: int, num_asked: int) -> ScoreWeights:
@@ -199,34 +189,3 @@ def judged(
         for bucket, numbers in of_bucket.items():
             results[f"wikidiverse.{name}.{bucket}"] = mean(values[numbers])
     return results
-
-
-def compared(linker: Linker, weights: ScoreWeights, rows: Sequence[Row], risk: float) -> dict[str, object]:
-    """Return what the score costs with the cascade and without it, and the language model alone.
-
-    Each begins with an empty prefix cache; seconds have no retrieval in them.
-    """
-    engine: Any = linker.generator.engine
-    mentions, features = mentions_of(rows), [None] * len(rows)
-    _, retrieved = linker.prepare(mentions, features)
-    generators = {
-        "cascade": with_weights(linker, weights, risk),
-        "without_cascade": with_weights(linker, weights),
-        "model_alone": with_weights(linker, None),
-    }
-    found: dict[str, Any] = {"compared.mentions": len(rows)}
-    for name, generator in generators.items():
-        engine.llm_engine.reset_prefix_cache()
-        before, started = computed_tokens(engine), time.perf_counter()
-        predictions = generator.generate(mentions, features, retrieved)
-        found[f"compared.{name}.seconds"] = round(time.perf_counter() - started, 1)
-        found[f"compared.{name}.computed_prompt_tokens"] = computed_tokens(engine) - before
-        right = [found.entity_id == row["entity_id"] for found, row in zip(predictions, rows, strict=True)]
-        found[f"compared.{name}.accuracy"] = mean(right)
-        found[f"compared.{name}.certified_of_asked"] = mean(
-            [bool(prediction.certified) for prediction in predictions if prediction.decided_by != "evidence"]
-        )
-    for ratio, quantity in (("tokens_ratio", "computed_prompt_tokens"), ("time_ratio", "seconds")):
-        without = found[f"compared.without_cascade.{quantity}"]
-        found[f"cascade.{ratio}"] = round(found[f"compared.cascade.{quantity}"] / without, 3)
-    return found

@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from benchmarks.corpora import mentions_of, zipf_rows
 from benchmarks.decoding.systems import Beams, Systems
-from gemel_engine.types import Mention
 
 T = TypeVar("T")
 Prompts = Sequence[tuple[int, ...]]
@@ -27,7 +27,7 @@ logger = logging.getLogger("benchmarks")
 def zipf(data: Path, num_mentions: int = 5000) -> dict[str, tuple[Any, str]]:
     """A corpus in which a few surface forms are very common, ordered by surface form against random order."""
     systems = Systems(data, kv_cache_gib=_CACHE_GIB)
-    corpus = zipf_corpus(systems.dev, num_mentions)
+    corpus = mentions_of(zipf_rows(systems.dev, num_mentions))
     ordered = sorted(corpus, key=lambda mention: (mention.mention, mention.mention_id))
     prompts = systems.prompts(corpus)
     few = random.Random(0).sample(prompts, _NUM_PAPER * _NUM_MEASURED)
@@ -67,21 +67,6 @@ def zipf(data: Path, num_mentions: int = 5000) -> dict[str, tuple[Any, str]]:
         ),
         "zipf_cache_curve": (curve, f"{what}; first prompts of all shares, simulated"),
     }
-
-
-def zipf_corpus(rows: Sequence[dict[str, Any]], num_mentions: int) -> list[Mention]:
-    """Mentions whose surface forms are drawn with probability 1/rank, with captions that differ; in random order."""
-    rng = random.Random(0)
-    of_form: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        of_form.setdefault(row["mention"], []).append(row)
-    forms = sorted(of_form)
-    rng.shuffle(forms)
-    drawn = rng.choices(forms, [1 / rank for rank in range(1, len(forms) + 1)], k=num_mentions)
-    return [
-        Mention(f"z{number}", f"{rng.choice(of_form[form])['text']} (photo {number})", form)
-        for number, form in enumerate(drawn)
-    ]
 
 
 def shares(items: Sequence[T]) -> list[Sequence[T]]:
