@@ -36,7 +36,7 @@ def records(found: Any) -> Iterator[dict[str, Any]]:
 def test_each_figure_has_a_command_that_is_there_or_its_commit(path: Path) -> None:
     for found in records(json.loads(path.read_text("utf-8"))):
         assert {"command", "commit", "conditions"} <= found.keys()
-        assert re.fullmatch(r"[0-9a-f]{40}(, [0-9a-f]{40})*", found["commit"])
+        assert re.fullmatch(r"[0-9a-f]{7,40}(, [0-9a-f]{7,40})*", found["commit"])
         assert scripts(found["command"]), found["command"]
         is_there = all(is_there for _, is_there in scripts(found["command"]))
         assert (" at commit " in origin(found)) != is_there
