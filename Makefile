@@ -170,7 +170,7 @@ $(GAZETTEER): examples/gazetteer/build_corpus.py examples/gazetteer/sentences.tx
 	$(BIN)/python examples/gazetteer/build_corpus.py --output-dir build/gazetteer
 	rm -rf $(basename $@)
 	$(BIN)/gemel build-kb build/gazetteer/entities.parquet $(basename $@) \
-		--tokenizer build/models/smollm2-135m
+		--tokenizer build/models/smollm2-135m --mention-encoder build/models/minilm
 	touch $@
 
 $(DEMONSTRATIONS): examples/emoji/train.parquet examples/emoji/entities.parquet $(MODELS)

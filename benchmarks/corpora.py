@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gemel_engine.assembly import load_picture_encoder
@@ -34,6 +36,7 @@ IMAGE_ENCODER = "build/models/efficientnet-lite2"
 INDEXES = Path("build/cards")  # of WikiDiverse
 EMOJI = Path("examples/emoji")  # tables and configuration
 EMOJI_INDEXES = Path("build/emoji")
+GAZETTEER_INDEXES = Path("build/gazetteer")  # and tables
 SEED = 0
 
 Row = dict[str, Any]  # of a table; as a rule a labelled mention
@@ -85,7 +88,8 @@ def emoji() -> LinkConfig:
 def build_knowledge_base(entities: Path, directory: Path, language_model: str, encoders: EntityEncoders) -> None:
     """Build a knowledge base with its evidence index in a language model's tokens, where it is missing."""
     if not (directory / "knowledge_base.json").exists():
-        build(str(entities), str(directory), load_tokenizer(language_model), KnowledgeBaseSettings(), encoders)
+        settings = KnowledgeBaseSettings(on_bad_name="skip")
+        build(str(entities), str(directory), load_tokenizer(language_model), settings, encoders)
 
 
 def build_demonstrations(data: Path, directory: Path) -> None:
@@ -94,6 +98,23 @@ def build_demonstrations(data: Path, directory: Path) -> None:
         names = read_names(str(data / "entities.parquet"))
         demonstrations = read_demonstrations(str(data / "train.parquet"), names)
         DemonstrationIndex.build(directory, demonstrations, MentionEncoder(MENTION_ENCODER))
+
+
+def union_with(data: Path, titles: Path) -> pa.Table:
+    """Return the entities of WikiDiverse, and those of other titles, which have no aliases or descriptions.
+
+    A title that is a name of the corpus but for capitals is left out: it would be a second answer to the same question.
+
+    Args:
+        data: Directory of the corpus.
+        titles: Names, in a column `name`.
+    """
+    known = pq.read_table(data / "entities.parquet", columns=["entity_id", "name"])
+    others = pq.read_table(titles, columns=["name"])
+    is_known = pc.is_in(pc.utf8_lower(others["name"]), pc.utf8_lower(known["name"]).combine_chunks())
+    others = others.filter(pc.invert(is_known))
+    ids = pa.array([f"T{row}" for row in range(len(others))])
+    return pa.concat_tables([known, others.add_column(0, "entity_id", ids)], promote_options="permissive")
 
 
 def retriever(settings: RetrievalSettings, artifacts: Artifacts) -> Retriever:

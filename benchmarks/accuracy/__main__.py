@@ -2,6 +2,7 @@
 
 python -m benchmarks.accuracy alone DATA [--num-train 3000]
 python -m benchmarks.accuracy score DATA [--num-dev N] [--risk 0.03] [--shipped-weights]
+python -m benchmarks.accuracy union DATA TITLES [--num-dev 300]
 python -m benchmarks.accuracy cards DATA [--num-mentions 400] [--settings ...]
 python -m benchmarks.accuracy emoji SPLIT [--num-mentions 100] [--name emoji.test] [--combined] [--settings ...]
 python -m benchmarks.accuracy calibration DATA
@@ -14,7 +15,7 @@ module of each command says what it measures.
 
 from __future__ import annotations
 
-from benchmarks.accuracy import alone, calibration, cards, finding, models, score
+from benchmarks.accuracy import alone, calibration, cards, finding, models, score, union
 from benchmarks.record import run
 
 if __name__ == "__main__":
@@ -22,6 +23,7 @@ if __name__ == "__main__":
         {
             "alone": alone.main,
             "score": score.main,
+            "union": union.main,
             "cards": cards.main,
             "emoji": cards.emoji_main,
             "calibration": calibration.main,

@@ -1,11 +1,11 @@
 """What evidence alone is worth: each feature, weights of another corpus, entities that training has not seen.
 
-    python -m benchmarks.accuracy alone DATA [--num-train 3000]
+    python -m benchmarks.accuracy alone DATA [--num-train 6000]
 
 Some ten minutes on two cores; no language model takes part. Weights are fitted on training mentions of WikiDiverse,
-text only, and of the emoji corpus, with pictures, and judged on dev and test. Candidate pools are kept in
-`build/score`, so that an interrupted run goes on: remove it when retrieval has changed. Figures go to
-`benchmarks/results/score.json`.
+text only, of the emoji corpus, with pictures, and of the gazetteer corpus (`make gazetteer-demo` builds it), with
+descriptions, and judged on dev and test. Candidate pools are kept in `build/score`, so that an interrupted run goes on:
+remove it when retrieval has changed. Figures go to `benchmarks/results/score.json`.
 """
 
 from __future__ import annotations
@@ -18,24 +18,29 @@ import tyro
 
 from benchmarks.accuracy.pools import (
     NUM_EMOJI,
-    Labelled,
+    NUM_GAZETTEER,
+    NUM_WIKIDIVERSE,
     Pools,
     accuracy,
+    certainties,
     emoji,
     emoji_train,
+    fit_corpora,
+    gazetteer,
     is_right,
+    joined,
     vector,
-    with_pictures,
+    wikidiverse_pools,
 )
-from benchmarks.corpora import INDEXES, buckets_of, mentions_of, read_rows, wikidiverse
+from benchmarks.corpora import buckets_of, wikidiverse
 from benchmarks.record import ResultFile, mean
 from gemel_engine.evaluation.fit_score import LabelledPools, conditional_logit, fit_score
 from gemel_engine.evaluation.quality import quality
 from gemel_engine.evidence.features import FEATURES
-from gemel_engine.evidence.weights import ScoreWeights, softmax
+from gemel_engine.evidence.weights import ScoreWeights
 
 
-def main(data: tyro.conf.Positional[Path], *, num_train: int = 3000) -> None:
+def main(data: tyro.conf.Positional[Path], *, num_train: int = NUM_WIKIDIVERSE) -> None:
     """Evidence alone: fit on each corpus, judge on both.
 
     Args:
@@ -43,42 +48,45 @@ def main(data: tyro.conf.Positional[Path], *, num_train: int = 3000) -> None:
         num_train: Number of training mentions of WikiDiverse that weights are fitted on.
     """
     wikidiverse(data)  # builds its indexes
-    train = Pools(f"train_{num_train}", INDEXES, lambda: texts(data, "train", num_train), is_training=True)
-    dev = Pools("dev", INDEXES, lambda: texts(data, "dev"))
-    of_emoji = emoji_train()
-    emoji_of = {split: emoji(split) for split in ("dev", "test", "test_unseen")}
-    by_text = fit_score(train.labelled)
-    judged = dev.labelled
+    train, dev = wikidiverse_pools(data, "train", num_train), wikidiverse_pools(data, "dev")
+    of_emoji, emoji_of = emoji_train(), {split: emoji(split) for split in ("dev", "test", "test_unseen")}
+    places, of_places = gazetteer("dev"), gazetteer("train").labelled
+    texts, pictures = train.labelled, of_emoji.with_unseen
+    whole = fit_corpora(texts)
     results: dict[str, object] = {
-        "transfer.emoji": accuracy(emoji_of["test"].labelled, by_text),
+        "transfer.emoji": accuracy(emoji_of["test"].labelled, fit_score(joined([texts, of_places]))),
         "transfer.lookup_emoji": emoji_of["test"].lookup(),
-        "transfer.wikidiverse": accuracy(judged, fit_score(of_emoji.with_unseen)),
+        "transfer.wikidiverse": accuracy(dev.labelled, fit_score(joined([pictures, of_places]))),
         "transfer.lookup_wikidiverse": dev.lookup(),
+        "transfer.gazetteer": accuracy(places.labelled, fit_score(joined([texts, pictures]))),
+        "transfer.lookup_gazetteer": places.lookup(),
+        "gazetteer.evidence_alone": accuracy(places.labelled, whole),
+        "weights": {name: round(weight, 2) for name, weight in whole.features.items()},
     }
-    whole = with_pictures(by_text, of_emoji)
     for name, split in (("", "test"), ("unseen_", "test_unseen"), ("dev_", "dev")):
         results[f"emoji.{name}evidence_alone"] = accuracy(emoji_of[split].labelled, whole)
     results |= alone(dev, whole, data)
-    results |= {f"feature.{name}": value for name, value in worth(train.labelled, judged).items()}
+    for corpus, fitted_on, judged in (
+        ("wikidiverse", texts, dev),
+        ("emoji", pictures, emoji_of["dev"]),
+        ("gazetteer", of_places, places),
+    ):
+        for name, value in worth(fitted_on, judged.labelled).items():
+            results[f"feature.{corpus}.{name}"] = value
     what = (
         f"evidence alone, no language model; WikiDiverse text only, 7,642 names, weights fitted on {num_train} "
         "training mentions without their own groups and judged on dev; emoji with pictures, 551 names, fitted on "
-        f"{NUM_EMOJI} training mentions without their own artists, and again with a third of the entities unseen"
+        f"{NUM_EMOJI} training mentions without their own artists, and again with a third of the entities unseen; "
+        f"gazetteer with descriptions, 31,210 names, fitted on {NUM_GAZETTEER} training mentions"
     )
     ResultFile("score", {"DATA": data}).note(results, what)
-
-
-def texts(data: Path, split: str, num_mentions: int | None = None) -> Labelled:
-    """Return mentions of WikiDiverse, or a fixed sample of them, without pictures."""
-    rows = read_rows(data / f"{split}.parquet", num_mentions)
-    return mentions_of(rows), [None] * len(rows), [row["entity_id"] for row in rows]
 
 
 def alone(dev: Pools, weights: ScoreWeights, data: Path) -> dict[str, object]:
     """Return accuracy on dev, in all and by bucket, what bounds it, and how good its confidence is."""
     pools = dev.labelled
     right, scores = is_right(pools, vector(weights)), pools.features @ vector(weights)
-    sure = np.array([softmax(scores[start:end]).max() for start, end in pairwise(pools.starts)])
+    sure = certainties(pools, weights)
     best = [
         int((scores[start:end] > scores[gold]).sum()) if gold >= 0 else -1
         for (start, end), gold in zip(pairwise(pools.starts), pools.gold, strict=True)
@@ -104,10 +112,10 @@ def alone(dev: Pools, weights: ScoreWeights, data: Path) -> dict[str, object]:
     return results
 
 
-def worth(train: LabelledPools, dev: LabelledPools) -> dict[str, float]:
-    """Return accuracy on dev without each feature that WikiDiverse has, and with all of them."""
+def worth(train: LabelledPools, dev: LabelledPools) -> dict[str, float | None]:
+    """Return accuracy on dev with all features, and without each; None for a feature that the corpus lacks."""
     used = [number for number in range(len(FEATURES)) if train.features[:, number].any()]
-    found = {}
+    found: dict[str, float | None] = {f"without_{name}": None for name in FEATURES}
     for left_out in (None, *used):
         columns = [number for number in used if number != left_out]
         weights = np.zeros(len(FEATURES))

@@ -1,4 +1,4 @@
-"""Candidate pools of mentions with labels, and what evidence alone answers by them."""
+"""Candidate pools of mentions with labels, the weights that fit them, and what evidence alone answers by them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +18,9 @@ from numpy.typing import NDArray
 from benchmarks.corpora import (
     EMOJI,
     EMOJI_INDEXES,
+    GAZETTEER_INDEXES,
     IMAGE_ENCODER,
+    INDEXES,
     MENTION_ENCODER,
     SEED,
     mentions_of,
@@ -27,19 +29,21 @@ from benchmarks.corpora import (
 )
 from benchmarks.record import mean
 from gemel_engine.config.components import RetrievalSettings, VisionSettings
-from gemel_engine.evaluation.fit_score import LabelledPools, conditional_logit
+from gemel_engine.evaluation.fit_score import LabelledPools, fit_score
 from gemel_engine.evidence.features import FEATURES
 from gemel_engine.evidence.index import open_evidence
 from gemel_engine.evidence.retrieved import Retrieved
 from gemel_engine.evidence.retriever import Retriever
-from gemel_engine.evidence.weights import ScoreWeights
+from gemel_engine.evidence.weights import ScoreWeights, softmax
 from gemel_engine.knowledge_base.store import KnowledgeBase
 from gemel_engine.retrieval.index import DemonstrationIndex
 from gemel_engine.types import Features, Mention, PoolEntity, Prediction, predictions_to_table
 
 WORK = Path("build/score")
-NUM_EMOJI = 1500
+NUM_WIKIDIVERSE, NUM_EMOJI, NUM_GAZETTEER = 6000, 1500, 1500  # training mentions that weights are fitted on
 RAISED = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # factors of the weight of pictures
+# The gazetteer draws its places evenly, other texts do not. It costs nothing there, and decides where all else is even.
+LEAST_POPULARITY = 0.1
 OF_TRAINING = frozenset({"form", "similar_form", "training_picture", "frequency"})
 
 Labelled = tuple[list[Mention], list[Features | None], list[str]]  # mentions, their pictures and entities
@@ -52,7 +56,7 @@ class Pools:
 
     Args:
         name: Name of the file.
-        indexes: Directory of the knowledge base and the demonstrations.
+        indexes: Directory of the knowledge base and, if there are any, the demonstrations.
         mentions: Returns the mentions, if there is no file yet.
         is_training: Whether these are training mentions, whose own groups are left out.
     """
@@ -68,7 +72,8 @@ class Pools:
                 mention_encoder=MENTION_ENCODER, num_demonstrations=0, exclude_group=is_training
             )
             evidence = open_evidence(indexes / "knowledge_base")
-            index = DemonstrationIndex.open(indexes / "demonstrations")
+            demonstrations = indexes / "demonstrations"
+            index = DemonstrationIndex.open(demonstrations) if demonstrations.is_dir() else None
             retrieved = Retriever(settings, self.knowledge_base, index, evidence).retrieve(found, features)
             table = predictions_to_table(with_pools(found, retrieved, self.knowledge_base))
             forms = [mention.mention for mention in found]
@@ -139,6 +144,17 @@ def with_pools(
     ]
 
 
+def wikidiverse_pools(data: Path, split: Literal["train", "dev"], num_mentions: int | None = None) -> Pools:
+    """Return the pools of a split of WikiDiverse, or of a fixed sample of it, without pictures."""
+
+    def mentions() -> Labelled:
+        rows = read_rows(data / f"{split}.parquet", num_mentions)
+        return mentions_of(rows), [None] * len(rows), [row["entity_id"] for row in rows]
+
+    name = split if num_mentions is None else f"{split}_{num_mentions}"
+    return Pools(name, INDEXES, mentions, is_training=split == "train")
+
+
 def emoji_train() -> Pools:
     """Return the pools of a fixed sample of the emoji corpus' training mentions; their groups are their artists."""
 
@@ -162,24 +178,47 @@ def emoji(split: str) -> Pools:
     return Pools(f"emoji_{split}", EMOJI_INDEXES, mentions)
 
 
-def with_pictures(weights: ScoreWeights, pools: Pools) -> ScoreWeights:
-    """Return weights with those of aliases and pictures, which WikiDiverse as it is here lacks, by another corpus.
+def gazetteer(split: Literal["train", "dev"]) -> Pools:
+    """Return the pools of a split of the gazetteer corpus, of train a fixed sample; no training mention is known."""
 
-    That of pictures is raised to where most mentions are right, those of unseen entities included.
+    def mentions() -> Labelled:
+        rows = read_rows(GAZETTEER_INDEXES / f"{split}.parquet", NUM_GAZETTEER)
+        return mentions_of(rows), [None] * len(rows), [row["entity_id"] for row in rows]
+
+    return Pools(f"gazetteer_{split}", GAZETTEER_INDEXES, mentions)
+
+
+def fit_corpora(texts: LabelledPools, what: Mapping[str, object] | None = None) -> ScoreWeights:
+    """Fit weights on three corpora at once, each of which has what the others lack.
+
+    The emoji corpus has aliases and pictures and is taken with and without a third of its entities in training, the
+    gazetteer has homonyms, descriptions and popularity. The weight of pictures is raised to where most of the emoji
+    corpus' training mentions are right.
+
+    Args:
+        texts: Pools of WikiDiverse.
+        what: What to note about the data.
     """
-    plain, both = pools.labelled, pools.with_unseen
-    added = ("equal_alias", "picture")
-    columns = np.column_stack(
-        [plain.features @ vector(weights), *(plain.features[:, FEATURES.index(name)] for name in added)]
+    pictures = emoji_train().with_unseen
+    weights = fit_score(joined([texts, pictures, gazetteer("train").labelled]), fitted_on=what)
+    fitted = weights.features | {"popularity": max(LEAST_POPULARITY, weights.features["popularity"])}
+    raised = [replace(weights, features=fitted | {"picture": factor * fitted["picture"]}) for factor in RAISED]
+    return max(raised, key=lambda tried: accuracy(pictures, tried))
+
+
+def joined(parts: Sequence[LabelledPools]) -> LabelledPools:
+    """Return the pools of several corpora as those of one."""
+    num_candidates = np.cumsum([0, *(part.starts[-1] for part in parts)])
+    num_forms = np.cumsum([0, *(part.forms.max() + 1 for part in parts)])
+    return LabelledPools(
+        np.concatenate([part.features for part in parts]),
+        np.concatenate([part.log_probs for part in parts]),
+        np.concatenate([[0], *(part.starts[1:] + before for part, before in zip(parts, num_candidates, strict=False))]),
+        np.concatenate(
+            [np.where(part.gold < 0, -1, part.gold + n) for part, n in zip(parts, num_candidates, strict=False)]
+        ),
+        np.concatenate([part.forms + before for part, before in zip(parts, num_forms, strict=False)]),
     )
-    scale, alias, picture = conditional_logit(columns, plain.starts, plain.gold).tolist()
-    raised = [
-        replace(
-            weights, features=weights.features | {"equal_alias": alias / scale, "picture": factor * picture / scale}
-        )
-        for factor in RAISED
-    ]
-    return max(raised, key=lambda tried: accuracy(both, tried))
 
 
 def vector(weights: ScoreWeights) -> NDArray[np.float64]:
@@ -193,6 +232,12 @@ def is_right(pools: LabelledPools, weights: NDArray[np.float64]) -> NDArray[np.b
     best = [start + int(scores[start:end].argmax()) for start, end in pairwise(starts)]
     right: NDArray[np.bool_] = np.array(best) == pools.gold
     return right
+
+
+def certainties(pools: LabelledPools, weights: ScoreWeights) -> NDArray[np.float64]:
+    """Return the probability of the best candidate of each mention by evidence alone, (mentions,)."""
+    scores = pools.features @ vector(weights)
+    return np.array([softmax(scores[start:end]).max() for start, end in pairwise(pools.starts)])
 
 
 def accuracy(pools: LabelledPools, weights: ScoreWeights) -> float:

@@ -3,10 +3,11 @@
     python -m benchmarks.accuracy score DATA [--num-dev N] [--risk 0.03] [--shipped-weights]
 
 Some two hours on two cores. Weights are fitted on training mentions whose own group is left out, so that dev judges
-them without having been seen. The weight of the language model comes from the training mentions that evidence alone is
-least sure of: `--num-asked` of them are linked. `--num-compared` mentions of dev are linked once more, side by side: by
-the score with the cascade and without it, and by the language model alone. Figures go to
-`benchmarks/results/score.json`, the weights to `build/score`; `--ship` writes the weights that the package ships.
+them without having been seen, and on those of the emoji and the gazetteer corpus. The weight of the language model
+comes from the training mentions that evidence alone is least sure of: `--num-asked` of them are linked.
+`--num-compared` mentions of dev are linked once more, side by side: by the score with the cascade and without it, and
+by the language model alone. Figures go to `benchmarks/results/score.json`, the weights to `build/score`; `--ship`
+writes the weights that the package ships.
 """
 
 from __future__ import annotations
@@ -22,19 +23,29 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import tyro
 
-from benchmarks.accuracy.pools import WORK, emoji_train, with_pictures, with_pools
+from benchmarks.accuracy.pools import (
+    NUM_EMOJI,
+    NUM_GAZETTEER,
+    NUM_WIKIDIVERSE,
+    WORK,
+    certainties,
+    fit_corpora,
+    wikidiverse_pools,
+)
 from benchmarks.accuracy.ranking import by_evidence, computed_tokens, with_weights
 from benchmarks.corpora import SEED, Row, buckets_of, in_order, mentions_of, read_rows, retriever, wikidiverse
 from benchmarks.record import ResultFile, difference, mean, to_digits
 from gemel_engine.config.components import ScoreSettings, SearchSettings
-from gemel_engine.evaluation.fit_score import LabelledPools, fit_score
+from gemel_engine.evaluation.fit_score import fit_score
 from gemel_engine.evaluation.quality import quality
 from gemel_engine.evidence import weights as shipped
-from gemel_engine.evidence.weights import ScoreWeights, softmax
+from gemel_engine.evidence.weights import ScoreWeights
 from gemel_engine.linker import Linker
-from gemel_engine.types import Prediction, predictions_to_table
+from gemel_engine.types import predictions_to_table
 
 NUM_ASKED = 10  # candidates of a training mention whose log-probs are asked for
 
@@ -44,7 +55,7 @@ logger = logging.getLogger("benchmarks")
 def main(
     data: tyro.conf.Positional[Path],
     *,
-    num_train: int = 3000,
+    num_train: int = NUM_WIKIDIVERSE,
     num_asked: int = 150,
     num_dev: int | None = None,
     risk: float = 0.03,
@@ -91,47 +102,52 @@ def fitted(linker: Linker, data: Path, num_train: int, num_asked: int) -> ScoreW
     path = WORK / f"weights_{num_train}_{num_asked}"
     if (path / shipped.MANIFEST).exists():
         return ScoreWeights.open(path)
-    artifacts = linker.generator.artifacts
+    train = wikidiverse_pools(data, "train", num_train)
+    evidence_alone = fit_score(train.labelled)
+    logger.info("evidence alone: %s", evidence_alone.fitted_on)
+    has_pool = np.flatnonzero([bool(pool) for pool in train.table["pool"].to_pylist()])
+    unsure = has_pool[np.argsort(certainties(train.labelled, evidence_alone), kind="stable")[: 2 * num_asked]].tolist()
     rows = read_rows(data / "train.parquet", num_train)
-    mentions = mentions_of(rows)
-    gold, forms = [row["entity_id"] for row in rows], [row["mention"] for row in rows]
-    settings = replace(linker.config.retrieval, exclude_group=True)
-    retrieved = retriever(settings, artifacts).retrieve(mentions, [None] * len(mentions))
-    predictions = with_pools(mentions, retrieved, artifacts.knowledge_base)
-    first = fit_score(LabelledPools.of(predictions_to_table(predictions), forms, gold, artifacts.knowledge_base))
-    logger.info("evidence alone: %s", first.fitted_on)
-    unsure = sorted(range(len(rows)), key=lambda row: certainty(linker, first, forms[row], predictions[row]))[
-        : 2 * num_asked
-    ]
-    asked = sorted(random.Random(SEED).sample(unsure, num_asked), key=lambda row: forms[row])
-    # All of these names are asked for, so that their log-probs are known.
-    generator = with_weights(linker, None, search=SearchSettings(num_candidates=NUM_ASKED, num_to_certify=NUM_ASKED))
-    ids = [tuple(item.entity_id for item in predictions[row].pool[:NUM_ASKED]) for row in asked]
-    linked = generator.generate(
-        [replace(mentions[row], candidate_ids=candidates) for row, candidates in zip(asked, ids, strict=True)],
-        [None] * len(asked),
-        [retrieved[row] for row in asked],
-    )
-    for row, prediction in zip(asked, linked, strict=True):
-        predictions[row] = replace(predictions[row], candidates=prediction.candidates)
+    asked = sorted(random.Random(SEED).sample(unsure, num_asked), key=lambda row: rows[row]["mention"])
     what = {
-        "corpora": "WikiDiverse train, text only; aliases and pictures on emoji train, on top of the others",
+        "corpora": f"training mentions: {num_train} of WikiDiverse, {NUM_EMOJI} of emoji, with and without a third of "
+        f"the entities in training, {NUM_GAZETTEER} of the gazetteer",
         "language_model": Path(linker.config.language_model.name).name,
     }
-    pools = LabelledPools.of(predictions_to_table(predictions), forms, gold, artifacts.knowledge_base)
-    weights = with_pictures(fit_score(pools, fitted_on=what), emoji_train())
+    asked_path = WORK / f"asked_{num_train}_{num_asked}.parquet"
+    if not asked_path.exists():
+        pq.write_table(with_log_probs(linker, train.table, rows, asked), asked_path)
+    train.table = pq.read_table(asked_path)
+    weights = fit_corpora(train.labelled, what)
     weights.save(path)
     return weights
 
 
-def certainty(linker: Linker, weights: ScoreWeights, form: str, prediction: Prediction) -> float:
-    """Return the probability of the best candidate by evidence alone."""
-    knowledge_base = linker.generator.artifacts.knowledge_base
-    rows = [knowledge_base.row_of_entity(item.entity_id) for item in prediction.pool]
-    names = [knowledge_base.entity(row).name for row in rows if row is not None]
-    if not names:
-        return 0.0
-    return float(softmax(weights.bonuses(form, names, [item.reasons for item in prediction.pool])).max())
+def with_log_probs(linker: Linker, pools: pa.Table, rows: Sequence[Row], asked: Sequence[int]) -> pa.Table:
+    """Return pools with the log-probs of the first candidates of some mentions.
+
+    Args:
+        linker: Has the language model.
+        pools: Pools of all mentions.
+        rows: The mentions.
+        asked: Numbers of the mentions whose candidates the language model is asked for.
+    """
+    mentions = mentions_of(rows[row] for row in asked)
+    settings = replace(linker.config.retrieval, exclude_group=True)
+    retrieved = retriever(settings, linker.generator.artifacts).retrieve(mentions, [None] * len(mentions))
+    ids = [tuple(item["entity_id"] for item in pools["pool"][row].as_py()[:NUM_ASKED]) for row in asked]
+    # All of these names are asked for, so that their log-probs are known.
+    generator = with_weights(linker, None, search=SearchSettings(num_candidates=NUM_ASKED, num_to_certify=NUM_ASKED))
+    linked = generator.generate(
+        [replace(mention, candidate_ids=candidates) for mention, candidates in zip(mentions, ids, strict=True)],
+        [None] * len(mentions),
+        retrieved,
+    )
+    of_asked = dict(zip(asked, predictions_to_table(linked)["candidates"].to_pylist(), strict=True))
+    candidates = [of_asked.get(row, known) for row, known in enumerate(pools["candidates"].to_pylist())]
+    number = pools.schema.get_field_index("candidates")
+    field = pools.schema.field(number)
+    return pools.set_column(number, field, pa.array(candidates, field.type))
 
 
 def judged(

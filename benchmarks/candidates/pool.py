@@ -75,7 +75,7 @@ def main(
     names = [row["name"] for row in read_rows(data / "entities.parquet")]
     small, _ = built(names, WORK / "dataset")
     rows = list(range(len(names)))
-    recall, size = measured(with_embeddings(small, names, rows, cache), data, cache)
+    recall, size = measured(with_embeddings(small, names, rows, cache, WORK / "names"), data, cache)
     results.note({"pool_recall": recall, "pool_size": size}, f"WikiDiverse dev, text only, {len(names)} names")
 
     union = names + new_titles(titles, names)
@@ -90,7 +90,7 @@ def main(
         f"WikiDiverse dev, text only, {len(union)} names, {len(rivals)} of them embedded: the dataset's, and up to "
         f"{2 * rivals_per_form} likely rivals of a surface form; the others could only take places"
     )
-    recall, size = measured(with_embeddings(large, union, rivals, cache), data, cache)
+    recall, size = measured(with_embeddings(large, union, rivals, cache, WORK / "names_union"), data, cache)
     results.note({"pool_recall_union": recall, "pool_size_union": size}, what)
     without, _ = measured(large, data, cache)
     results.note({"pool_recall_union_without_entity_embeddings": without}, f"WikiDiverse dev, {len(union)} names")
@@ -117,11 +117,10 @@ def built(names: Sequence[str], directory: Path) -> tuple[EvidenceIndex, dict[st
 
 
 def with_embeddings(
-    evidence: EvidenceIndex, names: Sequence[str], rows: Sequence[int], cache: EmbeddingCache
+    evidence: EvidenceIndex, names: Sequence[str], rows: Sequence[int], cache: EmbeddingCache, directory: Path
 ) -> EvidenceIndex:
-    """Return an index that also finds some of its names by embedding."""
+    """Return an index that also finds some of its names by embedding; those are indexed in a directory."""
     vectors = cache.encode([names[row] for row in rows])
-    directory = WORK / f"names_{len(names)}"
     return replace(evidence, names=DenseIndex.build(directory, vectors, np.array(rows, np.uint32), len(names)))
 
 

@@ -10,12 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 
-from benchmarks.corpora import LANGUAGE_MODEL
+from benchmarks.corpora import LANGUAGE_MODEL, union_with
 from benchmarks.decoding.systems import WORK, timed
 from gemel_engine.config.components import KnowledgeBaseSettings
 from gemel_engine.decoding.engines.mask import TrieTensors, constrain
@@ -27,13 +24,7 @@ from gemel_engine.tokenizer import load_tokenizer
 
 def trie(data: Path, titles: Path) -> dict[str, tuple[Any, str]]:
     """Build the trie of all titles, and then their knowledge base."""
-    table = pq.read_table(titles, columns=["name"])
-    known = pq.read_table(data / "entities.parquet", columns=["entity_id", "name"])
-    # A title that is a name of the corpus but for capitals would be a second answer to the same question.
-    is_new = pc.invert(pc.is_in(pc.utf8_lower(table["name"]), pc.utf8_lower(known["name"]).combine_chunks()))
-    table = table.filter(is_new)
-    ids = pa.array([f"T{row}" for row in range(len(table))])
-    both = pa.concat_tables([known, pa.table({"entity_id": ids, "name": table["name"]})], promote_options="permissive")
+    both = union_with(data, titles)
     directory = WORK / "union"
     shutil.rmtree(directory, ignore_errors=True)
     tokenizer = load_tokenizer(LANGUAGE_MODEL)

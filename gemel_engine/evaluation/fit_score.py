@@ -179,16 +179,20 @@ def _is_asked(pools: LabelledPools) -> NDArray[np.bool_]:
 
 
 def _with_language_model(pools: LabelledPools, bonuses: Numbers) -> tuple[float, float]:
-    """Return the factor of the bonuses and the weight of the log-prob; 1 and the least if unknown."""
-    asked = np.flatnonzero(_is_asked(pools))
-    if len(asked) < _LEAST:
+    """Return the factor of the bonuses and the weight of the log-prob; 1 and the least if unknown.
+
+    Mentions that the language model was not asked for take part by their bonuses alone: it may be
+    asked for the hard ones only, by which bonuses would count too little.
+    """
+    is_asked = _is_asked(pools)
+    if is_asked.sum() < _LEAST:
         return 1.0, _LEAST_WEIGHT
-    chosen = pools.select(asked)
-    candidates = np.concatenate([np.arange(pools.starts[m], pools.starts[m + 1]) for m in asked])
-    known = ~np.isnan(chosen.log_probs)
-    num_before = np.concatenate([[0], np.cumsum(known)])  # known ones before each candidate
-    columns = np.column_stack([bonuses[candidates], chosen.log_probs])[known]
-    scale, weight = conditional_logit(columns, num_before[chosen.starts], num_before[chosen.gold], penalty=0.0)
+    of_asked = np.repeat(is_asked, np.diff(pools.starts))
+    kept = ~(of_asked & np.isnan(pools.log_probs))
+    num_before = np.concatenate([[0], np.cumsum(kept)])  # kept ones before each candidate
+    columns = np.column_stack([bonuses, np.where(of_asked, pools.log_probs, 0.0)])[kept]
+    gold = np.where(pools.gold < 0, -1, num_before[pools.gold])
+    scale, weight = conditional_logit(columns, num_before[pools.starts], gold, penalty=0.0)
     return (float(scale), max(float(weight), _LEAST_WEIGHT)) if scale > 0 else (1.0, _LEAST_WEIGHT)
 
 

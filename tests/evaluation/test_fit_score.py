@@ -73,6 +73,21 @@ def test_without_log_probs_the_language_model_keeps_a_small_weight() -> None:
     assert weights.fitted_on["num_mentions_with_log_probs"] == 0
 
 
+def test_bonuses_keep_their_weight_where_only_hard_mentions_have_log_probs() -> None:
+    predictions, forms, gold = labelled(600)
+    silent = [Prediction(item.mention_id, pool=item.pool) for item in predictions]
+    # Those in which evidence is right half of the time, so that among them it means nothing.
+    hard = {number for number in range(600) if number % 5 in (0, 1) and number % 2}
+    asked = [
+        item if number in hard else quiet for number, (item, quiet) in enumerate(zip(predictions, silent, strict=True))
+    ]
+    evidence_alone = fit_score(pools_of(silent, forms, gold))
+    with_model = fit_score(pools_of(asked, forms, gold))
+    assert with_model.fitted_on["num_mentions_with_log_probs"] == len(hard)
+    assert with_model.language_model > 0.2
+    assert with_model.features["form_prior"] > 0.7 * evidence_alone.features["form_prior"]
+
+
 def test_an_entity_outside_its_pool_counts_as_wrong_and_teaches_nothing() -> None:
     predictions, forms, gold = labelled(60)
     lost: Sequence[str | None] = [None if number % 3 == 0 else item for number, item in enumerate(gold)]
@@ -99,7 +114,7 @@ def test_too_few_mentions_are_refused() -> None:
         pools_of(empty, ["x"] * 30, [None] * 30)
 
 
-def test_theconditional_logit_finds_the_weights_of_a_simulation(tmp_path: Path) -> None:
+def test_the_conditional_logit_finds_the_weights_of_a_simulation(tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     truth = np.array([1.5, 0.5])
     features = rng.normal(size=(4000, 3, 2))

@@ -40,7 +40,7 @@ def test_what_is_not_known_is_not_said() -> None:
 
 def test_every_feature_has_words() -> None:
     everything = ScoreWeights(features=dict.fromkeys(FEATURES, 1.0), language_model=1.0, risks=(), fitted_on={})
-    pool = {"Q1": ("Paris", dict.fromkeys(WEIGHTS_OF_SOURCES, 1.0))}
-    found = arguments("Paris", pool, ["Q1", "Q2"], [None, None], everything)
+    known = dict.fromkeys(WEIGHTS_OF_SOURCES.keys() - {"frequency"}, 1.0)
+    found = arguments("Paris", {"Q1": ("Paris", known)}, ["Q1", "Q2"], [None, None], everything)
     assert len(found) == len(FEATURES)
     assert all(item.difference > 0 and "the first" in item.words for item in found)
