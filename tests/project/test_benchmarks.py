@@ -65,7 +65,7 @@ def test_a_result_is_noted_with_what_made_it(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(record, "RESULTS", tmp_path)
     monkeypatch.setattr(record, "commit", lambda: "0" * 40)
     monkeypatch.setattr(
-        sys, "orig_argv", ["/usr/bin/python3", "-m", "benchmarks.x", "one", "/home/me/data/", "--a", "b c"]
+        sys, "orig_argv", ["/usr/bin/python3", "-u", "-m", "benchmarks.x", "one", "/home/me/data/", "--a", "b c"]
     )
     monkeypatch.setenv("SHAPE", "tiny")
     results = ResultFile("x", {"DATA": Path("/home/me/data")}, ["SHAPE", "UNSET"])
