@@ -60,7 +60,8 @@ class ResultFile:
 def command_line(paths: Mapping[str, Path]) -> str:
     """Return the command of this process, with words for some of its paths."""
     words = {str(path): word for word, path in paths.items()}
-    return " ".join(["python", *(words.get(str(Path(part))) or shlex.quote(part) for part in sys.orig_argv[1:])])
+    arguments = sys.orig_argv[sys.orig_argv.index("-m") :]  # without options of Python itself
+    return " ".join(["python", *(words.get(str(Path(part))) or shlex.quote(part) for part in arguments)])
 
 
 def machine() -> str:
@@ -107,7 +108,7 @@ def run(commands: Callable[..., None] | Mapping[str, Callable[..., None]]) -> No
     import tyro  # a bare machine with a GPU may lack it
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
-    name = " ".join(["python", *sys.orig_argv[1:3]])
+    name = " ".join(command_line({}).split()[:3])
     if isinstance(commands, Mapping):
         tyro.extras.subcommand_cli_from_dict(dict(commands), prog=name)
     else:

@@ -18,7 +18,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 MARK = re.compile(r"(<!-- =(?P<reference>\S[^>]*?) (?P<layout>\S+) -->)(?P<shown>[^<]*)(<!-- / -->)")
-SCRIPT = re.compile(r"\bpython (?:(?P<path>\w+/\w+\.py)|-m (?P<module>[\w.]+)(?: [a-z]+\b)?)")
+SCRIPT = re.compile(r"\bpython (?:-u )?(?:(?P<path>\w+/\w+\.py)|-m (?P<module>[\w.]+)(?: [a-z]+\b)?)")
 
 
 class Results:
