@@ -35,7 +35,9 @@ def check_job(path: Path) -> Iterator[Check]:
     try:
         config = _read(path)
     except GemelError as error:
-        yield Check("configuration", Status.PROBLEM, str(error), "correct the file; `gemel link --help-all` lists the keys")
+        yield Check(
+            "configuration", Status.PROBLEM, str(error), "correct the file; `gemel link --help-all` lists the keys"
+        )
         return
     yield Check("configuration", Status.OK, f"{path}: all keys are known")
     for name in ("input", "train", "dev"):
