@@ -7,7 +7,7 @@ import math
 import re
 import textwrap
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 ELLIPSIS = "…"
 _REPLACEMENT = 0xFFFD
@@ -121,6 +121,11 @@ def excerpt(text: str, surface_form: str, start: int | None, context: int) -> tu
 def percent(share: float | None, nothing: str = "-") -> str:
     """Format a share as a percentage with one decimal; return `nothing` for None."""
     return nothing if share is None else f"{100 * share:.1f}%"
+
+
+def counts(numbers: Mapping[str, int]) -> str:
+    """Format numbers by what they count, as in `3 image_fetch, 1 poison`."""
+    return ", ".join(f"{number:,} {what}" for what, number in numbers.items())
 
 
 def shares(probability: float | None, log_probs: Sequence[float | None]) -> list[float]:

@@ -17,7 +17,7 @@ BASIC_SETTINGS = {
     "language_model.dtype": "Precision of its numbers. `auto` takes what the processor is fast in.",
     "retrieval.mention_encoder": "Sentence encoder that finds demonstrations and candidates.",
     "vision.image_encoder": "Model that reads pictures. Without it they are ignored.",
-    "vision.feature_mapper": "Translates pictures for the language model: see `gemel train`.",
+    "vision.feature_mapper": "Shows pictures to the language model, too: see `gemel train`.",
     "image_source.allowed_prefixes": "Places that pictures may be read from, where the table has addresses.",
     "output_columns": "Columns of the input that the answers have, too.",
     "score.risk": "Share of wrong answers that you accept where the language model is not asked: faster. 0: never.",

@@ -121,6 +121,7 @@ def build_kb(
             encoders compute. Without it, no candidates can be retrieved.
         encoders: Models of embeddings and pictures.
     """
+    from gemel_engine.pipeline.entity_vectors import check_table
     from gemel_engine.pipeline.knowledge_bases import build
     from gemel_engine.tokenizer import load_tokenizer
 
@@ -131,6 +132,7 @@ def build_kb(
             "--no-evidence is given together with --mention-encoder or --image-encoder, which compute evidence: leave "
             "out one or the other"
         )
+    check_table(entities, models, ("entity_id", "name"))
     tokenizer = load_tokenizer(names.tokenizer)
     built = build(entities, output, tokenizer, names.settings(), models if evidence else None)
     report = built.knowledge_base
@@ -182,12 +184,15 @@ def update_kb(
         names: Which names are usable.
         encoders: Encoders that the base was built with.
     """
+    from gemel_engine.pipeline.entity_vectors import check_table
     from gemel_engine.pipeline.knowledge_bases import update
     from gemel_engine.tokenizer import load_tokenizer
 
     started = time.perf_counter()
+    models = encoders.encoders()
+    check_table(changes, models, ("entity_id",))
     tokenizer = load_tokenizer(names.tokenizer)
-    report = update(knowledge_base, changes, output_dir, tokenizer, names.settings(), encoders.encoders())
+    report = update(knowledge_base, changes, output_dir, tokenizer, names.settings(), models)
     logger.info(
         "%s: %d entities added, %d replaced, %d retired, %d changes skipped, in %.1f s",
         output_dir,

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 class Serving:
     """Serve a page to try a configuration, and a JSON API: POST /api/link, POST /api/explain.
 
-    Any setting of CONFIG.toml can be given as a further option; `gemel link --help` lists them.
+    Any setting of CONFIG.toml can be given as a further option; `gemel link --help-all` lists them.
 
     Attributes:
         host: Address to listen on. Others than the default can be reached from other machines;

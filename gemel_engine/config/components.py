@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator
@@ -52,7 +53,15 @@ class ImagePolicy:
                 if prefix.startswith(HTTP) and {"?", "#"} & set(prefix):
                     raise ValueError("it has a query, and a prefix is compared with addresses up to theirs")
             except ValueError as error:
-                raise ConfigurationError(f"allowed_prefixes: cannot use {shown(prefix)}: {error}") from error
+                raise ConfigurationError(
+                    f"allowed_prefixes: cannot use {shown(prefix)}: {error}{_absolute_hint(prefix)}"
+                ) from error
+
+
+def _absolute_hint(prefix: str) -> str:
+    """Return the absolute path of a directory that was given as a relative one, for a message."""
+    path = Path(prefix)
+    return f"; give {str(path.absolute())!r}" if prefix and not path.is_absolute() and path.is_dir() else ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -290,7 +299,7 @@ class VisionSettings:
             picture files are ignored, and only the column image_features of the mentions is used.
         pretrained: Name of open_clip's pretrained weights, if image_encoder is an architecture.
         feature_mapper: Directory of the feature mapper, which maps image features to embeddings of
-            the language model.
+            the language model. None: pictures are evidence alone, and the prompt shows none.
         batch_size: Number of pictures encoded at once.
         max_image_pixels: Maximum number of pixels of a decoded picture; a larger one is rejected.
         device: torch device of the image encoder.

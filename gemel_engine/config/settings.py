@@ -131,8 +131,6 @@ class LinkConfig(JobConfig):
 
     def __post_init__(self) -> None:
         JobConfig.__post_init__(self)  # super() fails in a dataclass with slots
-        if self.vision.image_encoder is not None and self.vision.feature_mapper is None:
-            raise ValueError("vision.image_encoder needs vision.feature_mapper: set both, or neither")
         if self.score.kind == "language_model" and self.score.risk:
             raise ValueError('score.risk needs score.kind = "combined": set it, or leave the risk out')
         ranks_by_mean = (self.search.ranking, self.search.objective) == ("mean", "sum")

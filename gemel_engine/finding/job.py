@@ -25,6 +25,7 @@ import pyarrow as pa
 from gemel_engine import storage
 from gemel_engine.config.finding import FindConfig
 from gemel_engine.config.loading import config_json, validated
+from gemel_engine.display import counts
 from gemel_engine.errors import InvalidDocumentError, TooManyFailuresError, error_kind, shown
 from gemel_engine.finding.base import Span
 from gemel_engine.finding.documents import mentions_of, plan_documents, read_documents
@@ -109,9 +110,9 @@ def find_mentions(config: FindConfig) -> FindReport:
     logger.info("mentions found in %s: %s", shown(config.output), report.summary())
     if sum(report.errors.values()) > config.max_failed_fraction * report.documents:
         raise TooManyFailuresError(
-            f"{sum(report.errors.values())} of {report.documents} documents failed ({report.errors}), more than "
-            f"max_failed_fraction {config.max_failed_fraction} allows; the output {shown(config.output)} is complete: "
-            "see `error` in its _documents"
+            f"{sum(report.errors.values())} of {report.documents} documents failed ({counts(report.errors)}), more "
+            f"than max_failed_fraction {config.max_failed_fraction} allows; the output {shown(config.output)} is "
+            "complete: see `error` in its _documents"
         )
     return report
 

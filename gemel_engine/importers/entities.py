@@ -14,6 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from gemel_engine.display import counts
 from gemel_engine.errors import ConfigurationError, InputError, shown
 from gemel_engine.storage import check_apart
 from gemel_engine.storage.local import explain_full_disk
@@ -139,7 +140,7 @@ def write_rows(output: Path, found: Iterable[object], report: ImportReport, sche
         temporary.unlink(missing_ok=True)
     if report.num_unusable:
         logger.warning("%d lines or rows are unusable, the first: %s", report.num_unusable, "; ".join(report.examples))
-    logger.info("%s: %d %s; left out: %s", output, report.num_entities, noun, dict(report.num_left_out) or "none")
+    logger.info("%s: %d %s; left out: %s", output, report.num_entities, noun, counts(report.num_left_out) or "none")
 
 
 def _table(group: Sequence[object], schema: pa.Schema) -> pa.Table:

@@ -46,6 +46,7 @@ from gemel_engine.pipeline.identity import run_digest, run_identity
 from gemel_engine.pipeline.output import (
     RunDirectory,
     check_claim,
+    check_settings,
     claim_output,
     is_claimed,
     load_plan,
@@ -75,6 +76,7 @@ def _linked(config: LinkConfig, view: LiveView) -> LinkReport:
     config = with_found_mentions(config)
     view.enter("checking input, models and artifacts")
     config = settled(config)
+    check_settings(config.output, config)
     plan, found = checked_plan(config)
     identity = _identity(config, plan, found.contents)
     run = run_digest(identity)
@@ -135,6 +137,7 @@ def describe_run(config: LinkConfig) -> str:
     if (search := _search_of(config)) is not None:
         return describe_search(search)
     config = settled(config)
+    check_settings(config.output, config)
     plan, found = checked_plan(config)
     finished: set[str] = set()
     if is_claimed(config.output):

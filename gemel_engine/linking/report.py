@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from gemel_engine.config.settings import LinkConfig
-from gemel_engine.display import percent
+from gemel_engine.display import counts, percent
 from gemel_engine.errors import TooManyFailuresError, error_kind, shown
 from gemel_engine.linking.incremental import PreviousRun
 from gemel_engine.linking.progress import Tally
@@ -78,6 +78,7 @@ class LinkReport:
 
     rows: int
     errors: dict[str, int]
+    first_error: str | None
     decided_by: dict[str, int]
     certified_share: float | None
     rollouts_per_mention: float | None
@@ -116,12 +117,14 @@ def make_report(
     seconds: float,
 ) -> LinkReport:
     """Return the report of a run whose output is complete."""
+    errors = table["error"].drop_null().to_pylist()
     linked = table.filter(pc.is_null(table["error"]))
     asked = linked.filter(pc.not_equal(pc.fill_null(linked["decided_by"], ""), "evidence"))
     rows_now = count_rows(remaining)
     return LinkReport(
         rows=table.num_rows,
-        errors=dict(Counter(map(error_kind, table["error"].drop_null().to_pylist()))),
+        errors=dict(Counter(map(error_kind, errors))),
+        first_error=errors[0] if errors else None,
         decided_by=dict(Counter(linked["decided_by"].drop_null().to_pylist())),
         certified_share=pc.mean(asked["certified"]).as_py(),
         rollouts_per_mention=pc.mean(linked["num_rollouts"]).as_py(),
@@ -162,6 +165,7 @@ def check_failures(config: LinkConfig, report: LinkReport) -> None:
     num_failed = sum(report.errors.values())
     if num_failed > config.max_failed_fraction * report.rows:
         raise TooManyFailuresError(
-            f"{num_failed} of {report.rows} rows failed ({report.errors}), more than max_failed_fraction "
-            f"{config.max_failed_fraction} allows; the output {shown(config.output)} is complete: see its `error`"
+            f"{num_failed} of {report.rows} rows failed ({counts(report.errors)}), more than max_failed_fraction "
+            f"{config.max_failed_fraction} allows; the output {shown(config.output)} is complete: see its `error`; the "
+            f"first is {report.first_error}"
         )

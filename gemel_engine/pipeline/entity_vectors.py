@@ -177,6 +177,27 @@ class EncodeEntities:
         return MentionError(f"image_features holds {len(features)} numbers: give {width} finite ones of at most 1e6")
 
 
+def check_table(entities_uri: str, encoders: EntityEncoders, required: Sequence[str]) -> None:
+    """Check a table of entities as far as that takes no model.
+
+    Args:
+        entities_uri: Table file or directory of entities.
+        encoders: Models and limits.
+        required: Columns that the table must have.
+
+    Raises:
+        ConfigurationError: Pictures are to be encoded, and no address of one may be read.
+        InputError: The table is unreadable, or lacks a column.
+    """
+    reads_none = encoders.image_encoder is not None and not encoders.images.allowed_prefixes
+    for table in parquet.open_tables(entities_uri, ENTITY_COLUMNS, required):
+        if reads_none and "image_uri" in table.names and "image_bytes" not in table.names:
+            raise ConfigurationError(
+                f"{shown(entities_uri)} has addresses of pictures, and none may be read: name the places of these with "
+                "--allowed-image-prefixes, or leave out --image-encoder"
+            )
+
+
 def features_width(entities_uri: str) -> int | None:
     """Return the width of the first usable `image_features` of a table; None if it has none.
 

@@ -24,17 +24,20 @@ import json
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from gemel_engine import storage
 from gemel_engine.errors import ConfigurationError, InputError, shown
 from gemel_engine.pipeline.corpus import Shard, count_rows, plan_identity
-from gemel_engine.pipeline.identity import differences, identity_json
+from gemel_engine.pipeline.identity import differences, identity_json, run_identity
 from gemel_engine.storage import parquet
 from gemel_engine.storage.parquet import parquet_bytes
 from gemel_engine.types import MENTION_COLUMNS, PREDICTION_COLUMNS, PREDICTION_SCHEMA
+
+if TYPE_CHECKING:
+    from gemel_engine.config.settings import JobConfig
 
 RUN_KEY = b"gemel_run"  # in the metadata of a shard's footer
 
@@ -181,10 +184,27 @@ def check_claim(output: str, identity: dict[str, Any]) -> None:
     """
     existing = load_claim(output)
     if existing != json.loads(identity_json(identity)):
-        raise ConfigurationError(
-            f"{output} holds a run that differs in {', '.join(differences(existing, identity))}: "
-            "choose another output, or remove it"
-        )
+        raise _other_run(output, differences(existing, identity))
+
+
+def check_settings(output: str, config: JobConfig) -> None:
+    """Raise if the output belongs to a run with other settings, before anything slow is compared.
+
+    Raises:
+        ConfigurationError: It belongs to a run with other settings; the message names them.
+        InputError: The claim is damaged.
+    """
+    if not is_claimed(output):
+        return
+    settings = {"settings": run_identity(config, None, {})["settings"]}
+    if names := differences({"settings": load_claim(output).get("settings")}, settings):
+        raise _other_run(output, names)
+
+
+def _other_run(output: str, names: Sequence[str]) -> ConfigurationError:
+    return ConfigurationError(
+        f"{output} holds a run that differs in {', '.join(names)}: choose another output, or remove it"
+    )
 
 
 def load_claim(output: str) -> dict[str, Any]:

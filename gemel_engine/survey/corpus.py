@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from statistics import median
 from urllib.parse import urlsplit
@@ -18,10 +19,12 @@ from gemel_engine.display import visible
 from gemel_engine.errors import InputError, shown
 from gemel_engine.storage import parquet
 from gemel_engine.types import MENTION_COLUMNS, mention_columns
+from gemel_engine.vision.archive import split_address
 from gemel_engine.vision.fetch import is_relative
 
 _DOCUMENT_ID = "document_id"
 _COLUMNS = {**MENTION_COLUMNS, _DOCUMENT_ID: MENTION_COLUMNS["group"]}
+_KNOWLEDGE_BASE = "kb"
 _SAMPLE_ROWS = 1000
 _REQUIRED = {True: (_DOCUMENT_ID, "text"), False: ("mention_id", "text", "mention")}
 # Usual names of columns, for a corpus that lacks the engine's own.
@@ -55,6 +58,7 @@ class CorpusSurvey:
         num_pictures: Number of sampled rows with a picture, by the column that has it.
         num_features: Width of the first image features; None without any.
         image_prefixes: Places of the sampled image addresses.
+        first_image: First sampled image address; None without any.
         median_characters: Median length of the sampled texts; None without any.
     """
 
@@ -70,6 +74,7 @@ class CorpusSurvey:
     num_pictures: dict[str, int]
     num_features: int | None
     image_prefixes: tuple[str, ...]
+    first_image: str | None
     median_characters: int | None
 
     @property
@@ -140,6 +145,7 @@ def survey_corpus(uri: str, stored_names: Mapping[str, str] | None = None) -> Co
         },
         num_features=_width(sample),
         image_prefixes=tuple(dict.fromkeys((*_start_of_relative(sample, uri), *sorted(set(_prefixes(sample)))))),
+        first_image=next(iter(_image_addresses(sample)), None),
         median_characters=_median_characters(sample),
     )
 
@@ -180,8 +186,11 @@ def _settings(survey: CorpusSurvey, dtype: str) -> Iterator[str]:
     if survey.has_documents:
         yield "find_mentions = true  # the rows are documents; `gemel find-mentions` does this alone"
     encoder = f"--mention-encoder {MENTION_ENCODER}"
-    yield f"# {MISSING}: gemel build-kb ENTITIES kb --tokenizer {LANGUAGE_MODEL} {encoder}"
-    yield 'knowledge_base = "kb"'
+    if not (Path(_KNOWLEDGE_BASE) / "knowledge_base.json").exists():
+        pictures = f" --image-encoder {IMAGE_ENCODER}" if survey.has_pictures else ""
+        command = f"gemel build-kb ENTITIES {_KNOWLEDGE_BASE} --tokenizer {LANGUAGE_MODEL} {encoder}{pictures}"
+        yield f"# {MISSING}: {command}"
+    yield f'knowledge_base = "{_KNOWLEDGE_BASE}"'
     yield f"# If there are training mentions: gemel build-demonstrations TRAIN ENTITIES demonstrations {encoder}"
     yield '# demonstrations = "demonstrations"'
     yield ""
@@ -208,7 +217,8 @@ def _vision(survey: CorpusSurvey) -> Iterator[str]:
         yield "[vision]  # remove it to link without pictures"
         yield f'image_encoder = "{IMAGE_ENCODER}"  # {MISSING}: an architecture of open_clip, or a local directory'
         yield '# pretrained = "openai"  # weights of an architecture'
-        yield f'feature_mapper = "mapper"  # {MISSING}: gemel train, or gemel init-mapper for an untrained one'
+        yield "# Without a feature mapper pictures are evidence; by one the language model sees them, too: gemel train"
+        yield '# feature_mapper = "mapper"'
     elif survey.num_features is not None:
         yield ""
         yield f"[vision]  # the corpus has features of width {survey.num_features}; remove it to link without them"
@@ -241,9 +251,12 @@ def _median_characters(sample: pa.Table) -> int | None:
 
 
 def _start_of_relative(sample: pa.Table, uri: str) -> Iterator[str]:
-    """Yield where relative image addresses begin: beside the table, else in the working directory."""
-    addresses = sample["image_uri"].drop_null().to_pylist() if _count(sample, "image_uri") else []
-    relative = next(filter(is_relative, addresses), None)
+    """Yield where relative image addresses begin.
+
+    That is the directory of the table, unless the first picture is not there, but in a directory
+    beside the table or in the working directory.
+    """
+    relative = next(filter(is_relative, _image_addresses(sample)), None)
     if relative is None:
         return
     path = local_path(uri)
@@ -251,16 +264,16 @@ def _start_of_relative(sample: pa.Table, uri: str) -> Iterator[str]:
         directory, _, name = uri.rpartition("/")
         yield directory if "." in name else uri
     else:
-        beside, here = path if path.is_dir() else path.parent, Path.cwd()
-        yield str(here if (here / relative).exists() and not (beside / relative).exists() else beside)
+        beside = path if path.is_dir() else path.parent
+        places = chain([beside, Path.cwd()], sorted(filter(Path.is_dir, beside.iterdir())))
+        file, _ = split_address(relative)
+        yield str(next((place for place in places if (place / file).exists()), beside))
 
 
 def _prefixes(sample: pa.Table) -> Iterator[str]:
     """Yield the host or bucket of each image address, and the directory that all local ones share."""
-    if not _count(sample, "image_uri"):
-        return
     directories = set()
-    for uri in sample["image_uri"].drop_null().to_pylist():
+    for uri in _image_addresses(sample):
         place = urlsplit(uri)
         if place.scheme in ("http", "https", "s3") and place.hostname and "@" not in place.netloc:
             yield f"{place.scheme}://{place.netloc}"
@@ -268,6 +281,10 @@ def _prefixes(sample: pa.Table) -> Iterator[str]:
             directories.add(os.path.dirname(place.path))
     if directories:
         yield os.path.commonpath(directories)
+
+
+def _image_addresses(sample: pa.Table) -> list[str]:
+    return sample["image_uri"].drop_null().to_pylist() if _count(sample, "image_uri") else []
 
 
 def _quoted(names: tuple[str, ...]) -> str:

@@ -9,19 +9,22 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gemel_engine import storage
+from gemel_engine.config.components import ImagePolicy
 from gemel_engine.config.finding import FindConfig
 from gemel_engine.config.loading import load_config
 from gemel_engine.config.machine import fast_dtype
 from gemel_engine.config.settings import LinkConfig, TrainConfig
-from gemel_engine.errors import GemelError, redacted, shown
+from gemel_engine.errors import GemelError, ImageFetchError, redacted, shown
 from gemel_engine.fingerprints import read_manifest_at
-from gemel_engine.survey.corpus import IMAGE_ENCODER, LANGUAGE_MODEL, MENTION_ENCODER, survey_corpus
+from gemel_engine.survey.corpus import IMAGE_ENCODER, LANGUAGE_MODEL, MENTION_ENCODER, CorpusSurvey, survey_corpus
 from gemel_engine.survey.machine import Check, Status, free_bytes, gpu_names, nearest_directory
+from gemel_engine.vision.fetch import fetch_image
 
 Config = LinkConfig | TrainConfig | FindConfig
 
 # Their own modules load torch.
 MANIFESTS = {"knowledge_base": "knowledge_base.json", "demonstrations": "index.json", "feature_mapper": "mapper.json"}
+_COMMANDS = {"knowledge_base": "build-kb", "demonstrations": "build-demonstrations", "feature_mapper": "train"}
 _CONFIG_FILES = ("config.json", "open_clip_config.json")
 _WEIGHTS = (".safetensors", ".bin", ".pt")
 _MIN_OUTPUT_BYTES = 1 << 30
@@ -32,13 +35,15 @@ def check_job(path: Path) -> Iterator[Check]:
     try:
         config = _read(path)
     except GemelError as error:
-        yield Check("configuration", Status.PROBLEM, str(error), "correct the file; `gemel link --help` lists the keys")
+        yield Check(
+            "configuration", Status.PROBLEM, str(error), "correct the file; `gemel link --help-all` lists the keys"
+        )
         return
     yield Check("configuration", Status.OK, f"{path}: all keys are known")
     for name in ("input", "train", "dev"):
         if (uri := getattr(config, name, None)) is not None:
             finds = isinstance(config, FindConfig) or getattr(config, "find_mentions", False)
-            yield _corpus(name, uri, config.columns.given(), finds=finds)
+            yield from _corpus(name, uri, config, finds=finds)
     artifacts = {name: getattr(config, name) for name in ("knowledge_base", "demonstrations")}
     if not isinstance(config, FindConfig):
         artifacts["feature_mapper"] = config.vision.feature_mapper
@@ -76,12 +81,30 @@ def _models(config: Config) -> dict[str, str | None]:
     }
 
 
-def _corpus(name: str, uri: str, stored_names: dict[str, str], *, finds: bool) -> Check:
+def _corpus(name: str, uri: str, config: Config, *, finds: bool) -> Iterator[Check]:
     try:
-        survey = survey_corpus(uri, stored_names)
+        survey = survey_corpus(uri, config.columns.given())
     except (GemelError, OSError) as error:
-        return Check(name, Status.PROBLEM, _message(error), "give mentions or documents that can be read")
-    found = f"{survey.num_rows:,} rows in {survey.num_files:,} files: {', '.join(survey.columns)}"
+        yield Check(name, Status.PROBLEM, _message(error), "give mentions or documents that can be read")
+        return
+    yield _rows(name, survey, finds=finds)
+    reads_pictures = not isinstance(config, FindConfig) and config.vision.image_encoder is not None
+    if reads_pictures and survey.first_image is not None:
+        yield _picture(survey.first_image, config.image_source)
+
+
+def _picture(address: str, source: ImagePolicy) -> Check:
+    """Read the first picture of a corpus, whose address may be refused or lead nowhere."""
+    try:
+        size = len(fetch_image(address, source))
+    except ImageFetchError as error:
+        remedy = "correct image_source.allowed_prefixes, where relative addresses begin, or the table"
+        return Check("pictures", Status.PROBLEM, f"the first can't be read: {error}", remedy)
+    return Check("pictures", Status.OK, f"the first, {shown(address)}, has {size:,} bytes")
+
+
+def _rows(name: str, survey: CorpusSurvey, *, finds: bool) -> Check:
+    found = f"{survey.num_rows:,} rows in {survey.num_files:,} file(s): {', '.join(survey.columns)}"
     if survey.missing:
         return Check(name, Status.PROBLEM, f"{found}; no {', '.join(survey.missing)}", "name them in [columns]")
     if survey.has_documents and not finds:
@@ -96,7 +119,8 @@ def _artifact(name: str, uri: str) -> Check:
     try:
         read_manifest_at(f"{uri}/{MANIFESTS[name]}")
     except (GemelError, OSError) as error:
-        return Check(shown_name, Status.PROBLEM, _message(error), f"build it at {shown(uri)}, or correct the address")
+        remedy = f"make it by `gemel {_COMMANDS[name]}`, or correct the address"
+        return Check(shown_name, Status.PROBLEM, _message(error), remedy)
     return Check(shown_name, Status.OK, uri)
 
 

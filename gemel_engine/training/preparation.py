@@ -20,6 +20,7 @@ from gemel_engine.config.loading import config_json
 from gemel_engine.config.settings import TrainConfig
 from gemel_engine.contents import artifact_manifests
 from gemel_engine.decoding.generator import Artifacts
+from gemel_engine.display import counts
 from gemel_engine.errors import InputError, TooManyFailuresError, error_kind, shown
 from gemel_engine.fingerprints import Contents
 from gemel_engine.pipeline.chain import Stage, picture_stages, reading_stages
@@ -136,13 +137,13 @@ def count_left_out(config: TrainConfig, split: str, prepared: PreparedSplit) -> 
         )
     reasons = Counter(map(error_kind, table["error"].drop_null().to_pylist()))
     if reasons:
-        logger.warning("%d of %d %s mentions are left out: %s", reasons.total(), len(table), split, dict(reasons))
+        logger.warning("%d of %d %s mentions are left out: %s", reasons.total(), len(table), split, counts(reasons))
     if reasons.total() == len(table):
-        raise InputError(f"none of the {len(table)} {split} mentions can be used: {dict(reasons)}")
+        raise InputError(f"none of the {len(table)} {split} mentions can be used: {counts(reasons)}")
     num_failed = reasons.total() - reasons["unknown_entity"]
     if num_failed > config.max_failed_fraction * len(table):
         raise TooManyFailuresError(
-            f"{num_failed} of {len(table)} {split} mentions failed ({dict(reasons)}), more than max_failed_fraction "
+            f"{num_failed} of {len(table)} {split} mentions failed ({counts(reasons)}), more than max_failed_fraction "
             f"{config.max_failed_fraction} allows: see the column `error` in {prepared.directory}"
         )
     return dict(reasons)

@@ -61,7 +61,6 @@ def test_a_slash_at_the_end_of_an_address_means_nothing(tmp_path: Path) -> None:
         ("rows_per_shard = 0", "rows_per_shard: .*greater than or equal to 1"),
         ("max_failed_fraction = 2.0", "max_failed_fraction: .*less than or equal to 1"),
         ("demonstrations = 'd'", "demonstrations need retrieval.mention_encoder"),
-        ("vision = { image_encoder = 'e' }", "needs vision.feature_mapper"),
         ("resources = { images = { min_actors = 2 } }", "min_actors is 2: it must not be above max_actors 1"),
         (
             "resources = { generation = { num_gpus = 1.5 } }",

@@ -88,6 +88,14 @@ def test_it_says_what_linking_says_with_and_without_the_picture(linker: Linker) 
     assert "without picture" in output
 
 
+def test_without_a_mapper_a_picture_is_evidence_and_not_in_the_prompt(config: LinkConfig) -> None:
+    linker = Linker(replace(config, vision=replace(config.vision, feature_mapper=None)))
+    explanation = explain(linker, Mention("m", TEXT, "brown bear"), picture("red"))
+    assert [piece for piece in explanation.prompt if isinstance(piece, VisualMark)] == []
+    assert explanation.without_picture is not None
+    assert explanation.without_picture.prompt == explanation.prompt
+
+
 def test_the_prompt_is_shown_as_it_was_sent(linker: Linker) -> None:
     explanation = explain(linker, Mention("m", TEXT, "brown bear"), picture("red"))
     demonstrations = [used.demonstration for used in explanation.demonstrations]

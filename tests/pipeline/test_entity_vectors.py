@@ -12,11 +12,11 @@ from support.names import ENTITY_NAMES
 from transformers import PreTrainedTokenizerFast
 
 from gemel_engine.config.components import KnowledgeBaseSettings
-from gemel_engine.errors import InputError
+from gemel_engine.errors import ConfigurationError, InputError
 from gemel_engine.evidence.index import open_evidence
 from gemel_engine.evidence.update import local_knowledge_base
 from gemel_engine.knowledge_base.columns import ENTITY_COLUMNS
-from gemel_engine.pipeline.entity_vectors import EntityEncoders, features_width
+from gemel_engine.pipeline.entity_vectors import EntityEncoders, check_table, features_width
 from gemel_engine.pipeline.knowledge_bases import build, update
 from gemel_engine.storage import parquet
 
@@ -72,3 +72,14 @@ def test_pictures_of_hugging_face_in_lists_are_their_bytes(tmp_path: Path) -> No
     pq.write_table(pa.table({"entity_id": list("abc"), "image_bytes": pictures}), tmp_path / "e.parquet")
     with parquet.open_table(str(tmp_path / "e.parquet"), ENTITY_COLUMNS) as table:
         assert table.read(["image_bytes"])["image_bytes"].to_pylist() == [[b"a", None, b"b"], None, []]
+
+
+def test_addresses_of_which_none_may_be_read_are_refused_before_any_work(tmp_path: Path) -> None:
+    table = pa.table({"entity_id": ["a"], "name": ["Paris"], "image_uri": ["https://a.example/a.png"]})
+    pq.write_table(table, tmp_path / "entities.parquet")
+    encoders = EntityEncoders(image_encoder="ViT-B-32")
+    with pytest.raises(ConfigurationError, match="--allowed-image-prefixes, or leave out --image-encoder"):
+        check_table(str(tmp_path / "entities.parquet"), encoders, ("entity_id", "name"))
+    check_table(str(tmp_path / "entities.parquet"), NONE, ("entity_id", "name"))
+    with pytest.raises(InputError, match="label"):
+        check_table(str(tmp_path / "entities.parquet"), NONE, ("entity_id", "label"))

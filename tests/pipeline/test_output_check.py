@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from gemel_engine import storage
+from gemel_engine.config.components import EngineSettings, ScoreSettings
+from gemel_engine.config.settings import LinkConfig
 from gemel_engine.errors import ConfigurationError, InputError
 from gemel_engine.pipeline import output_check
 from gemel_engine.pipeline.corpus import Shard, plan_shards
-from gemel_engine.pipeline.identity import run_digest
-from gemel_engine.pipeline.output import claim_output, commit_shard, load_plan, save_plan, write_part
+from gemel_engine.pipeline.identity import identity_json, run_digest, run_identity
+from gemel_engine.pipeline.output import check_settings, claim_output, commit_shard, load_plan, save_plan, write_part
 from gemel_engine.types import Prediction, predictions_to_table
 
 NUM_ROWS, ROWS_PER_SHARD = 10, 4
@@ -168,6 +171,18 @@ def test_an_output_that_was_removed_at_work_is_refused(output: str, plan: list[S
         read(output, plan)
     with pytest.raises(InputError, match=r"has files in data but no _run\.json.*: remove them, or choose another"):
         claim_output(output, IDENTITY)
+
+
+def test_other_settings_are_refused_before_models_are_compared(output: str) -> None:
+    config = LinkConfig(
+        input="a", output=output, knowledge_base="kb", language_model=EngineSettings(name="m"), rows_per_shard=4
+    )
+    storage.write_bytes(f"{output}/_run.json", identity_json(run_identity(config, [], {"language_model": "sha"})))
+    check_settings(output, replace(config, verify_artifacts=False))
+    with pytest.raises(
+        ConfigurationError, match=r"holds a run that differs in settings\.input, settings\.score\.risk:"
+    ):
+        check_settings(output, replace(config, input="b", score=ScoreSettings(risk=0.5)))
 
 
 def test_an_output_that_became_another_run_s_is_refused(output: str, plan: list[Shard]) -> None:

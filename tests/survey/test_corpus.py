@@ -70,10 +70,32 @@ def test_a_table_of_captions_is_taken_for_documents(tmp_path: Path, monkeypatch:
     assert config.find_mentions
     assert config.columns.given() == {"document_id": "ID", "text": "Caption", "image_uri": "photo"}
     assert config.image_source.allowed_prefixes == (str(tmp_path),)
+    assert config.vision.feature_mapper is None
     (tmp_path / "mentions.csv").write_text("id,sentence,surface\n7,A bear.,bear\n")
     assert init(monkeypatch, tmp_path / "mentions.csv", tmp_path / "mentions.toml") == 0
     config = load_config(LinkConfig, tmp_path / "mentions.toml")
     assert (config.find_mentions, config.columns.mention_id, config.columns.document_id) == (False, "id", None)
+
+
+@pytest.mark.parametrize(("stored", "place"), [("7.jpg", ""), ("photos/7.jpg", "photos"), ("a/b/7.jpg", "")])
+def test_the_place_of_relative_pictures_is_looked_for(
+    stored: str, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / stored).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / stored).write_bytes(b"x")
+    (tmp_path / "captions.csv").write_text("id,caption,photo\n7,A bear.,7.jpg\n")
+    assert init(monkeypatch, tmp_path / "captions.csv", tmp_path / "link.toml") == 0
+    config = load_config(LinkConfig, tmp_path / "link.toml")
+    assert config.image_source.allowed_prefixes == (str(tmp_path / place),)
+
+
+def test_a_knowledge_base_that_is_there_is_not_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pq.write_table(pa.table(table()), tmp_path / "mentions.parquet")
+    (tmp_path / "kb").mkdir()
+    (tmp_path / "kb" / "knowledge_base.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    assert init(monkeypatch, tmp_path / "mentions.parquet", tmp_path / "link.toml") == 0
+    assert "build-kb" not in (tmp_path / "link.toml").read_text()
 
 
 def test_a_file_is_never_overwritten(

@@ -89,6 +89,19 @@ def test_each_fault_is_a_line_with_its_remedy(
     assert "configuration" in lines(capsys.readouterr().out, "problem")
 
 
+def test_the_first_picture_is_read(
+    artifacts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus, path = tmp_path / "mentions.csv", tmp_path / "link.toml"
+    corpus.write_text("mention_id,text,mention,image_uri\na,A bear.,bear,bear.png\n")
+    path.write_text(f'{toml(artifacts, corpus, tmp_path / "out")}\n[image_source]\nallowed_prefixes = ["{tmp_path}"]\n')
+    assert doctor(monkeypatch, path) == 1
+    assert "bear.png': no such file" in lines(capsys.readouterr().out, "problem")["pictures"]
+    (tmp_path / "bear.png").write_bytes(b"abc")
+    assert doctor(monkeypatch, path) == 0
+    assert "has 3 bytes" in lines(capsys.readouterr().out, "ok")["pictures"]
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_an_output_that_may_not_be_written_to_is_a_problem(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
