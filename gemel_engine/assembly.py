@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gemel_engine.compatibility import check_length, check_mapper, check_names, check_pictures
+from gemel_engine.compatibility import check_bos, check_length, check_mapper, check_names, check_pictures
 from gemel_engine.config.components import VisionSettings
 from gemel_engine.config.loading import config_json
 from gemel_engine.config.settings import JobConfig, LinkConfig
@@ -81,6 +81,7 @@ def open_artifacts(config: JobConfig, *, verify: bool = False) -> Artifacts:
             f"prompt.terminator is {config.prompt.terminator!r}, whose token {builder.terminator} is in names of the "
             f"knowledge base {config.knowledge_base}, so that it can't tell where they end: use 'eos'"
         )
+    check_bos(config)
     check_length(config, knowledge_base)
     if mapper is not None:
         check_mapper(config, mapper, index)

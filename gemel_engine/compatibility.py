@@ -8,7 +8,12 @@ import numpy as np
 
 from gemel_engine.config.settings import JobConfig
 from gemel_engine.decoding.generator import Artifacts
-from gemel_engine.decoding.language_model import language_model_fingerprint, language_model_width, max_positions
+from gemel_engine.decoding.language_model import (
+    language_model_fingerprint,
+    language_model_width,
+    max_positions,
+    needs_bos,
+)
 from gemel_engine.errors import ArtifactError, ConfigurationError
 from gemel_engine.evidence.index import EvidenceIndex
 from gemel_engine.knowledge_base.store import KnowledgeBase
@@ -46,6 +51,15 @@ def check_length(config: JobConfig, knowledge_base: KnowledgeBase) -> None:
             f"prompt.max_prompt_tokens is {config.prompt.max_prompt_tokens}, and the longest name takes {num_tokens} "
             f"tokens more, but {config.language_model.name} reads {limit} at most: set prompt.max_prompt_tokens to "
             f"{limit - num_tokens} or less"
+        )
+
+
+def check_bos(config: JobConfig) -> None:
+    """Raise ConfigurationError if the language model needs a BOS token that prompts don't begin with."""
+    if needs_bos(config.language_model.name) and not config.prompt.begin_with_bos:
+        raise ConfigurationError(
+            f"prompt.begin_with_bos is not set, but the predictions of {config.language_model.name} are useless "
+            "without a BOS token: set it to true"
         )
 
 

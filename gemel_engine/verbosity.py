@@ -11,6 +11,11 @@ import sys
 import warnings
 
 VARIABLE = "GEMEL_VERBOSE"
+_WARN_IN_VAIN = (
+    "ray._private.authentication.authentication_token_setup",
+    "torch.utils.cpp_extension",  # no CUDA runtime on a CPU
+    "vllm.triton_utils.importing",  # no Triton on a CPU
+)
 SECONDS_BETWEEN_LINES = 30.0  # of progress, where the output is no terminal
 
 
@@ -43,4 +48,5 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", r"`torch\.distributed\.reduce_op` is deprecated", FutureWarning)
     # Ray: what a later version will do with CUDA_VISIBLE_DEVICES, and that its tokens can be turned off.
     warnings.filterwarnings("ignore", r"Tip: In future versions of Ray", FutureWarning)
-    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+    for name in _WARN_IN_VAIN:
+        logging.getLogger(name).setLevel(logging.ERROR)

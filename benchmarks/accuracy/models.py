@@ -2,18 +2,19 @@
 
     python -m benchmarks.accuracy models DATA MODEL... [--num-mentions 200] [--num-emoji 100]
 
-Some hours for each model on two cores. A MODEL is a local directory, by whose name its row is called. Each links a
-fixed sample of WikiDiverse dev by text alone, and of the emoji corpus' dev with pictures, through a feature mapper in
-closed form of its own. Settings are those of the package and of the demo; the weights of the score are those of the
-package, which were fitted with SmolLM2-135M. What is built goes to `build/models_compared`, figures to
+Some hours for each model on two cores. A MODEL is a local directory, by whose name its rows are called. Each links a
+fixed sample of the emoji corpus' dev, with pictures, through a feature mapper in closed form of its own, and by text
+alone; and one of WikiDiverse dev by text alone. Settings are those of the package and of the demo; the weights of the
+score are those of the package. What is built goes to `build/models_compared`, figures to
 `benchmarks/results/models.json` after each batch.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,9 @@ from benchmarks.corpora import (
     wikidiverse,
 )
 from benchmarks.record import ResultFile, difference, mean, to_digits
-from gemel_engine.config.components import EngineSettings, PromptSettings
+from gemel_engine.config.components import EngineSettings, PromptSettings, VisionSettings
 from gemel_engine.config.settings import LinkConfig
-from gemel_engine.decoding.language_model import FrozenLanguageModel, language_model_fingerprint, load_model_config
+from gemel_engine.decoding.language_model import FrozenLanguageModel, language_model_fingerprint, needs_bos
 from gemel_engine.errors import MentionError
 from gemel_engine.linker import Linker
 from gemel_engine.pipeline.entity_vectors import EntityEncoders
@@ -47,7 +48,6 @@ from gemel_engine.tokenizer import encode_text, load_tokenizer
 from gemel_engine.vision.mapper import FeatureMapper
 
 WORK = Path("build/models_compared")
-NEED_BOS = ("gemma", "gemma2", "gemma3_text")  # without it, Gemma 3 predicts text hardly better than chance
 PREFIX_LENGTH = 4
 BATCH = 25
 
@@ -68,16 +68,20 @@ def main(
         num_emoji: Size of the sample of the emoji corpus' dev.
     """
     results = ResultFile("models", {"DATA": data})
-    for corpus, tables, size in (("wikidiverse", data, num_mentions), ("emoji", EMOJI, num_emoji)):
+    cells: tuple[tuple[str, Path, int, Callable[[Path], LinkConfig]], ...] = (
+        ("emoji dev, pictures and text", EMOJI, num_emoji, of_pictures),
+        ("emoji dev, text only", EMOJI, num_emoji, without_pictures),
+        ("wikidiverse dev, text only", data, num_mentions, partial(of_texts, data)),
+    )
+    for corpus, tables, size, configured in cells:
         rows = read_rows(tables / "dev.parquet", size)
         for model in models:
-            key = f"{model.name}.{corpus}"
+            key = f"{model.name}: {corpus}"
             if results.read().get(key, {"value": {"mentions": 0}})["value"]["mentions"] == size:
                 continue
-            linker = Linker(of_texts(data, model) if corpus == "wikidiverse" else of_pictures(model))
-            what = f"{corpus} dev, {'pictures and text' if corpus == 'emoji' else 'text only'}, float32"
+            linker = Linker(configured(model))
             for values in measured(linker, rows):
-                results.note({key: values}, what)
+                results.note({key: values}, f"{corpus}, float32")
             del linker
 
 
@@ -90,7 +94,8 @@ def measured(linker: Linker, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
     for start in range(0, len(rows), BATCH):
         batch = rows[start : start + BATCH]
         mentions = mentions_of(batch)
-        encoded, retrieved = linker.prepare(mentions, [row.get("image_bytes") for row in batch])
+        pictures = [row["image_bytes"] if linker.config.vision.image_encoder else None for row in batch]
+        encoded, retrieved = linker.prepare(mentions, pictures)
         features = [None if isinstance(item, MentionError) else item for item in encoded]
         for name, generator in generators.items():  # the second finds the prompts in the prefix cache
             predictions = generator.generate(mentions, features, retrieved)
@@ -126,6 +131,11 @@ def of_pictures(model: Path) -> LinkConfig:
     )
 
 
+def without_pictures(model: Path) -> LinkConfig:
+    """Return the same without pictures of mentions and demonstrations."""
+    return replace(of_pictures(model), vision=VisionSettings())
+
+
 def closed_form(model: Path, demonstrations: Path) -> Path:
     """Return a mapper from pictures of training mentions to the model's embeddings of their names, in closed form."""
     path = WORK / model.name / "mapper"
@@ -153,4 +163,4 @@ def closed_form(model: Path, demonstrations: Path) -> Path:
 
 def prompt(model: Path) -> PromptSettings:
     """Return GEMEL's prompt, after BOS where the model needs it."""
-    return PromptSettings(begin_with_bos=load_model_config(str(model)).model_type in NEED_BOS)
+    return PromptSettings(begin_with_bos=needs_bos(str(model)))

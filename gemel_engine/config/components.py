@@ -106,7 +106,7 @@ class PromptSettings:
             which ones fit depends on the surface form alone, so equal surface forms share a cached
             prefix.
         begin_with_bos: Whether a prompt begins with the tokenizer's BOS token; in GEMEL it does
-            not. Gemma needs it: without, its predictions are useless.
+            not. Gemma needs it, and a job without it stops: the predictions would be useless.
         demonstration_pictures: Whether demonstrations include the visual prefixes of their
             pictures, as in GEMEL. The same holds for cards and the pictures of their entities.
         card_text: Text of a card: the `description` of its entity, or its name if it has none; or

@@ -55,6 +55,15 @@ def max_positions(name_or_path: str) -> int | None:
     return getattr(load_model_config(name_or_path).get_text_config(), "max_position_embeddings", None)
 
 
+def needs_bos(name_or_path: str) -> bool:
+    """Return whether the model's predictions are useless for prompts that begin without its BOS token.
+
+    Raises:
+        ArtifactError: The model's configuration can't be loaded.
+    """
+    return str(load_model_config(name_or_path).model_type).startswith("gemma")
+
+
 def vocabulary_size(name_or_path: str) -> int:
     """Return the number of token embeddings, which may differ from the tokenizer's vocabulary.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -59,7 +60,6 @@ def request_of(prompts: VllmPrompts, prompt: Prompt, path: tuple[int, ...]) -> R
         SamplingParams(max_tokens=4, extra_args={"path": path, **arguments}),
         None,
         prompt_embeds=given.get("prompt_embeds"),
-        prompt_is_token_ids=given.get("is_token_ids"),
         block_hasher=with_prompt_keys(get_request_block_hasher(BLOCK_SIZE, sha256)),
     )
 
@@ -119,9 +119,21 @@ def test_rollouts_of_a_prompt_share_its_embeddings() -> None:
     assert first["prompt_embeds"].data_ptr() == second["prompt_embeds"].data_ptr()
     assert first["prompt_embeds"].shape == (6, WIDTH)
     assert second["prompt_embeds"].shape == (8, WIDTH)
-    assert second["is_token_ids"] == [True, False, False, True, False, False, True, True]
+    request = request_of(prompts, prompt, (5, 6))
+    assert request.prompt_is_token_ids == [True, False, False, True, False, False, True, True]
     for start, number in ((1, 0), (4, 1)):
         assert torch.equal(second["prompt_embeds"][start : start + 2], PICTURES[number].bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_what_is_kept_of_a_prompt_goes_with_it(dtype: torch.dtype) -> None:
+    prompts = VllmPrompts(WIDTH, dtype, LONGEST_PATH)
+    prompt = Prompt((0, 0, 1), ((0, torch.randn(2, WIDTH)),))
+    prompts.input(prompt, ())
+    assert (len(prompts._prepared), len(prompts._pictures)) == (1, 1)
+    del prompt
+    gc.collect()
+    assert (len(prompts._prepared), len(prompts._pictures)) == (0, 0)
 
 
 def test_model_runner_v2_puts_embeddings_at_the_positions_of_pictures() -> None:

@@ -372,6 +372,11 @@ def with_template_without_mention(config: LinkConfig, directory: Path) -> LinkCo
     return replace(config, prompt=replace(config.prompt, template="{text}"))
 
 
+def with_gemma(config: LinkConfig, directory: Path) -> LinkConfig:
+    model = save_tiny_model("gemma3", load_tokenizer(config.language_model.name), directory / "gemma")
+    return replace(config, language_model=replace(config.language_model, name=str(model)))
+
+
 def with_prompts_too_long_for_the_model(config: LinkConfig, directory: Path) -> LinkConfig:
     return replace(config, prompt=replace(config.prompt, max_prompt_tokens=1024))
 
@@ -381,6 +386,7 @@ def with_prompts_too_long_for_the_model(config: LinkConfig, directory: Path) -> 
     [
         (without_text, InputError, "has no column 'text'"),
         (with_template_without_mention, ConfigurationError, r"must hold the fields \{text\} and \{mention\}"),
+        (with_gemma, ConfigurationError, "useless without a BOS token: set it to true"),
         (with_prompts_too_long_for_the_model, ConfigurationError, r"reads 1024 at most: set prompt\.max_prompt_tokens"),
         (with_repeated_id, InputError, r"repeats 1 mention_id, such as \['m3'\]"),
         (with_numeric_mention, InputError, "column 'mention' is of type int64, it must be string"),

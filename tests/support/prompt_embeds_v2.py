@@ -17,9 +17,12 @@ import vllm.triton_utils
 # vLLM leaves Triton out where there is no GPU.
 vllm.triton_utils.triton, vllm.triton_utils.tl = triton, triton.language
 
+from vllm import SamplingParams  # noqa: E402
+from vllm.v1.core.sched.output import NewRequestData  # noqa: E402
+from vllm.v1.request import Request  # noqa: E402
 from vllm.v1.worker.gpu.model_states import prompt_embeds  # noqa: E402
 
-from gemel_engine.decoding.engines.vllm_prompt import VllmPrompts  # noqa: E402
+from gemel_engine.decoding.engines.vllm_prompt import VllmPrompts, with_prompt_keys  # noqa: E402
 from gemel_engine.decoding.prompt import Prompt  # noqa: E402
 
 WIDTH, SLOTS = 8, 4
@@ -63,9 +66,17 @@ def main() -> None:
 
 
 def add(state: Any, prompts: VllmPrompts, slot: int, prompt: Prompt, path: tuple[int, ...]) -> None:
-    given: Any = prompts.input(prompt, path)[0]
-    embeddings, is_token = given.get("prompt_embeds"), given.get("is_token_ids")
-    state.add_request(slot, SimpleNamespace(req_id=str(slot), prompt_embeds=embeddings, prompt_is_token_ids=is_token))
+    given: Any
+    given, arguments = prompts.input(prompt, path)
+    request = Request(
+        str(slot),
+        given["prompt_token_ids"],
+        SamplingParams(max_tokens=1, extra_args=arguments),
+        None,
+        prompt_embeds=given.get("prompt_embeds"),
+        block_hasher=with_prompt_keys(None),
+    )
+    state.add_request(slot, NewRequestData.from_request(request, (), None))
     state.apply_staged_writes()
 
 

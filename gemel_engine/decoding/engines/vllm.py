@@ -104,8 +104,7 @@ class VllmEngine:
             )
         )
         core: Any = self.llm_engine.engine_core
-        if core.engine_core.request_block_hasher is not None:
-            core.engine_core.request_block_hasher = with_prompt_keys(core.engine_core.request_block_hasher)
+        core.engine_core.request_block_hasher = with_prompt_keys(core.engine_core.request_block_hasher)
         if not os.path.isdir(settings.name):
             check_language_model(settings.name)  # they may just have been downloaded
 
