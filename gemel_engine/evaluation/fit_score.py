@@ -181,9 +181,8 @@ def _is_asked(pools: LabelledPools) -> NDArray[np.bool_]:
 def _with_language_model(pools: LabelledPools, bonuses: Numbers) -> tuple[float, float]:
     """Return the factor of the bonuses and the weight of the log-prob; 1 and the least if unknown.
 
-    What a log-prob is worth beside bonuses is learnt from the mentions that the language model was
-    asked for. These may be the hard ones only, among which bonuses mean less than among all; so the
-    scale of both is that at which the scores of all mentions are most likely.
+    Mentions that the language model was not asked for take part by their bonuses alone: it may be
+    asked for the hard ones only, by which bonuses would count too little.
     """
     is_asked = _is_asked(pools)
     if is_asked.sum() < _LEAST:
@@ -191,14 +190,10 @@ def _with_language_model(pools: LabelledPools, bonuses: Numbers) -> tuple[float,
     of_asked = np.repeat(is_asked, np.diff(pools.starts))
     kept = ~(of_asked & np.isnan(pools.log_probs))
     num_before = np.concatenate([[0], np.cumsum(kept)])  # kept ones before each candidate
-    gold, starts = np.where(pools.gold < 0, -1, num_before[pools.gold]), num_before[pools.starts]
     columns = np.column_stack([bonuses, np.where(of_asked, pools.log_probs, 0.0)])[kept]
-    scale, weight = conditional_logit(columns, starts, np.where(is_asked, gold, -1), penalty=0.0)
-    if scale <= 0:
-        return 1.0, _LEAST_WEIGHT
-    ratio = weight / scale
-    (factor,) = conditional_logit(columns @ np.array([[1.0], [ratio]]), starts, gold, penalty=0.0)
-    return float(factor), max(float(factor * ratio), _LEAST_WEIGHT)
+    gold = np.where(pools.gold < 0, -1, num_before[pools.gold])
+    scale, weight = conditional_logit(columns, num_before[pools.starts], gold, penalty=0.0)
+    return (float(scale), max(float(weight), _LEAST_WEIGHT)) if scale > 0 else (1.0, _LEAST_WEIGHT)
 
 
 def conditional_logit(features: Numbers, starts: Places, gold: Places, penalty: float = _PENALTY) -> Numbers:
