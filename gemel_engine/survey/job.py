@@ -88,9 +88,9 @@ def _corpus(name: str, uri: str, config: Config, *, finds: bool) -> Iterator[Che
         yield Check(name, Status.PROBLEM, _message(error), "give mentions or documents that can be read")
         return
     yield _rows(name, survey, finds=finds)
-    reads_pictures = not isinstance(config, FindConfig) and config.vision.image_encoder is not None
-    if reads_pictures and survey.first_image is not None:
-        yield _picture(survey.first_image, config.image_source)
+    if isinstance(config, FindConfig) or config.vision.image_encoder is None or survey.first_image is None:
+        return
+    yield _picture(survey.first_image, config.image_source)
 
 
 def _picture(address: str, source: ImagePolicy) -> Check:
