@@ -24,6 +24,7 @@ _WORDS = {
     "frequency": "training mentions: {:.0f}",
     "popularity": "popularity {:.4g}",
 }
+_LEAST_SHOWN = 0.005
 _EQUAL = ("name", "alias", "base_name")  # have the score 1, or less if the form loses its last s
 
 
@@ -39,6 +40,7 @@ def in_words(reasons: Mapping[str, float]) -> list[str]:
 
 
 def _phrase(source: str, score: float) -> str:
+    score = 0.0 if abs(score) < _LEAST_SHOWN else score  # not "-0.00"
     if source not in _WORDS:
         return f"{source} {score:.2f}"
     phrase = _WORDS[source].format(score)

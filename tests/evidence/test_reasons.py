@@ -26,4 +26,5 @@ def test_reasons_have_their_numbers_and_their_order() -> None:
         "similar picture 0.70",
         "popularity 1234",
     ]
+    assert in_words({"picture": -0.0001}) == ["similar picture 0.00"]
     assert in_words({"a later source": 0.5}) == ["a later source 0.50"]
