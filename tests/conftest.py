@@ -51,6 +51,29 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError("there is no GPU here that PyTorch can use: nothing was checked; try --device cpu")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep the tests of a file in one of several processes, and all that start Ray in the one that begins with them.
+
+    Two clusters that start at once on two cores time out.
+    """
+    if not hasattr(config, "workerinput"):
+        return
+    for item in items:
+        if "local_ray" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("ray"))
+        elif item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.path.relative_to(config.rootpath).as_posix()))
+    items.sort(key=lambda item: group_of(item) != "ray")
+
+
+def group_of(item: pytest.Item) -> str:
+    """Name of the tests with which one shares a process."""
+    marker = item.get_closest_marker("xdist_group")
+    assert marker is not None
+    return str(marker.args[0])
+
+
 def pytest_report_header(config: pytest.Config) -> str:
     name = "CPU"
     if config.getoption("--device") == "cuda":

@@ -136,6 +136,7 @@ def test_what_is_kept_of_a_prompt_goes_with_it(dtype: torch.dtype) -> None:
     assert (len(prompts._prepared), len(prompts._pictures)) == (0, 0)
 
 
+@pytest.mark.heavy
 def test_model_runner_v2_puts_embeddings_at_the_positions_of_pictures() -> None:
     """vLLM's own kernel, in a process of its own because Triton's interpreter is chosen when Triton is imported."""
     pytest.importorskip("triton")

@@ -125,6 +125,7 @@ def test_the_report_counts(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -
 WORDS = st.text(st.characters(exclude_categories=["Cs", "Cc", "Zl", "Zp"], exclude_characters="\ufffd"), max_size=6)
 
 
+@settings(max_examples=30)
 @given(names=st.lists(WORDS, min_size=1, max_size=20))
 def test_any_table_of_names_comes_back(
     tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast, names: list[str]
@@ -425,21 +426,29 @@ def test_names_out_of_order_are_an_error_where_one_is_missed(built: Path) -> Non
         KnowledgeBase.open(built).names_of_entities(["\U0001f43b"])
 
 
+@pytest.fixture(scope="module")
+def damageable(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    directory = tmp_path_factory.mktemp("damaged") / "kb"
+    build_knowledge_base(ENTITIES, tokenizer, directory, KnowledgeBaseSettings())
+    return directory
+
+
 @settings(max_examples=200)
 @given(changes=st.lists(st.tuples(st.integers(0, 1 << 20), st.integers(0, 255)), min_size=1, max_size=3))
 @example(changes=[(648, 57)])  # the length of a buffer of offsets
-def test_damaged_bytes_give_an_error_or_records(
-    tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast, changes: list[tuple[int, int]]
-) -> None:
+def test_damaged_bytes_give_an_error_or_records(damageable: Path, changes: list[tuple[int, int]]) -> None:
     """Not a crash, as Arrow's own reading of strings would: it does not look where they are."""
-    directory = tmp_path_factory.mktemp("damaged") / "kb"
-    build_knowledge_base(ENTITIES, tokenizer, directory, KnowledgeBaseSettings())
-    path = directory / "entities.arrow"
-    if damage(path, changes):
-        with pytest.raises(ArtifactError):
-            KnowledgeBase.open(directory, verify=True)
-    with suppress(ArtifactError):
-        all_records(KnowledgeBase.open(directory))
+    path = damageable / "entities.arrow"
+    intact = path.read_bytes()
+    try:
+        if damage(path, changes):
+            with pytest.raises(ArtifactError):
+                KnowledgeBase.open(damageable, verify=True)
+        with suppress(ArtifactError):
+            all_records(KnowledgeBase.open(damageable))
+    finally:
+        path.unlink()  # rather than changed, since it may still be mapped
+        path.write_bytes(intact)
 
 
 def run_job(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:

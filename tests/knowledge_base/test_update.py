@@ -177,7 +177,7 @@ def applied(entities: pa.Table, changes: pa.Table) -> pa.Table:
     return pa.Table.from_pylist(list(rows.values()), ENTITY_SCHEMA)
 
 
-@settings(max_examples=150)
+@settings(max_examples=50)
 @given(case=tables())
 def test_an_update_merged_equals_a_knowledge_base_built_anew(
     tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast, case: tuple[pa.Table, pa.Table]

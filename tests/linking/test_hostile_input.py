@@ -230,7 +230,7 @@ BATCHES: dict[str, Any] = {
 SETTINGS = {"suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
 
 
-@settings(max_examples=40, **SETTINGS)  # type: ignore[arg-type]
+@settings(max_examples=20, **SETTINGS)  # type: ignore[arg-type]
 @given(**BATCHES)
 def test_hostile_rows_come_out_once_and_leave_the_others_alone(chain: Chain, alone: list[Row], **batch: Any) -> None:
     check_batch(chain, alone, **batch)

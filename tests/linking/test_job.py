@@ -16,14 +16,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file, save_file
-from support.corpus import mention_rows, picture, predictions, run_job, toml, write_mentions
+from support.corpus import mention_rows, picture, predictions, run_job, toml, write_mentions, write_unsorted
 from support.models import llama_2_tokenizer, save_artifacts, save_tiny_model
 from support.names import ENTITY_NAMES
 from support.s3_server import S3Server
 from support.trouble import forget_checksum
 
 from gemel_engine import storage
-from gemel_engine.config.components import KnowledgeBaseSettings
+from gemel_engine.config.components import KnowledgeBaseSettings, VisionSettings
 from gemel_engine.config.loading import config_json, load_config
 from gemel_engine.config.settings import LinkConfig
 from gemel_engine.decoding.confidence import Calibration, LogisticModel, Term, scoring_settings
@@ -88,6 +88,18 @@ def test_many_small_files_become_few_shards(config: LinkConfig, tmp_path: Path) 
     plan = ordered_plan(replace(config, output=f"{config.output}-large", rows_per_shard=9), plan)
     assert [(shard.start, shard.stop) for shard in plan] == [(0, 4)]
     assert pq.read_table(plan[0].uri)["mention_id"].to_pylist() == ["m1", "m3", "m0", "m2"]
+
+
+def test_equal_surface_forms_meet_in_one_shard(config: LinkConfig, tmp_path: Path) -> None:
+    corpus, expected = write_unsorted(tmp_path / "corpus")
+    unsorted: dict[str, Any] = {"input": str(corpus), "rows_per_shard": 6, "max_failed_fraction": 0.1}
+    config = replace(config, vision=VisionSettings(), **unsorted)
+    report = link_corpus(config)
+    assert (report.rows, report.shards, report.errors) == (18, 3, {"invalid_mention": 1})
+    assert [row["mention_id"] for row in predictions(config.output)] == expected
+    (Path(config.output) / "data/shard-00001.parquet").unlink()
+    assert link_corpus(config).shards_skipped == 2
+    assert [row["mention_id"] for row in predictions(config.output)] == expected
 
 
 def test_the_linker_gives_the_same(linked: tuple[LinkConfig, LinkReport]) -> None:
@@ -424,6 +436,7 @@ SHARED_GPU = [
 
 
 @pytest.mark.gpu
+@pytest.mark.xdist_group("ray")
 def test_vllm_links_like_the_reference_on_s3(
     artifacts: dict[str, Path], config: LinkConfig, s3_server: S3Server, tmp_path: Path, device: str
 ) -> None:

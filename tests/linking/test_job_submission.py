@@ -24,6 +24,7 @@ from support.paths import ROOT
 from gemel_engine import storage
 from gemel_engine.pipeline.output import finished_shards
 
+pytestmark = pytest.mark.heavy
 RAY = str(Path(sys.executable).with_name("ray"))
 
 
@@ -92,11 +93,7 @@ def ray_job(command: str, dashboard: str, *arguments: str) -> subprocess.Complet
     )
 
 
-@pytest.mark.parametrize(
-    "command",
-    [("python", "jobs/link_corpus.py"), pytest.param(("gemel", "link"), marks=pytest.mark.heavy)],
-    ids=["script", "gemel"],
-)
+@pytest.mark.parametrize("command", [("python", "jobs/link_corpus.py"), ("gemel", "link")], ids=["script", "gemel"])
 def test_ray_job_submit(command: tuple[str, ...], artifacts: dict[str, Path], dashboard: str, tmp_path: Path) -> None:
     config = tmp_path / "link.toml"
     config.write_text(toml(artifacts, write_mentions(tmp_path / "mentions.parquet"), tmp_path / "output"))
@@ -107,7 +104,6 @@ def test_ray_job_submit(command: tuple[str, ...], artifacts: dict[str, Path], da
     assert linked["error"].null_count == 9
 
 
-@pytest.mark.heavy
 def test_a_stopped_job_goes_on_when_it_is_submitted_again(
     artifacts: dict[str, Path], dashboard: str, tmp_path: Path
 ) -> None:

@@ -1,43 +1,87 @@
-"""The linking job in actors of Ray: the same as in one process, sorted and counted."""
+"""The linking job in actors of Ray: the same as in one process, sorted and counted, with Ray's metrics."""
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 from ray.exceptions import ActorDiedError, RayTaskError, UserCodeException
-from support.corpus import predictions, toml, write_mentions
-from support.names import ENTITY_NAMES
+from support.corpus import predictions, toml, write_mentions, write_unsorted
 from support.paths import ROOT
 
-from gemel_engine.config.components import VisionSettings
 from gemel_engine.config.loading import load_config
 from gemel_engine.config.resources import PoolSettings
 from gemel_engine.config.settings import LinkConfig
 from gemel_engine.errors import InputError
 from gemel_engine.linking.job import link_corpus
+from gemel_engine.linking.order import ordered_plan
+from gemel_engine.linking.report import LinkReport
+from gemel_engine.pipeline.corpus import plan_shards
 from gemel_engine.pipeline.ray_data import actor_pool, own_errors
 
-
-@pytest.fixture
-def path(artifacts: dict[str, Path], tmp_path: Path) -> Path:
-    """The configuration of a run over nine good mentions on the reference engine."""
-    path = tmp_path / "link.toml"
-    path.write_text(toml(artifacts, write_mentions(tmp_path / "mentions.parquet"), tmp_path / "on_ray"))
-    return path
+SAMPLE = re.compile(r"ray_gemel_(\w+)\{(.*)\} (\S+)")
+Linked = tuple[Path, LinkConfig, LinkReport]
 
 
-def test_one_process_gives_the_same_without_ray(local_ray: None, path: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def linked(local_ray: None, artifacts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Linked:
+    """A run of nine mentions, one without a surface form, by the reference engine: configuration and report."""
+    directory = tmp_path_factory.mktemp("on_ray")
+    mentions = write_mentions(directory / "mentions.parquet", (4, {"mention": " ", "mention_start": None}))
+    path = directory / "link.toml"
+    path.write_text(toml(artifacts, mentions, directory / "on_ray").replace("fraction = 0.0", "fraction = 0.2"))
+    config = load_config(LinkConfig, path)
+    return path, config, link_corpus(config)
+
+
+def test_metrics_and_report_count_a_run(linked: Linked) -> None:
+    _, config, report = linked
+    rows = predictions(config.output)
+    assert report.rollouts == sum(row["num_rollouts"] or 0 for row in rows)
+    assert set(report.peak_bytes) == {"image", "retrieval", "generation"}
+    assert 0 <= report.cached_tokens <= report.prompt_tokens
+    assert report.errors == {"invalid_mention": 1}
+
+    expected = {
+        ("planned_rows_total", ""): 9,
+        ("rows_total", "linked"): 8,
+        ("rows_total", "invalid_mention"): 1,
+        ("rollouts_total", ""): report.rollouts,
+        ("stage_seconds_total", "generation"): pytest.approx(report.stage_seconds["generation"]),
+    }
+    (node,) = ray.nodes()  # type: ignore[no-untyped-call]
+    address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    deadline, found = time.monotonic() + 120, dict[tuple[str, str], float]()
+    while time.monotonic() < deadline and not expected.items() <= found.items():
+        time.sleep(1)
+        with urlopen(address) as response:
+            found = scraped(response.read().decode(), config.output)
+    assert {key: found.get(key) for key in expected} == expected
+
+
+def scraped(text: str, output: str) -> dict[tuple[str, str], float]:
+    """Value of each of our metrics of a run, by name and by what tells its kinds apart."""
+    found = {}
+    for name, labels, value in SAMPLE.findall(text):
+        tags = dict(re.findall(r'(\w+)="([^"]*)"', labels))
+        if tags.get("output") == output:
+            found[name, tags.get("outcome") or tags.get("stage") or tags.get("found") or ""] = float(value)
+    return found
+
+
+def test_one_process_gives_the_same_without_ray(linked: Linked, tmp_path: Path) -> None:
     """And its rerun and a dry run import no library of models at all."""
-    on_ray = load_config(LinkConfig, path)
-    report = link_corpus(on_ray)
-    assert (report.rows, report.errors, report.shards) == (9, {}, 3)
+    path, on_ray, report = linked
+    assert (report.rows, report.shards) == (9, 3)
     output = str(tmp_path / "output")
     imported = imported_by_link(path, "--output", output)
     assert "torch" in imported
@@ -61,31 +105,14 @@ def imported_by_link(*arguments: object) -> set[str]:
     return set(finished.stdout.rpartition("imported:")[2].split())
 
 
-def test_equal_surface_forms_meet_in_one_shard(local_ray: None, path: Path, tmp_path: Path) -> None:
-    """Two files of other types and columns, surface forms that take turns, and a row without any."""
-    corpus = tmp_path / "corpus"
-    corpus.mkdir()
-    rows: list[dict[str, Any]] = [
-        {"mention_id": f"m{n:02}", "text": f"Look at the {name} over there.", "mention": name}
-        for n, name in enumerate(ENTITY_NAMES[:3] * 6)
-    ]
-    rows[7]["mention"] = None
-    pq.write_table(pa.Table.from_pylist(rows[:10]), corpus / "a.parquet")
-    large = pa.schema([(name, pa.large_string()) for name in (*rows[0], "image_uri")])
-    pq.write_table(pa.Table.from_pylist(rows[10:], schema=large), corpus / "b.parquet")
-    vision = VisionSettings()  # none, which spares a process
-    config = replace(
-        load_config(LinkConfig, path), input=str(corpus), rows_per_shard=6, max_failed_fraction=0.1, vision=vision
-    )
-    report = link_corpus(config)
-    assert (report.rows, report.shards, report.errors) == (18, 3, {"invalid_mention": 1})
-    found = [row["mention_id"] for row in predictions(config.output)]
-    expected = sorted(rows, key=lambda row: (row["mention"] is None, row["mention"] or "", row["mention_id"]))
-    assert found == [row["mention_id"] for row in expected]
-
-    (Path(config.output) / "data/shard-00001.parquet").unlink()
-    assert link_corpus(config).shards_skipped == 2
-    assert [row["mention_id"] for row in predictions(config.output)] == found
+def test_ray_sorts_by_surface_form(linked: Linked, tmp_path: Path) -> None:
+    corpus, expected = write_unsorted(tmp_path / "corpus")
+    config = replace(linked[1], input=str(corpus), output=str(tmp_path / "output"), rows_per_shard=6)
+    plan = ordered_plan(config, plan_shards(config.input, 6))
+    assert [shard.stop - shard.start for shard in plan] == [6, 6, 6]
+    tables = [pq.read_table(uri).to_pylist() for uri in dict.fromkeys(shard.uri for shard in plan)]
+    assert [row["mention_id"] for rows in tables for row in rows] == expected
+    assert ordered_plan(config, plan_shards(config.input, 6)) == plan
 
 
 def test_actors_claim_what_their_settings_say() -> None:

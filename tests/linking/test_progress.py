@@ -1,4 +1,4 @@
-"""What a run tells: Ray's metrics as Prometheus would scrape them, the report's counters, the logs of all processes."""
+"""What a run tells: its counters, its lines on a terminal and off it, the logs of all processes."""
 
 from __future__ import annotations
 
@@ -14,21 +14,16 @@ from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from urllib.request import urlopen
 
 import pytest
-import ray
-from support.corpus import predictions, run_job, toml, write_mentions
+from support.corpus import run_job, toml, write_mentions
 from support.paths import ROOT
 
 from gemel_engine.config.loading import load_config
 from gemel_engine.config.settings import LinkConfig
-from gemel_engine.linking.job import link_corpus
 from gemel_engine.linking.live import LiveView
 from gemel_engine.linking.progress import Progress, Tally
 from gemel_engine.linking.stages import RECEIPT_SCHEMA
-
-SAMPLE = re.compile(r"ray_gemel_(\w+)\{(.*)\} (\S+)")
 
 
 @pytest.fixture
@@ -54,41 +49,6 @@ def test_receipts_add_up() -> None:
     assert (tally.rows, tally.rollouts, tally.cache_hit_rate) == (7, 3, 0.45)
     assert dict(tally.errors) == {"image": 1}
     assert (tally.stage_seconds, tally.peak_bytes) == ({"image": 1.5}, {"image": 7})
-
-
-def test_metrics_and_report_count_a_run(local_ray: None, config: LinkConfig) -> None:
-    report = link_corpus(config)
-    rows = predictions(config.output)
-    assert report.rollouts == sum(row["num_rollouts"] or 0 for row in rows)
-    assert set(report.peak_bytes) == {"image", "retrieval", "generation"}
-    assert 0 <= report.cached_tokens <= report.prompt_tokens
-    assert report.errors == {"invalid_mention": 1}
-
-    expected = {
-        ("planned_rows_total", ""): 9,
-        ("rows_total", "linked"): 8,
-        ("rows_total", "invalid_mention"): 1,
-        ("rollouts_total", ""): report.rollouts,
-        ("stage_seconds_total", "generation"): pytest.approx(report.stage_seconds["generation"]),
-    }
-    (node,) = ray.nodes()  # type: ignore[no-untyped-call]
-    address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-    deadline, found = time.monotonic() + 60, dict[tuple[str, str], float]()
-    while time.monotonic() < deadline and not expected.items() <= found.items():
-        time.sleep(1)
-        with urlopen(address) as response:
-            found = scraped(response.read().decode(), config.output)
-    assert {key: found.get(key) for key in expected} == expected
-
-
-def scraped(text: str, output: str) -> dict[tuple[str, str], float]:
-    """Value of each of our metrics of a run, by name and by what tells its kinds apart."""
-    found = {}
-    for name, labels, value in SAMPLE.findall(text):
-        tags = dict(re.findall(r'(\w+)="([^"]*)"', labels))
-        if tags.get("output") == output:
-            found[name, tags.get("outcome") or tags.get("stage") or tags.get("found") or ""] = float(value)
-    return found
 
 
 def test_lines_say_how_long_it_still_takes(monkeypatch: pytest.MonkeyPatch) -> None:

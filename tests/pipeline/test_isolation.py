@@ -65,6 +65,7 @@ def worked_on(output: str, num_rows: int, deadly: set[int], killed_at: Collectio
     raise AssertionError("it never ends")
 
 
+@settings(max_examples=50)
 @given(num_rows=st.integers(1, 20), deadly=st.sets(st.integers(0, 19), max_size=3))
 def test_deadly_rows_and_no_others_become_errors(num_rows: int, deadly: set[int]) -> None:
     with TemporaryDirectory() as output:
@@ -77,6 +78,7 @@ def test_deadly_rows_and_no_others_become_errors(num_rows: int, deadly: set[int]
         assert storage.list_files(output) == []
 
 
+@settings(max_examples=50)
 @example(num_rows=4, killed_at={1, 2, 3, 4})  # the last two hit a row that stands alone
 @given(num_rows=st.integers(4, 20), killed_at=st.sets(st.integers(1, 12), max_size=4))
 def test_a_few_kills_from_outside_make_no_row_poison(num_rows: int, killed_at: set[int]) -> None:

@@ -88,6 +88,21 @@ def write_mentions(path: Path, *changes: tuple[int, dict[str, Any]]) -> Path:
     return path
 
 
+def write_unsorted(corpus: Path) -> tuple[Path, list[str]]:
+    """Two files of other types and columns, surface forms that take turns, and a row without any; the sorted ids."""
+    corpus.mkdir()
+    rows: list[dict[str, Any]] = [
+        {"mention_id": f"m{n:02}", "text": f"Look at the {name} over there.", "mention": name}
+        for n, name in enumerate(ENTITY_NAMES[:3] * 6)
+    ]
+    rows[7]["mention"] = None
+    pq.write_table(pa.Table.from_pylist(rows[:10]), corpus / "a.parquet")
+    large = pa.schema([(name, pa.large_string()) for name in (*rows[0], "image_uri")])
+    pq.write_table(pa.Table.from_pylist(rows[10:], schema=large), corpus / "b.parquet")
+    rows.sort(key=lambda row: (row["mention"] is None, row["mention"] or "", row["mention_id"]))
+    return corpus, [row["mention_id"] for row in rows]
+
+
 def predictions(output: str) -> list[dict[str, Any]]:
     files = storage.list_parquet(f"{output}/data")
     tables = [pq.read_table(io.BytesIO(storage.read_bytes(file.uri))) for file in files]

@@ -20,7 +20,7 @@ from gemel_engine.decoding.engines.mask import TrieTensors, constrain
 from gemel_engine.decoding.engines.vllm_mask import TrieConstraint
 from gemel_engine.knowledge_base.trie import PrefixTrie
 
-NUM_TRIES = 25
+NUM_TRIES = 10
 NAMES = [[1], [1, 2], [1, 2, 3], [2, 9], [8, 1]]
 COMMON = [[8, 2], [8, 3, 1], [20]]
 
