@@ -5,16 +5,17 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -306,11 +307,13 @@ def test_a_killed_build_goes_on_from_its_parts(
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     parts = output / "evidence-parts"
     with log.open("wb") as file:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=file, start_new_session=True)
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=file)
     while not any(parts.glob("*.parquet")):
         assert process.poll() is None, log.read_text()
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
+    for ended in [*psutil.Process(process.pid).children(recursive=True), process]:  # those of Ray, too
+        with suppress(psutil.NoSuchProcess):
+            ended.kill()
     process.wait()
     written, *others = parts.glob("*.parquet")
     for path in others:  # of another actor, at the same moment
