@@ -12,8 +12,8 @@ DEVICE ?= cuda
 # Of the random models of gpu-bench: tiny, 1b or 8b.
 SHAPE ?= 1b
 UV_VERSION := 0.13.9
-# Two processes, each of which runs groups of tests (see tests/conftest.py), in their order.
-PARALLEL := -n 2 --dist loadgroup --no-loadscope-reorder
+# Two processes, each of which runs whole files, in their order: those of one file share what they have made.
+PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import settings
 from support.s3_server import run_s3_server  # noqa: F401
+from xdist.scheduler import LoadFileScheduling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -36,6 +37,15 @@ fixed = settings(derandomize=True, deadline=None)
 settings.register_profile("fixed", fixed)
 settings.register_profile("thorough", fixed, max_examples=1000)  # chosen by `--hypothesis-profile`
 settings.load_profile("fixed")
+
+
+STARTING_RAY = {
+    "tests/finding/test_job.py",
+    "tests/linking/test_on_ray.py",
+    "tests/linking/test_plan.py",
+    "tests/pipeline/test_knowledge_bases.py",
+    "tests/training/test_job.py",
+}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -51,27 +61,24 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError("there is no GPU here that PyTorch can use: nothing was checked; try --device cpu")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep the tests of a file in one of several processes, and all that start Ray in the one that begins with them.
+class FilesTogether(LoadFileScheduling):
+    """Sends whole files to the processes of pytest-xdist, those that start Ray to one of them.
 
     Two clusters that start at once on two cores time out.
     """
-    if not hasattr(config, "workerinput"):
-        return
-    for item in items:
-        if "local_ray" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("ray"))
-        elif item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.path.relative_to(config.rootpath).as_posix()))
-    items.sort(key=lambda item: group_of(item) != "ray")
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = super()._split_scope(nodeid)
+        return "ray" if file in STARTING_RAY else file
 
 
-def group_of(item: pytest.Item) -> str:
-    """Name of the tests with which one shares a process."""
-    marker = item.get_closest_marker("xdist_group")
-    assert marker is not None
-    return str(marker.args[0])
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> FilesTogether:
+    return FilesTogether(config, log)  # type: ignore[arg-type]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with Ray, which takes longest."""
+    items.sort(key=lambda item: item.nodeid.partition("::")[0] not in STARTING_RAY)
 
 
 def pytest_report_header(config: pytest.Config) -> str:

@@ -1,9 +1,8 @@
-"""The linking job as a user runs it: tiny real models, local files and a real S3 server; test_on_ray.py has Ray."""
+"""The linking job as a user runs it, on tiny real models; test_on_ray.py has Ray, vLLM and S3."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +18,6 @@ from safetensors.torch import load_file, save_file
 from support.corpus import mention_rows, picture, predictions, run_job, toml, write_mentions, write_unsorted
 from support.models import llama_2_tokenizer, save_artifacts, save_tiny_model
 from support.names import ENTITY_NAMES
-from support.s3_server import S3Server
 from support.trouble import forget_checksum
 
 from gemel_engine import storage
@@ -424,44 +422,6 @@ def test_a_bad_job_stops_before_any_work(
     with pytest.raises(error, match=message):
         link_corpus(changed)
     assert not Path(config.output).exists()
-
-
-# A GPU that the image encoder and the language model share.
-SHARED_GPU = [
-    "--vision.device=cuda",
-    "--resources.images.num-gpus=0.2",
-    "--resources.generation.num-gpus=0.8",
-    "--language-model.gpu-memory-utilization=0.15",
-]
-
-
-@pytest.mark.gpu
-@pytest.mark.xdist_group("ray")
-def test_vllm_links_like_the_reference_on_s3(
-    artifacts: dict[str, Path], config: LinkConfig, s3_server: S3Server, tmp_path: Path, device: str
-) -> None:
-    """The job in actors: input, knowledge base and output on S3, credentials from the environment."""
-    prefix = f"{s3_server.uri}/linking"
-    storage.write_bytes(f"{prefix}/in/mentions.parquet", Path(config.input).read_bytes())
-    for file in artifacts["knowledge_base"].rglob("*.*"):
-        relative = file.relative_to(artifacts["knowledge_base"])
-        storage.write_bytes(f"{prefix}/kb/{relative}", file.read_bytes())
-    path = tmp_path / "s3.toml"
-    path.write_text(toml(artifacts | {"knowledge_base": f"{prefix}/kb"}, f"{prefix}/in", f"{prefix}/out", "vllm"))
-    finished = run_job(path, "--resources.retrieval.max-actors", "2", *(SHARED_GPU if device == "cuda" else []))
-    assert finished.returncode == 0, finished.stderr[-3000:]
-    linker = Linker(config)
-    rows = predictions(f"{prefix}/out")
-    assert [row["mention_id"] for row in rows] == [f"m{n}" for n in range(9)]
-    for row, mention in zip(rows, mention_rows(), strict=True):
-        expected = linker.link_one(mention["text"], mention["mention"], mention["image_bytes"])
-        assert row["entity_id"] == expected.entity_id
-        assert row["log_prob"] == pytest.approx(expected.log_prob, abs=1e-3)
-    report = json.loads(storage.read_bytes(f"{prefix}/out/_report.json"))
-    assert report["prefix_cache_hit_rate"] > 0
-    secret = os.environ["AWS_SECRET_ACCESS_KEY"]
-    assert secret not in finished.stderr + finished.stdout
-    assert secret.encode() not in storage.read_bytes(f"{prefix}/out/_run.json")
 
 
 def test_exit_codes_of_the_command(config: LinkConfig, tmp_path: Path) -> None:

@@ -293,7 +293,6 @@ def test_a_knowledge_base_is_built_from_s3_to_s3(
     storage.remove_tree(output)
 
 
-@pytest.mark.xdist_group("ray")
 def test_a_killed_build_goes_on_from_its_parts(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, mention_encoder_directory: Path, image_encoder: Path
 ) -> None:
