@@ -152,4 +152,11 @@ def local_ray() -> None:
     """A Ray of this test module's own."""
     import ray
 
-    ray.init(address="local", num_cpus=4, include_dashboard=False)
+    for attempts_left in (2, 1, 0):  # Ray gives its own processes 15 seconds to start, which a busy machine may take
+        try:
+            ray.init(address="local", num_cpus=4, include_dashboard=False)
+            return
+        except Exception:
+            ray.shutdown()
+            if not attempts_left:
+                raise
