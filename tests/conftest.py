@@ -61,7 +61,7 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError("there is no GPU here that PyTorch can use: nothing was checked; try --device cpu")
 
 
-class FilesTogether(LoadFileScheduling):
+class FilesTogether(LoadFileScheduling):  # type: ignore[misc]
     """Sends whole files to the processes of pytest-xdist, those that start Ray to one of them.
 
     Two clusters that start at once on two cores time out.
@@ -72,8 +72,9 @@ class FilesTogether(LoadFileScheduling):
         return "ray" if file in STARTING_RAY else file
 
 
+@pytest.hookimpl(optionalhook=True)  # `-p no:xdist` has no such hook
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> FilesTogether:
-    return FilesTogether(config, log)  # type: ignore[arg-type]
+    return FilesTogether(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
