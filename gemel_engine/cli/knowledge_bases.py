@@ -16,6 +16,7 @@ from gemel_engine.errors import ConfigurationError
 if TYPE_CHECKING:
     from gemel_engine.config.components import KnowledgeBaseSettings
     from gemel_engine.pipeline.entity_vectors import EntityEncoders
+    from gemel_engine.pipeline.knowledge_bases import BuildReport
 
 Entities = Annotated[Positional[str], arg(metavar="ENTITIES")]
 KnowledgeBase = Annotated[Positional[str], arg(metavar="KNOWLEDGE_BASE")]
@@ -113,8 +114,8 @@ def build_kb(
     Args:
         entities: Table file or directory of such files, local or s3://bucket/prefix. Required
             columns: `entity_id` and `name`; optional columns: `aliases`, `other_names` (aliases that
-            may be generated, too), `description`, `popularity`, `language`, and pictures, one or a list of them:
-            `image_features`, else `image_bytes`, else `image_uri`.
+            may be generated, too), `description`, `popularity`, `language`, and pictures, one or a
+            list of them: `image_features`, else `image_bytes`, else `image_uri`.
         output: New or empty directory, local or s3://bucket/prefix.
         names: Which names are usable.
         evidence: Whether to write the evidence index: names, aliases and words, and what the
@@ -135,6 +136,10 @@ def build_kb(
     check_table(entities, models, ("entity_id", "name"))
     tokenizer = load_tokenizer(names.tokenizer)
     built = build(entities, output, tokenizer, names.settings(), models if evidence else None)
+    _log_counts(output, built, time.perf_counter() - started)
+
+
+def _log_counts(output: str, built: BuildReport, seconds: float) -> None:
     report = built.knowledge_base
     logger.info(
         "%s: %d entities, %d names of at most %d tokens, %d entities skipped, %d aliases repeated, %d aliases "
@@ -147,7 +152,7 @@ def build_kb(
         report.num_repeated_aliases,
         report.num_aliases_like_names,
         report.num_other_names,
-        time.perf_counter() - started,
+        seconds,
     )
     if built.evidence is not None:
         logger.info(
