@@ -25,7 +25,6 @@ from benchmarks.accuracy.pools import (
     certainties,
     emoji,
     emoji_train,
-    fit_corpora,
     gazetteer,
     is_right,
     joined,
@@ -48,24 +47,32 @@ def main(data: tyro.conf.Positional[Path], *, num_train: int = NUM_WIKIDIVERSE) 
         num_train: Number of training mentions of WikiDiverse that weights are fitted on.
     """
     wikidiverse(data)  # builds its indexes
-    train, dev = wikidiverse_pools(data, "train", num_train), wikidiverse_pools(data, "dev")
-    of_emoji, emoji_of = emoji_train(), {split: emoji(split) for split in ("dev", "test", "test_unseen")}
-    places, of_places = gazetteer("dev"), gazetteer("train").labelled
-    texts, pictures = train.labelled, of_emoji.with_unseen
-    whole = fit_corpora(texts)
+    dev, places = wikidiverse_pools(data, "dev"), gazetteer("dev")
+    emoji_of = {split: emoji(split) for split in ("dev", "test", "test_unseen")}
+    package = ScoreWeights.open()
     results: dict[str, object] = {
+        "gazetteer.evidence_alone": accuracy(places.labelled, package),
+        "weights": {name: round(weight, 2) for name, weight in package.features.items()},
+        **alone(dev, package, data),
+    }
+    for name, split in (("", "test"), ("unseen_", "test_unseen"), ("dev_", "dev")):
+        results[f"emoji.{name}evidence_alone"] = accuracy(emoji_of[split].labelled, package)
+    corpora = (
+        "evidence alone, no language model; WikiDiverse dev, text only, 7,642 names; emoji with pictures, 551 names; "
+        "gazetteer with descriptions, 31,210 names"
+    )
+    file = ResultFile("score", {"DATA": data})
+    file.note(results, f"{corpora}; the weights of the package")
+    texts = wikidiverse_pools(data, "train", num_train).labelled
+    pictures, of_places = emoji_train().with_unseen, gazetteer("train").labelled
+    results = {
         "transfer.emoji": accuracy(emoji_of["test"].labelled, fit_score(joined([texts, of_places]))),
         "transfer.lookup_emoji": emoji_of["test"].lookup(),
         "transfer.wikidiverse": accuracy(dev.labelled, fit_score(joined([pictures, of_places]))),
         "transfer.lookup_wikidiverse": dev.lookup(),
         "transfer.gazetteer": accuracy(places.labelled, fit_score(joined([texts, pictures]))),
         "transfer.lookup_gazetteer": places.lookup(),
-        "gazetteer.evidence_alone": accuracy(places.labelled, whole),
-        "weights": {name: round(weight, 2) for name, weight in whole.features.items()},
     }
-    for name, split in (("", "test"), ("unseen_", "test_unseen"), ("dev_", "dev")):
-        results[f"emoji.{name}evidence_alone"] = accuracy(emoji_of[split].labelled, whole)
-    results |= alone(dev, whole, data)
     for corpus, fitted_on, judged in (
         ("wikidiverse", texts, dev),
         ("emoji", pictures, emoji_of["dev"]),
@@ -74,12 +81,11 @@ def main(data: tyro.conf.Positional[Path], *, num_train: int = NUM_WIKIDIVERSE) 
         for name, value in worth(fitted_on, judged.labelled).items():
             results[f"feature.{corpus}.{name}"] = value
     what = (
-        f"evidence alone, no language model; WikiDiverse text only, 7,642 names, weights fitted on {num_train} "
-        "training mentions without their own groups and judged on dev; emoji with pictures, 551 names, fitted on "
-        f"{NUM_EMOJI} training mentions without their own artists, and again with a third of the entities unseen; "
-        f"gazetteer with descriptions, 31,210 names, fitted on {NUM_GAZETTEER} training mentions"
+        f"{corpora}; fitted on {num_train} training mentions of WikiDiverse without their own groups, {NUM_EMOJI} of "
+        "emoji without their own artists, and again with a third of the entities unseen, and "
+        f"{NUM_GAZETTEER} of the gazetteer"
     )
-    ResultFile("score", {"DATA": data}).note(results, what)
+    file.note(results, what)
 
 
 def alone(dev: Pools, weights: ScoreWeights, data: Path) -> dict[str, object]:
