@@ -111,7 +111,7 @@ hygiene: $(INSTALLED) ## check line ends, white space, sizes and syntax of all f
 types: $(INSTALLED) ## check types
 	$(BIN)/mypy
 
-bench: $(KNOWLEDGE_BASE) $(DEMONSTRATIONS) ## measure the accuracy of the score; WIKIDIVERSE=DIRECTORY holds that corpus
+bench: $(KNOWLEDGE_BASE) $(DEMONSTRATIONS) $(GAZETTEER) ## measure the accuracy of the score; WIKIDIVERSE=DIRECTORY holds that corpus
 	$(BIN)/python -m benchmarks.accuracy alone $(WIKIDIVERSE)
 	$(BIN)/python -m benchmarks.accuracy score $(WIKIDIVERSE) --shipped-weights
 

@@ -2,10 +2,11 @@
 
     python -m benchmarks.accuracy alone DATA [--num-train 6000]
 
-Some ten minutes on two cores; no language model takes part. Weights are fitted on training mentions of WikiDiverse,
-text only, of the emoji corpus, with pictures, and of the gazetteer corpus (`make gazetteer-demo` builds it), with
-descriptions, and judged on dev and test. Candidate pools are kept in `build/score`, so that an interrupted run goes on:
-remove it when retrieval has changed. Figures go to `benchmarks/results/score.json`.
+Some ten minutes on two cores; no language model takes part. The weights of the package are judged on WikiDiverse, text
+only, on the emoji corpus, with pictures, and on the gazetteer corpus (`make gazetteer-demo` builds it), with
+descriptions; then others, fitted on training mentions of one or two of them. Candidate pools are kept in
+`build/score`, so that an interrupted run goes on: remove it when retrieval has changed. Figures go to
+`benchmarks/results/score.json`.
 """
 
 from __future__ import annotations

@@ -16,10 +16,11 @@ Shapes: N vectors, E their width, S entities.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, get_args
+from types import MappingProxyType
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -53,6 +54,10 @@ _COLUMNS = {field.name: Column.like(field.type) for field in PART_SCHEMA} | {
 _COUNTED = ("entity_id", "num_names", "num_descriptions", "num_pictures", "faults")
 _COUNTED_SCHEMA = pa.schema([pa.field(name, PART_SCHEMA.field(name).type) for name in _COUNTED])
 Kind = Literal["names", "descriptions", "pictures"]
+# The index of each kind of vectors.
+INDEXES: Mapping[Kind, type[DenseIndex] | type[PictureIndex]] = MappingProxyType(
+    {NAMES: DenseIndex, DESCRIPTIONS: DenseIndex, PICTURES: PictureIndex}
+)
 
 
 def make_part(
@@ -113,8 +118,7 @@ class VectorParts:
         self.rows: NDArray[np.int64] = pc.fill_null(pc.index_in(ids, entity_ids), -1).to_numpy().astype(np.int64)
         self.has_pictures: NDArray[np.bool_] = pc.is_valid(table["num_pictures"]).to_numpy()
         self._counts = {
-            kind: np.where(self.rows >= 0, pc.fill_null(table[f"num_{kind}"], 0).to_numpy(), 0)
-            for kind in get_args(Kind)
+            kind: np.where(self.rows >= 0, pc.fill_null(table[f"num_{kind}"], 0).to_numpy(), 0) for kind in INDEXES
         }
         faults = table["faults"].combine_chunks()
         of_fault = ids.take(pc.list_parent_indices(faults)).to_pylist()
@@ -183,10 +187,7 @@ def index_parts(parts: VectorParts, directory: Path, num_rows: int, settings: De
     """
     directory.mkdir(parents=True, exist_ok=True)
     scratch = directory / "vectors.tmp"
-    for kind in (NAMES, DESCRIPTIONS):
-        with parts.vectors(kind, scratch) as embedded:
-            if embedded is not None:
-                DenseIndex.build(directory / kind, *embedded, num_rows, settings)
-    with parts.vectors(PICTURES, scratch) as pictures:
-        if pictures is not None:
-            PictureIndex.build(directory / PICTURES, *pictures, num_rows, settings)
+    for kind, index in INDEXES.items():
+        with parts.vectors(kind, scratch) as found:
+            if found is not None:
+                index.build(directory / kind, *found, num_rows, settings)

@@ -2,9 +2,9 @@
 
 Each source ranks entities for a mention: entities of its surface form in training, equal names and
 aliases, names that share words, initials or beginnings with it, names in its text, the nearest
-names and descriptions by embedding, the nearest pictures. Reciprocal rank fusion (Cormack, Clarke and Büttcher,
-SIGIR 2009) combines the rankings: scores of different sources need not be comparable, and an entity
-that several sources propose ranks higher.
+names and descriptions by embedding, the nearest pictures. Reciprocal rank fusion (Cormack, Clarke
+and Büttcher, SIGIR 2009) combines the rankings: scores of different sources need not be comparable,
+and an entity that several sources propose ranks higher.
 
 Shapes: B mentions, E width of the mention encoder, C vision width.
 """

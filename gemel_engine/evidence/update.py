@@ -39,7 +39,7 @@ from gemel_engine.evidence.index import (
     entities_checksum,
     open_evidence,
 )
-from gemel_engine.evidence.parts import Kind, VectorParts
+from gemel_engine.evidence.parts import INDEXES, Kind, VectorParts
 from gemel_engine.evidence.pictures import PictureIndex
 from gemel_engine.knowledge_base import update as knowledge_base_update
 from gemel_engine.knowledge_base.store import KnowledgeBase
@@ -166,7 +166,7 @@ def _merge(
     with parts.vectors(kind, directory / "vectors.tmp") as found:
         if index is None:
             if found is not None:
-                (PictureIndex if kind == PICTURES else DenseIndex).build(directory / kind, *found, num_rows)
+                INDEXES[kind].build(directory / kind, *found, num_rows)
         elif found is not None or (kept[index.entities] >= 0).any():
             more = found or (np.zeros((0, index.width), np.float32), np.zeros(0, np.uint32))
             index.merge(directory / kind, base / DIRECTORY / kind, kept, *more, num_rows)
