@@ -45,6 +45,43 @@ def score() -> tuple[Table | Facts, ...]:
             ),
         ),
         Table(
+            "The same mentions with what evidence decides alone at a risk of 3%, without, and by the language model "
+            "alone; last the cascade's share of what the score takes without it.",
+            (
+                Column("mentions", "score/{row}compared.mentions", "d"),
+                Column("cascade", "score/{row}compared.cascade.accuracy"),
+                Column("score", "score/{row}compared.without_cascade.accuracy"),
+                Column("model alone", "score/{row}compared.model_alone.accuracy"),
+                Column("computed prompt tokens", "score/{row}cascade.tokens_ratio", ".2f"),
+                Column("time", "score/{row}cascade.time_ratio", ".2f"),
+            ),
+            (("a sample of dev", ""), ("a few very common forms", "zipf.")),
+        ),
+        Facts(
+            "Other sets of names: emoji with pictures; WikiDiverse dev among 5.9M titles, of which likely rivals are "
+            "embedded.",
+            "score",
+            (
+                ("emoji test: score (200); evidence alone", "emoji.score | emoji.evidence_alone", ".3f"),
+                (
+                    "emoji, entities never seen in training: score; evidence alone",
+                    "emoji.unseen | emoji.unseen_evidence_alone",
+                    ".3f",
+                ),
+                ("5.9M titles: score; evidence alone", "union.score | union.evidence_alone", ".3f"),
+                ("5.9M titles: certified of the asked", "union.certified_of_asked", ".1%"),
+            ),
+        ),
+        Table(
+            "Emoji dev with pictures by the score: cards in the prompts of a mapper that was trained without.",
+            (Column("all", "score/emoji dev: {row} (100)/all"),),
+            (
+                ("no cards", "num_cards=0 num_own_cards=0"),
+                ("two of the mention's own", "num_cards=0 num_own_cards=2"),
+                ("three, and one of its own", "num_cards=3 num_own_cards=1"),
+            ),
+        ),
+        Table(
             "Evidence alone decides, at three risks.",
             (
                 Column("decided", "score/cascade.decided_at_{row}", ".1%"),
@@ -100,6 +137,23 @@ def share(results: Results) -> tuple[Table, ...]:
             ),
             [(row, row) for row in results.read("model_share")],
         ),
+    )
+
+
+def models(results: Results) -> Table:
+    """Return the table on other language models."""
+    return Table(
+        "Several language models on the same mentions, by the settings of the package and of the demo, with a feature "
+        "mapper in closed form for each: the model alone, and the score of model and evidence.",
+        (
+            Column("mentions", "models/{row}/mentions", "d"),
+            Column("model alone", "models/{row}/language_model"),
+            Column("both", "models/{row}/combined"),
+            Column("both, less the model alone", "models/{row}/difference", "s"),
+            Column("rollouts, alone", "models/{row}/rollouts_language_model", ".2f"),
+            Column("rollouts, both", "models/{row}/rollouts_combined", ".2f"),
+        ),
+        [(row, row) for row in sorted(results.read("models"), key=lambda row: row.partition(": ")[::-1])],
     )
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from accuracy import ablations, cards, confidence, mapper, score, share
-from costs import candidates, decoding, finding, runs, sizing, speed
+from accuracy import ablations, cards, confidence, mapper, models, score, share
+from costs import candidates, decoding, finding, runs, sizing, speed, start
 from figures import Results
 from tables import Facts, Table, rendered
 
@@ -69,14 +69,16 @@ def sections(results: Results) -> Sections:
     return {
         "The score of language model and evidence": score(),
         "What small language models add": share(results),
+        "Other language models": (models(results),),
         "Which cards a prompt has": cards(),
         "What each part adds": tuple(ablations(results)),
         "Confidence and NIL": (confidence(),),
         "Exact decoding": decoding(results),
         "Pictures, and training of the feature mapper": mapper(results),
-        "Mentions of documents": (finding(),),
+        "Mentions of documents": finding(),
         "Candidates": (candidates(),),
         "Speed of parts": speed(),
+        "From the shell to the rows": start(results),
         "Runs: faults, overhead, changes, plans": runs(),
         "Sizes on paper": sizing(results),
     }

@@ -23,7 +23,7 @@ from gemel_engine.config.components import PromptSettings, SearchSettings
 from gemel_engine.decoding.confidence import Calibration
 from gemel_engine.decoding.engines.base import RolloutEngine
 from gemel_engine.decoding.prompt import Block, Prompt, PromptBuilder
-from gemel_engine.decoding.scheduler import run_searches
+from gemel_engine.decoding.scheduler import Usage, run_searches
 from gemel_engine.decoding.search import NameSearch
 from gemel_engine.decoding.tasks import MentionTask, NameTask, ScoreTask
 from gemel_engine.errors import InvalidMentionError, MentionError
@@ -124,6 +124,7 @@ class EntityNameGenerator:
         features: Sequence[Features | None],
         retrieved: Sequence[Retrieved],
         earlier: Sequence[Prediction | None] | None = None,
+        usage: Usage | None = None,
     ) -> list[Prediction]:
         """Link B mentions; a mention that cannot be linked becomes a prediction with an `error`.
 
@@ -138,6 +139,7 @@ class EntityNameGenerator:
                 higher, and a mention with its own candidates keeps its prediction; all of them must
                 have been in the knowledge base before. Where the score ranks, no name may have been
                 added; the candidates are ranked again.
+            usage: How well the engine was used is added to it.
 
         Returns:
             One prediction for each mention, in order.
@@ -147,7 +149,9 @@ class EntityNameGenerator:
         tasks = [self._task(*of_mention) for of_mention in inputs]
         # Prompts and searches are made when the engine has room for them.
         searches = ((task, *prepared) for task in tasks if (prepared := task.prepare()) is not None)
-        finished: Iterator[tuple[MentionTask[Any], Any]] = run_searches(self.engine, searches, self._max_in_flight)
+        finished: Iterator[tuple[MentionTask[Any], Any]] = run_searches(
+            self.engine, searches, self._max_in_flight, usage
+        )
         for task, result in finished:
             task.finish(result)
         predictions = [task.prediction for task in tasks]

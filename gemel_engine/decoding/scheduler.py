@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from gemel_engine.decoding.engines.base import Rollout, RolloutEngine, RolloutRequest
@@ -35,8 +37,23 @@ class Search(Protocol[Result]):
         """Return what is found so far."""
 
 
+@dataclass(slots=True)
+class Usage:
+    """How well an engine was used.
+
+    Attributes:
+        unfilled_seconds: Seconds of its steps with fewer rollouts than half of the searches that
+            may be open, since no mention waited.
+    """
+
+    unfilled_seconds: float = 0.0
+
+
 def run_searches(
-    engine: RolloutEngine, mentions: Iterable[tuple[Key, Prompt, Search[Result]]], max_in_flight: int
+    engine: RolloutEngine,
+    mentions: Iterable[tuple[Key, Prompt, Search[Result]]],
+    max_in_flight: int,
+    usage: Usage | None = None,
 ) -> Iterator[tuple[Key, Result]]:
     """Run many searches over one engine, started in order; yields each result as it ends.
 
@@ -44,6 +61,7 @@ def run_searches(
         engine: Engine that answers the rollouts.
         mentions: Key, prompt and search of each mention.
         max_in_flight: Maximum number of open searches.
+        usage: How well the engine was used is added to it.
 
     Raises:
         GemelError: A log-prob of the language model is NaN.
@@ -65,7 +83,11 @@ def run_searches(
             submit(key)
         if not rollouts:
             return
-        for request_id, rollout in engine.step():
+        is_unfilled, started = 2 * len(rollouts) < max_in_flight, time.monotonic()
+        finished = engine.step()
+        if is_unfilled and usage is not None:
+            usage.unfilled_seconds += time.monotonic() - started
+        for request_id, rollout in finished:
             asked = rollouts.pop(request_id, None)
             if asked is None or asked[0] not in open_searches:
                 continue  # from an interrupted call, or a search that ended without it

@@ -62,6 +62,13 @@ class Tally:
         return self.costs["prompt_tokens"] - self.costs["cached_tokens"]
 
     @property
+    def unfilled_share(self) -> float | None:
+        """Return the share of the engines' time with fewer than half of their slots filled, for want of rows."""
+        unfilled = self.costs["waiting_seconds"] + self.costs["unfilled_seconds"]
+        seconds = self.costs["waiting_seconds"] + self.costs["generation_seconds"]
+        return unfilled / seconds if seconds else None
+
+    @property
     def cache_hit_rate(self) -> float | None:
         """Return the share of prompt tokens found in the prefix cache, None without tokens."""
         return self.costs["cached_tokens"] / self.costs["prompt_tokens"] if self.costs["prompt_tokens"] else None

@@ -71,6 +71,8 @@ class LinkReport:
         prompt_tokens: Number of tokens of all prompts sent to the engine, one prompt per rollout.
         cached_tokens: Number of these tokens found in the prefix cache.
         prefix_cache_hit_rate: `cached_tokens` divided by `prompt_tokens`; None without tokens.
+        engine_unfilled_share: Share of the engines' time, from the first row to the last, in which
+            they had fewer than half of their slots filled because no row waited; None without rows.
         feature_mapper: How its weights were made: `trained`, `ridge` (closed form), `random` or
             `imported`; `none` without a mapper.
         carried_over: What an incremental run reused; None for any other run.
@@ -93,6 +95,7 @@ class LinkReport:
     prompt_tokens: int
     cached_tokens: int
     prefix_cache_hit_rate: float | None
+    engine_unfilled_share: float | None
     feature_mapper: str
     carried_over: IncrementalReport | None
 
@@ -139,6 +142,7 @@ def make_report(
         prompt_tokens=round(tally.costs["prompt_tokens"]),
         cached_tokens=round(tally.costs["cached_tokens"]),
         prefix_cache_hit_rate=tally.cache_hit_rate,
+        engine_unfilled_share=tally.unfilled_share,
         feature_mapper=feature_mapper,
         carried_over=_incremental_report(config, tally),
     )

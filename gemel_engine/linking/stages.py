@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from gemel_engine import storage
 from gemel_engine.config.settings import LinkConfig
 from gemel_engine.contents import check_contents
+from gemel_engine.decoding.scheduler import Usage
 from gemel_engine.errors import EngineDiedError, error_kind
 from gemel_engine.evidence.retrieved import row_to_retrieved
 from gemel_engine.fingerprints import Contents
@@ -73,6 +74,8 @@ def write_ordered(batch: pa.Table, directory: str, rows_per_shard: int) -> pa.Ta
 class GenerateEntityNames:
     """Turns mentions into predictions; an incremental run starts from the previous predictions."""
 
+    _last_end: float | None = None  # of the work on a batch
+
     def __init__(self, config: LinkConfig, contents: Contents | None = None) -> None:
         from gemel_engine.assembly import start_generator  # imports torch
 
@@ -88,7 +91,8 @@ class GenerateEntityNames:
         return isolate(self._generate, batch, self._output, "generation")
 
     def _generate(self, batch: pa.Table) -> pa.Table:
-        started = time.monotonic()
+        started, usage = time.monotonic(), Usage()
+        waiting_seconds = 0.0 if self._last_end is None else started - self._last_end
         prompt_tokens, cached_tokens = self._cache_counts()
         mentions, features = mentions_without_error(batch), image_features_of(batch)
         rows = [row for row, mention in enumerate(mentions) if mention is not None]
@@ -106,6 +110,7 @@ class GenerateEntityNames:
                 [features[row] for row in rows],
                 [retrieved[row] for row in rows],
                 [previous[row] for row in rows],
+                usage,
             )
         except EngineDiedError:
             logger.exception("this process ends with its engine")
@@ -132,12 +137,15 @@ class GenerateEntityNames:
         costs = {
             "prompt_tokens": now[0] - prompt_tokens,
             "cached_tokens": now[1] - cached_tokens,
+            "waiting_seconds": waiting_seconds,
+            "unfilled_seconds": usage.unfilled_seconds,
             "rollouts": num_rollouts,
             "rows_kept": num_kept,
             "rows_extended": len(previous) - previous.count(None) - num_kept,
         }
         for name, cost in costs.items():
             table = with_cost(table, name, cost)
+        self._last_end = time.monotonic()
         return table
 
     def _cache_counts(self) -> tuple[int, int]:

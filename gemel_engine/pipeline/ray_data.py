@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -26,6 +27,8 @@ from gemel_engine.errors import ConfigurationError, redacted, shown
 from gemel_engine.pipeline.chain import Stage
 from gemel_engine.pipeline.corpus import Shard
 from gemel_engine.verbosity import is_verbose
+
+logger = logging.getLogger(__name__)
 
 _OWN_ERROR = re.compile(r"^gemel_engine\.errors\.(\w+): (.*)$", re.MULTILINE)  # in a traceback
 
@@ -130,8 +133,16 @@ def _join_cluster(address: str, options: Mapping[str, Any]) -> None:
 def _start_ray(options: Mapping[str, Any]) -> None:
     """Start Ray on this machine; Ray has no exception class of its own for failures."""
     os.environ.pop("RAY_ADDRESS", None)  # it may be `local`, or set and empty
+    start = partial(ray.init, address="local", num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False, **options)
     try:
-        ray.init(address="local", num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False, **options)
+        try:
+            start()
+        except Exception as error:
+            if "AF_UNIX" in str(error):
+                raise
+            logger.warning("Ray did not start and is started once more: %s", error)
+            ray.shutdown()  # on a busy machine its processes may need longer than it waits for them
+            start()
     except Exception as error:
         remedy = (
             "set TMPDIR, or RAY_TMPDIR, to a directory with a shorter path"

@@ -45,11 +45,14 @@ STAGE_PEAK_BYTES = {
     "retrieval": "retrieval_peak_bytes",
     "generation": "generation_peak_bytes",
 }
-# All columns of costs. The cost of a batch is spread evenly over its rows: any rows can be summed.
+# All columns of costs. The cost of a batch is spread evenly over its rows: any rows can be summed. For want of rows the
+# engine had nothing to do for `waiting_seconds`, and fewer than half of its slots filled for `unfilled_seconds`.
 COSTS = (
     *STAGE_SECONDS.values(),
     "prompt_tokens",
     "cached_tokens",
+    "waiting_seconds",
+    "unfilled_seconds",
     "rollouts",
     "rows_kept",
     "rows_extended",

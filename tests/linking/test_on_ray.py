@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,12 @@ from gemel_engine import storage
 from gemel_engine.config.loading import load_config
 from gemel_engine.config.resources import PoolSettings
 from gemel_engine.config.settings import LinkConfig
-from gemel_engine.errors import InputError
+from gemel_engine.errors import ConfigurationError, InputError
 from gemel_engine.linker import Linker
 from gemel_engine.linking.job import link_corpus
 from gemel_engine.linking.order import ordered_plan
 from gemel_engine.linking.report import LinkReport
+from gemel_engine.pipeline import ray_data
 from gemel_engine.pipeline.corpus import plan_shards
 from gemel_engine.pipeline.ray_data import actor_pool, own_errors
 
@@ -177,6 +179,31 @@ def test_actors_claim_what_their_settings_say() -> None:
     assert (asked["num_cpus"], asked["num_gpus"], asked["memory"]) == (2, 0.25, 1.5 * 2**30)
     assert asked["runtime_env"] == {"env_vars": {"OMP_NUM_THREADS": "3"}}
     assert not {"memory", "runtime_env"} & actor_pool(PoolSettings()).keys()
+
+
+@pytest.mark.parametrize(
+    ("messages", "num_calls", "error"),
+    [
+        (["the raylet did not answer"], 2, None),
+        (["the raylet did not answer"] * 2, 2, "see that the machine is not overloaded"),
+        (["AF_UNIX path length is too long"], 1, "set TMPDIR, or RAY_TMPDIR"),
+    ],
+)
+def test_ray_is_started_once_more_where_that_may_help(
+    monkeypatch: pytest.MonkeyPatch, messages: list[str], num_calls: int, error: str | None
+) -> None:
+    calls: list[object] = []
+
+    def init(**options: object) -> None:
+        calls.append(options)
+        if len(calls) <= len(messages):
+            raise RuntimeError(messages[len(calls) - 1])
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    with nullcontext() if error is None else pytest.raises(ConfigurationError, match=error):
+        ray_data._start_ray({})
+    assert len(calls) == num_calls
 
 
 def test_an_error_of_a_stage_is_raised_as_itself() -> None:

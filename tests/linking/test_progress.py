@@ -42,13 +42,16 @@ def receipt(num_rows: int, **counted: Any) -> dict[str, Any]:
 
 def test_receipts_add_up() -> None:
     assert Tally().cache_hit_rate is None
+    assert Tally().unfilled_share is None
     tally = Tally()
     tally.add(receipt(4, image_seconds=1.0, image_peak_bytes=7.0, prompt_tokens=100.0, cached_tokens=10.0))
     tally.add(receipt(2, image_seconds=0.5, image_peak_bytes=5.0, prompt_tokens=100.0, cached_tokens=80.0))
     tally.add(receipt(1, error_kinds=["image"], rollouts=3.0))
+    tally.add(receipt(0, generation_seconds=8.0, unfilled_seconds=1.0, waiting_seconds=2.0))
     assert (tally.rows, tally.rollouts, tally.cache_hit_rate) == (7, 3, 0.45)
     assert dict(tally.errors) == {"image": 1}
-    assert (tally.stage_seconds, tally.peak_bytes) == ({"image": 1.5}, {"image": 7})
+    assert (tally.stage_seconds, tally.peak_bytes) == ({"image": 1.5, "generation": 8.0}, {"image": 7})
+    assert tally.unfilled_share == 0.3
 
 
 def test_lines_say_how_long_it_still_takes(monkeypatch: pytest.MonkeyPatch) -> None:

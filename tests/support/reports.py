@@ -19,6 +19,7 @@ RUN = {
     "mentions_per_second": 1.5,
     "stage_seconds": {"image": 0.5, "generation": 1.5},
     "prefix_cache_hit_rate": None,
+    "engine_unfilled_share": None,
     "feature_mapper": "ridge",
 }
 
