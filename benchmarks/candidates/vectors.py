@@ -20,11 +20,13 @@ import faiss
 import numpy as np
 import pyarrow.parquet as pq
 import tyro
+from faiss.contrib.exhaustive_search import knn_ground_truth
 from numpy.typing import NDArray
 
 from benchmarks.candidates.pool import forms_of_dev
 from benchmarks.corpora import MENTION_ENCODER, SEED
-from benchmarks.record import ResultFile
+from benchmarks.record import ResultFile, mean
+from gemel_engine.evidence.arrays import chunks
 from gemel_engine.evidence.dense import DenseIndex, DenseSettings
 from gemel_engine.retrieval.encoder import MentionEncoder
 
@@ -58,13 +60,14 @@ def main(
     random = np.random.default_rng(SEED)
     all_titles = pq.read_table(titles)["name"]
     chosen = np.sort(random.choice(len(all_titles), num_names, replace=False))
-    path, started = WORK / f"names_{num_names}.npy", time.perf_counter()
-    are_kept = path.exists()
-    names = embedded(encoder, all_titles.take(chosen).to_pylist(), path)
-    rate = num_names / (time.perf_counter() - started)
-    if not are_kept:
+    path = WORK / f"names_{num_names}.npy"
+    if not path.exists():
+        started = time.perf_counter()
+        np.save(path, encoder.encode(all_titles.take(chosen).to_pylist()))
+        rate = num_names / (time.perf_counter() - started)
         value = {"names_per_s": round(rate), "hours_of_all": round(len(all_titles) / rate / 3600, 1)}
         results.note({"dense.embedding": value}, f"{num_names} random titles in float32, of {len(all_titles)}")
+    names: FloatArray = np.load(path, mmap_mode="r")
     forms = forms_of_dev(data)
     queries = encoder.encode([forms[row] for row in random.choice(len(forms), NUM_QUERIES, replace=False)])
     what = f"{NUM_QUERIES} surface forms of WikiDiverse dev, {LIMIT} asked for, settings of the package"
@@ -83,22 +86,13 @@ def main(
         (WORK / "synthetic.bin").unlink(missing_ok=True)
 
 
-def embedded(encoder: MentionEncoder, names: list[str], path: Path) -> FloatArray:
-    """Return the embeddings (N, E) of names, from a file if they are there."""
-    if not path.exists():
-        np.save(path, encoder.encode(names))
-    vectors: FloatArray = np.load(path, mmap_mode="r")
-    return vectors
-
-
 def synthetic(names: FloatArray, num_vectors: int, random: np.random.Generator) -> FloatArray:
     """Return many vectors (M, E), mapped from a file: given ones in turn, with noise."""
     shape = (num_vectors, names.shape[1])
     vectors: FloatArray = np.memmap(WORK / "synthetic.bin", np.float32, "w+", shape=shape)
     length = typical_distance(names)
-    for start in range(0, num_vectors, CHUNK):
-        rows = np.arange(start, min(start + CHUNK, num_vectors)) % len(names)
-        vectors[start : start + len(rows)] = with_noise(names[rows], length, random)
+    for part in chunks(num_vectors, CHUNK):
+        vectors[part] = with_noise(names[np.arange(part.start, part.stop) % len(names)], length, random)
     return vectors
 
 
@@ -134,29 +128,14 @@ def measured(vectors: FloatArray, queries: FloatArray) -> dict[str, float]:
         begun = time.perf_counter()
         found.append({row for row, _ in index.nearest(query[None], LIMIT)[0]})
         clock.append(1000 * (time.perf_counter() - begun))
-    truth = exact(vectors, queries)
+    parts = (np.ascontiguousarray(vectors[part]) for part in chunks(len(vectors), CHUNK))
+    _, nearest = knn_ground_truth(queries, parts, NUM_TRUE, faiss.METRIC_INNER_PRODUCT, ngpu=0)  # type: ignore[no-untyped-call]
+    truth = list(zip(nearest.tolist(), found, strict=True))
     return {
         "build_seconds": round(seconds, 1),
         "bytes_per_vector": round(sum(path.stat().st_size for path in directory.iterdir()) / len(vectors), 1),
         "query_ms_median": round(float(np.median(clock)), 2),
         "query_ms_p99": round(float(np.percentile(clock, 99)), 2),
-        "recall_of_nearest": round(
-            float(np.mean([rows[0] in near for rows, near in zip(truth, found, strict=True)])), 3
-        ),
-        f"recall_of_nearest_{NUM_TRUE}": round(
-            float(np.mean([len(near & set(rows)) / NUM_TRUE for rows, near in zip(truth, found, strict=True)])), 3
-        ),
+        "recall_of_nearest": mean([rows[0] in near for rows, near in truth], 3),
+        f"recall_of_nearest_{NUM_TRUE}": mean([len(near & set(rows)) / NUM_TRUE for rows, near in truth], 3),
     }
-
-
-def exact(vectors: FloatArray, queries: FloatArray) -> list[list[int]]:
-    """Return the nearest vectors of each query, best first, by comparing it with all."""
-    cosines, rows = np.full((len(queries), 0), 0, np.float32), np.zeros((len(queries), 0), np.int64)
-    for start in range(0, len(vectors), 1 << 18):
-        part = np.ascontiguousarray(vectors[start : start + (1 << 18)])
-        of_part, numbers = faiss.knn(queries, part, NUM_TRUE, metric=faiss.METRIC_INNER_PRODUCT)
-        cosines, rows = np.hstack([cosines, of_part]), np.hstack([rows, numbers + start])
-        best = np.argsort(-cosines, axis=1, kind="stable")[:, :NUM_TRUE]
-        cosines, rows = np.take_along_axis(cosines, best, 1), np.take_along_axis(rows, best, 1)
-    nearest: list[list[int]] = rows.tolist()
-    return nearest

@@ -59,10 +59,8 @@ def main(data: tyro.conf.Positional[Path], *, num_mentions: int = 150) -> None:
 
 
 def link(linker: Linker, rows: list[Row]) -> None:
-    """Link mentions as a shard is."""
-    mentions, features = mentions_of(rows), [None] * len(rows)
-    _, retrieved = linker.prepare(mentions, features)
-    linker.generator.generate(mentions, features, retrieved)
+    """Link mentions without pictures."""
+    linker.link(mentions_of(rows), [None] * len(rows))
 
 
 class Sampler(threading.Thread):

@@ -11,7 +11,6 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -133,23 +132,21 @@ def _join_cluster(address: str, options: Mapping[str, Any]) -> None:
 def _start_ray(options: Mapping[str, Any]) -> None:
     """Start Ray on this machine; Ray has no exception class of its own for failures."""
     os.environ.pop("RAY_ADDRESS", None)  # it may be `local`, or set and empty
-    start = partial(ray.init, address="local", num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False, **options)
-    try:
+    for may_try_again in (True, False):
         try:
-            start()
+            ray.init(address="local", num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False, **options)
+            return
         except Exception as error:
-            if "AF_UNIX" in str(error):
-                raise
+            path_is_too_long = "AF_UNIX" in str(error)
+            if path_is_too_long or not may_try_again:
+                remedy = (
+                    "set TMPDIR, or RAY_TMPDIR, to a directory with a shorter path"
+                    if path_is_too_long
+                    else "see that the machine is not overloaded and that `ulimit -n` is at least 1024, then try again"
+                )
+                raise ConfigurationError(f"Ray cannot be started on this machine: {remedy} ({error})") from error
             logger.warning("Ray did not start and is started once more: %s", error)
             ray.shutdown()  # on a busy machine its processes may need longer than it waits for them
-            start()
-    except Exception as error:
-        remedy = (
-            "set TMPDIR, or RAY_TMPDIR, to a directory with a shorter path"
-            if "AF_UNIX" in str(error)
-            else "see that the machine is not overloaded and that `ulimit -n` is at least 1024, then try again"
-        )
-        raise ConfigurationError(f"Ray cannot be started on this machine: {remedy} ({error})") from error
 
 
 def rows_of(batches: Iterable[pa.Table]) -> Iterator[dict[str, Any]]:
