@@ -83,7 +83,7 @@ def main(data: tyro.conf.Positional[Path], *, num_train: int = NUM_WIKIDIVERSE) 
             results[f"feature.{corpus}.{name}"] = value
     what = (
         f"{corpora}; fitted on {num_train} training mentions of WikiDiverse without their own groups, {NUM_EMOJI} of "
-        "emoji without their own artists, and again with a third of the entities unseen, and "
+        "emoji without their own artists, and again with a sixth of the entities unseen, and "
         f"{NUM_GAZETTEER} of the gazetteer"
     )
     file.note(results, what)

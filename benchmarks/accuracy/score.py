@@ -101,7 +101,7 @@ def fitted(linker: Linker, data: Path, num_train: int, num_asked: int) -> ScoreW
     asked = sorted(random.Random(SEED).sample(unsure, num_asked), key=lambda row: rows[row]["mention"])
     what = {
         "corpora": f"training mentions: {num_train} of WikiDiverse, {NUM_EMOJI} of emoji, "
-        f"{NUM_GAZETTEER} of the gazetteer",
+        f"again with a sixth of the entities unseen, {NUM_GAZETTEER} of the gazetteer",
         "language_model": Path(linker.config.language_model.name).name,
     }
     asked_path = WORK / f"asked_{num_train}_{num_asked}.parquet"

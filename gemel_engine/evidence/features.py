@@ -6,7 +6,9 @@ a mention lacks, such as pictures, has no effect, and entities outside the pool 
 What form and name have in common says less, the more training mentions say what the form means:
 "American" means the United States more often than Americans. So these features are divided by the
 square root of 1 + the number of the form's training mentions. An entity that no training mention of
-any form means is not one that the form does not mean: it gets back a part of what the others gain.
+any form means is not one that the form does not mean: it gets back a part of what the others gain,
+the more, the rarer such entities are in the pool. Among millions of names nearly every rival has no
+training mention, and that says nothing of it.
 
 Shapes: N candidates, F features.
 """
@@ -24,7 +26,7 @@ from gemel_engine.evidence.normal_form import normal_form, without_qualifier
 
 FEATURES = (
     "form_prior",  # log of the number of the form's training mentions that mean the entity, smoothed
-    "unseen_entity",  # as form_prior for the whole form, where no training mention means the entity
+    "unseen_entity",  # form_prior of all the form's mentions, where none means the entity; times the share of others
     "equal_name",  # the name or an alias; divided, as all up to similar_name
     "equal_base_name",  # the name without its qualifier
     "initials",
@@ -53,10 +55,12 @@ def features_of(form: str, names: Sequence[str], reasons: Sequence[Mapping[str, 
     words = set(normal.split())
     num_mentions = sum(known.get("form", 0.0) for known in reasons)
     novelty = 1 / math.sqrt(1 + num_mentions)
+    share_seen = sum("frequency" in known for known in reasons) / max(1, len(reasons))
+    unseen = share_seen * math.log1p(num_mentions / _SMOOTHING)
     rows = [
         [
             math.log1p(known.get("form", 0.0) / _SMOOTHING),
-            0.0 if "frequency" in known else math.log1p(num_mentions / _SMOOTHING),
+            0.0 if "frequency" in known else unseen,
             novelty * max(known.get("name", 0.0), known.get("alias", 0.0)),
             novelty * known.get("base_name", 0.0),
             novelty * float("initials" in known),

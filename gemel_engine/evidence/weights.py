@@ -28,7 +28,7 @@ from gemel_engine.knowledge_base.store import KnowledgeBase
 from gemel_engine.storage.manifest import claimed, parse_manifest, read_manifest, write_manifest
 
 MANIFEST = "score.json"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 SHIPPED = Path(__file__).parent  # weights for users without labelled mentions
 
 Weight = Annotated[float, Field(ge=-1e6, le=1e6)]

@@ -41,6 +41,7 @@ def test_what_is_not_known_is_not_said() -> None:
 def test_every_feature_has_words() -> None:
     everything = ScoreWeights(features=dict.fromkeys(FEATURES, 1.0), language_model=1.0, risks=(), fitted_on={})
     known = dict.fromkeys(WEIGHTS_OF_SOURCES.keys() - {"frequency"}, 1.0)
-    found = arguments("Paris", {"Q1": ("Paris", known)}, ["Q1", "Q2"], [None, None], everything)
+    pool = {"Q1": ("Paris", known), "Q3": ("Lyon", {"frequency": 1.0})}
+    found = arguments("Paris", pool, ["Q1", "Q2"], [None, None], everything)
     assert len(found) == len(FEATURES)
     assert all(item.difference > 0 and "the first" in item.words for item in found)

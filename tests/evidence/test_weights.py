@@ -64,10 +64,16 @@ def test_an_entity_without_training_mentions_gets_back_what_those_of_the_form_gi
     assert features[:, FEATURES.index("unseen_entity")].tolist() == [
         0.0,
         0.0,
-        features[0, FEATURES.index("form_prior")],
+        pytest.approx(features[0, FEATURES.index("form_prior")] * 2 / 3),  # two of three have training mentions
     ]
-    nowhere = features_of("Paris", ["Paris", "Lyon"], [{"frequency": 1.0}, {}])
-    assert not nowhere[:, FEATURES.index("unseen_entity")].any()
+    unknown_form = features_of("Paris", ["Paris", "Lyon"], [{"frequency": 1.0}, {}])
+    assert not unknown_form[:, FEATURES.index("unseen_entity")].any()
+
+
+def test_among_many_names_without_training_mentions_an_unseen_entity_gets_little_back() -> None:
+    reasons = [{"form": 3.0, "frequency": 5.0}, *[{} for _ in range(9)]]
+    features = features_of("Paris", ["Paris", *["Paris, Texas"] * 9], reasons)
+    assert features[1, FEATURES.index("unseen_entity")] == pytest.approx(features[0, FEATURES.index("form_prior")] / 10)
 
 
 def test_an_equal_name_is_worth_as_much_as_an_equal_alias() -> None:
