@@ -35,12 +35,12 @@ def is_run_here(config: LinkConfig, remaining: Sequence[Shard]) -> bool:
         count_rows(remaining) <= _MOST_ROWS
         and all(pool.max_actors == 1 and not pool.num_gpus for pool in pools)
         and config.language_model.tensor_parallel_size == 1
-        and not asks_for_ray()
+        and not _asks_for_ray()
         and not storage.list_files(RunDirectory(config.output).marks)
     )
 
 
-def asks_for_ray() -> bool:
+def _asks_for_ray() -> bool:
     """Return whether the environment asks for Ray, or this process has started it."""
     ray = sys.modules.get("ray")
     return any(map(os.environ.get, _ASK_FOR_RAY)) or (ray is not None and ray.is_initialized())

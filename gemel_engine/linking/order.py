@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from gemel_engine import storage
 from gemel_engine.config.settings import LinkConfig
-from gemel_engine.linking.here import asks_for_ray
 from gemel_engine.linking.stages import read_with_places, write_ordered
 from gemel_engine.pipeline.corpus import Shard, count_rows, order_by_surface_form, plan_shards, recut
 from gemel_engine.pipeline.output import RunDirectory, load_plan, save_plan
@@ -39,7 +38,7 @@ def ordered_plan(config: LinkConfig, plan: list[Shard]) -> list[Shard]:
     name = uuid.uuid4().hex
     directory = f"{RunDirectory(config.output).ordered}/{name}"
     ranges = _placed_ranges(plan, places)
-    if len(places) <= _MOST_ROWS_HERE and not asks_for_ray():
+    if len(places) <= _MOST_ROWS_HERE:
         _sort_here(ranges, directory, rows_per_shard, rows_per_block)
     else:
         from gemel_engine.linking.on_ray import sort_on_ray

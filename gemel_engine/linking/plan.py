@@ -27,7 +27,6 @@ from gemel_engine.fingerprints import Contents
 from gemel_engine.linking.capacity import ClusterPlan, Estimate, StageCost, Workload, draw_windows
 from gemel_engine.linking.job import checked_plan, settled
 from gemel_engine.linking.on_ray import receipts_on_ray
-from gemel_engine.linking.order import ordered_plan
 from gemel_engine.linking.progress import Tally
 from gemel_engine.pipeline.corpus import (
     Shard,
@@ -55,8 +54,8 @@ class Sample:
         rows: Number of rows of each window, in the order in which they were linked. The first
             window is the warm-up: an engine's first batch takes longer.
         stage_seconds: Seconds that the actor of each stage spent on each window.
-        first_seconds: Seconds until the first window was done: start of Ray, sort, start of the
-            actors, and the window itself.
+        first_seconds: Seconds until the first window was done: start of Ray and of the actors, and the
+            window itself.
         tally: Sum of the receipts of all windows.
         output_bytes: Size of the output of all windows as one Parquet file; separate files would be
             mostly metadata.
@@ -82,7 +81,7 @@ class RunPlan:
         sample_rows: Number of rows of all windows.
         num_windows: Number of windows that were linked.
         rows_per_shard: Setting of the configuration, on which the predictions depend.
-        start_seconds: Seconds before the first row: checks, Ray, sort of a small corpus, models.
+        start_seconds: Seconds before the first row: checks, Ray, models.
         stage_costs: Fitted cost of each stage.
         seconds_per_row: Predicted seconds per row for one actor of each stage, in shards of
             `rows_per_shard`.
@@ -225,8 +224,6 @@ def link_windows(
         started = time.monotonic()
         connect(quiet=not is_verbose())
         drawn = plan_shards(sampled.input, longest)
-        if len(plan) > 1:
-            ordered_plan(sampled, drawn)  # only to measure its time: the result is not used
         tallies: dict[int, Tally] = {}
         whole, first_seconds = Tally(), 0.0
         with closing(

@@ -29,6 +29,7 @@ from gemel_engine.config.resources import PoolSettings
 from gemel_engine.config.settings import LinkConfig
 from gemel_engine.errors import ConfigurationError, InputError
 from gemel_engine.linker import Linker
+from gemel_engine.linking import order
 from gemel_engine.linking.job import link_corpus
 from gemel_engine.linking.order import ordered_plan
 from gemel_engine.linking.report import LinkReport
@@ -164,7 +165,8 @@ def imported_by_link(*arguments: object) -> set[str]:
     return set(finished.stdout.rpartition("imported:")[2].split())
 
 
-def test_ray_sorts_by_surface_form(linked: Linked, tmp_path: Path) -> None:
+def test_ray_sorts_by_surface_form(linked: Linked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(order, "_MOST_ROWS_HERE", 0)
     corpus, expected = write_unsorted(tmp_path / "corpus")
     config = replace(linked[1], input=str(corpus), output=str(tmp_path / "output"), rows_per_shard=6)
     plan = ordered_plan(config, plan_shards(config.input, 6))
