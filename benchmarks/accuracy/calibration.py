@@ -95,6 +95,7 @@ def main(data: tyro.conf.Positional[Path]) -> None:
     """
     results = ResultFile("calibration", {"DATA": data})
     for name, config, tables in (("wikidiverse", wikidiverse(data), data), ("emoji", emoji(), EMOJI)):
+        config = replace(config, input=str(tables / "dev.parquet"))
         rows = read_rows(tables / "dev.parquet")
         features: list[Features | None] = [None] * len(rows)
         if config.vision.image_encoder is not None:

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from gemel_engine.errors import InputError
+from gemel_engine.errors import InputError, shown
 from gemel_engine.knowledge_base.store import KnowledgeBase
 from gemel_engine.storage import parquet
 from gemel_engine.storage.columns import Column
@@ -20,9 +20,19 @@ _PICTURES = ("image_bytes", "image_uri", "image_features")
 
 
 def surface_forms(gold: pa.Table, predictions: pa.Table) -> list[str]:
-    """Return the surface form of each prediction; every prediction must have a gold row."""
+    """Return the surface form of each prediction; every prediction must have a gold row.
+
+    Raises:
+        InputError: A surface form is not known, since the input of the run has changed.
+    """
     form_of = dict(zip(gold["mention_id"].to_pylist(), gold["mention"].to_pylist(), strict=True))
-    return [form_of[mention_id] for mention_id in predictions["mention_id"].to_pylist()]
+    ids = predictions["mention_id"].to_pylist()
+    if (lost := next((mention_id for mention_id in ids if form_of[mention_id] is None), None)) is not None:
+        raise InputError(
+            f"the input of the run no longer has mention {shown(lost)}: restore it, or give labels with the columns "
+            "mention and text"
+        )
+    return [form_of[mention_id] for mention_id in ids]
 
 
 def read_gold(

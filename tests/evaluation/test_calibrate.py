@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import brier_score_loss, roc_auc_score
@@ -17,6 +18,7 @@ from gemel_engine.decoding.confidence import EVIDENCE, Calibration, evidence_of,
 from gemel_engine.errors import ArtifactError, ConfigurationError, InputError
 from gemel_engine.evaluation.answers import Answers
 from gemel_engine.evaluation.calibrate import fit_calibration, fit_logistic, held_out
+from gemel_engine.evaluation.gold import surface_forms
 from gemel_engine.evaluation.quality import quality
 from gemel_engine.evidence.weights import ScoreWeights
 from gemel_engine.types import Candidate, PoolEntity, Prediction
@@ -185,6 +187,13 @@ def test_a_fifth_of_the_surface_forms_is_held_out() -> None:
     found = held_out([*FORMS, *FORMS])
     assert len(found) == 120
     assert found == held_out(FORMS[::-1])
+
+
+def test_a_mention_that_the_input_has_lost_is_named() -> None:
+    gold = pa.table({"mention_id": ["m0", "m1"], "mention": ["Paris", None]})
+    assert surface_forms(gold, pa.table({"mention_id": ["m0"]})) == ["Paris"]
+    with pytest.raises(InputError, match="the input of the run no longer has mention 'm1'"):
+        surface_forms(gold, pa.table({"mention_id": ["m0", "m1"]}))
 
 
 def test_only_final_answers_are_judged() -> None:

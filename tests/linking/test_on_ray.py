@@ -61,7 +61,7 @@ def test_vllm_links_like_the_reference_on_s3(
         storage.write_bytes(f"{prefix}/kb/{relative}", file.read_bytes())
     path = tmp_path / "s3.toml"
     path.write_text(toml(artifacts | {"knowledge_base": f"{prefix}/kb"}, f"{prefix}/in", f"{prefix}/out", "vllm"))
-    finished = run_job(path, "--resources.retrieval.max-actors", "2", *(SHARED_GPU if device == "cuda" else []))
+    finished = run_job(path, *(SHARED_GPU if device == "cuda" else []), RAY_ADDRESS="local")
     assert finished.returncode == 0, finished.stderr[-3000:]
     local = tmp_path / "local.toml"
     local.write_text(toml(artifacts, mentions, tmp_path / "output"))
