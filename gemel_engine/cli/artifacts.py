@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from tyro.conf import Positional, arg
+from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from gemel_engine.config.bounds import Count, NumBytes, NumPixels, Seed
-from gemel_engine.errors import InputError
+from gemel_engine.cli.knowledge_bases import EncoderOptions
+from gemel_engine.config.bounds import Count, Seed
+from gemel_engine.errors import ConfigurationError, InputError
 
 Entities = Annotated[Positional[str], arg(metavar="ENTITIES")]
 Mentions = Annotated[Positional[str], arg(metavar="MENTIONS")]
@@ -29,13 +30,7 @@ def build_demonstrations(
     entities: Entities,
     output_dir: OutputDir,
     *,
-    mention_encoder: str,
-    image_encoder: str | None = None,
-    image_encoder_pretrained: str | None = None,
-    device: str = "cpu",
-    max_image_pixels: NumPixels = 50_000_000,
-    allowed_image_prefixes: tuple[str, ...] = (),
-    max_image_bytes: NumBytes = 20_000_000,
+    encoders: OmitArgPrefixes[EncoderOptions],
     columns: tuple[str, ...] = (),
 ) -> None:
     """Build a demonstration index from a training split.
@@ -46,16 +41,9 @@ def build_demonstrations(
             `image_features`, `image_bytes`, `image_uri` are optional.
         entities: Table with the columns `entity_id` and `name`, in the same formats.
         output_dir: Local directory; an existing index in it is replaced.
-        mention_encoder: Sentence encoder of surface forms: local directory, or name on the hub.
-        image_encoder: open_clip architecture, or local directory; None: no picture files are read.
-        image_encoder_pretrained: Name of open_clip's weights, if the encoder is an architecture.
-        device: torch device of both encoders.
-        max_image_pixels: Maximum number of pixels of a decoded picture; a larger one is unusable.
-        allowed_image_prefixes: Allowed prefixes of an `image_uri`, local, s3:// or https://.
-        max_image_bytes: Maximum size of an image file in bytes; a larger one is unusable.
+        encoders: Models of surface forms, which is needed, and of pictures.
         columns: Names of columns of the mentions where they differ: mention=surface entity_id=label.
     """
-    from gemel_engine.config.components import ImagePolicy
     from gemel_engine.importers.table import parse_columns
     from gemel_engine.retrieval.encoder import MentionEncoder
     from gemel_engine.retrieval.index import DemonstrationIndex
@@ -65,15 +53,16 @@ def build_demonstrations(
 
     started = time.perf_counter()
     names = parse_columns(columns, tuple(MENTION_COLUMNS))
-    pictures = None
-    if image_encoder is not None:
-        encoder = ImageEncoder(image_encoder, pretrained=image_encoder_pretrained, device=device)
-        policy = ImagePolicy(allowed_image_prefixes, max_image_bytes)
-        pictures = PictureReader(encoder, policy, max_image_pixels)
+    models, pictures = encoders.encoders(), None
+    if models.mention_encoder is None:
+        raise ConfigurationError("--mention-encoder is missing: name the sentence encoder of surface forms")
+    if models.image_encoder is not None:
+        encoder = ImageEncoder(models.image_encoder, pretrained=models.image_encoder_pretrained, device=models.device)
+        pictures = PictureReader(encoder, models.images, models.max_image_pixels)
     index = DemonstrationIndex.build(
         output_dir,
         read_demonstrations(mentions, read_names(entities), pictures, names),
-        MentionEncoder(mention_encoder, device=device),
+        MentionEncoder(models.mention_encoder, device=models.device),
         image_encoder_fingerprint=None if pictures is None else pictures.encoder.fingerprint,
     )
     built, seconds = index.metadata, time.perf_counter() - started

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from tyro.conf import Positional, arg
 
 from gemel_engine.cli import options
-from gemel_engine.config.bounds import Amount, Count, CountOrZero, Fraction, Seed
+from gemel_engine.config.bounds import Amount, Count, CountOrZero, Fraction, NumBytes, Seed
 from gemel_engine.errors import ConfigurationError, InputError
 
 if TYPE_CHECKING:
@@ -120,7 +120,8 @@ def plan(arguments: Sequence[str]) -> None:
     from gemel_engine.pipeline.corpus import check_columns
 
     sampling, config = options.asked(Sampling, LinkConfig, "gemel plan", arguments)
-    check_columns(config.input, config.vision.required_columns, config.columns.given())
+    if not config.find_mentions:  # else the input has documents
+        check_columns(config.input, config.vision.required_columns, config.columns.given())
 
     from rich.console import Console
 
@@ -199,7 +200,7 @@ def evaluate(
     entities: str | None = None,
     gallery_size: CountOrZero = 60,
     allowed_image_prefixes: tuple[str, ...] = (),
-    max_image_bytes: int = 20_000_000,
+    max_image_bytes: NumBytes = 20_000_000,
 ) -> None:
     """Evaluate a finished linking run against gold labels.
 

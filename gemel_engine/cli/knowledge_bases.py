@@ -52,11 +52,11 @@ class NameOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncoderOptions:
-    """Models that compute embeddings and picture features of entities, in a Ray job.
+    """Models that compute embeddings and picture features.
 
     Attributes:
-        mention_encoder: Sentence encoder of names, aliases and descriptions: local directory, or
-            name on the model hub; without one, the evidence has no embeddings.
+        mention_encoder: Sentence encoder of names, aliases, descriptions and surface forms: local
+            directory, or name on the model hub; without one, a knowledge base has no embeddings.
         image_encoder: open_clip architecture, or local directory in open_clip's layout; without
             one, only pictures in `image_features` are used.
         image_encoder_pretrained: Name of open_clip's weights, if the encoder is an architecture.

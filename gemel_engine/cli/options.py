@@ -8,6 +8,7 @@ import io
 import locale
 import logging
 import os
+import re
 import select
 import signal
 import sys
@@ -38,6 +39,7 @@ The file must contain the required settings. Name a file before `--help` to see 
 _BASIC = "These are the basic settings; `--help-all` lists all of them.\n\n"
 
 
+_ADDRESS = re.compile("[a-z0-9]+:/")
 _LONG_LAYOUT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
@@ -124,13 +126,16 @@ def checked(function: Callable[..., None]) -> Callable[..., None]:
     """Return a command that validates its options against the bounds of their types before it runs.
 
     Raises:
-        ConfigurationError: Raised by the returned function if an option is out of bounds.
+        ConfigurationError: Raised by the returned function if an option is out of bounds, or an
+            address where a local path is needed.
     """
     signature, hints = inspect.signature(function), get_type_hints(function, include_extras=True)
 
     @wraps(function)
     def call(*arguments: object, **options: object) -> None:
         for name, value in signature.bind(*arguments, **options).arguments.items():
+            if isinstance(value, Path) and _ADDRESS.match(str(value)):  # a path has one of its two slashes
+                raise ConfigurationError(f"--{name.replace('_', '-')} is {str(value)!r}: give a local path")
             try:
                 TypeAdapter(hints[name]).validate_python(
                     asdict(value) if is_dataclass(value) and not isinstance(value, type) else value

@@ -310,7 +310,7 @@ class VisionSettings:
     feature_mapper: Address | None = None
     batch_size: Count = 32
     max_image_pixels: NumPixels = 50_000_000
-    device: str = "cpu"
+    device: Literal["cpu", "cuda"] = "cpu"
 
     @property
     def required_columns(self) -> tuple[str, ...]:

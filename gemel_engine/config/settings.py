@@ -83,7 +83,7 @@ class JobConfig:
                 "demonstrations need retrieval.mention_encoder, the encoder that their index was built with"
             )
         device, share = self.vision.device, self.resources.images.num_gpus
-        if self.vision.image_encoder is not None and device.startswith("cuda") != (share > 0):
+        if self.vision.image_encoder is not None and (device == "cuda") != (share > 0):
             raise ValueError(
                 f"vision.device is {device!r} and resources.images.num_gpus {share:g}: an image encoder on a GPU "
                 "needs a share of one, such as 0.25, and one on a CPU needs none"

@@ -162,12 +162,9 @@ class EntityNameGenerator:
     def _task(
         self, mention: Mention, features: Features | None, retrieved: Retrieved, earlier: Prediction | None
     ) -> NameTask | ScoreTask:
-        if self.weights is None or not self._uses_score(retrieved):
+        if self.weights is None or not retrieved.candidates:
             return NameTask(self, mention, features, retrieved, earlier)
         return ScoreTask(self, mention, features, retrieved, self.weights, self._threshold, earlier)
-
-    def _uses_score(self, retrieved: Retrieved) -> bool:
-        return self.weights is not None and bool(retrieved.candidates)
 
     def prompt(
         self, mention: Mention, features: Features | None, retrieved: Retrieved

@@ -200,7 +200,7 @@ def _last_that_fit(blocks: Sequence[Block], room: int) -> range:
 def _check(settings: PromptSettings) -> None:
     try:
         filled = settings.template.format(text="\x01", mention="\x02")
-    except (KeyError, IndexError, ValueError) as error:
+    except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
         raise ConfigurationError(f"prompt.template {settings.template!r} is malformed: {error!r}") from error
     if "\x01" not in filled or "\x02" not in filled:
         raise ConfigurationError(f"prompt.template {settings.template!r} must hold the fields {{text}} and {{mention}}")

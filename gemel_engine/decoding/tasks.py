@@ -316,9 +316,10 @@ class ScoreTask(MentionTask[EntitySearchResult]):
             InvalidMentionError: The mention's own candidates are not in the knowledge base.
         """
         self._scope = scope = Scope.of(self._generator.artifacts.knowledge_base, self._mention)
-        allowed = [item for item in self._retrieved.candidates if scope.numbers(item.row)]
-        rows, reasons = [item.row for item in allowed], [item.reasons for item in allowed]
-        self._bonuses = bonuses_of(self._mention.mention, rows, reasons, self._weights, scope.knowledge_base)
+        pool = self._retrieved.candidates  # in full: what a feature says depends on the other candidates
+        rows, reasons = [item.row for item in pool], [item.reasons for item in pool]
+        bonuses = bonuses_of(self._mention.mention, rows, reasons, self._weights, scope.knowledge_base)
+        self._bonuses = {row: bonus for row, bonus in bonuses.items() if scope.numbers(row)}
 
     def _again(self) -> Prediction | None:
         """Return the earlier prediction in its new order; None if the order is not proved."""

@@ -105,7 +105,7 @@ class RankedAnswers:
         for prediction, form, gold, weights in zip(
             self._predictions, self._forms, self._gold, self._weights, strict=True
         ):
-            without = gold if form in held_out else None
+            without = gold if form in held_out and prediction.pool else None
             found = list(self._ranked(prediction, form, weights, without))
             predictions += found
             forms += [form] * len(found)
@@ -116,7 +116,10 @@ class RankedAnswers:
     def _ranked(
         self, prediction: Prediction, form: str, weights: ScoreWeights, without: str | None
     ) -> Iterator[Prediction]:
-        """Yield the answer by evidence, then that by the score, as far as there are candidates."""
+        """Yield the answer by evidence, then that by the score; that of the language model where there is no pool."""
+        if not prediction.pool:
+            yield prediction
+            return
         knowledge_base = self._scope.knowledge_base
         pool = tuple(item for item in prediction.pool if item.entity_id != without)
         rows = [row for item in pool if (row := knowledge_base.row_of_entity(item.entity_id)) is not None]

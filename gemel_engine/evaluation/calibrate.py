@@ -63,7 +63,7 @@ def calibrate_run(linked: LinkedRun, *, gold: str | None = None, nil_precision: 
     """
     linked.check_knowledge_base()
     corpus = linked.settings["input"]
-    labelled = read_gold(gold or corpus, corpus, stored_names=linked.stored_names)
+    labelled = read_gold(gold or corpus, corpus, stored_names=linked.stored_names, with_pictures=False)
     if "candidate_ids" in labelled.column_names and labelled["candidate_ids"].null_count < len(labelled):
         raise InputError(
             "some mentions of the run have candidate_ids, and a search over a few names gives other evidence than one "

@@ -40,6 +40,7 @@ def read_gold(
     linked: str | None = None,
     *,
     stored_names: Mapping[str, str] | None = None,
+    with_pictures: bool = True,
     with_digests: bool = False,
 ) -> pa.Table:
     """Read the small columns of mentions with gold labels.
@@ -50,24 +51,26 @@ def read_gold(
             `candidate_ids` is read from it alone, and so is every other column if the labels have
             no `text`.
         stored_names: The run's `columns`; labels may also have the engine's own names.
-        with_digests: Whether to read all pictures and compute their digests.
+        with_pictures: Whether to read all pictures, to know which mentions have one.
+        with_digests: Whether to compute the digests of pictures, which are read then.
 
     Returns:
-        Table with columns `mention_id`, `entity_id`, `has_picture` and, where they exist,
-        `mention`, `text`, `candidate_ids`, `image_uri` and `image_digest` (of `image_bytes`).
+        Table with columns `mention_id`, `entity_id` and, where they exist, `mention`, `text`,
+        `candidate_ids`, `image_uri`, `has_picture` and `image_digest` (of `image_bytes`).
 
     Raises:
         InputError: The mentions have no labels.
     """
     columns = mention_columns(stored_names or {}, or_own=True)
-    labels = _small_columns(uri, columns, with_digests=with_digests, with_labels=True)
+    pictures = {"with_pictures": with_pictures or with_digests, "with_digests": with_digests}
+    labels = _small_columns(uri, columns, **pictures, with_labels=True)
     if linked is None or linked == uri:
         return labels
     ours = [name for name in labels.column_names if name != "candidate_ids"]
     labels = labels.select(ours if "text" in ours else ["mention_id", "entity_id"])
     ids = labels["mention_id"].combine_chunks()
-    with_digests &= "image_digest" not in labels.column_names
-    described = _small_columns(linked, columns, ids, with_digests=with_digests)
+    pictures["with_digests"] &= "image_digest" not in labels.column_names
+    described = _small_columns(linked, columns, ids, **pictures)
     place = pc.index_in(ids, described["mention_id"].combine_chunks())
     for name in described.column_names:
         if name not in labels.column_names:
@@ -80,6 +83,7 @@ def _small_columns(
     columns: Mapping[str, Column],
     wanted: pa.Array | None = None,
     *,
+    with_pictures: bool,
     with_digests: bool,
     with_labels: bool = False,
 ) -> pa.Table:
@@ -88,7 +92,7 @@ def _small_columns(
     Raises:
         InputError: `with_labels` is set and there is no column `entity_id`.
     """
-    tables = []
+    tables, read = [], (*_GOLD_COLUMNS, *(_PICTURES if with_pictures else ()))
     for table in parquet.open_tables(uri, columns, ["mention_id"]):
         if with_labels and "entity_id" not in table.names:
             raise InputError(
@@ -96,20 +100,25 @@ def _small_columns(
                 "with gold labels"
             )
         tables += [
-            _described(piece if wanted is None else piece.filter(pc.is_in(piece["mention_id"], wanted)), with_digests)
-            for piece in table.pieces((*_GOLD_COLUMNS, *_PICTURES))
+            _described(
+                piece if wanted is None else piece.filter(pc.is_in(piece["mention_id"], wanted)),
+                with_pictures=with_pictures,
+                with_digests=with_digests,
+            )
+            for piece in table.pieces(read)
         ]
     return pa.concat_tables(tables, promote_options="default")
 
 
-def _described(mentions: pa.Table, with_digests: bool) -> pa.Table:
+def _described(mentions: pa.Table, *, with_pictures: bool, with_digests: bool) -> pa.Table:
     """Select the small columns of mentions, and add `has_picture` and `image_digest`."""
     table = mentions.select([name for name in _GOLD_COLUMNS if name in mentions.column_names])
-    has_picture = np.zeros(len(mentions), bool)
-    for name in _PICTURES:
-        if name in mentions.column_names:
-            has_picture |= mentions[name].is_valid().to_numpy()
-    table = table.append_column("has_picture", pa.array(has_picture))
+    if with_pictures:
+        has_picture = np.zeros(len(mentions), bool)
+        for name in _PICTURES:
+            if name in mentions.column_names:
+                has_picture |= mentions[name].is_valid().to_numpy()
+        table = table.append_column("has_picture", pa.array(has_picture))
     if with_digests and "image_bytes" in mentions.column_names:
         digests = [_digest(value) for value in mentions["image_bytes"]]
         table = table.append_column("image_digest", pa.array(digests, pa.binary()))

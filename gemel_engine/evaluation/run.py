@@ -131,7 +131,7 @@ class JudgedRun:
 
     Attributes:
         evaluation: Accuracy of the run, in total and by kind of mention.
-        confidence: Quality of each score: `raw`, and `calibrated` if the run has a calibration.
+        confidence: Quality of `confidence` and of `probability`, as far as all rows have them.
         comparison: Comparison with another run; None if none was given.
         leaks: Overlap with the training split; None if none was given.
         knowledge_base_names: Number of names in the knowledge base.
@@ -187,7 +187,8 @@ def judge_run(
     evaluation, comparison = judge.evaluate(linked.predictions), None
     if against is not None:
         try:  # the run itself has been judged, so an error here is about the other one
-            others = read_gold(labels, against.settings["input"], stored_names=against.stored_names)
+            corpus, stored_names = against.settings["input"], against.stored_names
+            others = read_gold(labels, corpus, stored_names=stored_names, with_pictures=False)
             Judge(others, entities=entities, protocol=protocol)
             comparison = judge.compare(against.predictions, linked.predictions)
         except InputError as error:
@@ -203,14 +204,13 @@ def judge_run(
 
 
 def qualities(judge: Judge, predictions: pa.Table) -> dict[str, ConfidenceQuality]:
-    """Return the quality of each score of a run, over labelled rows without an error."""
+    """Return the quality of each column of probabilities, over labelled rows without an error."""
     judged, is_right, _ = judge.outcomes(predictions)
     has_answer = np.array(judged["error"].is_null())
     judged, is_right = judged.filter(has_answer), is_right[has_answer]
-    scores = {"calibrated": "confidence", "raw": "probability"}
     return {
-        name: quality(judged[column].to_numpy(), is_right)
-        for name, column in scores.items()
+        column: quality(judged[column].to_numpy(), is_right)
+        for column in ("confidence", "probability")
         if len(judged) and not judged[column].null_count
     }
 

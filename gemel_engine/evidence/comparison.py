@@ -71,7 +71,7 @@ def arguments(
 def _words(feature: str, difference: float, counts: Sequence[str]) -> str:
     if feature == "form_prior":
         return f"of the training mentions of this form {counts[0]} mean the first, {counts[1]} the second"
-    return _WORDS.get(feature, f"{{}} has more of {feature.replace('_', ' ')}").format(_better(difference))
+    return _WORDS[feature].format(_better(difference))
 
 
 def _better(difference: float) -> str:

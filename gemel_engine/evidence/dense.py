@@ -225,7 +225,7 @@ class DenseIndex:
             rows: Entities; those without a vector are not in the result.
         """
         order, entities = self._by_entity
-        first, last = (np.searchsorted(entities, np.array(rows), side) for side in ("left", "right"))
+        first, last = (np.searchsorted(entities, np.array(rows, entities.dtype), side) for side in ("left", "right"))
         num_vectors = last - first
         if not num_vectors.any():
             return {}

@@ -36,7 +36,7 @@ from gemel_engine.knowledge_base.store import KnowledgeBase
 from gemel_engine.knowledge_base.update_files import read_contents
 from gemel_engine.storage.manifest import file_sha256, read_manifest, write_manifest
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "evidence.json"
 DIRECTORY = "evidence"  # in the directory of the knowledge base
 NAMES: Final = "names"

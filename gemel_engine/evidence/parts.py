@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from gemel_engine.errors import InputError, MentionError, shown
 from gemel_engine.evidence.arrays import scratch_array
-from gemel_engine.evidence.dense import DenseIndex, DenseSettings
+from gemel_engine.evidence.dense import DenseIndex
 from gemel_engine.evidence.index import DESCRIPTIONS, NAMES, PICTURES
 from gemel_engine.evidence.pictures import PictureIndex
 from gemel_engine.retrieval.table import FloatArray
@@ -176,18 +176,17 @@ class VectorParts:
             return table.read(names)
 
 
-def index_parts(parts: VectorParts, directory: Path, num_rows: int, settings: DenseSettings | None = None) -> None:
+def index_parts(parts: VectorParts, directory: Path, num_rows: int) -> None:
     """Write the indexes of embeddings and pictures of an evidence index.
 
     Args:
         parts: The vectors; there may be none.
         directory: Directory of the evidence index.
         num_rows: Number of entities, S.
-        settings: How vectors are stored and searched; None: the defaults.
     """
     directory.mkdir(parents=True, exist_ok=True)
     scratch = directory / "vectors.tmp"
     for kind, index in INDEXES.items():
         with parts.vectors(kind, scratch) as found:
             if found is not None:
-                index.build(directory / kind, *found, num_rows, settings)
+                index.build(directory / kind, *found, num_rows)

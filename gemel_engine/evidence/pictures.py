@@ -130,11 +130,6 @@ class PictureIndex:
         return np.array(self.features[place])
 
     @property
-    def num_pictures(self) -> int:
-        """Number of pictures, N."""
-        return self.index.num_vectors
-
-    @property
     def width(self) -> int:
         """Vision width, C."""
         return self.index.width

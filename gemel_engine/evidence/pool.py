@@ -13,10 +13,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
 
-from gemel_engine.errors import ConfigurationError
 from gemel_engine.evidence.forms import FormStatistics
 from gemel_engine.evidence.index import EvidenceIndex
 from gemel_engine.evidence.normal_form import normal_form
@@ -33,6 +32,7 @@ MAX_TEXT = 1 << 16  # number of characters of a text that are searched
 _LONGEST_NAME = 6  # greatest number of words of a name that is looked up in a text
 _MAX_TEXT_WORDS = 64
 
+_SMOOTHING = 1.0  # added to each rank; a larger one gives first ranks less advantage
 # Weight of each source, chosen on WikiDiverse dev.
 WEIGHTS: Mapping[str, float] = MappingProxyType(
     {
@@ -57,32 +57,6 @@ WEIGHTS: Mapping[str, float] = MappingProxyType(
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CandidatePoolSettings:
-    """How candidates are chosen.
-
-    Attributes:
-        size: Greatest number of candidates of a mention.
-        depth: Greatest number of entities that a source proposes.
-        smoothing: Constant added to each rank; a larger one gives first ranks less advantage.
-        weights: Weight of each source; a missing source has weight 0.
-    """
-
-    size: int = 32
-    depth: int = 64
-    smoothing: float = 1.0
-    weights: Mapping[str, float] = field(default_factory=lambda: WEIGHTS)
-
-    def __post_init__(self) -> None:
-        if self.size < 1 or self.depth < 1 or self.smoothing < 0:
-            raise ConfigurationError(
-                f"pool: size is {self.size}, depth {self.depth}, smoothing {self.smoothing}; give at least 1, 1 and 0"
-            )
-        unknown = sorted(set(self.weights) - set(WEIGHTS))
-        if unknown:
-            raise ConfigurationError(f"pool: there is no source {unknown[0]!r}; name some of {', '.join(WEIGHTS)}")
-
-
 @dataclass(frozen=True, slots=True)
 class Pool:
     """The candidates of a mention.
@@ -103,18 +77,16 @@ class CandidatePool:
     Args:
         evidence: Evidence index of the knowledge base.
         forms: Statistics of the training mentions, with rows of that knowledge base; None: without.
-        settings: How candidates are chosen; None: the defaults.
+        size: Maximum number of candidates of a mention.
+        depth: Maximum number of entities that a source proposes.
     """
 
     def __init__(
-        self,
-        evidence: EvidenceIndex,
-        forms: FormStatistics | None = None,
-        settings: CandidatePoolSettings | None = None,
+        self, evidence: EvidenceIndex, forms: FormStatistics | None = None, *, size: int = 32, depth: int = 64
     ) -> None:
         self._evidence = evidence
         self._forms = forms or FormStatistics([], [], [])
-        self._settings = settings or CandidatePoolSettings()
+        self._size, self._depth = size, depth
 
     def pool(
         self,
@@ -140,7 +112,7 @@ class CandidatePool:
         for number, (mention, group) in enumerate(zip(mentions, groups, strict=True)):
             if features is not None and (picture := features[number]) is not None:
                 similar = self._forms.similar_pictures(normal_form(mention.mention), picture, group)
-                rankings[number]["training_picture"] = similar[: self._settings.depth]
+                rankings[number]["training_picture"] = similar[: self._depth]
         for source, found in self._by_vectors(form_embeddings, text_embeddings, features, groups):
             for ranking, entities in zip(rankings, found, strict=True):
                 ranking[source] = entities
@@ -176,7 +148,7 @@ class CandidatePool:
         )
 
     def _by_words(self, mention: Mention, group: str | None) -> dict[str, Ranking]:
-        form, text, depth = normal_form(mention.mention), normal_form(mention.text[:MAX_TEXT]), self._settings.depth
+        form, text, depth = normal_form(mention.mention), normal_form(mention.text[:MAX_TEXT]), self._depth
         rankings: dict[str, Ranking] = defaultdict(list)
         rankings["form"] = [(row, float(count)) for row, count in self._forms.entities(form, group)][:depth]
         for spelling in dict.fromkeys([form, form.removesuffix("s")]):
@@ -199,7 +171,7 @@ class CandidatePool:
                 for row, kind in self._evidence.dictionary.find(" ".join(words[start : start + length]), 2):
                     if kind != "base_name":
                         found.setdefault(row, float(length))
-        return list(found.items())[: self._settings.depth]
+        return list(found.items())[: self._depth]
 
     def _by_vectors(
         self,
@@ -208,7 +180,7 @@ class CandidatePool:
         features: Sequence[Features | None] | None,
         groups: Sequence[str | None],
     ) -> Iterable[tuple[str, list[Ranking]]]:
-        depth, evidence = self._settings.depth, self._evidence
+        depth, evidence = self._depth, self._evidence
         names, descriptions, pictures = evidence.names, evidence.descriptions, evidence.pictures
         if form_embeddings is not None:
             yield "similar_form", [found[:depth] for found in self._forms.nearest(form_embeddings, depth, groups)]
@@ -233,10 +205,10 @@ class CandidatePool:
             rankings = {**rankings, source: sorted(known, key=lambda pair: (-pair[1], pair[0]))}
         scores = dict.fromkeys(proposed, 0.0)
         reasons: dict[int, dict[str, float]] = {row: {} for row in proposed}
-        for source, weight in self._settings.weights.items():
+        for source, weight in WEIGHTS.items():
             for rank, (row, score) in enumerate(rankings.get(source, [])):
                 if source not in reasons[row]:  # a second spelling may find the same entity
-                    scores[row] += weight / (self._settings.smoothing + rank + 1)
+                    scores[row] += weight / (_SMOOTHING + rank + 1)
                     reasons[row][source] = score
-        best = sorted(proposed, key=lambda row: (-scores[row], row))[: self._settings.size]
+        best = sorted(proposed, key=lambda row: (-scores[row], row))[: self._size]
         return [PoolCandidate(row, scores[row], reasons[row]) for row in best]

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from gemel_engine.config.components import RetrievalSettings
 from gemel_engine.evidence.forms import FormStatistics
 from gemel_engine.evidence.index import EvidenceIndex
-from gemel_engine.evidence.pool import MAX_TEXT, CandidatePool, CandidatePoolSettings, Pool
+from gemel_engine.evidence.pool import MAX_TEXT, CandidatePool, Pool
 from gemel_engine.evidence.retrieved import PoolCandidate, PromptItem, Retrieved
 from gemel_engine.evidence.weights import ScoreWeights, bonuses_of
 from gemel_engine.knowledge_base.store import KnowledgeBase
@@ -63,7 +63,7 @@ class Retriever:
             if device == "cuda":
                 evidence.move_to_gpu()
             forms = None if index is None else FormStatistics.of_index(index, knowledge_base)
-            self._pool = CandidatePool(evidence, forms, CandidatePoolSettings(size=settings.num_candidates))
+            self._pool = CandidatePool(evidence, forms, size=settings.num_candidates)
             of_index = None if index is None else index.metadata.vision_width
             self._vision_width = of_index if evidence.pictures is None else evidence.pictures.width
 

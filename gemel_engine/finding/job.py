@@ -19,7 +19,6 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from gemel_engine import storage
@@ -34,10 +33,11 @@ from gemel_engine.fingerprints import Contents
 from gemel_engine.pipeline.corpus import Shard, count_rows, plan_identity
 from gemel_engine.pipeline.isolation import isolate
 from gemel_engine.pipeline.output import RunDirectory, claim_output, finished_shards
-from gemel_engine.pipeline.stages import without_invalid_text
+from gemel_engine.pipeline.stages import part_of, places_of, without_invalid_text
 from gemel_engine.storage import parquet
 from gemel_engine.storage.columns import IDENTIFIER, TEXT, Column
 from gemel_engine.storage.parquet import parquet_bytes
+from gemel_engine.verbosity import is_verbose
 
 logger = logging.getLogger(__name__)
 
@@ -91,17 +91,18 @@ def find_mentions(config: FindConfig) -> FindReport:
     started = time.monotonic()
     config, plan, contents = _checked(config)
     on_gpu = config.finder.device == "cuda"
-    stage = FindMentions(
-        replace(config, finder=replace(config.finder, device="cpu")), contents
-    )  # raises before any work
+    remaining, stage = _remaining(config.output, plan), None
+    if remaining:  # raises before any work
+        stage = FindMentions(replace(config, finder=replace(config.finder, device="cpu")), contents)
     claim_output(config.output, _identity(config, plan, contents))
-    remaining = _remaining(config.output, plan)
     if len(remaining) > 1 or (remaining and on_gpu):
         from gemel_engine.pipeline.ray_data import run_each
 
-        shards = [asdict(shard) for shard in remaining]
-        run_each(shards, FindMentions, (config, contents), num_cpus=_CPUS_PER_ACTOR, num_gpus=1 if on_gpu else 0)
-    elif remaining:
+        stage = None  # its model takes memory
+        shards, arguments, num_gpus = [asdict(shard) for shard in remaining], (config, contents), int(on_gpu)
+        quiet = not is_verbose()
+        run_each(shards, FindMentions, arguments, num_cpus=_CPUS_PER_ACTOR, num_gpus=num_gpus, quiet=quiet)
+    elif stage is not None:
         stage.search(remaining[0])
     report = _make_report(config.output, plan, remaining, time.monotonic() - started)
     storage.remove_tree(RunDirectory(config.output).marks)
@@ -150,15 +151,8 @@ class FindMentions:
 
     def search(self, shard: Shard) -> None:
         """Search a shard and write its files, `data/` last."""
-        output, rows = RunDirectory(self._config.output), np.arange(shard.start, shard.stop)
-        places = pa.table(
-            {
-                "shard": np.full(len(rows), shard.index, np.int32),
-                "row": rows,
-                "error": pa.nulls(len(rows), pa.string()),
-            }
-        )
-        found = isolate(partial(self._found, shard=shard), places, output.output, "finding")
+        output = RunDirectory(self._config.output)
+        found = isolate(partial(self._found, shard=shard), places_of(shard), output.output, "finding")
         ends = zip(found["starts"].to_pylist(), found["stops"].to_pylist(), strict=True)
         spans = [[Span(*span) for span in zip(starts, stops, strict=True)] for starts, stops in ends]
         mentions = mentions_of(found, spans, self._config.finder.max_text_characters)
@@ -177,10 +171,7 @@ class FindMentions:
 
         Documents that have an `error` already are not read, but for their ids.
         """
-        first = places["row"][0].as_py()
-        part = replace(shard, start=first, stop=first + places.num_rows)
-        if part != shard:
-            part = replace(part, ids="")  # the digest covers all ids of the shard
+        part = part_of(shard, places)
         if places["error"].null_count:
             documents, errors = without_invalid_text(read_documents(part), InvalidDocumentError)
         else:

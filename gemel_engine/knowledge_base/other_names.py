@@ -61,13 +61,13 @@ class OtherNames:
 
     def entities_of(self, name_index: int) -> list[int]:
         """Return the rows of the entities that have a name besides their main name."""
-        start, stop = np.searchsorted(self.name_index, [name_index, name_index + 1])
+        start, stop = _place_of(name_index, self.name_index)
         return [int(row) for row in self.rows[start:stop]]
 
     def names_of(self, row: int) -> list[int]:
         """Return the names of an entity besides its main name."""
         names, rows = self._by_row
-        start, stop = np.searchsorted(rows, [row, row + 1])
+        start, stop = _place_of(row, rows)
         return [int(name) for name in names[start:stop]]
 
     @cached_property
@@ -110,6 +110,12 @@ class OtherNames:
         if not is_whole or name_index.max() >= num_names or rows.max() >= num_entities:
             raise ArtifactError(f"{path} is damaged or of another knowledge base; build the knowledge base again")
         return cls(name_index, rows)
+
+
+def _place_of(value: int, ascending: Numbers) -> tuple[int, int]:
+    """Return where a value begins and ends; in its own type, or NumPy would convert all others."""
+    start, stop = (int(np.searchsorted(ascending, ascending.dtype.type(value), side)) for side in ("left", "right"))
+    return start, stop
 
 
 def tokenise_other_names(

@@ -90,19 +90,6 @@ class Companion:
     version: Callable[[Path, Path], str]
 
 
-def open_knowledge_base(uri: str, *, verify: bool = False) -> KnowledgeBase:
-    """Open a knowledge base or an update, local or `s3://`; see `local_knowledge_base`.
-
-    Args:
-        uri: Address of the directory.
-        verify: Whether to check every byte, see `KnowledgeBase.open`.
-
-    Raises:
-        ArtifactError: See `local_knowledge_base` and `KnowledgeBase.open`.
-    """
-    return KnowledgeBase.open(local_knowledge_base(uri), verify=verify)
-
-
 def local_knowledge_base(
     uri: str, cache_dir: str | os.PathLike[str] = storage.ARTIFACT_CACHE, companion: Companion | None = None
 ) -> Path:

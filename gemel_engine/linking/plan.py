@@ -138,6 +138,10 @@ def plan_run(
         GemelError: The configuration, the input, an artifact or the sample's size is unusable.
     """
     _check_clusters(actors, price_per_actor_hour)
+    if config.previous is not None:
+        raise ConfigurationError(
+            f"previous is {config.previous!r}, but a run is predicted that links all rows: leave it out"
+        )
     started = time.monotonic()
     plan, found = checked_plan(config := settled(config))
     config = without_missing_evidence(config, has_evidence=found.has_evidence)

@@ -21,7 +21,7 @@ from collections.abc import Callable
 import pyarrow as pa
 
 from gemel_engine import storage
-from gemel_engine.errors import GemelError
+from gemel_engine.errors import GemelError, redacted
 from gemel_engine.pipeline.output import RunDirectory
 
 POISON = "poison: {} processes ended while they worked on this row alone: look at its picture and text, or remove it"
@@ -78,7 +78,7 @@ def isolate(work: Work, batch: pa.Table, output: str, stage: str) -> pa.Table:
             raise
         except Exception as error:
             if halves:
-                logger.warning("%s: %r over %d rows, which are divided", stage, error, part.num_rows)
+                logger.warning("%s: %s over %d rows, which are divided", stage, redacted(repr(error)), part.num_rows)
                 parts += halves
                 continue
             failures.append(error)
@@ -107,7 +107,7 @@ def _marked(work: Work, part: pa.Table, mark: str) -> pa.Table:
 
 
 def _message(error: Exception, stage: str) -> str:
-    return FAILED.format(type(error).__name__, stage, " ".join(str(error).split())[:_SHOWN_CHARACTERS])
+    return FAILED.format(type(error).__name__, stage, " ".join(redacted(str(error)).split())[:_SHOWN_CHARACTERS])
 
 
 def _with_error(part: pa.Table, message: str) -> pa.Table:

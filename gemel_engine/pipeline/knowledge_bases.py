@@ -40,6 +40,7 @@ from gemel_engine.evidence.parts import VectorParts, index_parts
 from gemel_engine.evidence.update import EVIDENCE, has_vectors, local_knowledge_base, write_update_evidence
 from gemel_engine.knowledge_base.build import KnowledgeBaseReport, build_knowledge_base, read_entities
 from gemel_engine.knowledge_base.columns import ENTITY_COLUMNS
+from gemel_engine.knowledge_base.other_names import FILE as OTHER_NAMES
 from gemel_engine.knowledge_base.store import MANIFEST, TRIE_DIRECTORY, KnowledgeBase
 from gemel_engine.knowledge_base.update import (
     UpdateReport,
@@ -62,7 +63,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _PARTS, _STAGING = "evidence-parts", ".unfinished"
-_OURS = {_PARTS, _STAGING, TRIE_DIRECTORY, DIRECTORY, "entities.arrow", "changes.arrow", ".being-written"}
+_OURS = {_PARTS, _STAGING, TRIE_DIRECTORY, DIRECTORY, OTHER_NAMES, "entities.arrow", "changes.arrow", ".being-written"}
 _ROWS_PER_READ = 128  # which may contain pictures
 
 logger = logging.getLogger(__name__)
@@ -155,6 +156,7 @@ def update(
         InputError: The changes are unusable, see `update_knowledge_base`; or their features are of
             another width than those of the base.
     """
+    storage.check_kept(str(output))
     with _staged(_absolute(str(output))) as staging:
         table = read_entities(changes_uri, also=("retired", "other_names"))
         base_directory = local_knowledge_base(base)
@@ -195,6 +197,7 @@ def compact(knowledge_base: str, output: Path) -> KnowledgeBaseReport:
         ConfigurationError: The output is not empty, another command is writing to it, or
             `knowledge_base` is no update.
     """
+    storage.check_kept(str(output))
     with _staged(_absolute(str(output))) as staging:
         return compact_knowledge_base(knowledge_base, staging, EVIDENCE)
 

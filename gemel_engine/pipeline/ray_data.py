@@ -49,7 +49,13 @@ def stream(plan: Sequence[Shard], stages: Sequence[Stage]) -> Dataset:
 
 
 def run_each(
-    items: Sequence[Mapping[str, Any]], stage: type, arguments: tuple[Any, ...], *, num_cpus: int, num_gpus: int
+    items: Sequence[Mapping[str, Any]],
+    stage: type,
+    arguments: tuple[Any, ...],
+    *,
+    num_cpus: int,
+    num_gpus: int,
+    quiet: bool = False,
 ) -> None:
     """Call a stage of actors once for each item, a table of one row, with all resources of the cluster.
 
@@ -59,8 +65,9 @@ def run_each(
         arguments: Arguments of its constructor.
         num_cpus: Number of logical CPUs, and of threads, of one actor.
         num_gpus: Number of GPUs of one actor.
+        quiet: See `connect`.
     """
-    connect()
+    connect(quiet=quiet)
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     most = resources.get("GPU", 0) // num_gpus if num_gpus else resources.get("CPU", 0) // num_cpus
     settings = PoolSettings(

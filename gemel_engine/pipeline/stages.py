@@ -75,27 +75,30 @@ def read_mentions(batch: pa.Table, output: str, also: Sequence[str], annotate: A
     """
     (fields,) = batch.to_pylist()
     shard = Shard(**fields)
-    rows = np.arange(shard.start, shard.stop)
-    places = pa.table(
-        {
-            "shard": np.full(len(rows), shard.index, np.int32),
-            "row": rows,
-            "error": pa.nulls(len(rows), pa.string()),
-        }
-    )
-    table = isolate(partial(_read_rows, shard=shard, also=also), places, output, "reading")
+    table = isolate(partial(_read_rows, shard=shard, also=also), places_of(shard), output, "reading")
     if annotate is not None:
         table = annotate(table, shard)
     return table.sort_by([("mention", "ascending"), ("row", "ascending")])
 
 
+def places_of(shard: Shard) -> pa.Table:
+    """Return `shard`, `row` and an empty `error` for each row of a shard, as `isolate` divides them."""
+    rows = np.arange(shard.start, shard.stop)
+    shards, errors = np.full(len(rows), shard.index, np.int32), pa.nulls(len(rows), pa.string())
+    return pa.table({"shard": shards, "row": rows, "error": errors})
+
+
+def part_of(shard: Shard, places: pa.Table) -> Shard:
+    """Return the part of a shard that has some adjacent places, without the digest if it is not all of it."""
+    first = places["row"][0].as_py()
+    part = replace(shard, start=first, stop=first + places.num_rows)
+    return part if part == shard else replace(part, ids="")  # the digest covers all ids of the shard
+
+
 def _read_rows(places: pa.Table, shard: Shard, also: Sequence[str]) -> pa.Table:
     """Read adjacent rows of a shard; if all have an `error`, read only their ids."""
-    first, are_unreadable = places["row"][0].as_py(), places["error"].null_count == 0
-    part = replace(shard, start=first, stop=first + places.num_rows)
-    if part != shard:
-        part = replace(part, ids="")  # the digest covers all ids of the shard
-    if are_unreadable:
+    part = part_of(shard, places)
+    if places["error"].null_count == 0:
         table, errors = read_rows(part, ("mention_id",)), places["error"].to_pylist()
         for name in ("text", "mention"):
             table = table.append_column(name, pa.nulls(table.num_rows, pa.string()))

@@ -19,6 +19,8 @@ _MAX_VANISHED = 100
 _NO_HARD_LINKS = (errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EMLINK)
 _AT_FDCWD, _RENAME_NOREPLACE = -100, 1  # Linux only
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+# Errors of a disk, a network or a process, which say nothing of a file's content; s3fs gives EIO to S3's answers.
+OF_THE_SYSTEM = (*NO_ROOM, errno.EIO, errno.EMFILE, errno.ENFILE)
 
 
 def open_regular(path: Path) -> BufferedReader:

@@ -1,4 +1,4 @@
-"""Makes numbers and lists of text, as tables in text hold them."""
+"""Makes numbers, truth values and lists of text, as tables in text hold them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 _SEPARATOR = "|"  # of the items of a list that is not JSON
+_BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 _INTEGER = re.compile(r"\s*([+-]?\d{1,19})(?:\.0*)?\s*")  # pandas writes integers beside nulls as 3.0
 
 
@@ -31,11 +32,11 @@ def is_parsed(wanted: pa.DataType) -> bool:
     """Return whether `parse` makes values of a type."""
     if pa.types.is_list(wanted):
         return is_parsed(wanted.value_type) or bool(pa.types.is_large_string(wanted.value_type))
-    return bool(pa.types.is_int64(wanted) or pa.types.is_float64(wanted))
+    return bool(pa.types.is_int64(wanted) or pa.types.is_float64(wanted) or pa.types.is_boolean(wanted))
 
 
 def parse(values: pa.Array, wanted: pa.DataType) -> pa.Array:
-    """Make integers, numbers, or lists, which are JSON, or items separated by `|`.
+    """Make integers, numbers, truth values, or lists, which are JSON, or items separated by `|`.
 
     Text without characters but white space is null.
 
@@ -59,6 +60,10 @@ def _parsed(text: str, wanted: pa.DataType) -> object:
         return texts if is_text else [_parsed(item or "", wanted.value_type) for item in texts]
     if pa.types.is_float64(wanted):
         return float(text)
+    if pa.types.is_boolean(wanted):
+        if (value := _BOOLEANS.get(text.strip().lower())) is None:
+            raise ValueError("not a truth value")
+        return value
     found = _INTEGER.fullmatch(text)
     if found is None or abs(int(found[1])) >= 1 << 63:
         raise ValueError("not an integer of 64 bits")
@@ -68,4 +73,6 @@ def _parsed(text: str, wanted: pa.DataType) -> object:
 def _described(wanted: pa.DataType) -> str:
     if pa.types.is_list(wanted):
         return f"a list in JSON, or items separated by {_SEPARATOR}"
+    if pa.types.is_boolean(wanted):
+        return "true or false"
     return "an integer" if pa.types.is_int64(wanted) else "a number"

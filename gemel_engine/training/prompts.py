@@ -43,7 +43,7 @@ def read_examples(tables: Iterable[pa.Table]) -> list[TrainingExample]:
             features = row.get("image_features")
             if row["error"] is None:
                 examples[row["mention_id"]] = TrainingExample(
-                    Mention(row["mention_id"], row["text"], row["mention"]),
+                    Mention(row["mention_id"], row["text"], row["mention"], mention_start=row.get("mention_start")),
                     row["entity_id"],
                     None if features is None else np.array(features, np.float32),
                     replace(row_to_retrieved(row.get("retrieved")), candidates=()),  # which take memory

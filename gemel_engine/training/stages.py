@@ -88,8 +88,8 @@ def with_features(batch: pa.Table, shard: Shard, directory: str) -> pa.Table:
     """
     place = f"{directory}/shard-{shard.index:05d}"
     tables = []
-    for file in storage.list_parquet(place):
-        with parquet.open_table(file.uri) as table:
+    for name in storage.list_files(place):
+        with parquet.open_table(f"{place}/{name}") as table:
             tables.append(table.read())
     stored = pa.concat_tables(tables).sort_by("row") if tables else None
     if stored is None or not stored["row"].equals(batch["row"]):

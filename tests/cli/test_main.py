@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 import runpy
 import subprocess
@@ -13,8 +12,8 @@ from pathlib import Path
 import pytest
 from support.paths import ROOT
 
-from gemel_engine.cli.artifacts import build_demonstrations
 from gemel_engine.cli.basic_settings import BASIC_SETTINGS
+from gemel_engine.cli.knowledge_bases import EncoderOptions
 from gemel_engine.cli.main import COMMANDS, main
 from gemel_engine.config.components import ImagePolicy, VisionSettings
 from gemel_engine.decoding.language_model import language_model_fingerprint
@@ -114,6 +113,10 @@ def test_the_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
             "--no-evidence is given",
         ),
         (("build-kb", "e", "kb", "--tokenizer", "t", "--image-encoder-pretrained", "w"), "without --image-encoder"),
+        (("build-demonstrations", "m", "e", "out", "--image-encoder-pretrained", "w"), "without --image-encoder"),
+        (("build-demonstrations", "m", "e", "out"), "--mention-encoder is missing"),
+        (("update-kb", "kb", "c", "s3://b/kb2", "--tokenizer", "t"), "--output-dir is 's3:/b/kb2': give a local path"),
+        (("plan", "examples/emoji/link.toml", "--previous", "old"), "leave it out"),
         (("plan", "examples/emoji/link.toml", "--price-per-actor-hour", "inf"), "price_per_actor_hour: Input should"),
     ],
 )
@@ -149,6 +152,6 @@ def test_an_untrained_mapper_fits_its_models(
 
 
 def test_demonstrations_take_the_pictures_that_linking_takes() -> None:
-    parameters = inspect.signature(build_demonstrations).parameters
-    assert parameters["max_image_bytes"].default == ImagePolicy().max_bytes
-    assert parameters["max_image_pixels"].default == VisionSettings().max_image_pixels
+    options = EncoderOptions()
+    assert options.max_image_bytes == ImagePolicy().max_bytes
+    assert options.max_image_pixels == VisionSettings().max_image_pixels

@@ -157,6 +157,20 @@ def test_a_mention_s_own_candidates_restrict_pool_and_search(opened: Artifacts, 
     assert failed.error.startswith("invalid_mention: candidate_ids ['Q999']")
 
 
+def test_a_mention_s_own_candidates_leave_the_bonuses_as_they_are(
+    opened: Artifacts, engine: TransformersEngine
+) -> None:
+    found = retrieved(opened, {"Q5": 50.0, "Q7": 1.0})
+    everything = SearchSettings(num_candidates=opened.knowledge_base.num_entities)
+    linking = generator(opened, engine, replace(WEIGHTS, features={"likeness": 1.0}), search=everything)
+    restricted = Mention("m", MENTION.text, MENTION.mention, candidate_ids=("Q7", "Q2"))
+    alone, beside = (
+        {item.entity_id: item.bonus for item in link(linking, found, mention).candidates}["Q7"]
+        for mention in (restricted, MENTION)
+    )
+    assert alone == beside != 0.0
+
+
 def test_without_candidates_the_language_model_ranks_alone(opened: Artifacts, engine: TransformersEngine) -> None:
     assert len(ENTITY_NAMES) > 10
     prediction = link(generator(opened, engine), Retrieved((PromptItem(0),)))

@@ -90,8 +90,8 @@ def test_a_run_is_judged_by_the_labels_of_its_input(output: str) -> None:
     assert (evaluation.num_mentions, evaluation.num_nil, evaluation.num_errors) == (170, 30, 1)
     assert evaluation.accuracy.value == pytest.approx(IS_RIGHT[30:-1].sum() / 170)
     assert {"with", "without"} == set(evaluation.buckets["picture"])
-    assert set(judged.confidence) == {"raw"}
-    reliability = judged.confidence["raw"].reliability
+    assert set(judged.confidence) == {"probability"}
+    reliability = judged.confidence["probability"].reliability
     assert sum(number for _, _, number in reliability) == NUM_MENTIONS - 1
     num_right = sum(accuracy * number for _, accuracy, number in reliability)
     assert num_right == pytest.approx(IS_RIGHT[30:-1].sum())  # answers to the 30 without a known entity are wrong
@@ -228,13 +228,13 @@ def test_a_run_that_does_not_fit_teaches_nothing(scored: str) -> None:
         calibrate_run(replace(linked, identity={"artifacts": {"knowledge_base": {"entities_sha256": "another"}}}))
 
 
-def test_calibrated_scores_are_judged_beside_the_raw_ones(output: str) -> None:
+def test_confidence_is_judged_beside_the_probability_of_the_name(output: str) -> None:
     linked = LinkedRun.open(output)
     fitted = calibrate_run(linked, nil_precision=0.1)
     confidence = pa.array(SHARES**2)
     column = linked.predictions.column_names.index("confidence")
     calibrated = replace(linked, predictions=linked.predictions.set_column(column, "confidence", confidence))
-    assert list(judge_run(calibrated).confidence) == ["calibrated", "raw"]
+    assert list(judge_run(calibrated).confidence) == ["confidence", "probability"]
     assert fitted.nil is not None
 
 

@@ -12,7 +12,7 @@ from support.evidence import build_evidence
 from support.tables import make_tokenizer
 
 from gemel_engine.config.components import KnowledgeBaseSettings
-from gemel_engine.errors import ArtifactError, ConfigurationError, InputError
+from gemel_engine.errors import ArtifactError, InputError
 from gemel_engine.evidence.forms import FormStatistics
 from gemel_engine.evidence.index import (
     MANIFEST,
@@ -20,7 +20,7 @@ from gemel_engine.evidence.index import (
     entities_checksum,
     open_evidence,
 )
-from gemel_engine.evidence.pool import CandidatePool, CandidatePoolSettings, Pool
+from gemel_engine.evidence.pool import CandidatePool, Pool
 from gemel_engine.knowledge_base.build import build_knowledge_base
 from gemel_engine.retrieval.encoder import MentionEncoder
 from gemel_engine.types import Mention
@@ -57,7 +57,7 @@ def test_an_index_knows_its_counts_and_encoders(evidence: EvidenceIndex, encoder
     manifest = evidence.manifest
     assert (manifest.num_entities, manifest.num_names) == (5, 8)
     assert (manifest.num_embedded_names, manifest.num_descriptions) == (8, 2)
-    assert evidence.manifest.num_pictures == evidence.pictures.num_pictures == 3
+    assert evidence.manifest.num_pictures == evidence.pictures.index.num_vectors == 3
     assert evidence.manifest.mention_encoder_fingerprint == encoder.fingerprint
     assert evidence.popularity is not None
     assert evidence.popularity.tolist() == [10, 0, 90, 5, 0]
@@ -107,12 +107,10 @@ def test_each_candidate_has_its_reasons(evidence: EvidenceIndex, encoder: Mentio
 def test_a_candidate_far_from_form_text_and_picture_is_compared_with_them(
     evidence: EvidenceIndex, encoder: MentionEncoder
 ) -> None:
-    settings = CandidatePoolSettings(depth=2)  # few of the entities are among the nearest
     embeddings, of_texts = encoder.encode([MENTION.mention]), encoder.encode([MENTION.text])
     features = [np.ones(4, np.float32) + np.eye(4, dtype=np.float32)[2]]
-    candidates = (
-        CandidatePool(evidence, settings=settings).pool([MENTION], embeddings, of_texts, features)[0].candidates
-    )
+    pool = CandidatePool(evidence, depth=2)  # few of the entities are among the nearest
+    candidates = pool.pool([MENTION], embeddings, of_texts, features)[0].candidates
     assert len(candidates) > 2
     assert evidence.names is not None
     assert evidence.descriptions is not None
@@ -157,17 +155,10 @@ def test_a_training_mention_s_own_group_can_be_left_out(evidence: EvidenceIndex)
 
 
 def test_a_pool_is_empty_where_nothing_is_found_and_never_too_large(evidence: EvidenceIndex) -> None:
-    pool = CandidatePool(evidence, settings=CandidatePoolSettings(size=2))
+    pool = CandidatePool(evidence, size=2)
     few, none = pool.pool([MENTION, Mention("n", "", "qqq")])
     assert (len(few.candidates), len(few.of_form)) == (2, 2)
     assert none == Pool()
-
-
-def test_impossible_settings_of_a_pool_are_refused() -> None:
-    with pytest.raises(ConfigurationError, match="size is 0"):
-        CandidatePoolSettings(size=0)
-    with pytest.raises(ConfigurationError, match="no source 'guess'"):
-        CandidatePoolSettings(weights={"guess": 1.0})
 
 
 def test_the_raw_features_of_an_entity_s_first_picture_are_kept(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from gemel_engine.cli.main import main
 from gemel_engine.config.loading import load_config
 from gemel_engine.config.settings import LinkConfig
 from gemel_engine.errors import ConfigurationError
+from gemel_engine.finding import job
 from gemel_engine.linking.job import checked_plan
 from gemel_engine.pipeline.output import RunDirectory
 
@@ -184,6 +185,8 @@ def test_shards_are_searched_by_ray_and_a_rerun_does_what_is_missing(
     assert [(row["mention_id"], row["mention"]) for row in found(tmp_path)] == MENTIONS
     assert (data / "shard-00000.parquet").stat().st_mtime_ns == kept
     assert json.loads(Path(RunDirectory(str(tmp_path / "found")).report).read_text())["shards_skipped"] == 3
+    monkeypatch.setattr(job, "FindMentions", None)  # a finished search opens no model
+    assert run(monkeypatch, "find-mentions", config, "--rows-per-shard", 1) == 0
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ from gemel_engine import storage
 from gemel_engine.cli.main import main
 from gemel_engine.config.components import KnowledgeBaseSettings
 from gemel_engine.errors import ArtifactError, ConfigurationError, InputError
+from gemel_engine.evidence.update import open_knowledge_base
 from gemel_engine.knowledge_base.build import build_knowledge_base
 from gemel_engine.knowledge_base.columns import ENTITY_SCHEMA
 from gemel_engine.knowledge_base.store import KnowledgeBase
@@ -30,7 +31,6 @@ from gemel_engine.knowledge_base.update import (
     UpdateReport,
     compact_knowledge_base,
     local_knowledge_base,
-    open_knowledge_base,
     update_knowledge_base,
 )
 from gemel_engine.storage.manifest import file_sha256

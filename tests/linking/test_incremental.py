@@ -23,10 +23,11 @@ from gemel_engine.config.components import KnowledgeBaseSettings, Objective
 from gemel_engine.config.loading import load_config
 from gemel_engine.config.settings import LinkConfig
 from gemel_engine.errors import ArtifactError, ConfigurationError, GemelError, InputError
+from gemel_engine.evidence.update import open_knowledge_base
 from gemel_engine.knowledge_base.build import build_knowledge_base
 from gemel_engine.knowledge_base.changes import KnowledgeBaseChanges
 from gemel_engine.knowledge_base.trie import PrefixTrie
-from gemel_engine.knowledge_base.update import compact_knowledge_base, open_knowledge_base, update_knowledge_base
+from gemel_engine.knowledge_base.update import compact_knowledge_base, update_knowledge_base
 from gemel_engine.linker import Linker
 from gemel_engine.linking.incremental import PreviousRun
 from gemel_engine.linking.job import describe_run, link_corpus

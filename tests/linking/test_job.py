@@ -27,9 +27,9 @@ from gemel_engine.config.settings import LinkConfig
 from gemel_engine.decoding.confidence import Calibration, LogisticModel, Term, scoring_settings
 from gemel_engine.errors import ArtifactError, ConfigurationError, GemelError, InputError, TooManyFailuresError
 from gemel_engine.evidence.retrieved import Retrieved
+from gemel_engine.evidence.update import open_knowledge_base
 from gemel_engine.evidence.weights import ScoreWeights
 from gemel_engine.knowledge_base.build import build_knowledge_base
-from gemel_engine.knowledge_base.update import open_knowledge_base
 from gemel_engine.linker import Linker, explain
 from gemel_engine.linking.job import describe_run, link_corpus
 from gemel_engine.linking.order import ordered_plan
@@ -378,6 +378,10 @@ def with_trie_of_another_knowledge_base(config: LinkConfig, directory: Path) -> 
     return replace(config, knowledge_base=str(mixed))
 
 
+def with_template_of_an_attribute(config: LinkConfig, directory: Path) -> LinkConfig:
+    return replace(config, prompt=replace(config.prompt, template="{text.body} {mention}"))
+
+
 def with_template_without_mention(config: LinkConfig, directory: Path) -> LinkConfig:
     return replace(config, prompt=replace(config.prompt, template="{text}"))
 
@@ -395,6 +399,7 @@ def with_prompts_too_long_for_the_model(config: LinkConfig, directory: Path) -> 
     ("change", "error", "message"),
     [
         (without_text, InputError, "has no column 'text'"),
+        (with_template_of_an_attribute, ConfigurationError, r"'\{text.body\} \{mention\}' is malformed"),
         (with_template_without_mention, ConfigurationError, r"must hold the fields \{text\} and \{mention\}"),
         (with_gemma, ConfigurationError, "useless without a BOS token: set it to true"),
         (with_prompts_too_long_for_the_model, ConfigurationError, r"reads 1024 at most: set prompt\.max_prompt_tokens"),

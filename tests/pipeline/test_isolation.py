@@ -88,6 +88,17 @@ def test_a_few_kills_from_outside_make_no_row_poison(num_rows: int, killed_at: s
         assert num_ended <= len(killed_at)
 
 
+def test_the_error_of_a_row_has_no_secret(tmp_path: Path) -> None:
+    def work(rows: pa.Table) -> pa.Table:
+        if 2 in rows["row"].to_pylist() and rows["error"].null_count:
+            raise ValueError("https://user:hidden@host/a.png?X-Amz-Signature=hidden is odd")
+        return rows
+
+    result = isolate(work, batch_of(4), str(tmp_path), "images")
+    assert "hidden" not in result["error"].to_pylist()[2]
+    assert "is odd" in result["error"].to_pylist()[2]
+
+
 @pytest.mark.parametrize("error", [OSError("no room left"), KeyboardInterrupt()])
 def test_an_error_or_a_request_to_stop_leaves_no_mark(tmp_path: Path, error: BaseException) -> None:
     def work(rows: pa.Table) -> pa.Table:

@@ -55,7 +55,8 @@ def test_what_a_killed_upload_left_is_removed_before_the_next(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch,
     encoders: EntityEncoders | None,
 ) -> None:  # fmt: skip
-    entities, output = write(tmp_path / "e.parquet", entity_id=["a"], name=["bear"]), f"{s3_server.uri}/killed"
+    entities = write(tmp_path / "e.parquet", entity_id=["a"], name=["bear"], other_names=[["ours"]])
+    output = f"{s3_server.uri}/killed"
     copy = s3.copy_from_local
 
     def copy_until_the_last(path: Path, uri: str) -> None:

@@ -73,7 +73,7 @@ def page(tmp_path_factory: pytest.TempPathFactory, encoder: MentionEncoder) -> P
         predictions=predictions.select(COLUMNS),
         gallery=gallery,
         evaluation=evaluation("surface forms"),
-        confidence={"calibrated": QUALITY, "raw": QUALITY},
+        confidence={"confidence": QUALITY, "probability": QUALITY},
     )
     (directory / "report.html").write_text(html)
     return directory / "report.html"

@@ -131,7 +131,7 @@ def everything(word: str = "bear", figure: Measured = Measured(0.5, 0.25, 0.75, 
         "predictions": table(items),
         "gallery": items,
         "evaluation": evaluation(word, figure),
-        "confidence": {word: QUALITY, "raw": QUALITY},
+        "confidence": {word: QUALITY, "probability": QUALITY},
         "comparisons": {
             "Beside another run": Comparison(
                 difference=figure, num_changed=2, won=(word,), lost=(word,) * 200, p_value=0.01
@@ -290,7 +290,7 @@ def test_figures_that_are_no_numbers() -> None:
         risk_coverage=((0.5, math.nan),),
     )
     empty = replace(bad, reliability=(), risk_coverage=())
-    arguments = everything(figure=NOTHING) | {"confidence": {"calibrated": bad, "raw": empty}}
+    arguments = everything(figure=NOTHING) | {"confidence": {"confidence": bad, "probability": empty}}
     page = Page(render_report(**arguments))
     assert "nan" not in page.text.partition('"use strict"')[0].rpartition("}")[2].lower()
     assert not [value for _, attributes in page.elements for value in attributes.values() if "nan" in value.lower()]

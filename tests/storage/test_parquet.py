@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -25,6 +26,7 @@ from gemel_engine.pipeline.output import read_columns
 from gemel_engine.report.gallery import read_drawn_mentions
 from gemel_engine.retrieval.reading import read_demonstrations, read_names
 from gemel_engine.storage import parquet as parquet
+from gemel_engine.storage.table import explain_unreadable
 from gemel_engine.training.stages import read_file
 from gemel_engine.types import MENTION_COLUMNS, PREDICTION_COLUMNS
 
@@ -414,3 +416,9 @@ def test_an_output_that_a_tool_has_written_again_is_read(tmp_path: Path) -> None
     rows = {"mention_id": pa.array(["a"], pa.large_string()), "entity_id": pa.nulls(1), "log_prob": [-1.0]}
     table = parquet.read_tables(write(tmp_path / "a.parquet", rows), PREDICTION_COLUMNS, list(rows))
     assert table.schema.types == [pa.string(), pa.string(), pa.float64()]
+
+
+def test_a_full_disk_or_a_broken_network_does_not_make_a_file_unreadable() -> None:
+    for number, kind in ((errno.ENOSPC, OSError), (errno.EIO, OSError), (None, InputError)):
+        with pytest.raises(kind), explain_unreadable("a.parquet"):
+            raise OSError("damaged") if number is None else OSError(number, "no answer")

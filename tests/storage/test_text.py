@@ -177,6 +177,8 @@ def test_tables_in_s3(s3_server: S3Server) -> None:
 
 
 def test_entities_may_be_text_too(tmp_path: Path) -> None:
+    changes = write(tmp_path / "changes.csv", "entity_id,retired\n1,True\n2,0\n3,\n")
+    assert read_entities(changes, also=("retired",))["retired"].to_pylist() == [True, False, None]
     uri = write(tmp_path / "a.csv", "entity_id,name,aliases,popularity\n1,Bear,Ursus|big bear,2.5\n2,Wolf,,\n")
     assert read_entities(uri).select(["name", "aliases", "popularity"]).to_pylist() == [
         {"name": "Bear", "aliases": ["Ursus", "big bear"], "popularity": 2.5},

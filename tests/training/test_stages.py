@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -88,3 +89,6 @@ def test_features_of_a_shard_are_attached_to_its_rows(tmp_path: Path) -> None:
     assert found.select(batch.column_names).equals(batch.sort_by("row"))
     with pytest.raises(InputError, match=r"shard-00002' has not the image features of its mentions: remove"):
         with_features(rows.slice(1), shard, str(tmp_path))
+    shutil.rmtree(tmp_path / "shard-00002")
+    with pytest.raises(InputError, match=r"shard-00002' has not the image features of its mentions: remove"):
+        with_features(rows, shard, str(tmp_path))
