@@ -40,6 +40,7 @@ def score() -> tuple[Table | Facts, ...]:
                 ("of these wrong", "wikidiverse.risk_of_decided", ".1%"),
                 ("of the others certified", "wikidiverse.certified_of_asked", ".1%"),
                 ("rollouts of each of the others", "wikidiverse.rollouts_of_asked", ".2f"),
+                ("certified answers that brute force has, too", "certified_answers_equal_to_brute_force", "s"),
                 ("expected calibration error", "confidence.ece", ".3f"),
                 ("area under risk and coverage", "confidence.risk_coverage_area", ".3f"),
             ),
@@ -73,7 +74,7 @@ def score() -> tuple[Table | Facts, ...]:
             ),
         ),
         Table(
-            "Emoji with pictures by the score: cards in the prompts of a mapper that was trained without; chosen on dev.",
+            "Emoji with pictures by the score: cards in prompts, the mapper trained without; chosen on dev.",
             (
                 Column("dev", "score/emoji dev: {row} (200)/all"),
                 Column("entities never seen in training", "score/emoji test_unseen: {row} (179)/all"),

@@ -2,7 +2,7 @@
 
     python -m benchmarks.accuracy exact DATA [--num-mentions 30]
 
-Some twenty minutes on two cores: transformers reads the 7,642 names behind each prompt. The weights are those of the
+An hour on two cores: transformers reads the 7,642 names behind each prompt. The weights are those of the
 package, and the language model is asked for every mention. Figures go to `benchmarks/results/score.json`.
 """
 
