@@ -137,11 +137,7 @@ def plan_run(
     Raises:
         GemelError: The configuration, the input, an artifact or the sample's size is unusable.
     """
-    _check_clusters(actors, price_per_actor_hour)
-    if config.previous is not None:
-        raise ConfigurationError(
-            f"previous is {config.previous!r}, but a run is predicted that links all rows: leave it out"
-        )
+    _check_request(config, actors, price_per_actor_hour)
     started = time.monotonic()
     plan, found = checked_plan(config := settled(config))
     config = without_missing_evidence(config, has_evidence=found.has_evidence)
@@ -195,7 +191,11 @@ def _predict_clusters(
     return tuple(workload.on(others | {"generation": number}, price_per_actor_hour) for number in numbers)
 
 
-def _check_clusters(actors: Sequence[int], price_per_actor_hour: float | None) -> None:
+def _check_request(config: LinkConfig, actors: Sequence[int], price_per_actor_hour: float | None) -> None:
+    if config.previous is not None:
+        raise ConfigurationError(
+            f"previous is {config.previous!r}, but a run is predicted that links all rows: leave it out"
+        )
     if min(actors, default=1) < 1 or (price_per_actor_hour or 0.0) < 0:
         raise ConfigurationError(
             f"actors is {list(actors)} and price_per_actor_hour {price_per_actor_hour}: a cluster needs at least one "
