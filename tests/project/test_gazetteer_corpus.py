@@ -15,10 +15,10 @@ from examples.gazetteer.build_corpus import (
     Gazetteer,
     is_latin,
     is_name,
+    normal_form,
     read_places,
     write_corpus,
 )
-from gemel_engine.evidence.normal_form import normal_form
 from gemel_engine.knowledge_base.build import checked_entities, read_entities
 
 SENTENCES = (HERE / "sentences.txt").read_text(encoding="utf-8").splitlines()
