@@ -83,7 +83,10 @@ MENTION_SCHEMA = pa.schema(
 
 
 def normal_form(text: str) -> str:
-    """Return a spelling without any mark, so that names which differ by marks alone count as ambiguous."""
+    """Return the spelling by which names are equal.
+
+    Not the engine's: the committed tables depend on it, and stay as they are when the engine's changes.
+    """
     decomposed = unicodedata.normalize("NFKD", without_unseen(text, also_joining=True))
     text = "".join(character for character in decomposed if not unicodedata.combining(character))
     text = re.sub(r"\b([^\W\d_])\.(?=[^\W\d_]\b)", r"\1", text.casefold())

@@ -62,15 +62,15 @@ def read_gold(
         InputError: The mentions have no labels.
     """
     columns = mention_columns(stored_names or {}, or_own=True)
-    pictures = {"with_pictures": with_pictures or with_digests, "with_digests": with_digests}
-    labels = _small_columns(uri, columns, **pictures, with_labels=True)
+    with_pictures |= with_digests
+    labels = _small_columns(uri, columns, with_pictures=with_pictures, with_digests=with_digests, with_labels=True)
     if linked is None or linked == uri:
         return labels
     ours = [name for name in labels.column_names if name != "candidate_ids"]
     labels = labels.select(ours if "text" in ours else ["mention_id", "entity_id"])
     ids = labels["mention_id"].combine_chunks()
-    pictures["with_digests"] &= "image_digest" not in labels.column_names
-    described = _small_columns(linked, columns, ids, **pictures)
+    with_digests &= "image_digest" not in labels.column_names
+    described = _small_columns(linked, columns, ids, with_pictures=with_pictures, with_digests=with_digests)
     place = pc.index_in(ids, described["mention_id"].combine_chunks())
     for name in described.column_names:
         if name not in labels.column_names:

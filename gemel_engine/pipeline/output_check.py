@@ -20,7 +20,7 @@ from gemel_engine.pipeline.corpus import Shard, ids_digest
 from gemel_engine.pipeline.identity import run_digest
 from gemel_engine.pipeline.output import RUN_KEY, RunDirectory, data_files, has_predictions, load_claim
 from gemel_engine.storage import parquet
-from gemel_engine.storage.local import OF_THE_SYSTEM
+from gemel_engine.storage.local import is_of_system
 from gemel_engine.types import PREDICTION_SCHEMA
 
 _REMEDY = "remove it and run the same command again"
@@ -92,7 +92,7 @@ def _checked_columns(shard: Shard, output: str, run: str, columns: Sequence[str]
             schema, found = table.stored_schema, table.num_rows
             rows = table.read(["mention_id", *columns]) if has_predictions(schema) else None
     except (OSError, InputError) as error:
-        if isinstance(error, OSError) and error.errno in OF_THE_SYSTEM:
+        if is_of_system(error):
             raise
         raise InputError(f"{shown(uri)} is damaged ({error}): {_REMEDY}") from error
     if rows is None or (schema.metadata or {}).get(RUN_KEY) != run.encode():

@@ -19,8 +19,7 @@ _MAX_VANISHED = 100
 _NO_HARD_LINKS = (errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EMLINK)
 _AT_FDCWD, _RENAME_NOREPLACE = -100, 1  # Linux only
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
-# Errors of a disk, a network or a process, which say nothing of a file's content; s3fs gives EIO to S3's answers.
-OF_THE_SYSTEM = (*NO_ROOM, errno.EIO, errno.EMFILE, errno.ENFILE)
+_OF_SYSTEM = (*NO_ROOM, errno.EIO, errno.EMFILE, errno.ENFILE)  # s3fs gives EIO to S3's answers
 
 
 def open_regular(path: Path) -> BufferedReader:
@@ -97,6 +96,11 @@ def _make_directory(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:  # removed meanwhile, or a file
         raise FileNotFoundError(errno.ENOENT, "is no directory", str(path)) from error
+
+
+def is_of_system(error: Exception) -> bool:
+    """Return whether an error is of disk, network or process, and says nothing of a file's content."""
+    return isinstance(error, OSError) and error.errno in _OF_SYSTEM
 
 
 @contextmanager

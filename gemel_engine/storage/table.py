@@ -17,7 +17,7 @@ from gemel_engine.errors import InputError
 from gemel_engine.storage.column_names import explain_unparsed, missing_columns, stored_names
 from gemel_engine.storage.columns import Column, is_any_list
 from gemel_engine.storage.files import SUFFIXES, InputFile
-from gemel_engine.storage.local import OF_THE_SYSTEM
+from gemel_engine.storage.local import is_of_system
 from gemel_engine.storage.parquet_footer import read_chunks
 from gemel_engine.storage.parsing import is_parsed, parse
 
@@ -332,7 +332,7 @@ def explain_unreadable(uri: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, pa.ArrowException) as error:
-        if isinstance(error, OSError) and error.errno in OF_THE_SYSTEM:
+        if is_of_system(error):
             raise
         remedy = "write it again" if uri.lower().endswith(SUFFIXES) else "name it *.csv, *.tsv or *.jsonl if it is one"
         raise InputError(f"{uri} is not a readable Parquet table ({error}): {remedy}") from error
