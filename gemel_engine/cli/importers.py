@@ -105,6 +105,8 @@ def import_dbpedia(
     if len(files) < 2:
         raise ConfigurationError("name dumps and the output: gemel import dbpedia DUMP... OUTPUT.parquet")
     *dumps, output = files
+    if "://" in output:
+        raise ConfigurationError(f"the output is {output!r}: give a local path")
     check_output(Path(output), dumps)
     report = ImportReport()
     entities = read_dbpedia(
