@@ -86,6 +86,7 @@ def render_report(
     """
     cards = [_Card.of(item, weights) for item in gallery]
     num_rollouts = predictions["num_rollouts"].drop_null().to_numpy()
+    num_rollouts = num_rollouts[num_rollouts > 0]  # evidence decides without a search
     flags = Counter(flag for card in cards for flag in card.flags) | {"all": len(cards)}
     return _ENVIRONMENT.get_template("page.html.j2").render(
         title=title,

@@ -253,8 +253,9 @@ def test_no_search_was_stopped_where_evidence_decided() -> None:
     items = gallery()
     for item in items:
         assert isinstance(item.prediction, dict)
-        item.prediction.update(certified=False, decided_by="evidence")
-    page = Page(render_report(**(everything() | {"gallery": items})))
+        item.prediction.update(certified=False, decided_by="evidence", num_rollouts=0)
+    page = Page(render_report(**(everything() | {"gallery": items, "predictions": table(items)})))
+    assert page.count("svg", "plot") == 2  # none of rollouts
     flags = [attributes["data-flags"] for tag, attributes in page.elements if tag == "article"]
     assert flags == ["right", "wrong nil", "wrong error"]
     assert not [text for text in page.text.splitlines() if text.strip() == "search stopped early"]
