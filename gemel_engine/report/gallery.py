@@ -106,7 +106,7 @@ def gallery_items(
     """
     judged = _of_the_same_rows(judged, predictions["mention_id"])
     drawn = _draw(predictions.append_column("right", judged["right"]), size, seed)
-    rows, gold = predictions.take(drawn).to_pylist(), judged.take(drawn).to_pylist()
+    rows, gold = _rows(predictions, drawn), _rows(judged, drawn)
     corpus = read_drawn_mentions(mentions, {row["mention_id"] for row in rows}, stored_names)
     pictures = thumbnails(corpus, image_source, _MENTION_EDGE)
     known: dict[str, ShownEntity] = {}
@@ -139,6 +139,11 @@ def _of_the_same_rows(judged: pa.Table | None, mention_ids: pa.ChunkedArray) -> 
 
 
 def _draw(predictions: pa.Table, size: int, seed: int) -> NDArray[np.intp]:
+def _rows(table: pa.Table, drawn: NDArray[np.intp]) -> list[dict[str, Any]]:
+    """Return rows one by one: Arrow's `take` joins all chunks, and they may have more than 2 GiB of text."""
+    return [row for place in drawn.tolist() for row in table.slice(place, 1).to_pylist()]
+
+
     """Draw rows in rounds, each with one row of every kind that is left, in random order."""
     columns = [predictions[name].cast(pa.int8()).fill_null(-1) for name in _KINDS]
     columns.append(predictions["error"].is_valid().cast(pa.int8()))

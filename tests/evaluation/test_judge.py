@@ -7,7 +7,8 @@ from sklearn.metrics import accuracy_score
 from gemel_engine.errors import InputError
 from gemel_engine.evaluation.judge import Judge, Measured
 from gemel_engine.evaluation.leaks import audit_leaks
-from gemel_engine.types import Candidate, Prediction, predictions_to_table
+from gemel_engine.evaluation.pool import are_in_pools
+from gemel_engine.types import PREDICTION_SCHEMA, Candidate, Prediction, predictions_to_table
 
 pytestmark = pytest.mark.unit
 
@@ -89,6 +90,14 @@ def test_the_recall_of_pools_counts_ids_and_every_judged_mention() -> None:
 
 
 def test_names_and_candidates_are_protocols_of_their_own() -> None:
+def test_pools_may_have_more_text_than_one_array() -> None:
+    pools = [[{"entity_id": "Q1", "score": 1.0}], [{"entity_id": "x" * (64 << 20), "score": 1.0}]]
+    chunk = pa.table({"mention_id": ["a", "b"], "pool": pa.array(pools, PREDICTION_SCHEMA.field("pool").type)})
+    found = are_in_pools(pa.concat_tables([chunk] * 33), ["b", "a"], ["Q1", "Q1"])
+    assert found is not None
+    assert found.tolist() == [False, True]
+
+
     assert Judge(GOLD, entities=ENTITIES, protocol="name").evaluate(RUN).accuracy.value == pytest.approx(3 / 5)
     with pytest.raises(InputError, match="needs the entities' names"):
         Judge(GOLD, protocol="name")

@@ -98,6 +98,14 @@ def test_all_come_when_there_are_few_and_none_need_gold(tmp_path: Path) -> None:
     assert gallery_items(predictions().slice(0, 0), str(tmp_path / "mentions"), size=5) == []
 
 
+def test_predictions_may_have_more_text_than_one_array(tmp_path: Path) -> None:
+    pools = [[{"entity_id": "x" * ((64 << 20) * (n == 0)), "score": 1.0, "reasons": []}] for n in range(SIZE)]
+    chunk = predictions(pool=pools, certified=[n > 0 for n in range(SIZE)]).slice(0, 2)
+    table = pa.concat_tables([chunk] * 33)
+    items = gallery_items(table, write_corpus(tmp_path / "mentions"), size=2)
+    assert {item.mention.mention_id for item in items} == {"m0", "m1"}
+
+
 def test_pictures_are_shown_small_and_bad_ones_say_why(tmp_path: Path) -> None:
     allowed = tmp_path / "pictures"
     allowed.mkdir()
