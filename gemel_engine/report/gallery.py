@@ -93,7 +93,8 @@ def gallery_items(
         index: Demonstrations of the run; None: without demonstrations.
         size: Number of mentions to draw; all of them if there are fewer.
         seed: Seed of the draw; equal seeds draw equal mentions.
-        stored_names: The corpus' names of columns that have another name there.
+        stored_names: The corpus' names of columns that have another name there; the training split
+            may have them, too.
         judged: Verdicts (see `Judge.verdicts`) on any of the mentions: columns `mention_id`,
             `entity_id` (gold, null for NIL), `entity_name` and `right` (both nullable).
         training: Table file or directory with the pictures of the demonstrations; None: without.
@@ -113,7 +114,7 @@ def gallery_items(
     if knowledge_base is not None:
         asked, pictured = _entities_of(rows)
         known = shown_entities(knowledge_base, asked, pictured, table=entities, image_source=image_source)
-    shown = _shown_demonstrations(index, rows, training, image_source) | _shown_cards(rows, known)
+    shown = _shown_demonstrations(index, rows, training, stored_names, image_source) | _shown_cards(rows, known)
     return [
         GalleryItem(
             mention=_mention(corpus[row["mention_id"]]),
@@ -138,12 +139,12 @@ def _of_the_same_rows(judged: pa.Table | None, mention_ids: pa.ChunkedArray) -> 
     return judged.take(pc.index_in(mention_ids, value_set=judged["mention_id"]).combine_chunks())
 
 
-def _draw(predictions: pa.Table, size: int, seed: int) -> NDArray[np.intp]:
 def _rows(table: pa.Table, drawn: NDArray[np.intp]) -> list[dict[str, Any]]:
     """Return rows one by one: Arrow's `take` joins all chunks, and they may have more than 2 GiB of text."""
     return [row for place in drawn.tolist() for row in table.slice(place, 1).to_pylist()]
 
 
+def _draw(predictions: pa.Table, size: int, seed: int) -> NDArray[np.intp]:
     """Draw rows in rounds, each with one row of every kind that is left, in random order."""
     columns = [predictions[name].cast(pa.int8()).fill_null(-1) for name in _KINDS]
     columns.append(predictions["error"].is_valid().cast(pa.int8()))
@@ -199,6 +200,7 @@ def _shown_demonstrations(
     index: DemonstrationIndex | None,
     rows: Sequence[Mapping[str, Any]],
     training: str | None,
+    stored_names: Mapping[str, str] | None,
     image_source: ImagePolicy | None,
 ) -> dict[str, ShownDemonstration | ShownEntity]:
     """Return the demonstrations of all rows with their pictures, by `mention_id`."""
@@ -206,7 +208,7 @@ def _shown_demonstrations(
         return {}
     shown_ids = dict.fromkeys(shown_id for row in rows for shown_id in row["demonstration_ids"] or ())
     mention_ids = [shown_id for shown_id in shown_ids if not shown_id.startswith(CARD_PREFIX)]
-    pictured = {} if training is None else read_drawn_mentions(training, mention_ids, complete=False)
+    pictured = {} if training is None else read_drawn_mentions(training, mention_ids, stored_names, complete=False)
     pictures = thumbnails(pictured, image_source, SMALL_EDGE)
     return {
         mention_id: ShownDemonstration(index[row], pictures.get(mention_id, Thumbnail()))

@@ -160,6 +160,11 @@ def test_demonstrations_come_in_the_order_of_the_prompt_with_their_pictures(
     index = DemonstrationIndex.build(tmp_path / "index", demonstrations, encoder)
     training = write_corpus(tmp_path / "train", prefix="t", image_bytes=[picture(n) for n in range(SIZE)])
     table = predictions(demonstration_ids=[["t3", "t0", "t3"]] * SIZE)
+    for path in Path(training).iterdir():
+        rows = pq.read_table(path)
+        pq.write_table(rows.rename_columns({"mention_id": "id"}), path)
+    (item,) = gallery_items(table, corpus, index, size=1, training=training, stored_names={"mention_id": "id"})
+    assert item.demonstrations[0].picture.data == shrink(picture(3), 80)
     corpus = write_corpus(tmp_path / "mentions")
     (item,) = gallery_items(table, corpus, index, size=1, training=training)
     assert names(item) == ["wolf 3", "wolf 0", "wolf 3"]
