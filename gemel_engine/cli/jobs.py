@@ -8,12 +8,12 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
 from gemel_engine.cli import options
-from gemel_engine.config.bounds import Amount, Count, CountOrZero, Fraction, NumBytes, Seed
+from gemel_engine.config.bounds import Amount, Count, CountOrZero, EvaluationProtocol, Fraction, NumBytes, Seed
 from gemel_engine.errors import ConfigurationError, InputError
 
 if TYPE_CHECKING:
@@ -194,7 +194,7 @@ def evaluate(
     gold: str | None = None,
     train: str | None = None,
     against: str | None = None,
-    protocol: Literal["entity", "name", "candidates"] = "entity",
+    protocol: EvaluationProtocol = "entity",
     found: bool = False,
     write_to: str | None = None,
     entities: str | None = None,

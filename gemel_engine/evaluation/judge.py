@@ -11,10 +11,9 @@ Mentions without a gold entity (NIL) are not judged. A row with an `error` is a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -23,10 +22,9 @@ import pyarrow.compute as pc
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import binomtest
 
+from gemel_engine.config.bounds import EvaluationProtocol
 from gemel_engine.errors import InputError
 from gemel_engine.evaluation.pool import are_in_pools
-
-EvaluationProtocol = Literal["entity", "name", "candidates"]
 
 _NUM_RESAMPLES = 2000
 
@@ -178,10 +176,8 @@ class Judge:
             raise InputError("no mention has a gold entity that the knowledge base knows: there is nothing to judge")
         judged["wanted"] = self._answers(judged["entity_id_gold"])
         judged["answer"] = self._answers(judged["entity_id"])
-        candidates = [
-            self._answers(pd.Series([item["entity_id"] for item in row], dtype=object)) if row is not None else []
-            for row in judged["candidates"]
-        ]
+        answer_of: Callable[[str], object] = self._names.to_dict().get if self.protocol == "name" else str
+        found = ([] if row is None else [answer_of(item["entity_id"]) for item in row] for row in judged["candidates"])
         judged["rank"] = [
             next((rank for rank, found in enumerate(dict.fromkeys(row), 1) if found == wanted), 0)
             for row, wanted in zip(candidates, judged["wanted"], strict=True)

@@ -10,11 +10,12 @@ import numpy as np
 import pyarrow as pa
 
 from gemel_engine import storage
+from gemel_engine.config.bounds import EvaluationProtocol
 from gemel_engine.decoding.confidence import MANIFEST as CALIBRATION_MANIFEST
 from gemel_engine.decoding.confidence import Calibration
 from gemel_engine.errors import ArtifactError, InputError
 from gemel_engine.evaluation.gold import entities_to_judge, read_gold
-from gemel_engine.evaluation.judge import Comparison, Evaluation, EvaluationProtocol, Judge
+from gemel_engine.evaluation.judge import Comparison, Evaluation, Judge
 from gemel_engine.evaluation.leaks import LeakAudit, audit_leaks
 from gemel_engine.evaluation.quality import ConfidenceQuality, quality
 from gemel_engine.evidence.update import open_knowledge_base
