@@ -281,6 +281,12 @@ def _evaluate_found(linked: LinkedRun, gold: str | None, directory: str) -> None
     from gemel_engine.cli.tables import spans_table
     from gemel_engine.evaluation.spans import judge_spans_of_run
 
+    if (num_unknown := judged.evaluation.num_unknown) > judged.evaluation.num_mentions:
+        logger.warning(
+            "%d labels are no ids of the knowledge base, which has those of %d: see whether they are spelt as there",
+            num_unknown,
+            judged.evaluation.num_mentions,
+        )
     if gold is None:
         raise ConfigurationError("--found is given without --gold: name a table of gold mentions")
     judged = judge_spans_of_run(linked, gold)

@@ -245,7 +245,15 @@ def test_what_is_known_with_gold(harmless: Page) -> None:
     filters = [attributes["data-filter"] for tag, attributes in harmless.elements if tag == "button"]
     assert filters == ["all", "right", "wrong", "certified", "uncertified", "nil", "error"]
     assert harmless.count("svg", "plot") == 3
-    for expected in ("50.0\u202f%", "[25.0, 75.0]", "[0.250, 0.750]", "gold: Q3", "and 100 more", "0.0100"):
+    for expected in (
+        "50.0\u202f%",
+        "[25.0, 75.0]",
+        "[0.250, 0.750]",
+        "gold: Q3",
+        "and 100 more",
+        "0.0100",
+        "base: 1, 1 of",
+    ):
         assert expected in harmless.text
 
 
