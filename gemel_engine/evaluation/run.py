@@ -103,6 +103,11 @@ class LinkedRun:
         """Return checksums of the run's models, artifacts and input files, by name, as far as recorded."""
         parts = {**(self.identity.get("artifacts") or {}), "input": self.identity.get("plan")}
         return {
+    def has_artifact(self, name: str, manifest: str) -> bool:
+        """Return whether an artifact of the run is still there, by the address of its manifest."""
+        artifacts = self.identity.get("artifacts") or {}
+        return storage.exists(manifest) and read_manifest_at(manifest) == artifacts.get(name)
+
             name: part if isinstance(part, str) else json_sha256(part)
             for name, part in parts.items()
             if part is not None
@@ -110,14 +115,13 @@ class LinkedRun:
 
     def open_weights(self) -> ScoreWeights | None:
         """Open the weights of the run's score; None if it had none, or if they are not there any more."""
-        settings, artifacts = self.settings, self.identity.get("artifacts") or {}
-        address = settings.get("calibration")
+        settings, address = self.settings, self.settings.get("calibration")
         if (settings.get("score") or {}).get("kind") != "combined":
             return None
         name, uri = "calibration", f"{address}/{CALIBRATION_MANIFEST}"
         if address is None:
             name, uri = "weights", f"{SHIPPED}/{WEIGHTS_MANIFEST}"
-        if not storage.exists(uri) or read_manifest_at(uri) != artifacts.get(name):
+        if not self.has_artifact(name, uri):
             return None
         return ScoreWeights.open() if address is None else Calibration.open(storage.download_directory(address)).weights
 
