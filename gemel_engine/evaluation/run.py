@@ -73,9 +73,13 @@ class LinkedRun:
         return cls(output, settings, report, _read_predictions(f"{output}/data"), run)
 
     def has_gold(self) -> bool:
-        """Return whether the run's input has a column `entity_id`."""
-        columns = mention_columns(self.stored_names)
-        return any("entity_id" in table.names for table in parquet.open_tables(self.settings["input"], columns))
+        """Return whether a mention of the run's input has an `entity_id`."""
+        return any(
+            piece["entity_id"].null_count < len(piece)
+            for table in parquet.open_tables(self.settings["input"], mention_columns(self.stored_names))
+            if "entity_id" in table.names
+            for piece in table.pieces(["entity_id"])
+        )
 
     @property
     def stored_names(self) -> dict[str, str]:
@@ -99,15 +103,15 @@ class LinkedRun:
                 "link again"
             )
 
-    def checksums(self) -> dict[str, str]:
-        """Return checksums of the run's models, artifacts and input files, by name, as far as recorded."""
-        parts = {**(self.identity.get("artifacts") or {}), "input": self.identity.get("plan")}
-        return {
     def has_artifact(self, name: str, manifest: str) -> bool:
         """Return whether an artifact of the run is still there, by the address of its manifest."""
         artifacts = self.identity.get("artifacts") or {}
         return storage.exists(manifest) and read_manifest_at(manifest) == artifacts.get(name)
 
+    def checksums(self) -> dict[str, str]:
+        """Return checksums of the run's models, artifacts and input files, by name, as far as recorded."""
+        parts = {**(self.identity.get("artifacts") or {}), "input": self.identity.get("plan")}
+        return {
             name: part if isinstance(part, str) else json_sha256(part)
             for name, part in parts.items()
             if part is not None
@@ -206,6 +210,15 @@ def judge_run(
         knowledge_base_names=knowledge_base.trie.num_names,
         verdicts=judge.verdicts(linked.predictions),
     )
+
+
+def changed_answers(first: pa.Table, second: pa.Table) -> tuple[int, int]:
+    """Return the number of mentions that two runs have in common, and of those with another entity."""
+    one, two = (
+        dict(zip(run["mention_id"].to_pylist(), run["entity_id"].to_pylist(), strict=True)) for run in (first, second)
+    )
+    common = one.keys() & two.keys()
+    return len(common), sum(one[mention_id] != two[mention_id] for mention_id in common)
 
 
 def qualities(judge: Judge, predictions: pa.Table) -> dict[str, ConfidenceQuality]:
