@@ -149,15 +149,23 @@ class Table:
 
     def take(self, columns: Sequence[str], rows: NDArray[np.int64], max_rows: int = _ROWS_PER_TAKE) -> pa.Table:
         """Read rows by ascending row numbers; only row groups that contain one of them are read."""
-        tables = [self.schema(columns).empty_table()]
+        return pa.concat_tables([self.schema(columns).empty_table(), *self.taken(columns, rows, max_rows)])
+
+    def taken(
+        self, columns: Sequence[str], rows: NDArray[np.int64], max_rows: int = _ROWS_PER_PIECE
+    ) -> Iterator[pa.Table]:
+        """Yield what `take` reads, in pieces."""
         for first, end in zip(self._ends[:-1].tolist(), self._ends[1:].tolist(), strict=True):
-            if not np.any((rows >= first) & (rows < end)):
-                continue
-            for piece in self.pieces(columns, range(first, end), max_rows):
-                wanted = rows[(rows >= first) & (rows < first + len(piece))] - first
-                tables.append(piece.take(pa.array(wanted)))
-                first += len(piece)
-        return pa.concat_tables(tables)
+            if np.any((rows >= first) & (rows < end)):
+                for piece in self.pieces(columns, range(first, end), max_rows):
+                    wanted = rows[(rows >= first) & (rows < first + len(piece))] - first
+                    yield piece.take(pa.array(wanted))
+                    first += len(piece)
+
+    def may_have_nulls(self, name: str) -> bool:
+        """Return whether a column may have nulls or empty lists, by the footer alone."""
+        places = [place for place, leaf in self._leaves([name]) if not leaf.path.endswith(".path")]  # of a picture
+        return not places or any(chunks[place].num_nulls != 0 for chunks in self._chunks for place in places)
 
     def _open(self, dictionaries: Sequence[str] = ()) -> pq.ParquetFile:
         """Open the file; the physical columns `dictionaries` are read as dictionaries."""
