@@ -30,7 +30,7 @@ def finder_contents(config: FindConfig) -> Contents:
         ArtifactError: A model or artifact is missing or damaged.
     """
     if config.finder.model is not None:
-        return {"finder_model": checkpoint_fingerprint(config.finder.model)}
+        return {"finder_model": checkpoint_fingerprint(config.finder.model, "token-classification model")}
     manifests = {
         "knowledge_base": config.knowledge_base and f"{config.knowledge_base}/{KNOWLEDGE_BASE_MANIFEST}",
         "demonstrations": config.demonstrations and f"{config.demonstrations}/{INDEX_MANIFEST}",

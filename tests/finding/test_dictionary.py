@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -50,6 +51,16 @@ def test_the_longest_form_of_whole_words_is_found_from_the_left(text: str, menti
     forms = ["New York", "New York Times", "York", "Times Square", "O'Neill", "Zoé", "Paris", "2008", "Rice"]
     finder = make_finder(tmp_path, [*forms, "May", "The", "A", "X", "東京", "東京タワー", "京", " ", "x" * 300])
     assert found(finder, text) == mentions
+
+
+def test_a_build_holds_no_list_of_all_forms(tmp_path: Path) -> None:
+    forms = [f"form {number}" for number in range(20_000)]
+    tracemalloc.start()
+    try:
+        assert len(make_finder(tmp_path, forms)) == 20_000
+        assert tracemalloc.get_traced_memory()[1] < 50 * len(forms)
+    finally:
+        tracemalloc.stop()
 
 
 def test_case_is_by_setting(tmp_path: Path) -> None:
