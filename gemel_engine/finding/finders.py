@@ -73,7 +73,7 @@ def open_finder(config: FindConfig, contents: Contents) -> MentionFinder:
 
 def build_dictionary(config: FindConfig, directory: Path) -> None:
     """Write the dictionary of a knowledge base and demonstrations, of which one may be missing."""
-    knowledge_base = None if config.knowledge_base is None else open_knowledge_base(config.knowledge_base)
+    knowledge_base = None if config.knowledge_base is None else open_knowledge_base(config.knowledge_base, verify=True)
     training = [] if config.demonstrations is None else _training_texts(config.demonstrations)
 
     def texts() -> Iterator[str]:

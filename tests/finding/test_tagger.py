@@ -90,7 +90,7 @@ def test_another_model_is_refused(mention_encoder_directory: Path, tmp_path: Pat
     with pytest.raises(ArtifactError, match="lacks the tensors classifier"):
         TaggerFinder(str(mention_encoder_directory))
     finder = FinderSettings(model=str(tmp_path / "nowhere"))
-    with pytest.raises(ArtifactError, match="no token-classification model can be loaded from .*nowhere"):
+    with pytest.raises(ArtifactError, match=r"no token-classification model can be loaded from .*nowhere"):
         finder_contents(FindConfig(input="none", output="none", finder=finder))
 
 
