@@ -194,6 +194,26 @@ def create_app(linker: Linker, hosts: list[str], on_death: Callable[[], None]) -
         response.headers["Referrer-Policy"] = "no-referrer"
         return response
 
+    _answer_errors(app)
+
+    @app.get("/", response_class=HTMLResponse)
+    async def index() -> str:
+        return page
+
+    @app.post("/api/link")
+    async def link(question: Question) -> dict[str, Any]:
+        return as_answer(await queue.ask(question))
+
+    @app.post("/api/explain")
+    async def explained(question: Question) -> dict[str, Any]:
+        return as_explanation(await queue.explain(question))
+
+    return app
+
+
+def _answer_errors(app: FastAPI) -> None:
+    """Let an application answer errors in JSON, with the message as `error`."""
+
     @app.exception_handler(RequestRefusedError)
     async def refused(_: Request, error: RequestRefusedError) -> Response:
         return JSONResponse({"error": str(error)}, error.status)
@@ -209,20 +229,6 @@ def create_app(linker: Linker, hosts: list[str], on_death: Callable[[], None]) -
             return JSONResponse({"error": str(error)}, 422)
         logger.error("%s", error)
         return JSONResponse({"error": str(error)}, 503 if isinstance(error, EngineDiedError) else 400)
-
-    @app.get("/", response_class=HTMLResponse)
-    async def index() -> str:
-        return page
-
-    @app.post("/api/link")
-    async def link(question: Question) -> dict[str, Any]:
-        return as_answer(await queue.ask(question))
-
-    @app.post("/api/explain")
-    async def explained(question: Question) -> dict[str, Any]:
-        return as_explanation(await queue.explain(question))
-
-    return app
 
 
 async def _read_body(request: Request, max_bytes: int) -> None:
