@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import uvicorn
+from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from support.corpus import picture, toml
 
@@ -198,7 +199,9 @@ def test_browsers_reach_an_address_of_ipv6(
     statuses = []
 
     def ask(server: uvicorn.Server) -> None:
-        with TestClient(server.config.app) as client:
+        app = server.config.app
+        assert isinstance(app, FastAPI)
+        with TestClient(app) as client:
             statuses.append(client.get("/", headers={"Host": "[fd00::5]:8000"}).status_code)
 
     monkeypatch.setattr("gemel_engine.linker.Linker", lambda _: linker)
