@@ -70,9 +70,8 @@ def initial_mapper(
     mapper.fit_scaling(features)
     if settings.initialisation == "ridge":
         tokens = [list(islice(cycle(prompts.name_tokens(number)), settings.prefix_length)) for number in numbers]
-        embeddings = (
-            model.embed_tokens(batch).float().cpu() for batch in torch.tensor(tokens).split(_PICTURES_PER_BATCH)
-        )
+        batches = (tokens[i : i + _PICTURES_PER_BATCH] for i in range(0, len(tokens), _PICTURES_PER_BATCH))
+        embeddings = (model.embed_tokens(torch.tensor(batch)).float().cpu() for batch in batches)
         mapper.fit_ridge(features, embeddings, settings.ridge_penalty, settings.ridge_gain)
     return mapper
 

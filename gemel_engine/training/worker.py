@@ -19,6 +19,7 @@ from gemel_engine.assembly import open_artifacts
 from gemel_engine.config.settings import TrainConfig
 from gemel_engine.contents import check_contents
 from gemel_engine.decoding.language_model import language_model_fingerprint
+from gemel_engine.pipeline.ray_data import own_errors
 from gemel_engine.training.attention import PackedLanguageModel
 from gemel_engine.training.preparation import mapper_prefix_length
 from gemel_engine.training.prompts import TrainingExample, TrainingPrompts, read_examples
@@ -49,10 +50,10 @@ def train_worker(settings: dict[str, Any]) -> None:
     prompts = TrainingPrompts(_examples("train"), artifacts, config.prompt, mapper_prefix_length(config, mapper))
     checkpoint = train.get_checkpoint()
     with nullcontext() if checkpoint is None else checkpoint.as_directory() as directory:
-        if mapper is None and directory is None:
-            mapper = initial_mapper(config.mapper, config.optimisation.seed, prompts, model)
-        elif mapper is None:
+        if mapper is None and directory is not None:
             mapper = FeatureMapper.load(directory)
+        elif mapper is None:
+            mapper = initial_mapper(config.mapper, config.optimisation.seed, prompts, model)
         mapper.metadata = replace(
             mapper.metadata,
             language_model_fingerprint=language_model_fingerprint(language_model.name),
@@ -70,7 +71,8 @@ def train_worker(settings: dict[str, Any]) -> None:
 
 
 def _examples(split: str) -> list[TrainingExample]:
-    return read_examples(train.get_dataset_shard(split).iter_batches(batch_size=None, batch_format="pyarrow"))
+    with own_errors():
+        return read_examples(train.get_dataset_shard(split).iter_batches(batch_size=None, batch_format="pyarrow"))
 
 
 def _loop(

@@ -159,7 +159,7 @@ class FeatureMapper(nn.Module):
             InputError: All pictures have the same features.
         """
         count, width = len(features), self.linear.out_features
-        sums = [self.scaled(part).double().sum(dim=0) for part in features.split(_PICTURES_PER_BATCH)]
+        sums = [self.scaled(part).double().sum(dim=0) for part in torch.split(features, _PICTURES_PER_BATCH)]
         input_mean = torch.stack(sums).sum(dim=0) / count
         target_sum = torch.zeros(width, dtype=torch.float64)
         covariance = torch.zeros(features.shape[1], features.shape[1], dtype=torch.float64)  # (C, C)

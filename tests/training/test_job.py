@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from ray.train import ControllerError
 from support.corpus import picture
 from support.names import ENTITY_NAMES
 from support.paths import ROOT
@@ -28,11 +30,12 @@ from gemel_engine.compatibility import check_encoders
 from gemel_engine.config.loading import load_config
 from gemel_engine.config.settings import TrainConfig
 from gemel_engine.contents import run_contents
-from gemel_engine.errors import ConfigurationError, InputError, TooManyFailuresError
+from gemel_engine.errors import ArtifactError, ConfigurationError, InputError, TooManyFailuresError
 from gemel_engine.pipeline.corpus import plan_shards
 from gemel_engine.training.checkpoints import keep_record, restore_record
-from gemel_engine.training.job import TrainReport, train_mapper
+from gemel_engine.training.job import TrainReport, _errors_of_workers, _events_kept, _Reports, train_mapper
 from gemel_engine.training.preparation import PreparedSplit, prepare_split
+from gemel_engine.training.worker import SCORE
 from gemel_engine.vision.mapper import FeatureMapper
 
 
@@ -123,6 +126,11 @@ def test_the_job_trains_a_mapper_on_two_workers(config_path: Path, device: str) 
     assert mapper.metadata.image_encoder_fingerprint is not None
     assert mapper.metadata.details["dev_accuracy"] == found.dev_accuracy
     assert list(Path(config.output, "tensorboard").glob("events*"))
+    for path in Path(config.output).glob("checkpoints/checkpoint_*/optimiser.safetensors"):
+        path.write_bytes(b"")
+    damaged = run_job(config_path, f"--workers.num-workers={num_workers}", *(on_gpu if device == "cuda" else ()))
+    assert damaged.returncode == 4, damaged.stderr[-5000:]
+    assert "are of two checkpoints: go back to an earlier one" in damaged.stderr
 
 
 def test_pictures_are_encoded_once_for_all_examples_of_a_content(
@@ -208,7 +216,43 @@ def test_a_killed_worker_and_a_killed_job_change_nothing(config_path: Path, tmp_
     assert run_job(config_path, "--output", disturbed, *options).returncode == 0, "a finished run can be run again"
 
 
-def test_training_goes_on_from_a_record_of_checkpoints_that_was_cut_off(tmp_path: Path) -> None:
+@pytest.mark.unit
+def test_a_worker_s_own_error_ends_the_training_as_itself(tmp_path: Path) -> None:
+    reports = _Reports(str(tmp_path), str(tmp_path), as_lines=False)
+    lost: dict[int, Exception] = {0: RuntimeError("a lost connection")}
+    reports.after_exception(None, lost)  # the next attempt may succeed
+    with pytest.raises(ArtifactError, match="damaged") as raised:
+        reports.after_exception(None, lost | {1: ArtifactError("damaged: remove it")})
+    with pytest.raises(ArtifactError, match="damaged: remove it"), _errors_of_workers():
+        raise pickle.loads(pickle.dumps(ControllerError(raised.value)))  # as Ray passes it on
+    with pytest.raises(ControllerError, match="lost"), _errors_of_workers():
+        raise ControllerError(lost[0])
+
+
+@pytest.mark.unit
+def test_events_are_copied_once_in_a_while_and_at_the_end(tmp_path: Path) -> None:
+    def report(step: int) -> int:
+        reports.after_report(None, [{"step": step, SCORE: -1.0, "loss": 0.5}], None)
+        return num_bytes()
+
+    def num_bytes() -> int:
+        (copy,) = (tmp_path / "tensorboard").iterdir()
+        return copy.stat().st_size
+
+    with _events_kept(str(tmp_path)) as events:
+        reports = _Reports(str(tmp_path), events, as_lines=False)
+        first = report(1)
+        assert report(2) == first
+        reports._last_copy -= 60
+        third = report(3)
+        assert report(4) == third > first
+    assert num_bytes() > third
+    assert not Path(events).exists()
+
+
+def test_training_goes_on_from_a_record_of_checkpoints_that_was_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As by a kill while Ray Train writes it, which it does in place."""
     record = tmp_path / "checkpoints/checkpoint_manager_snapshot.json"
     restore_record(str(tmp_path))
@@ -224,6 +268,8 @@ def test_training_goes_on_from_a_record_of_checkpoints_that_was_cut_off(tmp_path
         keep_record(str(tmp_path))
         restore_record(str(tmp_path))
         assert record.read_text() == '{"checkpoint_results": []}'
+    monkeypatch.setattr(storage, "read_bytes", None)
+    keep_record("s3://bucket/output")  # where a record is never cut off, so that none is copied
 
 
 def wait_for_checkpoint(output: str, count: int) -> None:

@@ -72,7 +72,7 @@ def test_the_closed_form_recovers_a_linear_map_and_shrinks_with_its_penalty() ->
     with torch.no_grad():
         embeddings = truth(features)
     mapper.fit_scaling(features)
-    mapper.fit_ridge(features, embeddings.split(7), penalty=0.0)
+    mapper.fit_ridge(features, torch.split(embeddings, 7), penalty=0.0)
     torch.testing.assert_close(mapper(features), embeddings, atol=1e-4, rtol=1e-4)
     assert mapper.metadata.initialisation == "ridge"
     weight = mapper.linear.weight.clone()
@@ -87,7 +87,7 @@ def test_the_closed_form_of_batches_is_that_of_the_whole(sizes: list[int], monke
     monkeypatch.setattr(mapper_module, "_PICTURES_PER_BATCH", 64)
     features, embeddings = 0.1 * torch.randn(300, C) + 100, torch.randn(300, P, D) + 5
     mapper = FeatureMapper.random(C, P, D, seed=2)
-    mapper.fit_ridge(features, embeddings.split(sizes), penalty=0.5, gain=1.5)
+    mapper.fit_ridge(features, torch.split(embeddings, sizes), penalty=0.5, gain=1.5)
     inputs, targets = features.double() - features.double().mean(0), embeddings.flatten(1).double()
     penalty = (0.5 * (inputs**2).mean() * 300).sqrt() * torch.eye(C)
     rows = torch.cat([inputs, penalty]), torch.cat([targets - targets.mean(0), torch.zeros(C, P * D)])
