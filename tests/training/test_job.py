@@ -10,8 +10,11 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pyarrow as pa
@@ -28,10 +31,12 @@ from gemel_engine import storage
 from gemel_engine.assembly import open_artifacts
 from gemel_engine.compatibility import check_encoders
 from gemel_engine.config.loading import load_config
-from gemel_engine.config.settings import TrainConfig
+from gemel_engine.config.settings import TrainConfig, TrainedModelSettings
 from gemel_engine.contents import run_contents
 from gemel_engine.errors import ArtifactError, ConfigurationError, InputError, TooManyFailuresError
+from gemel_engine.pipeline.chain import Stage
 from gemel_engine.pipeline.corpus import plan_shards
+from gemel_engine.training import preparation
 from gemel_engine.training.checkpoints import keep_record, restore_record
 from gemel_engine.training.job import TrainReport, _errors_of_workers, _events_kept, _Reports, train_mapper
 from gemel_engine.training.preparation import PreparedSplit, prepare_split
@@ -158,6 +163,58 @@ def test_pictures_are_encoded_once_for_all_examples_of_a_content(
     assert len(list(Path(config.output, "examples/train/pictures").iterdir())) == 1
     columns = ["mention_id", "error", "image_features"]
     assert read_examples(second).select(columns).equals(read_examples(first).select(columns))
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("fault", [None, RuntimeError("a full disk")])
+def test_only_the_directory_in_use_remains_of_a_preparation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Exception | None
+) -> None:
+    """Where it fails, and where another run was faster."""
+
+    class Rows:
+        def __init__(self, plan: object, stages: list[Stage]) -> None:
+            self.work = stages[-1].work
+
+        def take_all(self) -> list[dict[str, int]]:
+            self.work({})
+            if fault is not None:
+                raise fault
+            root = next(tmp_path.glob("*/data-*")).parent
+            storage.write_bytes(f"{root}/data-other/1.parquet", b"")
+            counts = {"num_rows": 2, "num_pictures": 1}
+            storage.write_bytes(f"{root}/_prepared.json", json.dumps({"directory": "data-other"} | counts).encode())
+            return [counts]
+
+    def write(rows: object, directory: str) -> None:
+        storage.write_bytes(f"{directory}/1.parquet", b"")
+
+    monkeypatch.setattr(preparation, "stream", Rows)
+    with pytest.raises(RuntimeError, match="full") if fault else nullcontext():
+        prepared = preparation._prepared(str(tmp_path), {"settings": {}}, [], [], write)
+        assert prepared.directory.endswith("/data-other")
+    assert [path.name for path in tmp_path.glob("*/data-*")] == ([] if fault else ["data-other"])
+
+
+@pytest.mark.unit
+def test_given_features_have_the_width_of_the_artifacts_or_of_the_first_training_mention(tmp_path: Path) -> None:
+    features = [None, [], None, [0.5] * 3, [0.5] * 4]
+    train = write_split(tmp_path / "train.parquet", 5, image_features=list(features))
+    config = TrainConfig(
+        train=str(train), output="", knowledge_base="", language_model=TrainedModelSettings(name="unused")
+    )
+
+    def width(**found: object) -> int | None:
+        artifacts: Any = SimpleNamespace(**dict.fromkeys(("feature_mapper", "index", "evidence")) | found)
+        return preparation._vision_width(config, artifacts, None)
+
+    assert width() == 3
+    without_pictures = SimpleNamespace(metadata=SimpleNamespace(vision_width=None))
+    evidence = SimpleNamespace(pictures=SimpleNamespace(width=7))
+    assert width(index=without_pictures, evidence=evidence) == 7
+    assert width(index=without_pictures, evidence=SimpleNamespace(pictures=None)) == 3
+    sized = SimpleNamespace(metadata=SimpleNamespace(vision_width=8))
+    assert width(feature_mapper=sized) == width(index=sized, evidence=evidence) == 8
 
 
 def read_examples(prepared: PreparedSplit) -> pa.Table:
