@@ -266,14 +266,13 @@ class _Reports(UserCallback):  # type: ignore[misc]
         except OSError as error:  # as in `_copy_events`
             logger.warning("the record of the checkpoints in %s is not kept for now: %s", self._output, error)
         if self._writer is None:
-            self._writer = SummaryWriter(self._events)
+            self._writer = SummaryWriter(self._events, flush_secs=1)  # its own `flush` does not wait for its queue
         first = metrics[0]
         names = [name for name in first if name not in ("step", SCORE)]
         if self._as_lines and names:
             sys.stderr.write(f"step {first['step']}: {', '.join(f'{name} {first[name]:.4g}' for name in names)}\n")
         for name in names:
             self._writer.add_scalar(name, first[name], first["step"])
-        self._writer.flush()
         if time.monotonic() - self._last_copy >= _SECONDS_BETWEEN_COPIES:
             _copy_events(self._events, self._output)
             self._last_copy = time.monotonic()

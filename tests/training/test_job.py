@@ -36,7 +36,7 @@ from gemel_engine.contents import run_contents
 from gemel_engine.errors import ArtifactError, ConfigurationError, InputError, TooManyFailuresError
 from gemel_engine.pipeline.chain import Stage
 from gemel_engine.pipeline.corpus import plan_shards
-from gemel_engine.training import preparation
+from gemel_engine.training import job, preparation
 from gemel_engine.training.checkpoints import keep_record, restore_record
 from gemel_engine.training.job import TrainReport, _errors_of_workers, _events_kept, _Reports, train_mapper
 from gemel_engine.training.preparation import PreparedSplit, prepare_split
@@ -287,23 +287,26 @@ def test_a_worker_s_own_error_ends_the_training_as_itself(tmp_path: Path) -> Non
 
 
 @pytest.mark.unit
-def test_events_are_copied_once_in_a_while_and_at_the_end(tmp_path: Path) -> None:
-    def report(step: int) -> int:
+def test_events_are_copied_once_in_a_while_and_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Writer:
+        def __init__(self, directory: str, flush_secs: int) -> None:
+            self._file = Path(directory, "events")
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            with self._file.open("a") as file:
+                file.write(f"{step} ")
+
+    def copied(step: int) -> str:
         reports.after_report(None, [{"step": step, SCORE: -1.0, "loss": 0.5}], None)
-        return num_bytes()
+        return (tmp_path / "tensorboard/events").read_text()
 
-    def num_bytes() -> int:
-        (copy,) = (tmp_path / "tensorboard").iterdir()
-        return copy.stat().st_size
-
+    monkeypatch.setattr(job, "SummaryWriter", Writer)
     with _events_kept(str(tmp_path)) as events:
         reports = _Reports(str(tmp_path), events, as_lines=False)
-        first = report(1)
-        assert report(2) == first
+        assert copied(1) == copied(2) == "1 "
         reports._last_copy -= 60
-        third = report(3)
-        assert report(4) == third > first
-    assert num_bytes() > third
+        assert copied(3) == copied(4) == "1 2 3 "
+    assert (tmp_path / "tensorboard/events").read_text() == "1 2 3 4 "
     assert not Path(events).exists()
 
 
