@@ -107,7 +107,7 @@ def main(
         contact: Address of you, which the servers see: Wikimedia refuses clients without one.
         entities: Knowledge base as a table of entities, as `gemel import` writes it. Default: the entities of the
             corpus's own mentions, which is easier than in the paper.
-        candidates: Table of `mention_id` (such as `test-12-0`) and `candidate_ids`, for the protocol `candidates`.
+        candidates: Table of `mention_id`, as in WORK/test.parquet, and `candidate_ids`, for the protocol `candidates`.
     """
     corpus = Corpus.model_validate(tomllib.loads(config.read_text("utf-8")))
     training: dict[str, Any] = tomllib.loads(corpus.training.read_text("utf-8"))

@@ -43,11 +43,12 @@ def json_sha256(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def checkpoint_fingerprint(name_or_path: str) -> str:
+def checkpoint_fingerprint(name_or_path: str, what: str = "language model") -> str:
     """Return a SHA-256 hash of the files of a model; the module's docstring says what it covers.
 
     Args:
         name_or_path: Local directory, or name on the model hub.
+        what: Kind of the model, for the message.
 
     Raises:
         ArtifactError: The model does not exist or cannot be read.
@@ -64,7 +65,7 @@ def checkpoint_fingerprint(name_or_path: str) -> str:
                         stream.seek(start)
                         digest.update(stream.read(stop - start))
     except OSError as error:
-        raise not_loadable("language model", name_or_path, error) from error
+        raise not_loadable(what, name_or_path, error) from error
     return digest.hexdigest()
 
 

@@ -156,7 +156,7 @@ def closed_form(model: Path, demonstrations: Path) -> Path:
         image_encoder_fingerprint=index.metadata.image_encoder_fingerprint,
     )
     mapper.fit_scaling(features)
-    mapper.fit_ridge(features, embeddings, penalty=0.1, gain=1.5)  # as the demo's mapper begins
+    mapper.fit_ridge(features, [embeddings], penalty=0.1, gain=1.5)  # as the demo's mapper begins
     mapper.save(path)
     return path
 

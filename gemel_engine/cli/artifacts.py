@@ -13,6 +13,7 @@ import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from gemel_engine.cli.knowledge_bases import EncoderOptions
+from gemel_engine.cli.options import checked
 from gemel_engine.config.bounds import Count, Seed
 from gemel_engine.errors import ConfigurationError, InputError
 
@@ -108,7 +109,10 @@ def init_mapper(
 
 def import_gemel(arguments: Sequence[str]) -> None:
     """Convert files that GEMEL's authors released: a feature mapper or mentions."""
-    commands: dict[str, Callable[..., None]] = {"mapper": import_mapper, "mentions": import_mentions}
+    commands: dict[str, Callable[..., None]] = {
+        "mapper": checked(import_mapper),
+        "mentions": checked(import_mentions),
+    }
     tyro.extras.subcommand_cli_from_dict(
         commands, prog="gemel import-gemel", description=import_gemel.__doc__, args=arguments
     )

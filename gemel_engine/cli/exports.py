@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
-from typing import Annotated, Literal
+from typing import Annotated
 
 from tyro.conf import Positional, arg
+
+from gemel_engine.export import WIKIDATA, Format
 
 Output = Annotated[Positional[str], arg(metavar="OUTPUT")]
 Target = Annotated[Positional[str], arg(metavar="FILE")]
@@ -17,8 +19,8 @@ def export(
     output: Output,
     target: Target,
     *,
-    format: Literal["parquet", "csv", "jsonl", "nif", "elevant", "blink"] | None = None,
-    entity_prefix: str = "http://www.wikidata.org/entity/",
+    format: Format | None = None,
+    entity_prefix: str = WIKIDATA,
 ) -> None:
     """Write a finished run to one file, beside the columns of its input.
 

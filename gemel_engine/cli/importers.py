@@ -105,6 +105,8 @@ def import_dbpedia(
     if len(files) < 2:
         raise ConfigurationError("name dumps and the output: gemel import dbpedia DUMP... OUTPUT.parquet")
     *dumps, output = files
+    if "://" in output:
+        raise ConfigurationError(f"the output is {output!r}: give a local path")
     check_output(Path(output), dumps)
     report = ImportReport()
     entities = read_dbpedia(
@@ -149,7 +151,8 @@ def import_mentions(
     """Read the mentions of a published corpus, with their gold labels.
 
     Mentions without an entity have no label. A label that is an address in Wikipedia becomes the
-    title of the page.
+    title of the page as DBpedia has it, such as New_York_City. Identifiers that the corpus lacks
+    begin with the name of the file.
 
     Args:
         layout: wikidiverse (JSON of its authors), melbench (JSON of WikiMEL or Richpedia-MEL), aida
@@ -165,8 +168,9 @@ def import_mentions(
 
     check_output(output, [input])
     takes_pictures, is_aida = layout in ("wikidiverse", "melbench"), layout == "aida"
-    if (pictures and not takes_pictures) or (part and not is_aida):
-        raise ConfigurationError(f"--{'part' if part else 'pictures'} is of no use for {layout}: leave it out")
+    for option, is_of_no_use in (("pictures", pictures and not takes_pictures), ("part", part and not is_aida)):
+        if is_of_no_use:
+            raise ConfigurationError(f"--{option} is of no use for {layout}: leave it out")
     report = ImportReport()
     options = {"pictures": pictures} if takes_pictures else {"part": part} if is_aida else {}
     write_rows(output, LAYOUTS[layout](input, report, **options), report, MENTION_SCHEMA, "mentions")

@@ -8,12 +8,12 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
 from gemel_engine.cli import options
-from gemel_engine.config.bounds import Amount, Count, CountOrZero, Fraction, NumBytes, Seed
+from gemel_engine.config.bounds import Amount, Count, CountOrZero, EvaluationProtocol, Fraction, NumBytes, Seed
 from gemel_engine.errors import ConfigurationError, InputError
 
 if TYPE_CHECKING:
@@ -194,7 +194,7 @@ def evaluate(
     gold: str | None = None,
     train: str | None = None,
     against: str | None = None,
-    protocol: Literal["entity", "name", "candidates"] = "entity",
+    protocol: EvaluationProtocol = "entity",
     found: bool = False,
     write_to: str | None = None,
     entities: str | None = None,
@@ -212,7 +212,8 @@ def evaluate(
             input of the run, if it has an `entity_id`.
         train: Training split. It adds accuracies by what the training split contains, a baseline
             without a model, and the pictures of demonstrations.
-        against: Output of another run over the same mentions to compare with.
+        against: Output of another run over the same mentions to compare with. Without gold labels,
+            other answers are only counted.
         protocol: When an answer is correct: `entity`: the same entity identifier; `name`: the same
             entity name (GEMEL's protocol); `candidates`: the same identifier, among the mention's
             own candidates only.
@@ -230,24 +231,46 @@ def evaluate(
     """
     from gemel_engine import storage
     from gemel_engine.config.components import ImagePolicy
-    from gemel_engine.evaluation.run import LinkedRun, judge_run
+    from gemel_engine.evaluation.run import LinkedRun
+    from gemel_engine.evaluation.spans import has_places_alone
     from gemel_engine.report.page import report_of
 
     image_source = ImagePolicy(allowed_image_prefixes, max_image_bytes)
     linked = LinkedRun.open(output)
-    other = None if against is None else LinkedRun.open(against)
-    directory, judged = write_to or f"{linked.output}/_evaluation", None
-    if found or _has_places_alone(gold):
+    directory = write_to or f"{linked.output}/_evaluation"
+    if found or (gold is not None and has_places_alone(gold, linked.stored_names)):
+        _refuse("judging mentions by their places", protocol=protocol, train=train, against=against)
         _evaluate_found(linked, gold, directory)
         return
-    if gold is not None or linked.has_gold():
-        judged = judge_run(linked, gold=gold, train=train, against=other, protocol=protocol)
-        _write_metrics(judged, directory)
+    judged = _judged(linked, gold, train, against, protocol, directory)
     page = report_of(
         linked, judged, training=train, gallery_size=gallery_size, entities=entities, image_source=image_source
     )
     storage.write_bytes(f"{directory}/report.html", page.encode())
     logger.info("%s/report.html", directory)
+
+
+def _judged(
+    linked: LinkedRun,
+    gold: str | None,
+    train: str | None,
+    against: str | None,
+    protocol: EvaluationProtocol,
+    directory: str,
+) -> JudgedRun | None:
+    """Judge a run by gold labels, and print and write the result; without labels, only compare its answers."""
+    from gemel_engine.evaluation.run import LinkedRun, changed_answers, judge_run
+
+    other = None if against is None else LinkedRun.open(against)
+    if gold is not None or linked.has_gold():
+        judged = judge_run(linked, gold=gold, train=train, against=other, protocol=protocol)
+        _write_metrics(judged, directory)
+        return judged
+    _refuse("a run without gold labels", protocol=protocol)
+    if other is not None:
+        num_mentions, num_changed = changed_answers(other.predictions, linked.predictions)
+        logger.info("of %d mentions of both runs, %d have another entity", num_mentions, num_changed)
+    return None
 
 
 def _write_metrics(judged: JudgedRun, directory: str) -> None:
@@ -258,6 +281,12 @@ def _write_metrics(judged: JudgedRun, directory: str) -> None:
     from gemel_engine.cli.tables import as_table
 
     Console().print(as_table(judged))
+    if (num_unknown := judged.evaluation.num_unknown) > judged.evaluation.num_mentions:
+        logger.warning(
+            "%d labels are no ids of the knowledge base, which has those of %d: see whether they are spelt as there",
+            num_unknown,
+            judged.evaluation.num_mentions,
+        )
     if judged.is_below_baseline:
         logger.warning(
             "the accuracy is below that of a lookup without a model, which takes the entity that training mentions "
@@ -267,10 +296,11 @@ def _write_metrics(judged: JudgedRun, directory: str) -> None:
     logger.info("%s/metrics.json", directory)
 
 
-def _has_places_alone(gold: str | None) -> bool:
-    from gemel_engine.evaluation.spans import has_places_alone
-
-    return gold is not None and has_places_alone(gold)
+def _refuse(task: str, *, protocol: EvaluationProtocol, train: str | None = None, against: str | None = None) -> None:
+    """Raise if an option is given that a task has no use for."""
+    options = {"--protocol": protocol != "entity", "--train": train, "--against": against}
+    if given := [name for name, value in options.items() if value]:
+        raise ConfigurationError(f"{task} has no use for {' and '.join(given)}: leave that out")
 
 
 def _evaluate_found(linked: LinkedRun, gold: str | None, directory: str) -> None:

@@ -59,16 +59,15 @@ def serve(arguments: Sequence[str]) -> None:
         nonlocal is_dead
         is_dead = server.should_exit = True
 
-    app = create_app(linker, [*_LOOPBACK, serving.host, *serving.names], stop)
+    host = f"[{serving.host}]" if ":" in serving.host else serving.host  # as addresses have IPv6
+    app = create_app(linker, [*_LOOPBACK, host, *serving.names], stop)
     server = uvicorn.Server(
         uvicorn.Config(app, serving.host, serving.port, log_level="warning", timeout_graceful_shutdown=5)
     )
-    logger.info("open http://%s:%d/ in a browser; Ctrl-C ends", serving.host, serving.port)
+    logger.info("open http://%s:%d/ in a browser; Ctrl-C ends", host, serving.port)
     try:
         server.run()
     except SystemExit as error:  # uvicorn has logged why
-        raise ConfigurationError(
-            f"can't listen on {serving.host}:{serving.port}: name another --host or --port"
-        ) from error
+        raise ConfigurationError(f"can't listen on {host}:{serving.port}: name another --host or --port") from error
     if is_dead:
         raise EngineDiedError("the language model's engine has ended: start the command again")

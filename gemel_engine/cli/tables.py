@@ -37,7 +37,14 @@ def as_table(judged: JudgedRun) -> Table:
         interval = f"{figure.low:.3f} to {figure.high:.3f}"
         table.add_row(name, f"{figure.value:.3f}", interval, str(figure.num_mentions))
 
+    def add_number(name: str, number: int) -> None:
+        if number:
+            table.add_row(name, "", "", str(number))
+
     add("accuracy", evaluation.accuracy)
+    add_number("wrong, since they ended in an error", evaluation.num_errors)
+    add_number("not judged: no entity of the knowledge base", evaluation.num_nil)
+    add_number("not judged: no gold row", evaluation.num_without_gold)
     if evaluation.baseline is not None:
         add("accuracy without a model", evaluation.baseline)
     for kind, figures in evaluation.buckets.items():

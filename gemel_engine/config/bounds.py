@@ -1,11 +1,11 @@
-"""Types of numeric settings and options, with the bounds that pydantic validates.
+"""Types of settings and options; numeric ones have bounds that pydantic validates.
 
-All types are strict: strings and booleans are rejected, and so are NaN and infinity.
+All numeric types are strict: strings and booleans are rejected, and so are NaN and infinity.
 """
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -24,4 +24,5 @@ Fraction = Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)]
 PositiveFraction = Annotated[float, Field(strict=True, gt=0, le=1, allow_inf_nan=False)]
 Factor = Annotated[float, Field(strict=True, gt=0, le=1e6, allow_inf_nan=False)]
 Amount = Annotated[float, Field(strict=True, ge=0, le=1e6, allow_inf_nan=False)]
+EvaluationProtocol = Literal["entity", "name", "candidates"]  # when an answer is right
 Width = Annotated[int, Field(gt=0, le=1 << 20)]  # of vectors in an artifact

@@ -122,8 +122,10 @@ class RankedAnswers:
             return
         knowledge_base = self._scope.knowledge_base
         pool = tuple(item for item in prediction.pool if item.entity_id != without)
-        rows = [row for item in pool if (row := knowledge_base.row_of_entity(item.entity_id)) is not None]
-        bonuses = bonuses_of(form, rows, [item.reasons for item in pool], weights, knowledge_base)
+        known = {
+            row: item.reasons for item in pool if (row := knowledge_base.row_of_entity(item.entity_id)) is not None
+        }
+        bonuses = bonuses_of(form, list(known), list(known.values()), weights, knowledge_base)
         heard = Heard.of(prediction, self._scope)
         if heard is not None and without is not None:
             heard = heard.without(knowledge_base.row_of_entity(without))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from hashlib import blake2b
+from itertools import chain
 
 import numpy as np
 import pyarrow as pa
@@ -15,8 +16,9 @@ from gemel_engine.storage import parquet
 from gemel_engine.storage.columns import Column
 from gemel_engine.types import mention_columns
 
-_GOLD_COLUMNS = ("mention_id", "entity_id", "mention", "text", "candidate_ids", "image_uri")
+_GOLD_COLUMNS = ("mention_id", "entity_id", "mention", "text", "candidate_ids")
 _PICTURES = ("image_bytes", "image_uri", "image_features")
+_DIGESTED = ("image_bytes", "image_uri")
 
 
 def surface_forms(gold: pa.Table, predictions: pa.Table) -> list[str]:
@@ -51,12 +53,13 @@ def read_gold(
             `candidate_ids` is read from it alone, and so is every other column if the labels have
             no `text`.
         stored_names: The run's `columns`; labels may also have the engine's own names.
-        with_pictures: Whether to read all pictures, to know which mentions have one.
-        with_digests: Whether to compute the digests of pictures, which are read then.
+        with_pictures: Whether to return which mentions have a picture. Files whose footers don't
+            say that all have one are read for it, pictures included.
+        with_digests: Whether to return what pictures have in common, too; all are read then.
 
     Returns:
         Table with columns `mention_id`, `entity_id` and, where they exist, `mention`, `text`,
-        `candidate_ids`, `image_uri`, `has_picture` and `image_digest` (of `image_bytes`).
+        `candidate_ids`; `has_picture`; `image_uri` and `image_digest` (of `image_bytes`).
 
     Raises:
         InputError: The mentions have no labels.
@@ -68,9 +71,10 @@ def read_gold(
         return labels
     ours = [name for name in labels.column_names if name != "candidate_ids"]
     labels = labels.select(ours if "text" in ours else ["mention_id", "entity_id"])
-    ids = labels["mention_id"].combine_chunks()
-    with_digests &= "image_digest" not in labels.column_names
-    described = _small_columns(linked, columns, ids, with_pictures=with_pictures, with_digests=with_digests)
+    ids = labels["mention_id"]
+    with_digests &= not {"image_digest", "image_uri"} <= {*labels.column_names}
+    wanted = frozenset(ids.cast(pa.large_binary()).to_pylist())
+    described = _small_columns(linked, columns, wanted, with_pictures=with_pictures, with_digests=with_digests)
     place = pc.index_in(ids, described["mention_id"].combine_chunks())
     for name in described.column_names:
         if name not in labels.column_names:
@@ -81,7 +85,7 @@ def read_gold(
 def _small_columns(
     uri: str,
     columns: Mapping[str, Column],
-    wanted: pa.Array | None = None,
+    wanted: Set[bytes] | None = None,
     *,
     with_pictures: bool,
     with_digests: bool,
@@ -92,32 +96,34 @@ def _small_columns(
     Raises:
         InputError: `with_labels` is set and there is no column `entity_id`.
     """
-    tables, read = [], (*_GOLD_COLUMNS, *(_PICTURES if with_pictures else ()))
+    tables = []
     for table in parquet.open_tables(uri, columns, ["mention_id"]):
         if with_labels and "entity_id" not in table.names:
             raise InputError(
                 f"{table.file.uri} has no column entity_id, only {', '.join(table.names)}: name a table of mentions "
                 "with gold labels"
             )
-        tables += [
-            _described(
-                piece if wanted is None else piece.filter(pc.is_in(piece["mention_id"], wanted)),
-                with_pictures=with_pictures,
-                with_digests=with_digests,
-            )
-            for piece in table.pieces(read)
-        ]
+        pictures = [name for name in _PICTURES if with_pictures and name in table.names]
+        all_pictured = any(not table.may_have_nulls(name) for name in pictures)
+        read = [*_GOLD_COLUMNS, *(() if all_pictured else pictures), *(_DIGESTED if with_digests else ())]
+        if wanted is None:
+            pieces = table.pieces(read)
+        else:
+            ids = table.read(["mention_id"])["mention_id"].cast(pa.large_binary()).to_pylist()  # may be no UTF-8
+            pieces = table.taken(read, np.flatnonzero([mention_id in wanted for mention_id in ids]))
+        for piece in chain([table.schema(read).empty_table()], pieces):
+            tables.append(_described(piece, pictures, all_pictured=all_pictured, with_digests=with_digests))
     return pa.concat_tables(tables, promote_options="default")
 
 
-def _described(mentions: pa.Table, *, with_pictures: bool, with_digests: bool) -> pa.Table:
+def _described(mentions: pa.Table, pictures: Sequence[str], *, all_pictured: bool, with_digests: bool) -> pa.Table:
     """Select the small columns of mentions, and add `has_picture` and `image_digest`."""
-    table = mentions.select([name for name in _GOLD_COLUMNS if name in mentions.column_names])
-    if with_pictures:
-        has_picture = np.zeros(len(mentions), bool)
-        for name in _PICTURES:
-            if name in mentions.column_names:
-                has_picture |= mentions[name].is_valid().to_numpy()
+    names = [*_GOLD_COLUMNS, *(["image_uri"] if with_digests else [])]
+    table = mentions.select([name for name in names if name in mentions.column_names])
+    if pictures:
+        has_picture = np.full(len(mentions), all_pictured)
+        for name in () if all_pictured else pictures:
+            has_picture |= mentions[name].is_valid().to_numpy()
         table = table.append_column("has_picture", pa.array(has_picture))
     if with_digests and "image_bytes" in mentions.column_names:
         digests = [_digest(value) for value in mentions["image_bytes"]]

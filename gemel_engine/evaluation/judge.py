@@ -11,10 +11,9 @@ Mentions without a gold entity (NIL) are not judged. A row with an `error` is a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -23,10 +22,9 @@ import pyarrow.compute as pc
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import binomtest
 
+from gemel_engine.config.bounds import EvaluationProtocol
 from gemel_engine.errors import InputError
 from gemel_engine.evaluation.pool import are_in_pools
-
-EvaluationProtocol = Literal["entity", "name", "candidates"]
 
 _NUM_RESAMPLES = 2000
 
@@ -61,8 +59,8 @@ class Evaluation:
     Attributes:
         protocol: Protocol that decides when an answer is right.
         num_mentions: Number of mentions with a gold entity.
-        num_nil: Number of mentions that are not judged: without a gold entity, or with one that is
-            not in the knowledge base (if that is given).
+        num_nil: Number of mentions not judged: without a gold entity, or with an unknown one.
+        num_unknown: Number of those whose gold entity is not in the knowledge base, if it is given.
         num_errors: Number of judged mentions whose row has an error.
         num_without_gold: Number of predictions without a gold row; they are not judged.
         accuracy: Share of right answers.
@@ -83,6 +81,7 @@ class Evaluation:
     protocol: EvaluationProtocol
     num_mentions: int
     num_nil: int
+    num_unknown: int
     num_errors: int
     num_without_gold: int
     accuracy: Measured
@@ -148,9 +147,11 @@ class Judge:
             raise InputError(
                 f"{len(repeated)} gold rows repeat a mention_id, such as {repeated.iloc[0]!r}: remove them"
             )
+        self._num_unknown = 0
         if self._entities is not None:
-            known = self._gold["entity_id"].isin(self._entities["entity_id"])
-            self._gold.loc[~known, "entity_id"] = None
+            unknown = self._gold["entity_id"].notna() & ~self._gold["entity_id"].isin(self._entities["entity_id"])
+            self._num_unknown = int(unknown.sum())
+            self._gold.loc[unknown, "entity_id"] = None
 
     def judge(self, predictions: pa.Table) -> pd.DataFrame:
         """Join the gold mentions that are not NIL with their predictions, in the order of the gold.
@@ -175,16 +176,14 @@ class Judge:
                 "the gold labels of the linked mentions alone"
             )
         if judged.empty:
-            raise InputError("no mention has a gold entity that the knowledge base knows: there is nothing to judge")
+            raise InputError("nothing to judge: give labels with the ids of entities of the knowledge base")
         judged["wanted"] = self._answers(judged["entity_id_gold"])
         judged["answer"] = self._answers(judged["entity_id"])
-        candidates = [
-            self._answers(pd.Series([item["entity_id"] for item in row], dtype=object)) if row is not None else []
-            for row in judged["candidates"]
-        ]
+        answer_of: Callable[[str], object] = self._names.to_dict().get if self.protocol == "name" else str
+        found = ([] if row is None else [answer_of(item["entity_id"]) for item in row] for row in judged["candidates"])
         judged["rank"] = [
-            next((rank for rank, found in enumerate(dict.fromkeys(row), 1) if found == wanted), 0)
-            for row, wanted in zip(candidates, judged["wanted"], strict=True)
+            next((rank for rank, answer in enumerate(dict.fromkeys(row), 1) if answer == wanted), 0)
+            for row, wanted in zip(found, judged["wanted"], strict=True)
         ]
         return judged
 
@@ -235,6 +234,7 @@ class Judge:
             protocol=self.protocol,
             num_mentions=len(judged),
             num_nil=len(self._gold) - len(judged),
+            num_unknown=self._num_unknown,
             num_errors=int(judged["error"].notna().sum()),
             num_without_gold=len(set(predictions["mention_id"].to_pylist()) - set(self._gold["mention_id"])),
             accuracy=Measured.of(right),

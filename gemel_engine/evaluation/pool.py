@@ -25,11 +25,11 @@ def are_in_pools(
     """
     if "pool" not in predictions.column_names:
         return None
-    pools = predictions["pool"].combine_chunks()
-    proposed = pc.struct_field(pools.flatten(), "entity_id")
+    pools = predictions["pool"]  # in its chunks: one array can't have more than 2 GiB of text
+    proposed = pc.struct_field(pc.list_flatten(pools), "entity_id")
     if not len(proposed):
         return None
-    place_of_row = pc.index_in(predictions["mention_id"].combine_chunks(), pa.array(mention_ids, pa.string()))
+    place_of_row = pc.index_in(predictions["mention_id"], pa.array(mention_ids, pa.string())).combine_chunks()
     place = place_of_row.take(pc.list_parent_indices(pools))
     gold = pa.array(entity_ids, pa.string()).take(place)  # null for a mention that is not asked for
     found = np.zeros(len(mention_ids), bool)

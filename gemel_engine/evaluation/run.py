@@ -10,11 +10,12 @@ import numpy as np
 import pyarrow as pa
 
 from gemel_engine import storage
+from gemel_engine.config.bounds import EvaluationProtocol
 from gemel_engine.decoding.confidence import MANIFEST as CALIBRATION_MANIFEST
 from gemel_engine.decoding.confidence import Calibration
 from gemel_engine.errors import ArtifactError, InputError
 from gemel_engine.evaluation.gold import entities_to_judge, read_gold
-from gemel_engine.evaluation.judge import Comparison, Evaluation, EvaluationProtocol, Judge
+from gemel_engine.evaluation.judge import Comparison, Evaluation, Judge
 from gemel_engine.evaluation.leaks import LeakAudit, audit_leaks
 from gemel_engine.evaluation.quality import ConfidenceQuality, quality
 from gemel_engine.evidence.update import open_knowledge_base
@@ -72,9 +73,13 @@ class LinkedRun:
         return cls(output, settings, report, _read_predictions(f"{output}/data"), run)
 
     def has_gold(self) -> bool:
-        """Return whether the run's input has a column `entity_id`."""
-        columns = mention_columns(self.stored_names)
-        return any("entity_id" in table.names for table in parquet.open_tables(self.settings["input"], columns))
+        """Return whether a mention of the run's input has an `entity_id`."""
+        return any(
+            piece["entity_id"].null_count < len(piece)
+            for table in parquet.open_tables(self.settings["input"], mention_columns(self.stored_names))
+            if "entity_id" in table.names
+            for piece in table.pieces(["entity_id"])
+        )
 
     @property
     def stored_names(self) -> dict[str, str]:
@@ -98,6 +103,11 @@ class LinkedRun:
                 "link again"
             )
 
+    def has_artifact(self, name: str, manifest: str) -> bool:
+        """Return whether an artifact of the run is still there, by the address of its manifest."""
+        artifacts = self.identity.get("artifacts") or {}
+        return storage.exists(manifest) and read_manifest_at(manifest) == artifacts.get(name)
+
     def checksums(self) -> dict[str, str]:
         """Return checksums of the run's models, artifacts and input files, by name, as far as recorded."""
         parts = {**(self.identity.get("artifacts") or {}), "input": self.identity.get("plan")}
@@ -109,14 +119,13 @@ class LinkedRun:
 
     def open_weights(self) -> ScoreWeights | None:
         """Open the weights of the run's score; None if it had none, or if they are not there any more."""
-        settings, artifacts = self.settings, self.identity.get("artifacts") or {}
-        address = settings.get("calibration")
+        settings, address = self.settings, self.settings.get("calibration")
         if (settings.get("score") or {}).get("kind") != "combined":
             return None
         name, uri = "calibration", f"{address}/{CALIBRATION_MANIFEST}"
         if address is None:
             name, uri = "weights", f"{SHIPPED}/{WEIGHTS_MANIFEST}"
-        if not storage.exists(uri) or read_manifest_at(uri) != artifacts.get(name):
+        if not self.has_artifact(name, uri):
             return None
         return ScoreWeights.open() if address is None else Calibration.open(storage.download_directory(address)).weights
 
@@ -201,6 +210,15 @@ def judge_run(
         knowledge_base_names=knowledge_base.trie.num_names,
         verdicts=judge.verdicts(linked.predictions),
     )
+
+
+def changed_answers(first: pa.Table, second: pa.Table) -> tuple[int, int]:
+    """Return the number of mentions that two runs have in common, and of those with another entity."""
+    one, two = (
+        dict(zip(run["mention_id"].to_pylist(), run["entity_id"].to_pylist(), strict=True)) for run in (first, second)
+    )
+    common = one.keys() & two.keys()
+    return len(common), sum(one[mention_id] != two[mention_id] for mention_id in common)
 
 
 def qualities(judge: Judge, predictions: pa.Table) -> dict[str, ConfidenceQuality]:

@@ -17,7 +17,7 @@ from gemel_engine.errors import InputError
 from gemel_engine.evaluation.run import LinkedRun
 from gemel_engine.storage import parquet
 from gemel_engine.storage.columns import Column
-from gemel_engine.types import MENTION_COLUMNS
+from gemel_engine.types import MENTION_COLUMNS, mention_columns
 
 _FOUND_COLUMNS = {**MENTION_COLUMNS, "document_start": Column.like(MENTION_COLUMNS["mention_start"].type)}
 _FOUND_REQUIRED = ("mention_id", "mention", "group", "document_start")
@@ -124,9 +124,15 @@ def read_found(uri: str) -> dict[str, Place]:
     }
 
 
-def has_places_alone(uri: str) -> bool:
-    """Return whether gold mentions have no `mention_id`, but a document and a surface form."""
-    names = next(parquet.open_tables(uri, {})).names
+def has_places_alone(uri: str, stored_names: Mapping[str, str]) -> bool:
+    """Return whether gold mentions have no `mention_id`, but a document and a surface form.
+
+    Args:
+        uri: Table, or directory of tables.
+        stored_names: The run's `columns`, whose name of `mention_id` counts, too.
+    """
+    columns = {"mention_id": mention_columns(stored_names, or_own=True)["mention_id"]}
+    names = next(parquet.open_tables(uri, columns)).names
     return "mention_id" not in names and {"group", "mention"} <= set(names)
 
 

@@ -98,7 +98,8 @@ class JoinedRun:
     Attributes:
         schema: Columns of the input, then `ANSWER_COLUMNS`. Columns of both names are those of the
             answers; the input's are `gold_entity_id`, `gold_entity_name` and `input_` with their
-            names.
+            names, again and again until no other column has it.
+        source: Address of the input.
 
     Raises:
         InputError: The run has not finished, or its input is missing or has changed.
@@ -112,14 +113,14 @@ class JoinedRun:
         source = settings.get("input")
         if not isinstance(source, str):
             raise InputError(f"{shown(directory.claim)} is not of a linking run: name the output of one")
-        self._source, self._columns = source, columns
+        self.source, self._columns = source, columns
         self._stored_names = {name: theirs for name, theirs in (settings.get("columns") or {}).items() if theirs}
         self._names = self._input_schema()
         answers = pa.schema([PREDICTION_SCHEMA.field(name) for name in ("mention_id", *ANSWER_COLUMNS)])
         self._answers = StoredRows.store(scratch / "answers.arrow", answers, _answers(directory.data, answers))
         self._places = self._joined_places()
         self.schema = pa.schema(
-            [field.with_name(joined_name(field.name)) for field in self._names]
+            [field.with_name(name) for field, name in zip(self._names, _joined_names(self._names.names), strict=True)]
             + [PREDICTION_SCHEMA.field(name) for name in ANSWER_COLUMNS]
         )
 
@@ -147,7 +148,7 @@ class JoinedRun:
         """Yield the files of the input, with known columns in their types and others as stored."""
         known = mention_columns(self._stored_names)
         theirs = set(self._stored_names.values())
-        for stored in parquet.open_tables(self._source):
+        for stored in parquet.open_tables(self.source):
             others = {
                 field.name: Column(field.type, str(field.type))
                 for field in stored.stored_schema
@@ -160,7 +161,7 @@ class JoinedRun:
         schemas = []
         for table in self._open():
             names = table.names if self._columns is None else self._columns
-            schemas.append(pa.schema([field for field in table.schema(names) if not _is_large(field)]))
+            schemas.append(pa.schema([_without_views(field) for field in table.schema(names) if not _is_large(field)]))
         return pa.unify_schemas(schemas, promote_options="permissive")
 
     def _joined_places(self) -> NDArray[np.int64]:
@@ -170,16 +171,24 @@ class JoinedRun:
         places = pc.index_in(ids, value_set=self._answers.column("mention_id").cast(pa.large_string()))
         if places.null_count or len(places) != self._answers.num_rows:
             raise InputError(
-                f"{shown(self._source)} has {len(places)} mentions, of which the run links "
+                f"{shown(self.source)} has {len(places)} mentions, of which the run links "
                 f"{len(places) - places.null_count}, and the run has {self._answers.num_rows} rows: put the input back "
                 "as it was, or link it again"
             )
         return np.asarray(places.to_numpy(), np.int64)
 
 
-def joined_name(name: str) -> str:
-    """Return the name of an input's column beside the answers."""
-    return GOLD_COLUMNS.get(name) or (f"input_{name}" if name in ANSWER_COLUMNS else name)
+def _joined_names(names: Sequence[str]) -> list[str]:
+    """Return the names of an input's columns beside the answers, no two of them the same."""
+    taken = {*ANSWER_COLUMNS, *(GOLD_COLUMNS[name] for name in names if name in GOLD_COLUMNS)}
+    joined: list[str] = []
+    for name in names:
+        free = name
+        while free in taken or (free != name and free in names):
+            free = f"input_{free}"
+        joined.append(GOLD_COLUMNS.get(name, free))
+        taken.add(joined[-1])
+    return joined
 
 
 def _answers(directory: str, schema: pa.Schema) -> Iterator[pa.Table]:
@@ -189,6 +198,11 @@ def _answers(directory: str, schema: pa.Schema) -> Iterator[pa.Table]:
                 piece[field.name] if field.name in piece.column_names else _nulls(piece, field.type) for field in schema
             ]
             yield pa.table(columns, schema=schema)
+
+
+def _without_views(field: pa.Field) -> pa.Field:
+    """Return a field of plain text for one of views, which are neither merged nor written to CSV."""
+    return field.with_type(pa.string()) if field.type == pa.string_view() else field
 
 
 def _nulls(table: pa.Table, kind: pa.DataType) -> pa.Array:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
 
 import pyarrow as pa
 import pyarrow.csv
@@ -18,13 +18,12 @@ import pyarrow.parquet as pq
 
 from gemel_engine import storage
 from gemel_engine.errors import ConfigurationError, shown
+from gemel_engine.export import WIKIDATA, Format
 from gemel_engine.export.documents import DOCUMENT_COLUMNS, Documents, blink_lines, elevant_lines, nif_lines
 from gemel_engine.export.joined import JoinedRun
-from gemel_engine.pipeline.output import RunDirectory
+from gemel_engine.storage.files import normalised_uri, places_within
+from gemel_engine.storage.local import explain_full_disk
 
-Format = Literal["parquet", "csv", "jsonl", "nif", "elevant", "blink"]
-
-WIKIDATA = "http://www.wikidata.org/entity/"
 _OF_SUFFIXES: dict[str, Format] = {".parquet": "parquet", ".csv": "csv", ".jsonl": "jsonl", ".ttl": "nif"}
 
 logger = logging.getLogger(__name__)
@@ -55,14 +54,15 @@ def export_run(output: str, target: str, kind: Format, entity_prefix: str = WIKI
 
     Raises:
         InputError: The run has not finished, or its input is missing or has changed.
-        ConfigurationError: The file would be among the run's own.
+        ConfigurationError: The file would be among the run's own or those of its input.
     """
-    if _is_within(target, RunDirectory(output.rstrip("/")).data):
-        raise ConfigurationError(f"{shown(target)} would be among the shards of the run: choose another place")
+    if any(re.match(r"data(/|$)|_", place) for place in places_within(normalised_uri(target), normalised_uri(output))):
+        raise ConfigurationError(f"{shown(target)} would be among the run's own files: choose another place")
+    is_of_documents = kind in ("nif", "elevant", "blink")
     with TemporaryDirectory() as temporary, _replacing(target, Path(temporary)) as path:
-        if kind in ("nif", "elevant", "blink"):
-            return _write_documents(JoinedRun(output, Path(temporary), DOCUMENT_COLUMNS), path, kind, entity_prefix)
-        return _write_table(JoinedRun(output, Path(temporary)), path, kind)
+        run = JoinedRun(output, path.parent, DOCUMENT_COLUMNS if is_of_documents else None)
+        storage.check_apart(target, run.source)
+        return _write_documents(run, path, kind, entity_prefix) if is_of_documents else _write_table(run, path, kind)
 
 
 def _write_documents(run: JoinedRun, path: Path, kind: Format, entity_prefix: str) -> int:
@@ -99,13 +99,18 @@ def _write_table(run: JoinedRun, path: Path, kind: Format) -> int:
 def _replacing(target: str, temporary: Path) -> Iterator[Path]:
     """Yield a temporary file whose content replaces the target when it is complete."""
     path = temporary / "export"
-    yield path
+    with explain_full_disk(path):
+        yield path
     place = storage.local_path(target)
     if place is not None:
-        place.parent.mkdir(parents=True, exist_ok=True)
         beside = place.with_name(f".{place.name}.{os.getpid()}")
-        shutil.move(path, beside)  # may be another file system
-        beside.replace(place)
+        try:
+            with explain_full_disk(place):
+                place.parent.mkdir(parents=True, exist_ok=True)
+                shutil.move(path, beside)  # may be another file system
+                beside.replace(place)
+        finally:
+            beside.unlink(missing_ok=True)
         return
     file_system, key = storage.resolve(target)
     with path.open("rb") as source, file_system.open_output_stream(key) as sink:
@@ -125,11 +130,3 @@ def _flattened(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 def _json(value: object) -> str:
     return json.dumps(value, ensure_ascii=False, default=str)
-
-
-def _is_within(uri: str, directory: str) -> bool:
-    """Return whether an address is below a directory; links of both are followed."""
-    place, root = storage.local_path(uri), storage.local_path(directory)
-    if place is None or root is None:
-        return uri.startswith(f"{directory}/")
-    return place.resolve().is_relative_to(root.resolve())

@@ -106,7 +106,7 @@ class DictionaryFinder:
         trie = marisa_trie.Trie(key for key in keys if 0 < len(key) <= _MAX_CHARACTERS)
         ordinary = np.zeros(len(trie), bool)
         words = {word.casefold() for word in ordinary_words}
-        for key, number in trie.items():
+        for key, number in trie.iteritems():
             ordinary[number] = key.casefold() in words
         everything = np.ones((len(trie), len(Occurrence)), bool)
         unfiltered = cls(trie, everything, ordinary, ignores_case=ignores_case)

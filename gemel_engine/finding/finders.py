@@ -30,7 +30,7 @@ def finder_contents(config: FindConfig) -> Contents:
         ArtifactError: A model or artifact is missing or damaged.
     """
     if config.finder.model is not None:
-        return {"finder_model": checkpoint_fingerprint(config.finder.model)}
+        return {"finder_model": checkpoint_fingerprint(config.finder.model, "token-classification model")}
     manifests = {
         "knowledge_base": config.knowledge_base and f"{config.knowledge_base}/{KNOWLEDGE_BASE_MANIFEST}",
         "demonstrations": config.demonstrations and f"{config.demonstrations}/{INDEX_MANIFEST}",
@@ -73,7 +73,7 @@ def open_finder(config: FindConfig, contents: Contents) -> MentionFinder:
 
 def build_dictionary(config: FindConfig, directory: Path) -> None:
     """Write the dictionary of a knowledge base and demonstrations, of which one may be missing."""
-    knowledge_base = None if config.knowledge_base is None else open_knowledge_base(config.knowledge_base)
+    knowledge_base = None if config.knowledge_base is None else open_knowledge_base(config.knowledge_base, verify=True)
     training = [] if config.demonstrations is None else _training_texts(config.demonstrations)
 
     def texts() -> Iterator[str]:

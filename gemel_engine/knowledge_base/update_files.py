@@ -14,7 +14,7 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from gemel_engine.errors import ArtifactError, InputError, shown
 from gemel_engine.knowledge_base.build import checked_entities
-from gemel_engine.knowledge_base.columns import ENTITY_SCHEMA, as_stored, earlier_schema
+from gemel_engine.knowledge_base.columns import ENTITY_COLUMNS, ENTITY_SCHEMA, as_stored, earlier_schema
 from gemel_engine.knowledge_base.store import FORMAT_VERSION, MANIFEST, WITHOUT_CHECKSUM
 from gemel_engine.storage import parquet
 from gemel_engine.storage.manifest import file_sha256, parse_manifest, read_manifest
@@ -107,6 +107,28 @@ def _is_well_formed(changes: pa.Table) -> bool:
         and pc.list_flatten(token_ids).null_count == 0
         and pc.all(pc.xor(has_tokens, changes["is_retired"])).as_py()
     )
+
+
+def check_same_columns(uri: str) -> None:
+    """Raise unless all files of changes have the same columns, but for files without names, which only retire.
+
+    Args:
+        uri: Table file or directory of changes.
+
+    Raises:
+        InputError: Two files differ in their columns, so that values of the base would be lost: they
+            are kept where the whole table lacks a column.
+    """
+    files: dict[frozenset[str], str] = {}
+    for table in parquet.open_tables(uri, ENTITY_COLUMNS):
+        if "name" in table.names:
+            files.setdefault(frozenset(ENTITY_SCHEMA.names).intersection(table.names), table.file.uri)
+    if len(files) > 1:
+        (some, one), (others, other), *_ = files.items()
+        raise InputError(
+            f"of {shown(one)} and {shown(other)}, only one has the columns {', '.join(sorted(some ^ others))}: add "
+            "them to the other, or write an update of each"
+        )
 
 
 def checked_changes(changes: pa.Table) -> tuple[pa.Table, NDArray[np.bool_]]:

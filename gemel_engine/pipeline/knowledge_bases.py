@@ -48,7 +48,7 @@ from gemel_engine.knowledge_base.update import (
     compact_knowledge_base,
     update_knowledge_base,
 )
-from gemel_engine.knowledge_base.update_files import read_update_manifest
+from gemel_engine.knowledge_base.update_files import check_same_columns, read_update_manifest
 from gemel_engine.pipeline.entity_vectors import (
     IMAGE_COLUMNS,
     TEXT_COLUMNS,
@@ -158,6 +158,7 @@ def update(
     """
     storage.check_kept(str(output))
     with _staged(_absolute(str(output))) as staging:
+        check_same_columns(changes_uri)
         table = read_entities(changes_uri, also=("retired", "other_names"))
         base_directory = local_knowledge_base(base)
         evidence = open_evidence(base_directory)
@@ -167,7 +168,7 @@ def update(
         report = update_knowledge_base(base, table, tokenizer, staging, settings, EVIDENCE)
         if evidence is None or not (has_vectors(evidence.manifest) or _has_features(changes_uri)):
             return report
-        records = changed_records(staging, KnowledgeBase.open(base_directory))
+        records = changed_records(staging, KnowledgeBase.open(base_directory, verify=True))
         addresses: list[str] = []
         if len(records):
             manifest = read_update_manifest(staging)

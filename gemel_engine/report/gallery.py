@@ -93,7 +93,8 @@ def gallery_items(
         index: Demonstrations of the run; None: without demonstrations.
         size: Number of mentions to draw; all of them if there are fewer.
         seed: Seed of the draw; equal seeds draw equal mentions.
-        stored_names: The corpus' names of columns that have another name there.
+        stored_names: The corpus' names of columns that have another name there; the training split
+            may have them, too.
         judged: Verdicts (see `Judge.verdicts`) on any of the mentions: columns `mention_id`,
             `entity_id` (gold, null for NIL), `entity_name` and `right` (both nullable).
         training: Table file or directory with the pictures of the demonstrations; None: without.
@@ -106,14 +107,14 @@ def gallery_items(
     """
     judged = _of_the_same_rows(judged, predictions["mention_id"])
     drawn = _draw(predictions.append_column("right", judged["right"]), size, seed)
-    rows, gold = predictions.take(drawn).to_pylist(), judged.take(drawn).to_pylist()
+    rows, gold = _rows(predictions, drawn), _rows(judged, drawn)
     corpus = read_drawn_mentions(mentions, {row["mention_id"] for row in rows}, stored_names)
     pictures = thumbnails(corpus, image_source, _MENTION_EDGE)
     known: dict[str, ShownEntity] = {}
     if knowledge_base is not None:
         asked, pictured = _entities_of(rows)
         known = shown_entities(knowledge_base, asked, pictured, table=entities, image_source=image_source)
-    shown = _shown_demonstrations(index, rows, training, image_source) | _shown_cards(rows, known)
+    shown = _shown_demonstrations(index, rows, training, stored_names, image_source) | _shown_cards(rows, known)
     return [
         GalleryItem(
             mention=_mention(corpus[row["mention_id"]]),
@@ -136,6 +137,11 @@ def _of_the_same_rows(judged: pa.Table | None, mention_ids: pa.ChunkedArray) -> 
         return pa.table({name: pa.nulls(len(mention_ids), kind) for name, kind in types.items()})
     judged = judged.select(list(types)).cast(pa.schema(list(types.items())))
     return judged.take(pc.index_in(mention_ids, value_set=judged["mention_id"]).combine_chunks())
+
+
+def _rows(table: pa.Table, drawn: NDArray[np.intp]) -> list[dict[str, Any]]:
+    """Return rows one by one: Arrow's `take` joins all chunks, and they may have more than 2 GiB of text."""
+    return [row for place in drawn.tolist() for row in table.slice(place, 1).to_pylist()]
 
 
 def _draw(predictions: pa.Table, size: int, seed: int) -> NDArray[np.intp]:
@@ -194,6 +200,7 @@ def _shown_demonstrations(
     index: DemonstrationIndex | None,
     rows: Sequence[Mapping[str, Any]],
     training: str | None,
+    stored_names: Mapping[str, str] | None,
     image_source: ImagePolicy | None,
 ) -> dict[str, ShownDemonstration | ShownEntity]:
     """Return the demonstrations of all rows with their pictures, by `mention_id`."""
@@ -201,7 +208,7 @@ def _shown_demonstrations(
         return {}
     shown_ids = dict.fromkeys(shown_id for row in rows for shown_id in row["demonstration_ids"] or ())
     mention_ids = [shown_id for shown_id in shown_ids if not shown_id.startswith(CARD_PREFIX)]
-    pictured = {} if training is None else read_drawn_mentions(training, mention_ids, complete=False)
+    pictured = {} if training is None else read_drawn_mentions(training, mention_ids, stored_names, complete=False)
     pictures = thumbnails(pictured, image_source, SMALL_EDGE)
     return {
         mention_id: ShownDemonstration(index[row], pictures.get(mention_id, Thumbnail()))

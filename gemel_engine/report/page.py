@@ -33,7 +33,7 @@ from gemel_engine.report.entities import ShownEntity
 from gemel_engine.report.gallery import GalleryItem, ShownDemonstration, gallery_items
 from gemel_engine.report.pictures import Thumbnail
 from gemel_engine.report.proposed import Proposed, proposed
-from gemel_engine.retrieval.index import DemonstrationIndex
+from gemel_engine.retrieval.index import MANIFEST, DemonstrationIndex
 from gemel_engine.storage.cache import download_directory
 
 with extra("report"):
@@ -86,6 +86,7 @@ def render_report(
     """
     cards = [_Card.of(item, weights) for item in gallery]
     num_rollouts = predictions["num_rollouts"].drop_null().to_numpy()
+    num_rollouts = num_rollouts[num_rollouts > 0]  # evidence decides without a search
     flags = Counter(flag for card in cards for flag in card.flags) | {"all": len(cards)}
     return _ENVIRONMENT.get_template("page.html.j2").render(
         title=title,
@@ -118,7 +119,7 @@ def report_of(
     image_source: ImagePolicy | None = None,
     comparisons: Mapping[str, Comparison] | None = None,
 ) -> str:
-    """Render the report of a finished run.
+    """Render the report of a finished run, without what is not there any more of its artifacts.
 
     Args:
         linked: The run.
@@ -131,13 +132,10 @@ def report_of(
             address is read.
         comparisons: Comparisons with further runs, by their headings.
     """
-    settings, index = linked.settings, None
-    if settings["demonstrations"] is not None:
-        index = DemonstrationIndex.open(download_directory(settings["demonstrations"]))
     gallery = gallery_items(
         linked.predictions,
-        settings["input"],
-        index,
+        linked.settings["input"],
+        _open_demonstrations(linked),
         size=gallery_size,
         stored_names=linked.stored_names,
         judged=None if judged is None else judged.verdicts,
@@ -165,6 +163,14 @@ def report_of(
         },
         leaks=judged.leaks,
     )
+
+
+def _open_demonstrations(linked: LinkedRun) -> DemonstrationIndex | None:
+    """Open the demonstrations of a run; None if it had none, or if they are not there any more."""
+    address = linked.settings["demonstrations"]
+    if address is None or not linked.has_artifact("demonstrations", f"{address}/{MANIFEST}"):
+        return None
+    return DemonstrationIndex.open(download_directory(address))
 
 
 @dataclass(frozen=True, slots=True)

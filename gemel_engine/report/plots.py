@@ -46,7 +46,6 @@ _SETTINGS: dict[Any, Any] = {
     "grid.color": _RULE,
 }
 _SIZE_INCHES = (4.8, 3.3)
-_MAX_CURVE_POINTS = 200
 
 
 class _Line(NamedTuple):
@@ -90,25 +89,24 @@ def risk_coverage(confidence: Mapping[str, ConfidenceQuality]) -> Markup:
     highest = 0.0
     for quality, line in _first_on_top(confidence):
         curve = np.array([point for point in quality.risk_coverage if np.isfinite(point).all()]).reshape(-1, 2)
-        kept = curve[np.linspace(0, len(curve) - 1, min(len(curve), _MAX_CURVE_POINTS)).astype(int)]
-        axes.plot(kept[:, 0], kept[:, 1], linestyle=line.linestyle, color=line.color, linewidth=1.8)
-        highest = max(highest, kept[:, 1].max(initial=0.0))
+        axes.plot(curve[:, 0], curve[:, 1], linestyle=line.linestyle, color=line.color, linewidth=1.8)
+        highest = max(highest, curve[:, 1].max(initial=0.0))
     axes.set_ylim(0, min(1.05 * highest, 1.0) or 1.0)
     return _markup(figure, "risk", "Risk and coverage: error rate over the share of mentions answered")
 
 
 def rollouts(counts: ArrayLike) -> Markup:
-    """Plot the share of mentions by number of rollouts (integers from 1), in bins that double."""
+    """Plot the share of searches by number of rollouts (integers from 1), in bins that double."""
     numbers = np.asarray(counts, np.float64)
     shares = np.bincount(np.ceil(np.log2(numbers)).astype(np.intp), minlength=1) / max(1, len(numbers))
     labels = ["1", "2", *(f"{2 ** (k - 1) + 1}–{2**k}" for k in range(2, len(shares)))][: len(shares)]
-    figure, axes = _percentages("rollouts", "share of mentions")
+    figure, axes = _percentages("rollouts", "share of searches")
     axes.grid(visible=False, axis="x")
     axes.bar(range(len(shares)), shares, width=0.7, color=_ACCENT)
     axes.set(xlim=(-0.6, max(len(shares), 5) - 0.4), ylim=(0, 1.05 * shares.max(initial=0.0) or 1.0))
     axes.set_xticks(range(len(shares)), labels)
     axes.tick_params(axis="x", length=0)
-    return _markup(figure, "rollouts", "Rollouts per mention: share of mentions by number of rollouts")
+    return _markup(figure, "rollouts", "Rollouts per search: share of searches by number of rollouts")
 
 
 def _first_on_top(confidence: Mapping[str, ConfidenceQuality]) -> Iterator[tuple[ConfidenceQuality, _Line]]:

@@ -19,16 +19,18 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from gemel_engine.display import cut, visible
 from gemel_engine.errors import EngineDiedError, GemelError, MentionError
 from gemel_engine.extras import extra
-from gemel_engine.linker import Linker, explain
+from gemel_engine.linker import Explanation, Linker, explain
 from gemel_engine.serving.answers import MAX_TEXT, Question, as_answer, as_explanation
 from gemel_engine.types import Prediction
 
 with extra("serve"):
     from fastapi import FastAPI, Request, Response
+    from fastapi.exceptions import RequestValidationError
     from fastapi.responses import HTMLResponse, JSONResponse
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
@@ -36,9 +38,11 @@ MAX_WAITING = 64  # requests; more are refused
 _PER_BATCH = 32  # requests that are linked in one call
 _PER_MINUTE = 120  # requests of one client
 _SPARE_BYTES = 8 * MAX_TEXT  # of a request beside its picture
+_SHOWN_CHARACTERS = 1000  # of what is malformed in a request
 
 logger = logging.getLogger(__name__)
 
+Answer = TypeVar("Answer")
 Next = Callable[[Request], Awaitable[Response]]
 
 
@@ -55,7 +59,7 @@ class RequestRefusedError(Exception):
 
 
 class LinkingQueue:
-    """Links waiting questions together.
+    """Links waiting questions together, and explains others one after the other.
 
     Args:
         linker: Linker of the application.
@@ -66,6 +70,7 @@ class LinkingQueue:
         self._linker = linker
         self._on_death = on_death
         self._waiting: deque[tuple[Question, asyncio.Future[Prediction]]] = deque()
+        self._num_explained = 0  # questions that wait for an explanation
         self._has_work = asyncio.Event()
 
     async def ask(self, question: Question) -> Prediction:
@@ -74,12 +79,25 @@ class LinkingQueue:
         Raises:
             RequestRefusedError: Too many questions wait.
         """
-        if len(self._waiting) >= MAX_WAITING:
-            raise RequestRefusedError(503, f"{MAX_WAITING} requests are waiting: try again later")
+        self._check_room()
         future: asyncio.Future[Prediction] = asyncio.get_running_loop().create_future()
         self._waiting.append((question, future))
         self._has_work.set()
         return await future
+
+    async def explain(self, question: Question) -> Explanation:
+        """Return the explanation of a question.
+
+        Raises:
+            GemelError: The question can't be explained.
+            RequestRefusedError: Too many questions wait.
+        """
+        self._check_room()
+        self._num_explained += 1
+        try:
+            return await self._call(explain, self._linker, question.as_mention(), question.picture)
+        finally:
+            self._num_explained -= 1
 
     async def run(self) -> None:
         """Link what waits, until cancelled."""
@@ -91,7 +109,7 @@ class LinkingQueue:
             mentions = [question.as_mention() for question, _ in batch]
             pictures = [question.picture for question, _ in batch]
             try:
-                predictions = await asyncio.to_thread(self._linker.link, mentions, pictures)
+                predictions = await self._call(self._linker.link, mentions, pictures)
             except Exception as error:  # of this batch alone: its requests get it, and the next ones are served
                 self._fail(batch, error)
                 continue
@@ -103,8 +121,18 @@ class LinkingQueue:
         for _, future in batch:
             if not future.done():
                 future.set_exception(error)
-        if isinstance(error, EngineDiedError):
+
+    async def _call(self, function: Callable[..., Answer], *arguments: Any) -> Answer:
+        """Call a function in a thread, and `on_death` if the engine has ended."""
+        try:
+            return await asyncio.to_thread(function, *arguments)
+        except EngineDiedError:
             self._on_death()
+            raise
+
+    def _check_room(self) -> None:
+        if len(self._waiting) + self._num_explained >= MAX_WAITING:
+            raise RequestRefusedError(503, f"{MAX_WAITING} requests are waiting: try again later")
 
 
 class ClientLimit:
@@ -166,16 +194,7 @@ def create_app(linker: Linker, hosts: list[str], on_death: Callable[[], None]) -
         response.headers["Referrer-Policy"] = "no-referrer"
         return response
 
-    @app.exception_handler(RequestRefusedError)
-    async def refused(_: Request, error: RequestRefusedError) -> Response:
-        return JSONResponse({"error": str(error)}, error.status)
-
-    @app.exception_handler(GemelError)
-    async def failed(_: Request, error: GemelError) -> Response:
-        if isinstance(error, MentionError):
-            return JSONResponse({"error": str(error)}, 422)
-        logger.error("%s", error)
-        return JSONResponse({"error": str(error)}, 503 if isinstance(error, EngineDiedError) else 400)
+    _answer_errors(app)
 
     @app.get("/", response_class=HTMLResponse)
     async def index() -> str:
@@ -187,9 +206,29 @@ def create_app(linker: Linker, hosts: list[str], on_death: Callable[[], None]) -
 
     @app.post("/api/explain")
     async def explained(question: Question) -> dict[str, Any]:
-        return as_explanation(await asyncio.to_thread(explain, linker, question.as_mention(), question.picture))
+        return as_explanation(await queue.explain(question))
 
     return app
+
+
+def _answer_errors(app: FastAPI) -> None:
+    """Let an application answer errors in JSON, with the message as `error`."""
+
+    @app.exception_handler(RequestRefusedError)
+    async def refused(_: Request, error: RequestRefusedError) -> Response:
+        return JSONResponse({"error": str(error)}, error.status)
+
+    @app.exception_handler(RequestValidationError)
+    async def malformed(_: Request, error: RequestValidationError) -> Response:
+        faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
+        return JSONResponse({"error": cut(visible(faults), _SHOWN_CHARACTERS)}, 422)
+
+    @app.exception_handler(GemelError)
+    async def failed(_: Request, error: GemelError) -> Response:
+        if isinstance(error, MentionError):
+            return JSONResponse({"error": str(error)}, 422)
+        logger.error("%s", error)
+        return JSONResponse({"error": str(error)}, 503 if isinstance(error, EngineDiedError) else 400)
 
 
 async def _read_body(request: Request, max_bytes: int) -> None:

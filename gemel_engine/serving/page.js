@@ -3,6 +3,7 @@
 const form = document.getElementById("question");
 const state = document.getElementById("state");
 const answer = document.getElementById("answer");
+let selected = null; // the mention that was selected, in which text, at which offset in code points
 
 const put = (id, text) => {
   document.getElementById(id).textContent = text;
@@ -90,6 +91,9 @@ form.addEventListener("submit", async (event) => {
   answer.hidden = true;
   try {
     const question = { text: form.elements.text.value, mention: form.elements.mention.value };
+    if (selected && selected.text === question.text && selected.mention === question.mention) {
+      question.mention_start = selected.start;
+    }
     if (file) {
       question.picture = await base64(file);
     }
@@ -113,6 +117,9 @@ form.addEventListener("submit", async (event) => {
 });
 
 form.elements.text.addEventListener("select", () => {
-  const { value, selectionStart, selectionEnd } = form.elements.text;
-  form.elements.mention.value = value.slice(selectionStart, selectionEnd).trim();
+  const { value: text, selectionStart, selectionEnd } = form.elements.text;
+  const mention = text.slice(selectionStart, selectionEnd).trim();
+  const before = text.slice(0, text.indexOf(mention, selectionStart));
+  selected = { text, mention, start: [...before].length };
+  form.elements.mention.value = mention;
 });

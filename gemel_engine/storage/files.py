@@ -78,8 +78,8 @@ def check_apart(output: str, source: str) -> None:
             its files, or `source` is in a directory of `output` that a job writes to.
     """
     root, target = normalised_uri(source), normalised_uri(output)
-    is_read = any(_is_table(os.path.normpath(f"{place}/data/x.parquet")) for place in _places_within(target, root))
-    if is_read or any(re.match(r"(data|_(?!mentions/)[^/]*)(/|$)", place) for place in _places_within(root, target)):
+    is_read = any(_is_table(os.path.normpath(f"{place}/data/x.parquet")) for place in places_within(target, root))
+    if is_read or any(re.match(r"(data|_(?!mentions/)[^/]*)(/|$)", place) for place in places_within(root, target)):
         raise ConfigurationError(
             f"the output {shown(output)} and the input {shown(source)} lie one in the other, so that the job would "
             "read what it writes: choose an output outside of the input"
@@ -244,7 +244,7 @@ def normalised_uri(uri: str) -> str:
     return uri.rstrip("/") if path is None else str(path)
 
 
-def _places_within(target: str, root: str) -> Iterator[str]:
+def places_within(target: str, root: str) -> Iterator[str]:
     """Yield the paths of `target` relative to `root`, if inside; links in `root` are followed.
 
     Both addresses are normalised.

@@ -36,12 +36,14 @@ class Chunk:
     Attributes:
         num_values: Number of values, including nulls and empty lists.
         size: Size of its pages in bytes before compression.
+        num_nulls: Number of nulls and empty lists; None if the file does not say it.
         has_dictionary: Whether equal values may be stored once.
         has_shared_beginnings: Whether equal prefixes of values may be stored once.
     """
 
     num_values: int
     size: int
+    num_nulls: int | None
     has_dictionary: bool
     has_shared_beginnings: bool
 
@@ -75,6 +77,7 @@ def _chunk(fields: dict[int, Any]) -> Chunk:
     return Chunk(
         num_values=int(fields[5]),
         size=int(fields[6]),
+        num_nulls=fields.get(12, {}).get(3),
         has_dictionary=11 in fields or bool(encodings & _DICTIONARY_ENCODINGS),
         has_shared_beginnings=_DELTA_BYTE_ARRAY in encodings,
     )

@@ -54,8 +54,10 @@ def parse(values: pa.Array, wanted: pa.DataType) -> pa.Array:
 
 def _parsed(text: str, wanted: pa.DataType) -> object:
     if pa.types.is_list(wanted):
-        items = json.loads(text) if text.lstrip().startswith("[") else text.split(_SEPARATOR)
+        items = json.loads(text) if _is_json_list(text) else text.split(_SEPARATOR)
         texts = [item if item is None or isinstance(item, str) else json.dumps(item) for item in items]
+        if texts and pa.types.is_list(wanted.value_type) and not any(map(_is_json_list, texts)):
+            return [_parsed(text, wanted.value_type)]  # one item instead of a list
         is_text = pa.types.is_large_string(wanted.value_type)
         return texts if is_text else [_parsed(item or "", wanted.value_type) for item in texts]
     if pa.types.is_float64(wanted):
@@ -68,6 +70,10 @@ def _parsed(text: str, wanted: pa.DataType) -> object:
     if found is None or abs(int(found[1])) >= 1 << 63:
         raise ValueError("not an integer of 64 bits")
     return int(found[1])
+
+
+def _is_json_list(text: str | None) -> bool:
+    return text is not None and text.lstrip().startswith("[")
 
 
 def _described(wanted: pa.DataType) -> str:

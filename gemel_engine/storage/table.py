@@ -149,15 +149,25 @@ class Table:
 
     def take(self, columns: Sequence[str], rows: NDArray[np.int64], max_rows: int = _ROWS_PER_TAKE) -> pa.Table:
         """Read rows by ascending row numbers; only row groups that contain one of them are read."""
-        tables = [self.schema(columns).empty_table()]
+        return pa.concat_tables([self.schema(columns).empty_table(), *self.taken(columns, rows, max_rows)])
+
+    def taken(
+        self, columns: Sequence[str], rows: NDArray[np.int64], max_rows: int = _ROWS_PER_PIECE
+    ) -> Iterator[pa.Table]:
+        """Yield what `take` reads, in pieces."""
         for first, end in zip(self._ends[:-1].tolist(), self._ends[1:].tolist(), strict=True):
-            if not np.any((rows >= first) & (rows < end)):
+            wanted = rows[slice(*np.searchsorted(rows, (first, end)))]
+            if not len(wanted):
                 continue
-            for piece in self.pieces(columns, range(first, end), max_rows):
-                wanted = rows[(rows >= first) & (rows < first + len(piece))] - first
-                tables.append(piece.take(pa.array(wanted)))
+            for piece in self.pieces(columns, range(first, int(wanted[-1]) + 1), max_rows):
+                here = slice(*np.searchsorted(wanted, (first, first + len(piece))))
+                yield piece.take(pa.array(wanted[here] - first))
                 first += len(piece)
-        return pa.concat_tables(tables)
+
+    def may_have_nulls(self, name: str) -> bool:
+        """Return whether a column may have nulls or empty lists, by the footer alone."""
+        places = [place for place, leaf in self._leaves([name]) if not leaf.path.endswith(".path")]  # of a picture
+        return not places or any(chunks[place].num_nulls != 0 for chunks in self._chunks for place in places)
 
     def _open(self, dictionaries: Sequence[str] = ()) -> pq.ParquetFile:
         """Open the file; the physical columns `dictionaries` are read as dictionaries."""
@@ -173,7 +183,8 @@ class Table:
     @cached_property
     def _reader(self) -> pq.ParquetFile:
         """Reader of texts in lists as dictionaries, so that their size is known before decoding."""
-        nested = [leaf.path for _, leaf in self._leaves(self._fields) if leaf.max_repetition_level and _is_bytes(leaf)]
+        in_lists = [leaf for _, leaf in self._leaves(self._fields) if leaf.max_repetition_level]
+        nested = [leaf.path for leaf in in_lists if leaf.physical_type == "BYTE_ARRAY"]
         return self._open(nested) if nested else self._parquet
 
     def _leaves(self, names: Collection[str]) -> list[tuple[int, pq.ColumnSchema]]:
@@ -245,7 +256,7 @@ class Table:
         chunk = self._chunks[group][place]
         if leaf.physical_type == "FIXED_LEN_BYTE_ARRAY":
             return int(leaf.length)
-        if not _is_bytes(leaf):
+        if leaf.physical_type != "BYTE_ARRAY":
             return 0
         if chunk.has_shared_beginnings:
             return chunk.size
@@ -336,7 +347,3 @@ def explain_unreadable(uri: str) -> Iterator[None]:
             raise
         remedy = "write it again" if uri.lower().endswith(SUFFIXES) else "name it *.csv, *.tsv or *.jsonl if it is one"
         raise InputError(f"{uri} is not a readable Parquet table ({error}): {remedy}") from error
-
-
-def _is_bytes(leaf: pq.ColumnSchema) -> bool:
-    return bool(leaf.physical_type == "BYTE_ARRAY")

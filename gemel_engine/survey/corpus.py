@@ -14,9 +14,9 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from gemel_engine.config.addresses import local_path
+from gemel_engine.config.addresses import HTTP, canonical_address, local_path
 from gemel_engine.display import visible
-from gemel_engine.errors import InputError, shown
+from gemel_engine.errors import ConfigurationError, InputError, shown
 from gemel_engine.storage import parquet
 from gemel_engine.types import MENTION_COLUMNS, mention_columns
 from gemel_engine.vision.archive import split_address
@@ -265,22 +265,29 @@ def _start_of_relative(sample: pa.Table, uri: str) -> Iterator[str]:
         yield directory if "." in name else uri
     else:
         beside = path if path.is_dir() else path.parent
-        places = chain([beside, Path.cwd()], sorted(filter(Path.is_dir, beside.iterdir())))
+        places = chain([beside, Path.cwd()], sorted(filter(os.path.isdir, beside.iterdir())))
         file, _ = split_address(relative)
-        yield str(next((place for place in places if (place / file).exists()), beside))
+        yield str(next((place for place in places if os.path.exists(place / file)), beside))
 
 
 def _prefixes(sample: pa.Table) -> Iterator[str]:
-    """Yield the host or bucket of each image address, and the directory that all local ones share."""
-    directories = set()
+    """Yield the host or bucket of each image address, and where local ones are in each directory of the root.
+
+    The root itself, which allows all files, is never one of these places.
+    """
+    places: dict[tuple[str, ...], set[Path]] = {}
     for uri in _image_addresses(sample):
-        place = urlsplit(uri)
-        if place.scheme in ("http", "https", "s3") and place.hostname and "@" not in place.netloc:
-            yield f"{place.scheme}://{place.netloc}"
-        elif place.scheme in ("", "file") and place.path.startswith("/"):
-            directories.add(os.path.dirname(place.path))
-    if directories:
-        yield os.path.commonpath(directories)
+        try:
+            canonical_address(uri)
+            parts = urlsplit(uri)
+            path = None if uri.startswith(HTTP) else local_path(split_address(uri)[0])
+        except (ConfigurationError, ValueError):  # a run refuses it, too
+            continue
+        if path is None:
+            yield f"{parts.scheme}://{parts.netloc}"
+        elif len(top := path.parent.parts[:2]) > 1:
+            places.setdefault(top, set()).add(path.parent)
+    yield from map(os.path.commonpath, places.values())
 
 
 def _image_addresses(sample: pa.Table) -> list[str]:

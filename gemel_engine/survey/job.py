@@ -23,8 +23,20 @@ from gemel_engine.vision.fetch import fetch_image
 Config = LinkConfig | TrainConfig | FindConfig
 
 # Their own modules load torch.
-MANIFESTS = {"knowledge_base": "knowledge_base.json", "demonstrations": "index.json", "feature_mapper": "mapper.json"}
-_COMMANDS = {"knowledge_base": "build-kb", "demonstrations": "build-demonstrations", "feature_mapper": "train"}
+MANIFESTS = {
+    "knowledge_base": "knowledge_base.json",
+    "demonstrations": "index.json",
+    "feature_mapper": "mapper.json",
+    "calibration": "calibration.json",
+    "previous": "_report.json",
+}
+_COMMANDS = {
+    "knowledge_base": "build-kb",
+    "demonstrations": "build-demonstrations",
+    "feature_mapper": "train",
+    "calibration": "calibrate",
+    "previous": "link",
+}
 _CONFIG_FILES = ("config.json", "open_clip_config.json")
 _WEIGHTS = (".safetensors", ".bin", ".pt")
 _MIN_OUTPUT_BYTES = 1 << 30
@@ -44,7 +56,7 @@ def check_job(path: Path) -> Iterator[Check]:
         if (uri := getattr(config, name, None)) is not None:
             finds = isinstance(config, FindConfig) or getattr(config, "find_mentions", False)
             yield from _corpus(name, uri, config, finds=finds)
-    artifacts = {name: getattr(config, name) for name in ("knowledge_base", "demonstrations")}
+    artifacts = {name: getattr(config, name, None) for name in MANIFESTS}
     if not isinstance(config, FindConfig):
         artifacts["feature_mapper"] = config.vision.feature_mapper
     for name, uri in artifacts.items():

@@ -15,7 +15,9 @@ _RECORD = "checkpoints/checkpoint_manager_snapshot.json"
 
 
 def keep_record(output: str) -> None:
-    """Copy the record of the checkpoints, unless it is being written."""
+    """Copy the record of the checkpoints, unless it is being written; in S3 it is complete or absent."""
+    if storage.local_path(output) is None:
+        return
     record = _whole_record(f"{output}/{_RECORD}")
     if record is not None:
         storage.write_bytes(f"{output}/{_RECORD}.kept", record)
@@ -25,7 +27,7 @@ def restore_record(output: str) -> None:
     """Replace a record that a kill cut off with the kept one; without any, training restarts.
 
     The checkpoints of the kept record exist: Ray Train removes those of an older record when the
-    new one is complete. In S3 a record is complete or absent.
+    new one is complete.
     """
     uri = f"{output}/{_RECORD}"
     path = storage.local_path(uri)

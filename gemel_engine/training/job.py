@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,16 @@ from typing import Any
 import ray
 from ray import train
 from ray.data import Dataset
-from ray.train import Checkpoint, CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train import (
+    Checkpoint,
+    CheckpointConfig,
+    ControllerError,
+    DataConfig,
+    FailureConfig,
+    RunConfig,
+    ScalingConfig,
+    UserCallback,
+)
 from ray.train.torch import TorchTrainer
 
 from gemel_engine import storage
@@ -32,7 +43,7 @@ from gemel_engine.config.loading import config_json, validated
 from gemel_engine.config.settings import TrainConfig
 from gemel_engine.contents import run_contents, without_missing_evidence
 from gemel_engine.decoding.language_model import DTYPES
-from gemel_engine.errors import ConfigurationError, InputError, shown
+from gemel_engine.errors import ConfigurationError, GemelError, InputError, shown
 from gemel_engine.extras import extra
 from gemel_engine.pipeline.corpus import count_rows, plan_identity, plan_shards, with_rows_per_shard
 from gemel_engine.pipeline.identity import run_identity
@@ -50,6 +61,8 @@ with extra("train"):
     from tensorboardX import SummaryWriter
 
 logger = logging.getLogger(__name__)
+
+_SECONDS_BETWEEN_COPIES = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +98,8 @@ def train_mapper(config: TrainConfig) -> TrainReport:
 
     Raises:
         GemelError: The configuration, the input or an artifact is unusable (nothing has been
-            started then), or too many mentions can't be used.
+            started then, unless it is unusable for a worker alone), or too many mentions can't be
+            used.
     """
     started = time.monotonic()
     config = validated(config)
@@ -126,7 +140,8 @@ def train_mapper(config: TrainConfig) -> TrainReport:
         "shows_bar": sys.stderr.isatty(),
     }
     restore_record(config.output)
-    result = _trainer(config, settings, datasets).fit()
+    with _events_kept(config.output) as events, _errors_of_workers():
+        result = _trainer(config, settings, datasets, events).fit()
     num_examples = count_rows(plans["train"]) - sum(left_out["train"].values())
     report = _keep_best(config, result, num_examples, left_out, time.monotonic() - started)
     storage.write_bytes(RunDirectory(config.output).report, json.dumps(asdict(report), indent=2).encode())
@@ -165,7 +180,36 @@ def _check_resources(config: TrainConfig) -> None:
             )
 
 
-def _trainer(config: TrainConfig, settings: dict[str, Any], datasets: dict[str, Dataset]) -> TorchTrainer:
+@contextmanager
+def _errors_of_workers() -> Iterator[None]:
+    """Raise the error of `gemel_engine.errors` with which `_Reports` ended the training."""
+    try:
+        yield
+    except ControllerError as error:
+        if isinstance(error.controller_failure, GemelError):
+            raise error.controller_failure from error
+        raise
+
+
+@contextmanager
+def _events_kept(output: str) -> Iterator[str]:
+    """Make a directory for TensorBoard events, which are copied to the output at the end."""
+    with tempfile.TemporaryDirectory(prefix="gemel-tensorboard-") as events:
+        try:
+            yield events
+        finally:
+            _copy_events(events, output)
+
+
+def _copy_events(events: str, output: str) -> None:
+    for path in Path(events).iterdir():
+        try:
+            storage.write_bytes(f"{RunDirectory(output).tensorboard}/{path.name}", path.read_bytes())
+        except OSError as error:  # raising would end the training; the next copy is whole again
+            logger.warning("no TensorBoard events in %s for now: %s", output, error)
+
+
+def _trainer(config: TrainConfig, settings: dict[str, Any], datasets: dict[str, Dataset], events: str) -> TorchTrainer:
     workers = config.workers
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # addresses in a configuration may be relative
     file_system, path = storage.resolve(config.output)
@@ -187,7 +231,11 @@ def _trainer(config: TrainConfig, settings: dict[str, Any], datasets: dict[str, 
             failure_config=FailureConfig(max_failures=workers.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=2, checkpoint_score_attribute=SCORE),
             callbacks=[
-                _Reports(str(storage.local_path(config.output) or config.output), as_lines=not settings["shows_bar"])
+                _Reports(
+                    str(storage.local_path(config.output) or config.output),
+                    events,
+                    as_lines=not settings["shows_bar"],
+                )
             ],
             worker_runtime_env={"env_vars": environment},
         ),
@@ -201,33 +249,39 @@ def _trainer(config: TrainConfig, settings: dict[str, Any], datasets: dict[str, 
 class _Reports(UserCallback):  # type: ignore[misc]
     """Writes the first worker's reports as lines, and as TensorBoard events copied to the output.
 
-    Also keeps the record of the checkpoints.
+    Also keeps the record of the checkpoints, and ends the training at an error that is no accident.
+    Ray runs it on the node of the job.
     """
 
-    def __init__(self, output: str, *, as_lines: bool) -> None:
+    def __init__(self, output: str, events: str, *, as_lines: bool) -> None:
         self._output = output
+        self._events = events
         self._as_lines = as_lines
         self._writer: SummaryWriter | None = None
+        self._last_copy = -math.inf
 
     def after_report(self, run_context: object, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None) -> None:
         try:
             keep_record(self._output)
-        except OSError as error:  # as below
+        except OSError as error:  # as in `_copy_events`
             logger.warning("the record of the checkpoints in %s is not kept for now: %s", self._output, error)
         if self._writer is None:
-            self._writer = SummaryWriter(tempfile.mkdtemp(prefix="gemel-tensorboard-"))
+            self._writer = SummaryWriter(self._events, flush_secs=1)  # its own `flush` does not wait for its queue
         first = metrics[0]
         names = [name for name in first if name not in ("step", SCORE)]
         if self._as_lines and names:
             sys.stderr.write(f"step {first['step']}: {', '.join(f'{name} {first[name]:.4g}' for name in names)}\n")
         for name in names:
             self._writer.add_scalar(name, first[name], first["step"])
-        self._writer.flush()
-        for path in Path(self._writer.logdir).iterdir():
-            try:
-                storage.write_bytes(f"{RunDirectory(self._output).tensorboard}/{path.name}", path.read_bytes())
-            except OSError as error:  # raising would end the training; the next report copies it again
-                logger.warning("no TensorBoard events in %s for now: %s", self._output, error)
+        if time.monotonic() - self._last_copy >= _SECONDS_BETWEEN_COPIES:
+            _copy_events(self._events, self._output)
+            self._last_copy = time.monotonic()
+
+    def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:
+        """Raise a worker's own error: Ray ends the training then, instead of starting the workers again."""
+        for error in worker_exceptions.values():
+            if isinstance(error, GemelError):
+                raise error
 
 
 def _keep_best(

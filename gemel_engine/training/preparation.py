@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 from ray.data import Dataset
 
@@ -28,8 +29,10 @@ from gemel_engine.pipeline.corpus import Shard
 from gemel_engine.pipeline.identity import run_digest
 from gemel_engine.pipeline.output import RunDirectory, claim_output, read_columns
 from gemel_engine.pipeline.ray_data import own_errors, stream
+from gemel_engine.storage import parquet
 from gemel_engine.storage.manifest import file_sha256
 from gemel_engine.training.stages import CheckExamples, read_file, with_features, write_examples, write_features
+from gemel_engine.types import mention_columns
 from gemel_engine.vision.encoder import ImageEncoder
 from gemel_engine.vision.mapper import FeatureMapper
 
@@ -63,15 +66,12 @@ def prepare_split(
 
     Several runs may prepare the same examples at once: each writes a directory of its own, and all
     use the first that is complete. Image features are kept apart: other examples of the same
-    mentions, such as with more demonstrations, need no picture again.
+    mentions, such as with more demonstrations, need no picture again. Image features that are given
+    have the width of the artifacts' pictures, or else of the first ones of the training mentions.
     """
     root = f"{config.examples or RunDirectory(config.output).examples}/{split}"
     prefix_length = mapper_prefix_length(config, artifacts.feature_mapper)
-    vision_width = None
-    if image_encoder is not None:
-        vision_width = image_encoder.width
-    elif (sized := artifacts.feature_mapper or artifacts.index) is not None:
-        vision_width = sized.metadata.vision_width
+    vision_width = _vision_width(config, artifacts, image_encoder)
     content = _content_of(plan)
     source, annotate = config, None
     if image_encoder is not None:
@@ -97,19 +97,34 @@ def _prepared(
     """Return what is stored below a directory under an identity; run the stages if nothing is."""
     root = f"{root}/{run_digest(identity)[:16]}"
     claim_output(root, identity)
-    done = f"{root}/_prepared.json"
+    done, remedy = f"{root}/_prepared.json", "remove it and run the same command again"
+    own = ""
     if not storage.exists(done):
-        directory = f"{root}/data-{uuid.uuid4().hex}"
-        with own_errors():
-            receipts = stream(plan, [*stages, Stage(partial(write, directory=directory))]).take_all()
+        own = f"data-{uuid.uuid4().hex}"
+        receipts = _receipts(plan, stages, write, f"{root}/{own}")
         counts = {name: sum(receipt[name] for receipt in receipts) for name in ("num_rows", "num_pictures")}
-        storage.create_exclusive(done, json.dumps({"directory": directory.rpartition("/")[2]} | counts).encode())
-    remedy = "remove it and run the same command again"
+        storage.create_exclusive(done, json.dumps({"directory": own} | counts).encode())
     found = storage.read_json(done, remedy)
     try:
-        return PreparedSplit(**found | {"directory": f"{root}/{found['directory']}"})
+        prepared = PreparedSplit(**found | {"directory": f"{root}/{found['directory']}"})
     except (TypeError, KeyError) as error:
         raise InputError(f"{shown(done)} describes no prepared mentions: {remedy}") from error
+    if own and found["directory"] != own:  # another run was faster
+        storage.remove_tree(f"{root}/{own}")
+    return prepared
+
+
+def _receipts(
+    plan: list[Shard], stages: list[Stage], write: Callable[..., pa.Table], directory: str
+) -> list[dict[str, int]]:
+    """Run the stages, and write their rows to a directory, which is removed if that fails."""
+    try:
+        with own_errors():
+            receipts = stream(plan, [*stages, Stage(partial(write, directory=directory))])
+            return list(receipts.take_all())
+    except BaseException:
+        storage.remove_tree(directory)
+        raise
 
 
 def prepared_dataset(prepared: PreparedSplit) -> Dataset:
@@ -152,6 +167,22 @@ def count_left_out(config: TrainConfig, split: str, prepared: PreparedSplit) -> 
 def mapper_prefix_length(config: TrainConfig, starting_mapper: FeatureMapper | None) -> int:
     """Return P of the mapper that training starts from, or else of the configuration."""
     return config.mapper.prefix_length if starting_mapper is None else starting_mapper.metadata.prefix_length
+
+
+def _vision_width(config: TrainConfig, artifacts: Artifacts, image_encoder: ImageEncoder | None) -> int | None:
+    """Return C; None if no training mention has a picture."""
+    mapper, index, evidence = artifacts.feature_mapper, artifacts.index, artifacts.evidence
+    widths: list[int | None] = [] if image_encoder is None else [image_encoder.width]
+    widths += [artifact.metadata.vision_width for artifact in (mapper, index) if artifact is not None]
+    if evidence is not None and evidence.pictures is not None:
+        widths.append(evidence.pictures.width)
+    if known := next(filter(None, widths), None):
+        return known
+    for table in parquet.open_tables(config.train, mention_columns(config.columns.given()), ["image_features"]):
+        for piece in table.pieces(["image_features"]):
+            for width in filter(None, pc.list_value_length(piece["image_features"]).to_pylist()):
+                return int(width)
+    return None
 
 
 def _content_of(plan: list[Shard]) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +19,8 @@ from gemel_engine.evidence.retrieved import PromptItem, Retrieved, row_to_retrie
 from gemel_engine.retrieval.table import Demonstration
 from gemel_engine.training.packing import LabelledPrompt, Segment, SegmentKey
 from gemel_engine.types import Features, Mention
+
+_CACHED_DEMONSTRATIONS = 1 << 16
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,7 +84,7 @@ class TrainingPrompts:
         self._entity_pictures = None if artifacts.evidence is None else artifacts.evidence.pictures
         self._cards = EntityCards(artifacts.knowledge_base, self._entity_pictures, settings.card_text)
         self._stand_in = torch.empty(prefix_length, 0)  # as long as the visual prefix of a step
-        self._demonstrations: dict[SegmentKey, Segment] = {}
+        self._demonstration = lru_cache(_CACHED_DEMONSTRATIONS)(self._make_demonstration)
 
     def __getitem__(self, number: int) -> LabelledPrompt:
         """Return the prompt of an example, shortened as in linking."""
@@ -112,19 +115,20 @@ class TrainingPrompts:
 
     def demonstration(self, key: SegmentKey) -> Segment:
         """Return the segment of a demonstration or card."""
-        if key not in self._demonstrations:
-            row, is_card, surface_form = key
-            first = len(self.examples)
-            if is_card:
-                item: Demonstration | Card = self._cards.card(row, surface_form)
-                first += 0 if self._index is None else len(self._index)
-            else:
-                assert self._index is not None, "demonstrations without an index"
-                item = self._index[row]
-            picture = first + row if self._with_pictures and item.features is not None else None
-            block = self.builder.demonstration(item.text, item.mention, item.name, self._prefix(picture))
-            self._demonstrations[key] = Segment(block.token_ids, picture)
-        return self._demonstrations[key]
+        return self._demonstration(key)
+
+    def _make_demonstration(self, key: SegmentKey) -> Segment:
+        row, is_card, surface_form = key
+        first = len(self.examples)
+        if is_card:
+            item: Demonstration | Card = self._cards.card(row, surface_form)
+            first += 0 if self._index is None else len(self._index)
+        else:
+            assert self._index is not None, "demonstrations without an index"
+            item = self._index[row]
+        picture = first + row if self._with_pictures and item.features is not None else None
+        block = self.builder.demonstration(item.text, item.mention, item.name, self._prefix(picture))
+        return Segment(block.token_ids, picture)
 
     def features(self, pictures: Sequence[int]) -> Tensor:
         """Return the image features of numbered pictures, (M, C)."""

@@ -37,10 +37,10 @@ from gemel_engine.training.prompts import TrainingPrompts
 from gemel_engine.vision.mapper import MANIFEST, FeatureMapper
 
 FORMAT_VERSION = 3
-_WITHOUT_CHECKSUM = 2
 _STATE = "training.json"
 _OPTIMISER = "optimiser.safetensors"
 _PARTS = (_OPTIMISER, MANIFEST)
+_PICTURES_PER_BATCH = 1024  # whose names' embeddings are in memory
 
 
 def initial_mapper(
@@ -58,7 +58,7 @@ def initial_mapper(
         model: Language model, for its embeddings.
 
     Raises:
-        InputError: No example has a picture, or their image features differ in width.
+        InputError: No example has a picture.
     """
     numbers = [number for number, example in enumerate(prompts.examples) if example.features is not None]
     if not numbers:
@@ -70,7 +70,8 @@ def initial_mapper(
     mapper.fit_scaling(features)
     if settings.initialisation == "ridge":
         tokens = [list(islice(cycle(prompts.name_tokens(number)), settings.prefix_length)) for number in numbers]
-        embeddings = model.embed_tokens(torch.tensor(tokens)).float().cpu()
+        batches = (tokens[i : i + _PICTURES_PER_BATCH] for i in range(0, len(tokens), _PICTURES_PER_BATCH))
+        embeddings = (model.embed_tokens(torch.tensor(batch)).float().cpu() for batch in batches)
         mapper.fit_ridge(features, embeddings, settings.ridge_penalty, settings.ridge_gain)
     return mapper
 
@@ -183,7 +184,7 @@ class MapperTrainer:
             ArtifactError: It is damaged.
             ConfigurationError: It belongs to a run with another optimiser, schedule or mapper.
         """
-        manifest = read_manifest(directory / _STATE, FORMAT_VERSION, without_checksum=_WITHOUT_CHECKSUM)
+        manifest = read_manifest(directory / _STATE, FORMAT_VERSION)
         mapper = FeatureMapper.load(directory)
         ours = replace(self.mapper.metadata, trained=mapper.metadata.trained)
         if manifest.get("settings") != self._trajectory() or mapper.metadata != ours:
@@ -191,8 +192,14 @@ class MapperTrainer:
         step = manifest.get("step")
         if not isinstance(step, int) or not 0 <= step <= self.num_steps:
             raise ArtifactError(f"{directory / _STATE} gives the step {step!r}: go back to an earlier checkpoint")
+        checksums = manifest.get("sha256")
+        if not isinstance(checksums, dict) or checksums.keys() != set(_PARTS):
+            raise ArtifactError(
+                f"{directory / _STATE} gives the checksums {checksums!r}, not those of {' and '.join(_PARTS)}: "
+                "go back to an earlier checkpoint"
+            )
         try:
-            if any(file_sha256(directory / name) != checksum for name, checksum in manifest.get("sha256", {}).items()):
+            if any(file_sha256(directory / name) != checksum for name, checksum in checksums.items()):
                 raise ArtifactError(f"the files in {directory} are of two checkpoints: go back to an earlier one")
             with open_regular(directory / _OPTIMISER) as file:
                 state = load(file.read())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
@@ -18,11 +19,13 @@ from gemel_engine.assembly import open_artifacts
 from gemel_engine.config.settings import TrainConfig
 from gemel_engine.contents import check_contents
 from gemel_engine.decoding.language_model import language_model_fingerprint
+from gemel_engine.pipeline.ray_data import own_errors
 from gemel_engine.training.attention import PackedLanguageModel
 from gemel_engine.training.preparation import mapper_prefix_length
 from gemel_engine.training.prompts import TrainingExample, TrainingPrompts, read_examples
 from gemel_engine.training.trainer import MapperTrainer, initial_mapper
 from gemel_engine.training.validation import Validation
+from gemel_engine.vision.mapper import FeatureMapper
 
 ACCURACY = "dev_accuracy"
 # Ray Train keeps the checkpoints with the highest score: the dev accuracy, or -1 if unknown.
@@ -45,18 +48,20 @@ def train_worker(settings: dict[str, Any]) -> None:
     )
     mapper, fingerprint = artifacts.feature_mapper, settings["image_encoder_fingerprint"]
     prompts = TrainingPrompts(_examples("train"), artifacts, config.prompt, mapper_prefix_length(config, mapper))
-    if mapper is None:
-        mapper = initial_mapper(config.mapper, config.optimisation.seed, prompts, model)
-    mapper.metadata = replace(
-        mapper.metadata,
-        language_model_fingerprint=language_model_fingerprint(language_model.name),
-        image_encoder_fingerprint=fingerprint or mapper.metadata.image_encoder_fingerprint,
-        details={},
-    )
-    trainer = MapperTrainer(mapper, model, prompts, config.optimisation, rank=rank, world_size=world_size)
     checkpoint = train.get_checkpoint()
-    if checkpoint is not None:
-        with checkpoint.as_directory() as directory:
+    with nullcontext() if checkpoint is None else checkpoint.as_directory() as directory:
+        if mapper is None and directory is not None:
+            mapper = FeatureMapper.load(directory)
+        elif mapper is None:
+            mapper = initial_mapper(config.mapper, config.optimisation.seed, prompts, model)
+        mapper.metadata = replace(
+            mapper.metadata,
+            language_model_fingerprint=language_model_fingerprint(language_model.name),
+            image_encoder_fingerprint=fingerprint or mapper.metadata.image_encoder_fingerprint,
+            details={},
+        )
+        trainer = MapperTrainer(mapper, model, prompts, config.optimisation, rank=rank, world_size=world_size)
+        if directory is not None:
             trainer.load(Path(directory))
     validation = None
     if config.dev is not None and config.validation.num_mentions:
@@ -66,7 +71,8 @@ def train_worker(settings: dict[str, Any]) -> None:
 
 
 def _examples(split: str) -> list[TrainingExample]:
-    return read_examples(train.get_dataset_shard(split).iter_batches(batch_size=None, batch_format="pyarrow"))
+    with own_errors():
+        return read_examples(train.get_dataset_shard(split).iter_batches(batch_size=None, batch_format="pyarrow"))
 
 
 def _loop(

@@ -10,18 +10,21 @@ Archives are untrusted: headers are bounded, and only regular members are read, 
 from __future__ import annotations
 
 import hashlib
-import json
 import tarfile
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
+import marisa_trie
 import pyarrow as pa
 
 from gemel_engine import storage
 from gemel_engine.errors import ImageFetchError, redacted, shown
 
 _SUFFIX, _MARK = ".tar", "#"
-_INDEX = "members.json"
+_PLACES, _DAMAGE = "places.marisa", "damage.txt"
+_OFFSET_AND_SIZE = "<QQ"
+_MAX_OPEN = 256  # each takes a file descriptor
 _MAX_MEMBERS = 1_000_000
 _MAX_HEADER_BYTES = 1 << 20
 
@@ -33,7 +36,7 @@ def split_address(uri: str) -> tuple[str, str]:
 
 
 def read_member(location: str, member: str, max_bytes: int) -> bytes:
-    """Return the content of a member of an archive.
+    """Return the content of a member of an archive; of a damaged one, a member in front of the damage.
 
     Args:
         location: Local path or address in S3 of the archive.
@@ -41,48 +44,70 @@ def read_member(location: str, member: str, max_bytes: int) -> bytes:
         max_bytes: Maximum size of the member.
 
     Raises:
-        ImageFetchError: The archive is missing or damaged, has no such member, or a larger one.
+        ImageFetchError: The archive is missing, or has no such member that can be read, or a larger
+            one.
         OSError: The archive cannot be read.
         ConfigurationError: Access is refused.
     """
     file = storage.find_file(location)
     if file is None:
         raise ImageFetchError(f"{shown(location)}: no such file")
-    found = _places(file.uri, file.version).get(member)
+    places, damage = _index(file.uri, file.version)
+    found = places.get(member)
+    if found is None and damage:
+        raise ImageFetchError(
+            f"{shown(location)}: not a readable tar archive: {damage}; no member {member[:200]!r} is in front of that: "
+            "write the archive again"
+        )
     if found is None:
         raise ImageFetchError(f"{shown(location)}: no regular member {member[:200]!r}")
-    offset, size = found
+    ((offset, size),) = found
     if size > max_bytes:
         raise ImageFetchError(f"{shown(location)}: member {member[:200]!r} is larger than max_bytes, {max_bytes}")
     return storage.read_bytes(location, size, offset) if size else b""
 
 
-@lru_cache(maxsize=64)
-def _places(uri: str, version: str) -> dict[str, list[int]]:
-    """Return the offset and the size in bytes of each regular member, by name."""
+@lru_cache(maxsize=_MAX_OPEN)
+def _index(uri: str, version: str) -> tuple[marisa_trie.RecordTrie, str]:
+    """Return offset and size in bytes of regular members by name, and what keeps others from being found, or ""."""
     digest = hashlib.sha256(repr((uri, version)).encode()).hexdigest()[:16]
-    directory = storage.made_once(storage.ARTIFACT_CACHE / f"archive-{digest}", lambda path: _write_index(uri, path))
-    places: dict[str, list[int]] = json.loads((directory / _INDEX).read_text(encoding="ascii"))
-    return places
+    directory = storage.made_once(storage.ARTIFACT_CACHE / f"members-{digest}", lambda path: _write_index(uri, path))
+    places = marisa_trie.RecordTrie(_OFFSET_AND_SIZE).mmap(str(directory / _PLACES))
+    return places, (directory / _DAMAGE).read_text(encoding="utf-8")
 
 
 def _write_index(uri: str, directory: Path) -> None:
     file_system, place = storage.resolve(uri)
-    places = {}
-    try:
-        with (
-            file_system.open_input_file(place) as source,
-            tarfile.open(fileobj=_Headers(source), mode="r:") as archive,  # type: ignore[call-overload]
-        ):
-            for number, member in enumerate(archive):
-                if number == _MAX_MEMBERS:
-                    raise tarfile.TarError(f"it has more than {_MAX_MEMBERS} members")
-                if member.isreg() and not member.issparse() and member.size >= 0:
-                    places[member.name] = [member.offset_data, member.size]
-                archive.members.clear()
-    except (tarfile.TarError, EOFError, ValueError, RecursionError) as error:
-        raise ImageFetchError(f"{shown(uri)}: not a readable tar archive: {redacted(str(error), uri)}") from error
-    (directory / _INDEX).write_text(json.dumps(places), encoding="ascii")
+    places, damage = {}, ""
+    with file_system.open_input_file(place) as source:
+        try:
+            for name, offset, size in _members(source):
+                places[name] = offset, size
+        except (tarfile.TarError, EOFError, ValueError, RecursionError) as error:
+            damage = redacted(str(error), uri)
+    marisa_trie.RecordTrie(_OFFSET_AND_SIZE, places.items()).save(str(directory / _PLACES))
+    (directory / _DAMAGE).write_text(damage, encoding="utf-8")
+
+
+def _members(source: pa.NativeFile) -> Iterator[tuple[str, int, int]]:
+    """Yield name, offset and size in bytes of each whole regular member; raise where the archive is damaged."""
+    num_bytes = source.size()
+    with tarfile.open(  # type: ignore[call-overload]
+        fileobj=_Headers(source),
+        mode="r:",
+        encoding="utf-8",
+        errors="replace",  # no address asks for a name that is not UTF-8
+    ) as archive:
+        for number, member in enumerate(archive):
+            if number == _MAX_MEMBERS:
+                raise tarfile.TarError(f"it has more than {_MAX_MEMBERS} members")
+            end = member.offset_data + member.size
+            if member.isreg() and not member.issparse() and member.offset_data <= end <= num_bytes:
+                yield member.name, member.offset_data, member.size
+            archive.members.clear()
+        source.seek(archive.offset)
+        if source.read(tarfile.BLOCKSIZE).strip(b"\0"):  # where tarfile takes a damaged header for the end
+            raise tarfile.ReadError(f"no header at byte {archive.offset}")
 
 
 class _Headers:

@@ -112,7 +112,8 @@ class PictureEncoder:
         self._encoder = encoder
         self._max_pixels = max_pixels
         self._batch_size = batch_size
-        self._known: OrderedDict[bytes, Features | ImageError] = OrderedDict()  # by the digest of the file
+        # By the digest of the file: features, or the message of an error, whose traceback would hold the file.
+        self._known: OrderedDict[bytes, Features | str] = OrderedDict()
 
     def encode(self, pictures: Iterable[bytes | MentionError | None]) -> list[Features | MentionError | None]:
         """Return the image features (C,) of each of B files, or an error for an unusable file.
@@ -122,7 +123,7 @@ class PictureEncoder:
         Args:
             pictures: Image files; None and errors are returned as they are.
         """
-        results: dict[bytes, Features | ImageError] = {}
+        results: dict[bytes, Features | str] = {}
         waiting: dict[bytes, Tensor] = {}
         rows: list[bytes | MentionError | None] = []
         for picture in pictures:
@@ -139,25 +140,29 @@ class PictureEncoder:
             try:
                 waiting[digest] = self._encoder.preprocess(decode_image(picture, self._max_pixels))
             except ImageError as error:
-                results[digest] = error
+                results[digest] = error.args[0]
             if len(waiting) == self._batch_size:
                 results |= self._encode(waiting)
                 waiting = {}
         results |= self._encode(waiting)
         self._remember(results)
-        return [results[row] if isinstance(row, bytes) else row for row in rows]
+        return [_features_or_error(results[row]) if isinstance(row, bytes) else row for row in rows]
 
     def _encode(self, waiting: Mapping[bytes, Tensor]) -> dict[bytes, Features]:
         if not waiting:
             return {}
         return dict(zip(waiting, self._encoder.encode_pixels(list(waiting.values())), strict=True))
 
-    def _remember(self, results: Mapping[bytes, Features | ImageError]) -> None:
+    def _remember(self, results: Mapping[bytes, Features | str]) -> None:
         for digest, result in results.items():
             self._known[digest] = result
             self._known.move_to_end(digest)
         while len(self._known) > _REMEMBERED_PICTURES:
             self._known.popitem(last=False)
+
+
+def _features_or_error(result: Features | str) -> Features | ImageError:
+    return ImageError(result) if isinstance(result, str) else result
 
 
 def _load_directory(directory: Path) -> tuple[dict[str, Any], nn.Module, Preprocess]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import asdict, field, replace
 from hashlib import sha256
 from pathlib import Path
@@ -34,6 +35,7 @@ _WEIGHTS = "mapper.safetensors"
 MANIFEST = MAPPER_MANIFEST
 _CHECKSUM = "weights_sha256"
 _MAX_HEADER_BYTES = 1 << 20
+_PICTURES_PER_BATCH = 1024
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -143,32 +145,40 @@ class FeatureMapper(nn.Module):
         self.feature_std.copy_(torch.where(std > 0, std, 1.0))
 
     @torch.no_grad()
-    def fit_ridge(self, features: Tensor, embeddings: Tensor, penalty: float, gain: float = 1.0) -> None:
+    def fit_ridge(self, features: Tensor, embeddings: Iterable[Tensor], penalty: float, gain: float = 1.0) -> None:
         """Fit the linear layer in closed form, by ridge regression from pictures to embeddings.
 
         Args:
             features: Image features of the training pictures, (N, C).
-            embeddings: Target visual prefixes, the embeddings of the pictures' names, (N, P, D).
+            embeddings: Target visual prefixes, the embeddings of the pictures' names, in the same
+                order and in batches of any size, each (B, P, D).
             penalty: Term added to the variance of each feature, in units of the mean variance.
             gain: Factor on deviations from the mean embedding, which a regression shrinks.
 
         Raises:
             InputError: All pictures have the same features.
         """
-        inputs = self.scaled(features).double()
-        targets = embeddings.flatten(1).double()
-        input_mean, target_mean = inputs.mean(dim=0), targets.mean(dim=0)
-        inputs, targets = inputs - input_mean, targets - target_mean
-        covariance = inputs.T @ inputs / len(inputs)  # (C, C)
+        count, width = len(features), self.linear.out_features
+        sums = [self.scaled(part).double().sum(dim=0) for part in torch.split(features, _PICTURES_PER_BATCH)]
+        input_mean = torch.stack(sums).sum(dim=0) / count
+        target_sum = torch.zeros(width, dtype=torch.float64)
+        covariance = torch.zeros(features.shape[1], features.shape[1], dtype=torch.float64)  # (C, C)
+        with_targets = torch.zeros(features.shape[1], width, dtype=torch.float64)  # (C, P * D)
+        start = 0
+        for batch in embeddings:
+            inputs = self.scaled(features[start : start + len(batch)]).double() - input_mean
+            targets = batch.flatten(1).double()
+            target_sum += targets.sum(dim=0)
+            covariance.addmm_(inputs.T, inputs, alpha=1 / count)
+            with_targets.addmm_(inputs.T, targets, alpha=1 / count)
+            start += len(batch)
         variance = covariance.diagonal().mean()
         if not variance:
-            raise InputError(
-                f"the {len(inputs)} training pictures have the same features: there is nothing to regress on"
-            )
+            raise InputError(f"the {count} training pictures have the same features: there is nothing to regress on")
         covariance.diagonal().add_(penalty * variance)
-        weight = gain * torch.linalg.solve(covariance, inputs.T @ targets / len(inputs)).T  # (P * D, C)
+        weight = gain * torch.linalg.solve(covariance, with_targets).T  # (P * D, C)
         self.linear.weight.copy_(weight)
-        self.linear.bias.copy_(target_mean - weight @ input_mean)
+        self.linear.bias.copy_(target_sum / count - weight @ input_mean)
         self.metadata = replace(self.metadata, initialisation="ridge", seed=None)
 
     def save(self, directory: str | Path, dtype: torch.dtype = torch.float32) -> None:

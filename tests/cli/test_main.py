@@ -116,6 +116,8 @@ def test_the_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
         (("build-demonstrations", "m", "e", "out", "--image-encoder-pretrained", "w"), "without --image-encoder"),
         (("build-demonstrations", "m", "e", "out"), "--mention-encoder is missing"),
         (("update-kb", "kb", "c", "s3://b/kb2", "--tokenizer", "t"), "--output-dir is 's3:/b/kb2': give a local path"),
+        (("import-gemel", "mentions", "in", "s3://b/out"), "--output-dir is 's3:/b/out': give a local path"),
+        (("import", "dbpedia", "d.ttl", "s3://b/e.parquet"), "the output is 's3://b/e.parquet': give a local path"),
         (("plan", "examples/emoji/link.toml", "--previous", "old"), "leave it out"),
         (("plan", "examples/emoji/link.toml", "--price-per-actor-hour", "inf"), "price_per_actor_hour: Input should"),
     ],

@@ -7,7 +7,8 @@ from sklearn.metrics import accuracy_score
 from gemel_engine.errors import InputError
 from gemel_engine.evaluation.judge import Judge, Measured
 from gemel_engine.evaluation.leaks import audit_leaks
-from gemel_engine.types import Candidate, Prediction, predictions_to_table
+from gemel_engine.evaluation.pool import are_in_pools
+from gemel_engine.types import PREDICTION_SCHEMA, Candidate, Prediction, predictions_to_table
 
 pytestmark = pytest.mark.unit
 
@@ -59,6 +60,7 @@ GOLD = gold(a="Q1", b="Q1", c="Q1", d="Q4", e="Q4", nil=None)
 def test_accuracy_hits_and_ranks_are_those_counted_by_hand() -> None:
     found = Judge(GOLD, entities=ENTITIES).evaluate(RUN)
     assert (found.num_mentions, found.num_nil, found.num_errors, found.num_without_gold) == (5, 1, 1, 1)
+    assert found.num_unknown == 0
     assert found.accuracy.value == pytest.approx(2 / 5)
     assert found.macro_accuracy.value == pytest.approx((1 / 3 + 1 / 2) / 2)  # of Q1 and Q4
     assert next(iter(found.buckets)) == "popularity of the entity"
@@ -88,6 +90,14 @@ def test_the_recall_of_pools_counts_ids_and_every_judged_mention() -> None:
     assert Judge(GOLD).evaluate(RUN.drop_columns(["pool"])).pool_recall is None
 
 
+def test_pools_may_have_more_text_than_one_array() -> None:
+    pools = [[{"entity_id": "Q1", "score": 1.0}], [{"entity_id": "x" * (64 << 20), "score": 1.0}]]
+    chunk = pa.table({"mention_id": ["a", "b"], "pool": pa.array(pools, PREDICTION_SCHEMA.field("pool").type)})
+    found = are_in_pools(pa.concat_tables([chunk] * 33), ["b", "a"], ["Q1", "Q1"])
+    assert found is not None
+    assert found.tolist() == [False, True]
+
+
 def test_names_and_candidates_are_protocols_of_their_own() -> None:
     assert Judge(GOLD, entities=ENTITIES, protocol="name").evaluate(RUN).accuracy.value == pytest.approx(3 / 5)
     with pytest.raises(InputError, match="needs the entities' names"):
@@ -113,6 +123,8 @@ def test_baseline_is_the_commonest_entity_or_the_one_of_that_name() -> None:
 def test_a_gold_mention_without_a_prediction_is_refused() -> None:
     with pytest.raises(InputError, match=r"1 gold mentions have no prediction, such as \['z'\]"):
         Judge(gold(a="Q1", z="Q1")).evaluate(RUN)
+    found = Judge(gold(a="Q1", b="Q9", nil=None), entities=ENTITIES).evaluate(RUN)
+    assert (found.num_mentions, found.num_nil, found.num_unknown) == (1, 2, 1)
     with pytest.raises(InputError, match="nothing to judge"):
         Judge(gold(a="Q9"), entities=ENTITIES).evaluate(RUN)
     with pytest.raises(InputError, match="no column entity_id"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from support.names import ENTITY_NAMES
+from support.tables import damage
 
 from gemel_engine import storage
 from gemel_engine.cli.main import main
@@ -24,9 +26,11 @@ from gemel_engine.errors import ArtifactError, ConfigurationError, InputError
 from gemel_engine.evaluation.calibrate import calibrate_run
 from gemel_engine.evaluation.gold import read_gold
 from gemel_engine.evaluation.run import LinkedRun, judge_run
+from gemel_engine.evaluation.spans import has_places_alone
 from gemel_engine.knowledge_base.store import MANIFEST
 from gemel_engine.pipeline.output import claim_output
 from gemel_engine.report.page import report_of
+from gemel_engine.retrieval.index import MANIFEST as INDEX_MANIFEST
 from gemel_engine.storage.parquet import parquet_bytes
 from gemel_engine.types import PREDICTION_SCHEMA, Candidate, Prediction, predictions_to_table
 
@@ -97,7 +101,11 @@ def test_a_run_is_judged_by_the_labels_of_its_input(output: str) -> None:
     assert num_right == pytest.approx(IS_RIGHT[30:-1].sum())  # answers to the 30 without a known entity are wrong
     assert judged.knowledge_base_names == len(set(ENTITY_NAMES))
     assert json.loads(judged.to_json())["evaluation"]["num_mentions"] == 170
-    assert as_table(judged).row_count > 5
+    table = as_table(judged)
+    printed = dict(zip(table.columns[0].cells, table.columns[3].cells, strict=True))
+    assert printed["wrong, since they ended in an error"] == "1"
+    assert printed["not judged: no entity of the knowledge base"] == "30"
+    assert "not judged: no gold row" not in printed
 
 
 def test_a_report_shows_a_run_with_and_without_judgement(output: str) -> None:
@@ -316,6 +324,131 @@ def test_the_judge_says_which_addresses_are_read_and_not_the_judged(
     assert "data:image/webp" not in report()
     assert "data:image/webp" in report("--allowed-image-prefixes", str(picture.parent))
     assert "under none of allowed_prefixes" in report("--allowed-image-prefixes", "/elsewhere")
+
+
+def set_labels(tmp_path: Path, labels: list[str | None], **renamed: str) -> None:
+    """Give the run's input other labels, and columns other names."""
+    mentions = pq.read_table(tmp_path / "mentions.parquet")
+    column = mentions.column_names.index("entity_id")
+    mentions = mentions.set_column(column, "entity_id", pa.array(labels, pa.string()))
+    pq.write_table(mentions.rename_columns(renamed), tmp_path / "mentions.parquet")
+
+
+def test_without_labels_runs_are_compared_by_their_answers(
+    output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    set_labels(tmp_path, [None] * NUM_MENTIONS)
+    other = tmp_path / "other"
+    shutil.copytree(output, other)
+    rows = pq.read_table(other / "data/shard-00001.parquet").to_pylist()
+    rows[0]["entity_id"], rows[-1]["entity_id"] = "Q21", "Q21"
+    pq.write_table(
+        pa.Table.from_pylist(rows[:-2] + rows[-1:], schema=PREDICTION_SCHEMA), other / "data/shard-00001.parquet"
+    )
+    monkeypatch.setattr("sys.argv", ["gemel", "evaluate", output, "--gallery-size", "0", "--against", str(other)])
+    caplog.set_level("INFO")
+    main()
+    assert "of 199 mentions of both runs, 2 have another entity" in caplog.text
+    assert {path.name for path in Path(output, "_evaluation").iterdir()} == {"report.html"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--protocol", "name"], "a run without gold labels has no use for --protocol: leave that out"),
+        (
+            ["--gold", "places.parquet", "--train", "t", "--against", "a"],
+            "judging mentions by their places has no use for --train and --against: leave that out",
+        ),
+    ],
+)
+def test_an_option_without_a_use_is_refused(
+    options: list[str],
+    message: str,
+    output: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    set_labels(tmp_path, [None] * NUM_MENTIONS)
+    pq.write_table(pa.table({"group": ["d"], "mention": ["bear"]}), tmp_path / "places.parquet")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["gemel", "evaluate", output, *options])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert message in capsys.readouterr().err
+    assert not Path(output, "_evaluation").exists()
+
+
+def test_labels_with_the_names_of_the_run_are_no_places(tmp_path: Path) -> None:
+    labels = {"id": ["m"], "group": ["d"], "mention": ["bear"], "text": ["A bear."], "entity_id": ["Q1"]}
+    pq.write_table(pa.table(labels), tmp_path / "labels.parquet")
+    assert has_places_alone(str(tmp_path / "labels.parquet"), {})
+    assert not has_places_alone(str(tmp_path / "labels.parquet"), {"mention_id": "id"})
+
+
+def test_pictures_are_those_of_the_input_where_labels_have_none(output: str, tmp_path: Path) -> None:
+    labels = pq.read_table(tmp_path / "mentions.parquet").drop_columns(["image_bytes"]).slice(100, 50)
+    pq.write_table(labels, tmp_path / "labels.parquet")
+    found = read_gold(str(tmp_path / "labels.parquet"), str(tmp_path / "mentions.parquet"))
+    assert found["has_picture"].to_pylist() == [n % 3 > 0 for n in range(100, 150)]
+    assert "has_picture" not in read_gold(str(tmp_path / "labels.parquet")).column_names
+
+
+@pytest.mark.parametrize("as_struct", [False, True])
+def test_pictures_are_not_read_where_all_mentions_have_one(tmp_path: Path, as_struct: bool) -> None:
+    """They are damaged on the disk."""
+    pictures = [{"bytes": b"picture", "path": None}] * 3 if as_struct else [b"picture"] * 3
+    ids, path = ["a", "b", "c"], tmp_path / "mentions.parquet"
+    pq.write_table(pa.table({"mention_id": ids, "entity_id": ids, "image_bytes": pictures}), path)
+    damage(path, "image_bytes", [0])
+    assert read_gold(str(path))["has_picture"].to_pylist() == [True] * 3
+    with pytest.raises(InputError, match="is not a readable Parquet table"):
+        read_gold(str(path), with_digests=True)
+
+
+def test_only_row_groups_with_labelled_mentions_are_read(output: str, tmp_path: Path) -> None:
+    """The pictures of all others are damaged on the disk."""
+    mentions, path = pq.read_table(tmp_path / "mentions.parquet"), tmp_path / "mentions.parquet"
+    pq.write_table(mentions, path, row_group_size=50)
+    pq.write_table(mentions.select(["mention_id", "entity_id"]).slice(50, 50), tmp_path / "labels.parquet")
+    damage(path, "image_bytes", [0, 2, 3])
+    found = read_gold(str(tmp_path / "labels.parquet"), str(path))
+    assert found["has_picture"].to_pylist() == [n % 3 > 0 for n in range(50, 100)]
+    with pytest.raises(InputError, match="is not a readable Parquet table"):
+        read_gold(str(path))
+
+
+def test_labels_that_the_knowledge_base_lacks_are_warned_of(
+    output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    set_labels(tmp_path, [*[f"http://wikidata.org/Q{n}" for n in range(150)], *["Q1"] * 50])
+    monkeypatch.setattr("sys.argv", ["gemel", "evaluate", output, "--gallery-size", "0"])
+    main()
+    assert "150 labels are no ids of the knowledge base, which has those of 50" in caplog.text
+
+
+def test_a_run_whose_artifacts_are_gone_is_shown(output: str, artifacts: dict[str, Path], tmp_path: Path) -> None:
+    linked, address = LinkedRun.open(output), tmp_path / "demonstrations"
+    shutil.copytree(artifacts["demonstrations"], address)
+    ids = pa.array([["d0"]] * NUM_MENTIONS)
+    column = linked.predictions.column_names.index("demonstration_ids")
+    linked = replace(
+        linked,
+        settings=linked.settings | {"demonstrations": str(address), "knowledge_base": str(tmp_path / "gone")},
+        identity={"artifacts": {"demonstrations": json.loads((address / INDEX_MANIFEST).read_text())}},
+        predictions=linked.predictions.set_column(column, "demonstration_ids", ids),
+    )
+
+    def page() -> str:
+        return report_of(linked, None, training=None, gallery_size=3)
+
+    assert page().count("<summary>Demonstrations") == 3
+    manifest = json.loads((address / INDEX_MANIFEST).read_text())
+    (address / INDEX_MANIFEST).write_text(json.dumps(manifest | {"table_sha256": "another"}))
+    assert page().count("<summary>Demonstrations") == 0
+    shutil.rmtree(address)
+    assert page().count("<summary>Demonstrations") == 0
 
 
 def test_a_run_below_a_lookup_is_said(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import random
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pandas as pd
 import pyarrow as pa
@@ -34,7 +35,8 @@ SCHEMA = pa.schema(
     {
         **dict.fromkeys(("mention_id", "text", "mention", "group", "entity_id"), pa.string()),
         "mention_start": pa.int32(),
-        "score": pa.int64(),  # the user's own
+        **dict.fromkeys(("input_score", "score"), pa.int64()),  # the user's own
+        "gold_entity_id": pa.string_view(),
         "tags": pa.list_(pa.string()),
         "image_bytes": pa.binary(),
     }
@@ -45,7 +47,8 @@ ANSWERS = {"a": "Q1", "b": "Q 90/<x>", "c": "http://other.org/bear", "d": "Q5", 
 @pytest.fixture
 def output(tmp_path: Path) -> str:
     """A run that links five mentions, in another order than that of its input, and not the last."""
-    rows = [{"score": place, "tags": ["x", "y"], "image_bytes": b"p"} | row for place, row in enumerate(MENTIONS)]
+    own = {"input_score": 7, "gold_entity_id": "Q7", "tags": ["x", "y"], "image_bytes": b"p"}
+    rows = [own | {"score": place} | row for place, row in enumerate(MENTIONS)]
     (tmp_path / "mentions").mkdir()
     pq.write_table(pa.Table.from_pylist(rows[:2], schema=SCHEMA), tmp_path / "mentions/0.parquet")
     pq.write_table(
@@ -80,6 +83,10 @@ def write_run(tmp_path: Path, answers: dict[str, str | None]) -> str:
     return directory
 
 
+def contents(directory: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
 def export(monkeypatch: pytest.MonkeyPatch, output: str, target: Path, *options: str) -> None:
     monkeypatch.setattr("sys.argv", ["gemel", "export", output, str(target), *options])
     main()
@@ -111,12 +118,15 @@ def test_tables_have_the_columns_of_the_input_and_no_two_of_one_name(
     assert table["mention_id"].to_pylist() == ["a", "b", "c", "d", "e"]
     assert table["entity_id"].to_pylist() == [*list(ANSWERS.values())[:4], None]
     assert table["gold_entity_id"].to_pylist() == ["Q1", None, None, None, None]
-    assert table["input_score"].to_pylist() == [0, 1, 2, 3, 4]
+    assert table["input_gold_entity_id"].to_pylist() == ["Q7"] * 5
+    assert table["input_score"].to_pylist() == [7] * 5
+    assert table["input_input_score"].to_pylist() == [0, 1, 2, 3, 4]
     assert table["tags"].to_pylist() == [["x", "y"], ["x", "y"], None, None, None]
     assert "image_bytes" not in table.column_names
     assert len(set(table.column_names)) == table.num_columns
     csv = pd.read_csv(tmp_path / "new/linked.csv")
     assert list(csv["text"]) == table["text"].to_pylist()
+    assert list(csv["input_gold_entity_id"]) == ["Q7"] * 5
     assert json.loads(csv["candidates"][0])[1]["entity_id"] == "Q0"
     lines = (tmp_path / "new/linked.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == table.to_pylist()
@@ -173,7 +183,9 @@ def test_blink_has_a_line_for_each_mention(output: str, tmp_path: Path, monkeypa
     ("target", "options", "code", "message"),
     [
         ("linked.xml", (), 2, "ends with none of .parquet, .csv, .jsonl, .ttl: give --format"),
-        ("linked/data/x.parquet", (), 2, "would be among the shards of the run"),
+        ("linked/data/x.parquet", (), 2, "would be among the run's own files"),
+        ("linked/_run.json", ("--format", "csv"), 2, "would be among the run's own files"),
+        ("mentions/0.parquet", (), 2, "choose an output outside of the input"),
         ("linked.xml", ("--format", "xml"), 2, "invalid choice"),
     ],
 )
@@ -187,11 +199,29 @@ def test_a_wrong_target_is_refused(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    before = contents(tmp_path)
     with pytest.raises(SystemExit) as stopped:
         export(monkeypatch, output, tmp_path / target, *options)
     assert stopped.value.code == code
     assert message in " ".join(capsys.readouterr().err.split())
-    assert not (tmp_path / target).exists()
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("step", ["JoinedRun", "shutil.move"])
+def test_a_full_disk_is_explained_and_leaves_nothing(
+    step: str, output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fill(_: object, place: Path, *_others: object) -> NoReturn:
+        if step == "shutil.move":
+            place.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "full")
+
+    before = contents(tmp_path)
+    monkeypatch.setattr(f"gemel_engine.export.write.{step}", fill)
+    with pytest.raises(SystemExit, match="1"):
+        export(monkeypatch, output, tmp_path / "linked.jsonl")
+    assert "no room left on the disk: make room" in capsys.readouterr().err
+    assert contents(tmp_path) == before
 
 
 def test_an_input_that_has_changed_is_refused(

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.tables import make_tokenizer
 
+from gemel_engine.config.components import KnowledgeBaseSettings
+from gemel_engine.config.finding import FindConfig
+from gemel_engine.errors import ArtifactError
 from gemel_engine.finding.dictionary import DictionaryFinder, TrainingText, lower_case_words
+from gemel_engine.finding.finders import build_dictionary
+from gemel_engine.knowledge_base.build import build_knowledge_base
 
 pytestmark = pytest.mark.unit
 
@@ -52,6 +60,16 @@ def test_the_longest_form_of_whole_words_is_found_from_the_left(text: str, menti
     assert found(finder, text) == mentions
 
 
+def test_a_build_holds_no_list_of_all_forms(tmp_path: Path) -> None:
+    forms = [f"form {number}" for number in range(20_000)]
+    tracemalloc.start()
+    try:
+        assert len(make_finder(tmp_path, forms)) == 20_000
+        assert tracemalloc.get_traced_memory()[1] < 50 * len(forms)
+    finally:
+        tracemalloc.stop()
+
+
 def test_case_is_by_setting(tmp_path: Path) -> None:
     finder = make_finder(tmp_path, ["NATO"], ignores_case=False)
     assert found(finder, "NATO, Nato") == ["NATO"]
@@ -71,6 +89,15 @@ def test_training_teaches_which_forms_are_mentions(tmp_path: Path) -> None:
 def test_an_occurrence_in_a_longer_mention_does_not_count_against_a_form(tmp_path: Path) -> None:
     texts = [TrainingText("New York City", frozenset({"New York City"}))] * 5
     assert found(make_finder(tmp_path, ["New York"], texts), "In New York") == ["New York"]
+
+
+def test_a_dictionary_is_made_of_no_damaged_knowledge_base(tmp_path: Path) -> None:
+    entities = pa.table({"entity_id": ["Q1"], "name": ["Bear"], "description": ["an animal"]})
+    build_knowledge_base(entities, make_tokenizer(), tmp_path / "kb", KnowledgeBaseSettings())
+    path = tmp_path / "kb/entities.arrow"
+    path.write_bytes(path.read_bytes().replace(b"an animal", b"a mineral"))
+    with pytest.raises(ArtifactError, match="damaged"):
+        build_dictionary(FindConfig(input="none", output="none", knowledge_base=str(tmp_path / "kb")), tmp_path)
 
 
 @given(st.lists(st.text("ab 東.", min_size=1, max_size=4), max_size=6), st.text("abAB 東.", max_size=20))

@@ -14,7 +14,9 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import BertConfig, BertForTokenClassification
 
 from gemel_engine.cli.main import main
+from gemel_engine.config.finding import FindConfig, FinderSettings
 from gemel_engine.errors import ArtifactError, ConfigurationError
+from gemel_engine.finding.finders import finder_contents
 from gemel_engine.finding.tagger import TaggerFinder
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -84,9 +86,12 @@ def test_a_long_text_is_read_in_windows(tagger: Path, shift: int) -> None:
     assert found(TaggerFinder(str(tagger)), text) == [["New York", "Paris", "New York"]]
 
 
-def test_another_model_is_refused(mention_encoder_directory: Path) -> None:
+def test_another_model_is_refused(mention_encoder_directory: Path, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="lacks the tensors classifier"):
         TaggerFinder(str(mention_encoder_directory))
+    finder = FinderSettings(model=str(tmp_path / "nowhere"))
+    with pytest.raises(ArtifactError, match=r"no token-classification model can be loaded from .*nowhere"):
+        finder_contents(FindConfig(input="none", output="none", finder=finder))
 
 
 def test_the_command_takes_a_model(tagger: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,15 +17,18 @@ from gemel_engine.pipeline.corpus import plan_shards, read_rows
 pytestmark = pytest.mark.unit
 
 CAPTION = ["The Bears at home (2007).", "https://example.org/a/Bears.jpg", "sports"]
+UNUSABLE = (("", "x", 0), ("x", "", 0), ("x", "x", float("inf")))
 WIKIDIVERSE: list[Any] = [
     [*CAPTION, [["Bears", "Organization", 4, 9, "https://en.wikipedia.org/wiki/Chicago_Bears_%28team%29"]]],
     ["Nobody's wolf.", "", "nature", [["wolf", "Other", 3, 7, None], ["Nobody", "Person", 0, 6, "https://x.org/"]]],
     ["damaged"],
+    *([text, "", "x", [[form, "x", start, 9, None]]] for text, form, start in UNUSABLE),
 ]
 MELBENCH: dict[str, dict[str, Any]] = {
     "7": {"sentence": "A bear drums.", "imgPath": "kvqa/1.jpg", "mentions": "bear", "answer": "Q1", "entities": "Bear"},
     "8": {"sentence": "A wolf.", "imgPath": "", "mentions": "wolf", "answer": "nil", "extra": 1},
     "9": {"sentence": "", "mentions": "x", "answer": "Q2"},
+    "10": {"sentence": "A bear.", "imgPath": ["x.jpg"], "mentions": "bear", "answer": "Q1"},
 }
 AIDA = """-DOCSTART- (1 EU)
 EU\tB\tEU\t--NME--
@@ -38,12 +41,15 @@ Peter\tB\tPeter Blackburn\t--NME--
 Blackburn\tI\tPeter Blackburn\t--NME--
 
 -DOCSTART- (947testa CRICKET)
+Essex\tB\t\tEssex
 Essex\tB\tEssex\tEssex\thttp://en.wikipedia.org/wiki/Essex\t1\t/m/x
 """
 BLINK = [
     {"id": 5, "label": "unknown", "label_id": -1, "context_left": "", "mention": "Bears", "context_right": ", at home"},
     {"context_left": "the (", "mention": "wolf", "context_right": "howls", "label_id": "Q3", "label_title": "Wolf"},
     {"mention": ""},
+    {"mention": "wolf", "doc_id": 1.5},
+    {"mention": "\ud800"},
 ]
 
 
@@ -63,20 +69,21 @@ def test_wikidiverse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: py
     source.write_text(json.dumps(WIKIDIVERSE))
     first, second, third = imported(monkeypatch, "wikidiverse", source, output)
     assert first == {
-        "mention_id": "0-0",
+        "mention_id": "train-0-0",
         "text": CAPTION[0],
         "mention": "Bears",
         "mention_start": 4,
         "image_uri": CAPTION[1],
-        "group": "0",
-        "entity_id": "Chicago Bears (team)",
+        "group": "train-0",
+        "entity_id": "Chicago_Bears_(team)",
     }
+    assert pq.read_table(output)["entity_name"][0].as_py() == "Chicago Bears (team)"
     assert [(row["mention_start"], row["image_uri"], row["entity_id"]) for row in (second, third)] == [
         (None, None, None),  # the offset is wrong
         (0, None, None),
     ]
-    assert "1 lines or rows are unusable, the first" in caplog.text
-    assert "caption 2" in caplog.text
+    assert "4 lines or rows are unusable, the first" in caplog.text
+    assert [f"caption {number}" in caplog.text for number in (2, 3, 4, 5)] == [True] * 4
     first, *_ = imported(monkeypatch, "wikidiverse", source, output, "--pictures", "s3://bucket/pictures/")
     assert first["image_uri"] == "s3://bucket/pictures/Bears.jpg"
 
@@ -84,10 +91,12 @@ def test_wikidiverse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: py
 @pytest.mark.parametrize("is_list", [True, False])
 def test_melbench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, is_list: bool) -> None:
     source = tmp_path / "WIKIMEL_train.json"
-    source.write_text(json.dumps([{"id": int(key)} | row for key, row in MELBENCH.items()] if is_list else MELBENCH))
+    source.write_text(json.dumps([*MELBENCH.values()] if is_list else MELBENCH))
     first, second = imported(monkeypatch, "melbench", source, tmp_path / "out.parquet", "--pictures", "/pictures")
-    assert (first["mention_id"], first["image_uri"], first["entity_id"]) == ("7", "/pictures/1.jpg", "Q1")
-    assert (second["mention_id"], second["image_uri"], second["entity_id"]) == ("8", None, None)
+    assert (first["image_uri"], first["entity_id"]) == ("/pictures/1.jpg", "Q1")
+    assert (second["image_uri"], second["entity_id"]) == (None, None)
+    ids = ["WIKIMEL_train-0", "WIKIMEL_train-1"] if is_list else ["7", "8"]  # those of the corpus stay
+    assert [row["mention_id"] for row in (first, second)] == ids
     assert first["group"] == first["text"] == "A bear drums."
 
 
@@ -96,11 +105,11 @@ def test_aida(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source.write_text(AIDA)
     rows = imported(monkeypatch, "aida", source, output)
     text = "EU rejects German lamb .\nPeter Blackburn"
-    assert [row["text"] for row in rows] == [text, text, text, "Essex"]
+    assert [row["text"] for row in rows] == [text, text, text, "Essex Essex"]
     assert [row["mention"] for row in rows] == ["EU", "German", "Peter Blackburn", "Essex"]
     assert all(row["text"].startswith(row["mention"], row["mention_start"]) for row in rows)
-    assert [row["entity_id"] for row in rows] == [None, "German (x)", None, "Essex"]
-    assert [row["mention_id"] for row in rows] == ["1-0", "1-1", "1-2", "947testa-0"]
+    assert [row["entity_id"] for row in rows] == [None, "German_(x)", None, "Essex"]
+    assert [row["mention_id"] for row in rows] == ["1-0", "1-1", "1-2", "947testa-1"]
     assert rows[0]["group"] == "1 EU"
     for part, expected in (("train", 3), ("testa", 1)):
         assert len(imported(monkeypatch, "aida", source, output, "--part", part)) == expected
@@ -111,7 +120,7 @@ def test_blink(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source.write_text("\n".join(map(json.dumps, BLINK)))
     first, second = imported(monkeypatch, "blink", source, tmp_path / "out.parquet")
     assert (first["mention_id"], first["text"], first["mention_start"]) == ("5", "Bears, at home", 0)
-    assert (second["mention_id"], second["text"], second["mention_start"]) == ("2", "the (wolf howls", 5)
+    assert (second["mention_id"], second["text"], second["mention_start"]) == ("test-2", "the (wolf howls", 5)
     assert (first["entity_id"], second["entity_id"]) == (None, "Q3")
 
 
@@ -122,6 +131,7 @@ def test_blink(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("melbench", '"x"', [], 3, "holds no list of mentions"),
         ("blink", '{"mention": []}', [], 3, "there are no mentions to write"),
         ("aida", "a", ["--pictures", "/p"], 2, "--pictures is of no use for aida"),
+        ("aida", "a", ["--part", "testa", "--pictures", "/p"], 2, "--pictures is of no use for aida"),
         ("blink", "{}", ["--part", "train"], 2, "--part is of no use for blink"),
     ],
 )

@@ -378,7 +378,11 @@ def test_an_update_is_not_opened_as_a_knowledge_base(update: Path) -> None:
 
 
 def test_the_commands(
-    base: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+    base: Path,
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     pq.write_table(CHANGES, tmp_path / "changes.parquet")
@@ -393,3 +397,13 @@ def test_the_commands(
     with pytest.raises(SystemExit) as stopped:
         run("compact-kb", base, tmp_path / "again")
     assert stopped.value.code == ConfigurationError.exit_code
+    (tmp_path / "changes").mkdir()
+    pq.write_table(CHANGES, tmp_path / "changes/a.parquet")
+    pq.write_table(pa.table({"entity_id": ["Q3"], "retired": [True]}), tmp_path / "changes/b.parquet")
+    run("update-kb", base, tmp_path / "changes", tmp_path / "second", "--tokenizer", tmp_path / "tokenizer")
+    described = pa.table({"entity_id": ["Q1"], "name": ["Bear"], "description": ["big"]})
+    pq.write_table(described, tmp_path / "changes/c.parquet")
+    with pytest.raises(SystemExit) as stopped:
+        run("update-kb", base, tmp_path / "changes", tmp_path / "third", "--tokenizer", tmp_path / "tokenizer")
+    assert stopped.value.code == InputError.exit_code
+    assert "c.parquet', only one has the columns description: add" in capsys.readouterr().err

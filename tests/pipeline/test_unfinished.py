@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from gemel_engine import storage
 from gemel_engine.config.components import KnowledgeBaseSettings
-from gemel_engine.errors import ConfigurationError
+from gemel_engine.errors import ArtifactError, ConfigurationError
 from gemel_engine.evidence.index import open_evidence
 from gemel_engine.evidence.update import local_knowledge_base
 from gemel_engine.knowledge_base.store import KnowledgeBase
@@ -121,3 +121,12 @@ def test_an_update_does_not_go_on_with_the_vectors_of_another_base(
     monkeypatch.setattr(knowledge_bases, "encode_entities", encode_and_note)
     update(second, changes, tmp_path / "encode_entities", tokenizer, STRICT, NONE)
     assert described == ["second"]
+
+
+def test_an_update_embeds_nothing_of_a_damaged_base(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    base = base_of(tmp_path, tokenizer, "described", 1.0)
+    path = Path(base, "entities.arrow")
+    path.write_bytes(path.read_bytes().replace(b"described", b"forgotten"))
+    changes = write(tmp_path / "c.parquet", entity_id=["Q1"], name=["wolf"])
+    with pytest.raises(ArtifactError, match="damaged"):
+        update(base, changes, tmp_path / "up", tokenizer, STRICT, NONE)

@@ -229,7 +229,8 @@ batch_size = 4
 num_mentions = 0
 """
     )
-    candidates = [{"mention_id": f"test-{n}-0", "candidate_ids": NAMES[:3]} for n in range(3)]
+    ids = [name.replace(" ", "_") for name in NAMES[:3]]
+    candidates = [{"mention_id": f"test-test-{n}-0", "candidate_ids": ids} for n in range(3)]
     pq.write_table(pa.Table.from_pylist(candidates), tmp_path / "candidates.parquet")
     work = tmp_path / "work"
     servers: list[Loopback] = []

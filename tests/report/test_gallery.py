@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from support.tables import make_tokenizer
+from support.tables import damage, make_tokenizer
 
 from gemel_engine.config.components import ImagePolicy, KnowledgeBaseSettings
 from gemel_engine.errors import ImageError, InputError
@@ -98,6 +98,14 @@ def test_all_come_when_there_are_few_and_none_need_gold(tmp_path: Path) -> None:
     assert gallery_items(predictions().slice(0, 0), str(tmp_path / "mentions"), size=5) == []
 
 
+def test_predictions_may_have_more_text_than_one_array(tmp_path: Path) -> None:
+    pools = [[{"entity_id": "x" * ((64 << 20) * (n == 0)), "score": 1.0, "reasons": []}] for n in range(SIZE)]
+    chunk = predictions(pool=pools, certified=[n > 0 for n in range(SIZE)]).slice(0, 2)
+    table = pa.concat_tables([chunk] * 33)
+    items = gallery_items(table, write_corpus(tmp_path / "mentions"), size=2)
+    assert {item.mention.mention_id for item in items} == {"m0", "m1"}
+
+
 def test_pictures_are_shown_small_and_bad_ones_say_why(tmp_path: Path) -> None:
     allowed = tmp_path / "pictures"
     allowed.mkdir()
@@ -131,15 +139,9 @@ def test_row_groups_without_a_drawn_mention_are_not_read(tmp_path: Path) -> None
     (item,) = gallery_items(predictions(), corpus, size=1)
     number = int(item.mention.mention_id[1:])
     for first, path in ((0, tmp_path / "mentions/a.parquet"), (SIZE // 2, tmp_path / "mentions/b.parquet")):
-        content = bytearray(path.read_bytes())
-        metadata = pq.read_metadata(path)
-        column = metadata.schema.names.index("image_bytes")
-        for group in range(metadata.num_row_groups):
-            if not first + group * GROUP <= number < first + (group + 1) * GROUP:
-                chunk = metadata.row_group(group).column(column)
-                start, size = chunk.data_page_offset, chunk.total_compressed_size
-                content[start : start + size] = b"\xff" * size
-        path.write_bytes(content)
+        damage(
+            path, "image_bytes", [group for group in range(SIZE // 2 // GROUP) if group != (number - first) // GROUP]
+        )
     assert gallery_items(predictions(), corpus, size=1) == [item]
     with pytest.raises(InputError, match="is not a readable Parquet table"):
         gallery_items(predictions(), corpus, size=SIZE)
@@ -158,6 +160,11 @@ def test_demonstrations_come_in_the_order_of_the_prompt_with_their_pictures(
     assert [shown.picture.data for shown in item.demonstrations] == [shrink(picture(n), 80) for n in (3, 0, 3)]
     (item,) = gallery_items(table, corpus, index, size=1)
     assert {shown.picture.data for shown in item.demonstrations} == {None}
+    for path in Path(training).iterdir():
+        rows = pq.read_table(path)
+        pq.write_table(rows.rename_columns({"mention_id": "id"}), path)
+    (item,) = gallery_items(table, corpus, index, size=1, training=training, stored_names={"mention_id": "id"})
+    assert item.demonstrations[0].picture.data == shrink(picture(3), 80)
     with pytest.raises(InputError, match=r"the index has no demonstration 't7'"):
         gallery_items(predictions(demonstration_ids=[["t7"]] * SIZE), corpus, index, size=1)
 

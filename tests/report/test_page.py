@@ -245,7 +245,15 @@ def test_what_is_known_with_gold(harmless: Page) -> None:
     filters = [attributes["data-filter"] for tag, attributes in harmless.elements if tag == "button"]
     assert filters == ["all", "right", "wrong", "certified", "uncertified", "nil", "error"]
     assert harmless.count("svg", "plot") == 3
-    for expected in ("50.0\u202f%", "[25.0, 75.0]", "[0.250, 0.750]", "gold: Q3", "and 100 more", "0.0100"):
+    for expected in (
+        "50.0\u202f%",
+        "[25.0, 75.0]",
+        "[0.250, 0.750]",
+        "gold: Q3",
+        "and 100 more",
+        "0.0100",
+        "base: 1, 1 of",
+    ):
         assert expected in harmless.text
 
 
@@ -253,8 +261,9 @@ def test_no_search_was_stopped_where_evidence_decided() -> None:
     items = gallery()
     for item in items:
         assert isinstance(item.prediction, dict)
-        item.prediction.update(certified=False, decided_by="evidence")
-    page = Page(render_report(**(everything() | {"gallery": items})))
+        item.prediction.update(certified=False, decided_by="evidence", num_rollouts=0)
+    page = Page(render_report(**(everything() | {"gallery": items, "predictions": table(items)})))
+    assert page.count("svg", "plot") == 2  # none of rollouts
     flags = [attributes["data-flags"] for tag, attributes in page.elements if tag == "article"]
     assert flags == ["right", "wrong nil", "wrong error"]
     assert not [text for text in page.text.splitlines() if text.strip() == "search stopped early"]

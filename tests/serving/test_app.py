@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import json
+import logging
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -10,9 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import uvicorn
+from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from support.corpus import picture, toml
 
+from gemel_engine.cli.serving import serve
 from gemel_engine.config.loading import load_config
 from gemel_engine.config.settings import LinkConfig
 from gemel_engine.errors import EngineDiedError
@@ -25,10 +30,15 @@ TEXT, FORM = "Look at the brown bear over there.", "brown bear"
 
 
 @pytest.fixture(scope="module")
-def linker(artifacts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Linker:
+def configuration(artifacts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("serving") / "link.toml"
     path.write_text(toml(artifacts, "none.parquet", "none"))
-    return Linker(load_config(LinkConfig, path))
+    return path
+
+
+@pytest.fixture(scope="module")
+def linker(configuration: Path) -> Linker:
+    return Linker(load_config(LinkConfig, configuration))
 
 
 @pytest.fixture
@@ -96,7 +106,18 @@ def test_a_malformed_question_is_refused(
 ) -> None:
     response = client.post("/api/link", json=question)
     assert response.status_code == status
-    assert message in response.text
+    assert message in response.json()["error"]
+
+
+@pytest.mark.parametrize(
+    "question",
+    [{"text": "\ud800", "mention": FORM}, {"\ud800" * 10_000: 1}, {"text": TEXT, "picture": "?" * 1_000_000}],
+)
+def test_what_is_malformed_is_not_sent_back(client: TestClient, question: dict[str, object]) -> None:
+    body = json.dumps(question)
+    response = client.post("/api/link", content=body, headers={"Content-Type": "application/json"})
+    assert response.status_code == 422
+    assert len(response.text) < 10_000
 
 
 def test_a_question_that_cannot_be_linked_is_an_answer_with_an_error(client: TestClient) -> None:
@@ -124,6 +145,30 @@ def test_a_client_that_asks_too_often_is_told_so(client: TestClient, monkeypatch
     assert statuses == [422, 422, 429]
 
 
+def test_questions_beyond_those_that_may_wait_are_refused(linker: Linker, monkeypatch: pytest.MonkeyPatch) -> None:
+    may_go = threading.Event()
+
+    def wait(*_: object) -> None:
+        may_go.wait(60)
+        raise EngineDiedError("the engine has ended")
+
+    monkeypatch.setattr(serving, "MAX_WAITING", 2)
+    monkeypatch.setattr(serving, "explain", wait)
+    question = {"text": TEXT, "mention": FORM}
+    app = create_app(linker, ["testserver"], on_death=lambda: None)
+    with TestClient(app) as client, ThreadPoolExecutor(3) as threads:
+        answers = [threads.submit(client.post, "/api/explain", json=question) for _ in range(3)]
+        while not any(answer.done() for answer in answers):
+            time.sleep(0.05)
+        (refused,) = (answer.result().json()["error"] for answer in answers if answer.done())
+        assert refused == client.post("/api/link", json=question).json()["error"]
+        may_go.set()
+    assert "2 requests are waiting" in refused
+    monkeypatch.undo()
+    with TestClient(app) as client:
+        assert client.post("/api/explain", json=question).status_code == 200
+
+
 def test_a_host_of_another_name_is_refused(client: TestClient) -> None:
     assert client.get("/", headers={"Host": "evil.example"}).status_code == 400
 
@@ -136,12 +181,32 @@ def test_the_page_allows_only_its_own_style_and_script(client: TestClient) -> No
     assert "<script>" in response.text
 
 
-def test_the_death_of_the_engine_ends_the_server(linker: Linker, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("path", ["/api/link", "/api/explain"])
+def test_the_death_of_the_engine_ends_the_server(linker: Linker, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
     def die(*_: object) -> list[Prediction]:
         raise EngineDiedError("the engine has ended")
 
     deaths: list[bool] = []
-    monkeypatch.setattr(linker, "link", die)
+    monkeypatch.setattr(linker.generator, "generate", die)
     with TestClient(create_app(linker, ["testserver"], on_death=lambda: deaths.append(True))) as client:
-        assert client.post("/api/link", json={"text": TEXT, "mention": FORM}).status_code == 503
+        assert client.post(path, json={"text": TEXT, "mention": FORM}).status_code == 503
     assert deaths == [True]
+
+
+def test_browsers_reach_an_address_of_ipv6(
+    configuration: Path, linker: Linker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    statuses = []
+
+    def ask(server: uvicorn.Server) -> None:
+        app = server.config.app
+        assert isinstance(app, FastAPI)
+        with TestClient(app) as client:
+            statuses.append(client.get("/", headers={"Host": "[fd00::5]:8000"}).status_code)
+
+    monkeypatch.setattr("gemel_engine.linker.Linker", lambda _: linker)
+    monkeypatch.setattr(uvicorn.Server, "run", ask)
+    with caplog.at_level(logging.INFO):
+        serve([str(configuration), "--host", "fd00::5"])
+    assert statuses == [200]
+    assert "http://[fd00::5]:8000/" in caplog.text

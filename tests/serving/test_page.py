@@ -71,6 +71,25 @@ def test_a_mention_is_linked_with_and_without_its_picture(
     assert [entry for entry in log if entry["level"] == "SEVERE"] == []
 
 
+@pytest.mark.parametrize(("edited", "start"), [("", 14), ("text", None), ("mention", None)])
+def test_a_selected_mention_is_sent_with_its_place(
+    browser: Chrome, address: str, edited: str, start: int | None
+) -> None:
+    browser.get(address)
+    script = """
+        const [edited, done] = arguments, { text, mention } = document.forms[0].elements;
+        window.fetch = (_, request) => { done(JSON.parse(request.body)); return new Promise(() => {}); };
+        text.value = "A bear \U0001f43b or a bear.";
+        text.setSelectionRange(text.value.lastIndexOf(" bear"), text.value.length - 1);
+        text.dispatchEvent(new Event("select"));
+        if (edited) document.forms[0].elements[edited].value += "s";
+        document.forms[0].requestSubmit();
+    """
+    sent = browser.execute_async_script(script, edited)
+    assert sent["mention"].startswith("bear")
+    assert sent.get("mention_start") == start
+
+
 def test_an_error_is_shown(browser: Chrome, address: str, tmp_path: Path) -> None:
     browser.get(address)
     (tmp_path / "none.png").write_bytes(b"no picture")

@@ -24,9 +24,11 @@ from gemel_engine.config.settings import LinkConfig
 from gemel_engine.errors import ConfigurationError, InputError
 from gemel_engine.evaluation.gold import read_gold
 from gemel_engine.knowledge_base.build import read_entities
+from gemel_engine.knowledge_base.columns import ENTITY_COLUMNS
 from gemel_engine.pipeline.corpus import order_by_surface_form, plan_shards, read_rows, take_rows
 from gemel_engine.report.gallery import read_drawn_mentions
 from gemel_engine.retrieval.reading import read_demonstrations
+from gemel_engine.storage import parquet
 from gemel_engine.storage.text import parquet_copy
 from gemel_engine.types import MENTION_COLUMNS
 
@@ -179,6 +181,12 @@ def test_tables_in_s3(s3_server: S3Server) -> None:
 def test_entities_may_be_text_too(tmp_path: Path) -> None:
     changes = write(tmp_path / "changes.csv", "entity_id,retired\n1,True\n2,0\n3,\n")
     assert read_entities(changes, also=("retired",))["retired"].to_pylist() == [True, False, None]
+    vectors = write(
+        tmp_path / "vectors.csv", 'entity_id,image_features\n1,"[0.5, 2]"\n2,"[[0.5, 2], [3, 4]]"\n3,0.5|2\n'
+    )
+    with parquet.open_table(vectors, ENTITY_COLUMNS) as table:
+        found = table.read(["image_features"])["image_features"].to_pylist()
+    assert found == [[[0.5, 2]], [[0.5, 2], [3, 4]], [[0.5, 2]]]
     uri = write(tmp_path / "a.csv", "entity_id,name,aliases,popularity\n1,Bear,Ursus|big bear,2.5\n2,Wolf,,\n")
     assert read_entities(uri).select(["name", "aliases", "popularity"]).to_pylist() == [
         {"name": "Bear", "aliases": ["Ursus", "big bear"], "popularity": 2.5},

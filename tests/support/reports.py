@@ -32,7 +32,7 @@ QUALITY = ConfidenceQuality(
     brier_score=0.2,
     area_under_risk_coverage=0.3,
     reliability=tuple((place, place / 2, 10) for place in np.linspace(0.05, 0.95, 10).tolist()),
-    risk_coverage=tuple((place, place / 2) for place in np.linspace(0.001, 1, 1000).tolist()),
+    risk_coverage=tuple((place, place / 2) for place in np.linspace(0.005, 1, 200).tolist()),
 )
 
 
@@ -41,6 +41,7 @@ def evaluation(word: str = "bear", figure: Measured = Measured(0.5, 0.25, 0.75, 
         protocol="entity",
         num_mentions=3,
         num_nil=1,
+        num_unknown=1,
         num_errors=1,
         num_without_gold=1,
         accuracy=figure,

@@ -42,6 +42,9 @@ def table(**columns: object) -> dict[str, Any]:
             ["2 of the first 2 rows in image_uri", '["/data/b", "https://a.example"]', "image_encoder ="],
             False,
         ),
+        (table(image_uri=["/data/a/1.png", "/home/b/2.png"]), ['["/data/a", "/home/b"]'], False),
+        (table(image_uri=["http://[bad/1.png", "/1.png"]), ["allowed_prefixes = []"], False),
+        (table(image_uri=["iVBORw0KGgo" * 99, "http://b ad/2.png"]), ["2 of the first 2 rows in image_uri"], False),
         (table(image_features=[[0.5, 1.0], None]), ["features of width 2", "feature_mapper ="], False),
         ({"document_id": [7, 8], "text": ["x", "y"]}, ["2 documents in", "find_mentions = true"], True),
         (

@@ -15,6 +15,7 @@ from support.s3_server import S3Server
 
 from gemel_engine import storage
 from gemel_engine.cli.main import main
+from gemel_engine.decoding.confidence import MANIFEST as CALIBRATION_MANIFEST
 from gemel_engine.knowledge_base.store import MANIFEST as KNOWLEDGE_BASE_MANIFEST
 from gemel_engine.retrieval.index import MANIFEST as INDEX_MANIFEST
 from gemel_engine.survey.job import MANIFESTS
@@ -37,7 +38,8 @@ def lines(printed: str, status: str) -> dict[str, str]:
 
 
 def test_the_manifests_are_those_of_the_artifacts() -> None:
-    assert [*MANIFESTS.values()] == [KNOWLEDGE_BASE_MANIFEST, INDEX_MANIFEST, MAPPER_MANIFEST]
+    of_artifacts = [KNOWLEDGE_BASE_MANIFEST, INDEX_MANIFEST, MAPPER_MANIFEST, CALIBRATION_MANIFEST]
+    assert [*MANIFESTS.values()] == [*of_artifacts, "_report.json"]
 
 
 def test_the_machine_alone_is_checked(
@@ -76,11 +78,16 @@ def test_each_fault_is_a_line_with_its_remedy(
     empty = tmp_path / "empty"
     empty.mkdir()
     changes = {"knowledge_base": tmp_path / "nowhere", "language_model": empty, "mention_encoder": "no/model"}
-    path.write_text(toml({**artifacts, **changes}, documents, documents))
+    named = "".join(f'{name} = "{tmp_path / name}"\n' for name in ("calibration", "previous"))
+    path.write_text(named + toml({**artifacts, **changes}, documents, documents))
     assert doctor(monkeypatch, path) == 1
     printed = capsys.readouterr().out
     problems = lines(printed, "problem")
-    assert problems.keys() == {"input", "knowledge base", "language model", "mention encoder", "output"}
+    assert problems.keys() == {
+        *("input", "knowledge base", "calibration", "previous", "language model", "mention encoder", "output")
+    }
+    assert "make it by `gemel calibrate`" in printed
+    assert "previous/_report.json" in problems["previous"]
     assert "set find_mentions = true" in printed
     assert "has no configuration or no weights" in problems["language model"]
     assert "HF_HUB_OFFLINE is set" in problems["mention encoder"]

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from ray.train import ControllerError
 from support.corpus import picture
 from support.names import ENTITY_NAMES
 from support.paths import ROOT
@@ -26,13 +31,16 @@ from gemel_engine import storage
 from gemel_engine.assembly import open_artifacts
 from gemel_engine.compatibility import check_encoders
 from gemel_engine.config.loading import load_config
-from gemel_engine.config.settings import TrainConfig
+from gemel_engine.config.settings import TrainConfig, TrainedModelSettings
 from gemel_engine.contents import run_contents
-from gemel_engine.errors import ConfigurationError, InputError, TooManyFailuresError
+from gemel_engine.errors import ArtifactError, ConfigurationError, InputError, TooManyFailuresError
+from gemel_engine.pipeline.chain import Stage
 from gemel_engine.pipeline.corpus import plan_shards
+from gemel_engine.training import job, preparation
 from gemel_engine.training.checkpoints import keep_record, restore_record
-from gemel_engine.training.job import TrainReport, train_mapper
+from gemel_engine.training.job import TrainReport, _errors_of_workers, _events_kept, _Reports, train_mapper
 from gemel_engine.training.preparation import PreparedSplit, prepare_split
+from gemel_engine.training.worker import SCORE
 from gemel_engine.vision.mapper import FeatureMapper
 
 
@@ -123,6 +131,11 @@ def test_the_job_trains_a_mapper_on_two_workers(config_path: Path, device: str) 
     assert mapper.metadata.image_encoder_fingerprint is not None
     assert mapper.metadata.details["dev_accuracy"] == found.dev_accuracy
     assert list(Path(config.output, "tensorboard").glob("events*"))
+    for path in Path(config.output).glob("checkpoints/checkpoint_*/optimiser.safetensors"):
+        path.write_bytes(b"")
+    damaged = run_job(config_path, f"--workers.num-workers={num_workers}", *(on_gpu if device == "cuda" else ()))
+    assert damaged.returncode == 4, damaged.stderr[-5000:]
+    assert "are of two checkpoints: go back to an earlier one" in damaged.stderr
 
 
 def test_pictures_are_encoded_once_for_all_examples_of_a_content(
@@ -150,6 +163,58 @@ def test_pictures_are_encoded_once_for_all_examples_of_a_content(
     assert len(list(Path(config.output, "examples/train/pictures").iterdir())) == 1
     columns = ["mention_id", "error", "image_features"]
     assert read_examples(second).select(columns).equals(read_examples(first).select(columns))
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("fault", [None, RuntimeError("a full disk")])
+def test_only_the_directory_in_use_remains_of_a_preparation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Exception | None
+) -> None:
+    """Where it fails, and where another run was faster."""
+
+    class Rows:
+        def __init__(self, plan: object, stages: list[Stage]) -> None:
+            self.work = stages[-1].work
+
+        def take_all(self) -> list[dict[str, int]]:
+            self.work({})
+            if fault is not None:
+                raise fault
+            root = next(tmp_path.glob("*/data-*")).parent
+            storage.write_bytes(f"{root}/data-other/1.parquet", b"")
+            counts = {"num_rows": 2, "num_pictures": 1}
+            storage.write_bytes(f"{root}/_prepared.json", json.dumps({"directory": "data-other"} | counts).encode())
+            return [counts]
+
+    def write(rows: object, directory: str) -> None:
+        storage.write_bytes(f"{directory}/1.parquet", b"")
+
+    monkeypatch.setattr(preparation, "stream", Rows)
+    with pytest.raises(RuntimeError, match="full") if fault else nullcontext():
+        prepared = preparation._prepared(str(tmp_path), {"settings": {}}, [], [], write)
+        assert prepared.directory.endswith("/data-other")
+    assert [path.name for path in tmp_path.glob("*/data-*")] == ([] if fault else ["data-other"])
+
+
+@pytest.mark.unit
+def test_given_features_have_the_width_of_the_artifacts_or_of_the_first_training_mention(tmp_path: Path) -> None:
+    features = [None, [], None, [0.5] * 3, [0.5] * 4]
+    train = write_split(tmp_path / "train.parquet", 5, image_features=list(features))
+    config = TrainConfig(
+        train=str(train), output="", knowledge_base="", language_model=TrainedModelSettings(name="unused")
+    )
+
+    def width(**found: object) -> int | None:
+        artifacts: Any = SimpleNamespace(**dict.fromkeys(("feature_mapper", "index", "evidence")) | found)
+        return preparation._vision_width(config, artifacts, None)
+
+    assert width() == 3
+    without_pictures = SimpleNamespace(metadata=SimpleNamespace(vision_width=None))
+    evidence = SimpleNamespace(pictures=SimpleNamespace(width=7))
+    assert width(index=without_pictures, evidence=evidence) == 7
+    assert width(index=without_pictures, evidence=SimpleNamespace(pictures=None)) == 3
+    sized = SimpleNamespace(metadata=SimpleNamespace(vision_width=8))
+    assert width(feature_mapper=sized) == width(index=sized, evidence=evidence) == 8
 
 
 def read_examples(prepared: PreparedSplit) -> pa.Table:
@@ -208,7 +273,46 @@ def test_a_killed_worker_and_a_killed_job_change_nothing(config_path: Path, tmp_
     assert run_job(config_path, "--output", disturbed, *options).returncode == 0, "a finished run can be run again"
 
 
-def test_training_goes_on_from_a_record_of_checkpoints_that_was_cut_off(tmp_path: Path) -> None:
+@pytest.mark.unit
+def test_a_worker_s_own_error_ends_the_training_as_itself(tmp_path: Path) -> None:
+    reports = _Reports(str(tmp_path), str(tmp_path), as_lines=False)
+    lost: dict[int, Exception] = {0: RuntimeError("a lost connection")}
+    reports.after_exception(None, lost)  # the next attempt may succeed
+    with pytest.raises(ArtifactError, match="damaged") as raised:
+        reports.after_exception(None, lost | {1: ArtifactError("damaged: remove it")})
+    with pytest.raises(ArtifactError, match="damaged: remove it"), _errors_of_workers():
+        raise pickle.loads(pickle.dumps(ControllerError(raised.value)))  # as Ray passes it on
+    with pytest.raises(ControllerError, match="lost"), _errors_of_workers():
+        raise ControllerError(lost[0])
+
+
+@pytest.mark.unit
+def test_events_are_copied_once_in_a_while_and_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Writer:
+        def __init__(self, directory: str, flush_secs: int) -> None:
+            self._file = Path(directory, "events")
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            with self._file.open("a") as file:
+                file.write(f"{step} ")
+
+    def copied(step: int) -> str:
+        reports.after_report(None, [{"step": step, SCORE: -1.0, "loss": 0.5}], None)
+        return (tmp_path / "tensorboard/events").read_text()
+
+    monkeypatch.setattr(job, "SummaryWriter", Writer)
+    with _events_kept(str(tmp_path)) as events:
+        reports = _Reports(str(tmp_path), events, as_lines=False)
+        assert copied(1) == copied(2) == "1 "
+        reports._last_copy -= 60
+        assert copied(3) == copied(4) == "1 2 3 "
+    assert (tmp_path / "tensorboard/events").read_text() == "1 2 3 4 "
+    assert not Path(events).exists()
+
+
+def test_training_goes_on_from_a_record_of_checkpoints_that_was_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As by a kill while Ray Train writes it, which it does in place."""
     record = tmp_path / "checkpoints/checkpoint_manager_snapshot.json"
     restore_record(str(tmp_path))
@@ -224,6 +328,8 @@ def test_training_goes_on_from_a_record_of_checkpoints_that_was_cut_off(tmp_path
         keep_record(str(tmp_path))
         restore_record(str(tmp_path))
         assert record.read_text() == '{"checkpoint_results": []}'
+    monkeypatch.setattr(storage, "read_bytes", None)
+    keep_record("s3://bucket/output")  # where a record is never cut off, so that none is copied
 
 
 def wait_for_checkpoint(output: str, count: int) -> None:

@@ -22,15 +22,19 @@ from gemel_engine.config.components import PromptSettings
 from gemel_engine.config.loading import load_config
 from gemel_engine.config.settings import MapperSettings, OptimisationSettings, TrainConfig
 from gemel_engine.decoding.generator import Artifacts
-from gemel_engine.errors import ConfigurationError
+from gemel_engine.errors import ArtifactError, ConfigurationError
 from gemel_engine.evidence.retrieved import PromptItem, Retrieved
 from gemel_engine.knowledge_base.store import KnowledgeBase
 from gemel_engine.retrieval.index import DemonstrationIndex
+from gemel_engine.storage.manifest import read_manifest, write_manifest
 from gemel_engine.tokenizer import load_tokenizer
+from gemel_engine.training import prompts as prompts_module
 from gemel_engine.training.attention import PackedLanguageModel
+from gemel_engine.training.packing import SegmentKey
 from gemel_engine.training.prompts import TrainingExample, TrainingPrompts
-from gemel_engine.training.trainer import MapperTrainer, epoch_order, initial_mapper
+from gemel_engine.training.trainer import FORMAT_VERSION, MapperTrainer, epoch_order, initial_mapper
 from gemel_engine.types import Mention
+from gemel_engine.vision.mapper import FeatureMapper
 
 C = 64
 PROMPT = PromptSettings(max_prompt_tokens=600, query_reserve=200)
@@ -140,6 +144,42 @@ def test_a_checkpoint_of_another_run_is_refused(artifacts: dict[str, Path], tmp_
     other, _ = make_trainer(artifacts, replace(SETTINGS, learning_rate=1e-4))
     with pytest.raises(ConfigurationError, match="is of another run"):
         other.load(tmp_path)
+
+
+@pytest.mark.parametrize("checksums", [None, [], {}, {"optimiser.safetensors": "0"}])
+def test_a_checkpoint_without_the_checksums_of_its_files_is_refused(
+    artifacts: dict[str, Path], tmp_path: Path, checksums: object
+) -> None:
+    trainer, _ = make_trainer(artifacts)
+    trainer.save(tmp_path)
+    manifest = read_manifest(tmp_path / "training.json", FORMAT_VERSION)
+    write_manifest(tmp_path / "training.json", FORMAT_VERSION, manifest | {"sha256": checksums})
+    with pytest.raises(ArtifactError, match=r"training.json gives the checksums .*: go back to an earlier checkpoint"):
+        trainer.load(tmp_path)
+
+
+def test_a_run_of_a_ridge_start_goes_on_without_another_regression(artifacts: dict[str, Path], tmp_path: Path) -> None:
+    model, prompts = PackedLanguageModel(str(artifacts["language_model"])), make_prompts(artifacts)
+    settings = MapperSettings(prefix_length=2, scaling="z_score", initialisation="ridge")
+    first = MapperTrainer(initial_mapper(settings, 0, prompts, model), model, prompts, SETTINGS)
+    losses(first, 2)
+    first.save(tmp_path)
+    second = MapperTrainer(FeatureMapper.load(tmp_path), model, prompts, SETTINGS)
+    second.load(tmp_path)
+    assert losses(second, 2) == losses(first, 2)
+    assert second.mapper.metadata == replace(first.mapper.metadata, trained=True)
+
+
+def test_few_demonstrations_are_held_in_memory(artifacts: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompts_module, "_CACHED_DEMONSTRATIONS", 2)
+    prompts = make_prompts(artifacts)
+    first, second, third = (SegmentKey(row, False, "") for row in (7, 8, 9))
+    kept = prompts.demonstration(first)
+    assert prompts.demonstration(first) is kept
+    assert prompts.demonstration(second) != prompts.demonstration(third)
+    again = prompts.demonstration(first)
+    assert again is not kept
+    assert again == kept
 
 
 def test_neither_packs_nor_activation_checkpointing_change_a_step(artifacts: dict[str, Path]) -> None:

@@ -221,10 +221,9 @@ def test_one_decoded_picture_is_held_at_a_time_whatever_the_batch_size() -> None
             return torch.stack(list(preprocessed)).numpy()
 
     encoder = WatchingEncoder()
+    pictures = PictureEncoder(encoder, MAX_PIXELS, 4)
     files = [encoded(Image.new("L", (n, 9)), "PNG") for n in range(1, 9)]
-    items = PictureEncoder(encoder, MAX_PIXELS, 4).encode(
-        [None, *files, b"no picture", ImageFetchError("absent"), files[2]]
-    )
+    items = pictures.encode([None, *files, b"no picture", ImageFetchError("absent"), files[2]])
     assert [float(item[0]) for item in items if isinstance(item, np.ndarray)] == [1, 2, 3, 4, 5, 6, 7, 8, 3]
     assert [str(item)[:12] for item in items if not isinstance(item, np.ndarray)] == [
         "None",
@@ -232,6 +231,10 @@ def test_one_decoded_picture_is_held_at_a_time_whatever_the_batch_size() -> None
         "image_fetch:",
     ]
     assert encoder.most_alive == 1
+    errors = [items[9], *pictures.encode([b"no picture"] * 2)]
+    assert len({str(error) for error in errors}) == 1
+    assert len({id(error) for error in errors}) == 3, "each is raised by itself"
+    assert all(isinstance(error, ImageError) and error.__traceback__ is None for error in errors), "it holds the file"
 
 
 def test_fingerprint_names_the_model_not_how_it_runs(write_model: Callable[..., Path]) -> None:

@@ -22,6 +22,7 @@ from support.s3_server import S3Server, run_s3_server  # noqa: F401
 from gemel_engine import storage
 from gemel_engine.config.components import ImagePolicy
 from gemel_engine.errors import ConfigurationError, ImageFetchError
+from gemel_engine.vision import archive
 from gemel_engine.vision import fetch as image_source
 from gemel_engine.vision.fetch import fetch_image
 
@@ -410,34 +411,34 @@ def test_the_checked_address_is_the_one_connected_to(monkeypatch: pytest.MonkeyP
 
 
 def write_archive(path: Path, **members: bytes) -> str:
-    with tarfile.open(path, "w") as archive:
+    with tarfile.open(path, "w") as writer:
         for name, data in members.items():
             entry = tarfile.TarInfo(f"pictures/{name}.png")
             entry.size = len(data)
-            archive.addfile(entry, io.BytesIO(data))
+            writer.addfile(entry, io.BytesIO(data))
         link = tarfile.TarInfo("link.png")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-        archive.addfile(link)
+        writer.addfile(link)
     return str(path)
 
 
 @pytest.mark.parametrize("form", ["{}/shard 1.tar#", "file://{}/shard%201.tar#"])
 def test_a_member_of_an_archive_is_read_without_unpacking(form: str, tmp_path: Path) -> None:
     write_archive(tmp_path / "shard 1.tar", a=PICTURE, b=b"x" * 700, **{"a#b": b"y"}, empty=b"")
-    archive, allowed = form.format(tmp_path), policy(str(tmp_path), max_bytes=699)
-    assert fetch_image(f"{archive}pictures/a.png", allowed) == PICTURE
-    assert fetch_image(f"{archive}pictures/a#b.png", allowed) == b"y"
-    assert fetch_image(f"{archive}pictures/empty.png", allowed) == b""
-    assert fetch_image(f"{archive}pictures/b.png", policy(f"{tmp_path}/shard 1.tar")) == b"x" * 700
+    address, allowed = form.format(tmp_path), policy(str(tmp_path), max_bytes=699)
+    assert fetch_image(f"{address}pictures/a.png", allowed) == PICTURE
+    assert fetch_image(f"{address}pictures/a#b.png", allowed) == b"y"
+    assert fetch_image(f"{address}pictures/empty.png", allowed) == b""
+    assert fetch_image(f"{address}pictures/b.png", policy(f"{tmp_path}/shard 1.tar")) == b"x" * 700
     with pytest.raises(ImageFetchError, match=r"member 'pictures/b\.png' is larger than max_bytes, 699"):
-        fetch_image(f"{archive}pictures/b.png", allowed)
+        fetch_image(f"{address}pictures/b.png", allowed)
     for member in ("link.png", "pictures/absent.png", "../secret", "pictures"):
         with pytest.raises(ImageFetchError, match="no regular member"):
-            fetch_image(f"{archive}{member}", allowed)
+            fetch_image(f"{address}{member}", allowed)
     with pytest.raises(ImageFetchError, match="allowed_prefixes"):
-        fetch_image(f"{archive}pictures/a.png", policy(f"{tmp_path}/other"))
+        fetch_image(f"{address}pictures/a.png", policy(f"{tmp_path}/other"))
     write_archive(tmp_path / "shard 1.tar", z=b"z" * 2000, a=b"new")  # at another place than before
-    assert fetch_image(f"{archive}pictures/a.png", allowed) == b"new"
+    assert fetch_image(f"{address}pictures/a.png", allowed) == b"new"
 
 
 def test_a_damaged_archive_is_a_row_error(tmp_path: Path) -> None:
@@ -453,6 +454,42 @@ def test_a_damaged_archive_is_a_row_error(tmp_path: Path) -> None:
         fetch_image(f"{tmp_path}/absent.tar#a.png", policy(str(tmp_path)))
     with pytest.raises(ImageFetchError, match="not over HTTP"):
         fetch_image("http://127.0.0.1/a.tar#a.png", policy("http://127.0.0.1/"))
+
+
+@pytest.mark.parametrize(
+    ("cut", "changed", "fault"),
+    [
+        (2200, b"", "unexpected end of data"),
+        (2600, b"", "no header at byte 2560"),
+        (2560, b"?" * 512, "no header at byte 2560"),
+        (1024, b"?" * 512, "no header at byte 1024"),
+        (4096, b"", ""),  # the end may lack its two empty blocks
+    ],
+)
+def test_members_in_front_of_damage_are_read_and_no_archive_is_searched_twice(
+    cut: int, changed: bytes, fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Path(write_archive(tmp_path / "a.tar", a=PICTURE, b=b"x" * 700, c=b"y")).read_bytes()
+    searched: list[str] = []
+    search = archive._write_index
+
+    def count(uri: str, directory: Path) -> None:
+        searched.append(uri)
+        search(uri, directory)
+
+    monkeypatch.setattr(archive, "_write_index", count)
+    uri, allowed = f"{tmp_path}/damaged.tar", policy(str(tmp_path))
+    storage.write_bytes(uri, whole[:cut] + changed + (whole[cut + len(changed) :] if changed else b""))
+    for _ in range(2):
+        archive._index.cache_clear()
+        assert fetch_image(f"{uri}#pictures/a.png", allowed) == PICTURE
+        if cut >= 2560:
+            assert fetch_image(f"{uri}#pictures/b.png", allowed) == b"x" * 700
+        lacking = f"not a readable tar archive: {fault}; no member" if fault else "no regular member"
+        for member in ("pictures/absent.png", *(("pictures/c.png",) if fault else ())):
+            with pytest.raises(ImageFetchError, match=f"{lacking} '{member}'"):
+                fetch_image(f"{uri}#{member}", allowed)
+    assert searched == [uri]
 
 
 def test_a_member_of_an_archive_in_s3(s3_server: S3Server, tmp_path: Path) -> None:

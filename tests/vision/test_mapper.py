@@ -15,6 +15,7 @@ from support.paths import ROOT
 from support.trouble import damage, edit_manifest, make_endless
 
 from gemel_engine.errors import ArtifactError, InputError
+from gemel_engine.vision import mapper as mapper_module
 from gemel_engine.vision.mapper import FeatureMapper
 
 C, P, D = 5, 3, 4
@@ -71,13 +72,29 @@ def test_the_closed_form_recovers_a_linear_map_and_shrinks_with_its_penalty() ->
     with torch.no_grad():
         embeddings = truth(features)
     mapper.fit_scaling(features)
-    mapper.fit_ridge(features, embeddings, penalty=0.0)
+    mapper.fit_ridge(features, torch.split(embeddings, 7), penalty=0.0)
     torch.testing.assert_close(mapper(features), embeddings, atol=1e-4, rtol=1e-4)
     assert mapper.metadata.initialisation == "ridge"
     weight = mapper.linear.weight.clone()
-    mapper.fit_ridge(features, embeddings, penalty=10.0)
+    mapper.fit_ridge(features, [embeddings], penalty=10.0)
     assert mapper.linear.weight.norm() < 0.5 * weight.norm()
     torch.testing.assert_close(mapper(features).mean(0), embeddings.mean(0), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("sizes", [[300], [1, 99, 200]])
+def test_the_closed_form_of_batches_is_that_of_the_whole(sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As NumPy's least squares solves it, with the penalty as further rows; means lie far from zero."""
+    monkeypatch.setattr(mapper_module, "_PICTURES_PER_BATCH", 64)
+    features, embeddings = 0.1 * torch.randn(300, C) + 100, torch.randn(300, P, D) + 5
+    mapper = FeatureMapper.random(C, P, D, seed=2)
+    mapper.fit_ridge(features, torch.split(embeddings, sizes), penalty=0.5, gain=1.5)
+    inputs, targets = features.double() - features.double().mean(0), embeddings.flatten(1).double()
+    penalty = (0.5 * (inputs**2).mean() * 300).sqrt() * torch.eye(C)
+    rows = torch.cat([inputs, penalty]), torch.cat([targets - targets.mean(0), torch.zeros(C, P * D)])
+    weight = 1.5 * torch.linalg.lstsq(*rows).solution.T
+    torch.testing.assert_close(mapper.linear.weight, weight.float(), atol=1e-6, rtol=1e-5)
+    bias = targets.mean(0) - weight @ features.double().mean(0)
+    torch.testing.assert_close(mapper.linear.bias, bias.float(), atol=1e-4, rtol=1e-5)
 
 
 def test_the_demo_has_a_mapper() -> None:
@@ -111,7 +128,7 @@ def test_the_scaling_is_kept_in_full(mapper: FeatureMapper, tmp_path: Path) -> N
 
 def test_equal_pictures_teach_nothing(mapper: FeatureMapper) -> None:
     with pytest.raises(InputError, match="the 3 training pictures have the same features"):
-        mapper.fit_ridge(torch.ones(3, C), torch.randn(3, P, D), penalty=1.0)
+        mapper.fit_ridge(torch.full((3, C), 0.3), [torch.randn(2, P, D), torch.randn(1, P, D)], penalty=1.0)
 
 
 @pytest.mark.parametrize("name", ["mapper.json", "mapper.safetensors"])
