@@ -173,12 +173,12 @@ def cards() -> tuple[Table | Facts, ...]:
             "the same, the first by the weights (B)",
             f"{four}1, cards ask for names, first by the weights (first 200 of 1656)",
         ),
-        ("the same, cards ask for the surface form: the default (B)", "zero_shot=0 (1656)"),
-        ("the default, without any training mention (B)", "zero_shot=1 (1656)"),
+        ("the same, cards ask for the surface form: the default (all of dev)", "zero_shot=0 (1656)"),
+        ("the default, without any training mention (all of dev)", "zero_shot=1 (1656)"),
     )
     return (
         Table(
-            "WikiDiverse dev, text only, the language model ranks alone. Samples A and B have other mentions.",
+            "WikiDiverse dev, text only, the language model ranks alone. A and B are two samples.",
             (
                 Column("mentions", "cards/{row}/mentions", "d"),
                 Column("all", "cards/{row}/all"),

@@ -3,7 +3,7 @@
     python -m benchmarks.accuracy cards DATA [--num-mentions 400] [--settings ...]
     python -m benchmarks.accuracy emoji SPLIT [--num-mentions 100] [--name emoji.test] [--combined] [--settings ...]
 
-WikiDiverse dev by text takes some hours for each of the settings on two cores, 100 mentions of the emoji corpus a few
+WikiDiverse dev takes up to an hour for each of the settings on two cores, 100 mentions of the emoji corpus a few
 minutes. The language model ranks all names alone. Each of the settings, such as "num_demonstrations=4 num_cards=4", is
 linked by one process with one engine; those of WikiDiverse that `benchmarks/results/cards.json` has for the same number
 of mentions are skipped. "zero_shot=1" leaves the training mentions out: neither demonstrations nor form statistics. The
