@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sys
 
-# Before Ray, vLLM or transformers are imported: no usage reports, no hub, and an engine in the test's own process.
+# Before Ray, vLLM or transformers are imported: no usage reports, no hub, an engine in the test's own process, and one
+# thread for each of the small models, whose further threads would only wait for each other.
 os.environ |= {
     "RAY_USAGE_STATS_ENABLED": "0",
     "VLLM_NO_USAGE_STATS": "1",
@@ -15,6 +16,7 @@ os.environ |= {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
     "TOKENIZERS_PARALLELISM": "false",
+    "OMP_NUM_THREADS": "1",
 }
 
 from collections.abc import Iterator
