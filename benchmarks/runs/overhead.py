@@ -1,6 +1,6 @@
 """What exactly-once output costs: the linking job beside a plain Ray Data pipeline of the same stages.
 
-    python -m benchmarks.runs overhead [--num-mentions 192]
+    python -m benchmarks.runs overhead [--num-mentions 192] [--corpora no_pictures]
 
 Some twenty minutes on two cores. The stages wait as long as the demo's models take for a row on two cores, instead of
 working: a machine whose speed drifts by half between two runs could not show a difference of some percent. All else is
@@ -38,6 +38,7 @@ from ray.data import Dataset
 from benchmarks.corpora import EMOJI, emoji
 from benchmarks.record import ResultFile
 from gemel_engine.config.settings import JobConfig, LinkConfig
+from gemel_engine.decoding.engines.base import CacheStatistics
 from gemel_engine.evidence.retrieved import PromptItem, Retrieved
 from gemel_engine.linking import stages
 from gemel_engine.linking.job import describe_run, link_corpus
@@ -65,6 +66,7 @@ class WaitingEncodeImages(EncodeImages):
 
     def __init__(self, config: JobConfig, contents: object = None) -> None:
         self._output, self._policy, self._encoder = config.output, config.image_source, self  # type: ignore[assignment]
+        self._skips_kept = True
 
     def encode(self, files: Iterable[object]) -> Iterator[NDArray[np.float32] | None]:
         """Yield features for each file."""
@@ -89,11 +91,11 @@ class WaitingRetrieve(Retrieve):
 class WaitingGenerateEntityNames(GenerateEntityNames):
     """The stage with a language model that only takes its time."""
 
-    engine = None
-
     def __init__(self, config: LinkConfig, contents: object = None) -> None:
-        self._output, self._generator = config.output, self  # type: ignore[assignment]
+        self._output, self._carried, self._generator = config.output, config.output_columns, self  # type: ignore[assignment]
         self._checks_prompts = False
+        self.engine = self
+        self.cache_statistics = CacheStatistics()
 
     def generate(self, mentions: Sequence[Mention], *_: object) -> list[Prediction]:
         """Return a prediction for each mention."""
@@ -137,18 +139,24 @@ class BareGenerateEntityNames(WaitingGenerateEntityNames):
         return self._generate(batch)
 
 
-def main(*, num_mentions: int = 192, measure: tuple[System, Pictures] | None = None) -> None:
+def main(
+    *,
+    num_mentions: int = 192,
+    corpora: tuple[Pictures, ...] = ("pictures", "no_pictures"),
+    measure: tuple[System, Pictures] | None = None,
+) -> None:
     """Exactly-once output: the job beside a plain pipeline.
 
     Args:
         num_mentions: Number of mentions of each run.
+        corpora: What is linked.
         measure: Measure one system on one corpus once, print its seconds, and note nothing.
     """
     if measure is not None:
         print(json.dumps(seconds_of(*measure)))
         return
     results = ResultFile("overhead")
-    for pictures in ("pictures", "no_pictures"):
+    for pictures in corpora:
         write_corpora(num_mentions, pictures)
         pairs = [pair(number, num_mentions, pictures) for number in range(NUM_PAIRS)]
         what = (
