@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import codecs
+import gc
 import inspect
 import io
 import locale
@@ -77,6 +79,7 @@ def run(command: Callable[[], object], name: str | None = None) -> None:
     quiet_libraries()
     # Not the root logger: open_clip and faiss log how they load to it.
     logging.getLogger("gemel_engine").setLevel(logging.INFO)
+    atexit.register(gc.freeze)  # else the last collection visits all objects of torch and vLLM: three seconds
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, _interrupt)

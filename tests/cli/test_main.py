@@ -39,6 +39,13 @@ def test_the_list_of_commands_waits_for_no_library() -> None:
     assert "\n".join(listed).count("•") == len(COMMANDS)
 
 
+def test_a_command_ends_without_a_last_visit_to_all_objects() -> None:
+    report = "import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count() > 0))"
+    code = f"import sys; {report}; sys.argv[1:] = ['--help']; from gemel_engine.cli.main import main; main()"
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert finished.stdout.splitlines()[-1] == "True"
+
+
 def test_the_package_offers_its_public_names_and_waits_for_no_library() -> None:
     code = f"""
 import sys, gemel_engine
