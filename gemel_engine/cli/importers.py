@@ -10,7 +10,7 @@ import tyro
 from pydantic import Field
 from tyro.conf import Positional, arg
 
-from gemel_engine.cli.options import checked
+from gemel_engine.cli.options import check_local, checked
 from gemel_engine.errors import ConfigurationError
 from gemel_engine.importers.commons import ThumbnailWidth
 
@@ -105,8 +105,7 @@ def import_dbpedia(
     if len(files) < 2:
         raise ConfigurationError("name dumps and the output: gemel import dbpedia DUMP... OUTPUT.parquet")
     *dumps, output = files
-    if "://" in output:
-        raise ConfigurationError(f"the output is {output!r}: give a local path")
+    check_local("the output", output)
     check_output(Path(output), dumps)
     report = ImportReport()
     entities = read_dbpedia(

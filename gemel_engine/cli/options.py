@@ -137,8 +137,8 @@ def checked(function: Callable[..., None]) -> Callable[..., None]:
     @wraps(function)
     def call(*arguments: object, **options: object) -> None:
         for name, value in signature.bind(*arguments, **options).arguments.items():
-            if isinstance(value, Path) and _ADDRESS.match(str(value)):  # a path has one of its two slashes
-                raise ConfigurationError(f"--{name.replace('_', '-')} is {str(value)!r}: give a local path")
+            if isinstance(value, Path):
+                check_local(f"--{name.replace('_', '-')}", str(value))
             try:
                 TypeAdapter(hints[name]).validate_python(
                     asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
@@ -150,6 +150,20 @@ def checked(function: Callable[..., None]) -> Callable[..., None]:
         function(*arguments, **options)
 
     return call
+
+
+def check_local(what: str, path: str) -> None:
+    """Raise unless a path is local.
+
+    Args:
+        what: What the path is of, for the message.
+        path: A path, or an address, which may have lost one of its two slashes.
+
+    Raises:
+        ConfigurationError: It is an address.
+    """
+    if _ADDRESS.match(path):
+        raise ConfigurationError(f"{what} is {path!r}: give a local path")
 
 
 def configure(config_type: type[Config], command: str, arguments: Sequence[str]) -> Config:
