@@ -7,6 +7,7 @@ prompt is sent with every rollout of its mention: all but its last block is then
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 from pathlib import Path
@@ -28,6 +29,8 @@ from gemel_engine.decoding.prompt import Prompt
 from gemel_engine.errors import EngineDiedError
 from gemel_engine.knowledge_base.trie import PrefixTrie, SavedTrie
 from gemel_engine.verbosity import is_verbose
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 class VllmEngine:
@@ -71,6 +74,7 @@ class VllmEngine:
         on_cpu = not torch.cuda.is_available()
         if on_cpu:
             warn_if_slow(settings.dtype, torch.device("cpu"))
+            _keep_freed_memory()
             # Compiling the sampler's one small function takes longer than a small job computes.
             torch._dynamo.config.disable = True
         # vLLM's type annotation allows the first interface only.
@@ -179,6 +183,16 @@ def _to_rollout(output: RequestOutput) -> Rollout:
         rollout.tokens.append(tokens)
         rollout.log_probs.append(log_probs[:num_allowed])
     return rollout
+
+
+def _keep_freed_memory() -> None:
+    """Have the C library keep the memory of one step's activations for the next, up to 1 GiB of it.
+
+    By itself glibc may give it back and have it mapped again, page by page, at each step.
+    """
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        mallopt(_M_MMAP_THRESHOLD, 256 << 20)
+        mallopt(_M_TRIM_THRESHOLD, 1 << 30)
 
 
 def _set_environment() -> None:
