@@ -19,7 +19,7 @@ from typing import Any
 
 import tyro
 
-from benchmarks.decoding.comparison import UNION, accuracy, budgets, systems, union
+from benchmarks.decoding.comparison import UNION, accuracy, budgets, score, systems, union
 from benchmarks.decoding.exact import brute_force
 from benchmarks.decoding.trie import trie, trie_speed
 from benchmarks.decoding.vllm_beams import vllm_beams
@@ -30,6 +30,7 @@ PARTS = (
     "trie",
     "trie_speed",
     "systems",
+    "score",
     "zipf",
     "union",
     "accuracy",
@@ -64,6 +65,7 @@ def main(
         "trie": lambda: trie(data, titles),
         "trie_speed": trie_speed,
         "systems": lambda: systems(data, num_mentions, num_rounds),
+        "score": lambda: score(data, num_rounds),
         "zipf": lambda: zipf(data),
         "union": lambda: union(data, num_mentions),
         "accuracy": lambda: accuracy(data, num_mentions),

@@ -48,16 +48,26 @@ def by_model_alone(data: Path) -> LinkConfig:
 
 
 class Systems:
-    """Everything that links the same mentions with the same prompts."""
+    """Everything that links the same mentions with the same prompts.
+
+    Args:
+        data: Directory of WikiDiverse.
+        knowledge_base: Directory of the names; None: those of WikiDiverse.
+        kv_cache_gib: Size of the engine's cache.
+        ranking: How the language model ranks alone: as beam search, which it is compared with; it costs nothing.
+        with_evidence: Whether evidence has its cards in the prompts and ranks, too, by the settings of the package.
+    """
 
     def __init__(
         self,
         data: Path,
         knowledge_base: str | None = None,
         kv_cache_gib: int = 2,
-        ranking: Ranking = "mean",  # as beam search, which it is compared with; it costs nothing
+        ranking: Ranking = "mean",
+        *,
+        with_evidence: bool = False,
     ) -> None:
-        config = by_model_alone(data)
+        config = wikidiverse(data) if with_evidence else by_model_alone(data)
         linker = Linker(
             replace(
                 config,
