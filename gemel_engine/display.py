@@ -9,6 +9,8 @@ import textwrap
 import traceback
 from collections.abc import Mapping, Sequence
 
+from gemel_engine.errors import redacted
+
 ELLIPSIS = "…"
 _REPLACEMENT = 0xFFFD
 # Unicode's Default_Ignorable_Code_Point, line and paragraph separators, and annotations: invisible
@@ -74,8 +76,9 @@ def without_unseen(text: str, *, also_joining: bool = False) -> str:
 
 
 def visible_traceback(error: BaseException) -> str:
-    """Format an error with its traceback, indented so that no line of it looks like a log line."""
-    return textwrap.indent(visible("".join(traceback.format_exception(error)), lines=True).rstrip(), "  ")
+    """Format an error with its traceback, without secrets, and so that no line looks like a log line."""
+    lines = redacted("".join(traceback.format_exception(error)))
+    return textwrap.indent(visible(lines, lines=True).rstrip(), "  ")
 
 
 def make_visible(record: logging.LogRecord) -> bool:

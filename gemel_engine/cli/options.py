@@ -96,7 +96,7 @@ def run(command: Callable[[], object], name: str | None = None) -> None:
     except Exception as error:
         if isinstance(error, BrokenPipeError) and not _is_output_read():
             _end_unread()
-        sys.stderr.write(f"{redacted(visible_traceback(error))}\n")
+        sys.stderr.write(f"{visible_traceback(error)}\n")
         sys.exit(1)
     finally:
         try:

@@ -15,6 +15,7 @@ from gemel_engine import storage
 from gemel_engine.config.settings import LinkConfig
 from gemel_engine.contents import check_contents
 from gemel_engine.decoding.scheduler import Usage
+from gemel_engine.display import make_visible
 from gemel_engine.errors import EngineDiedError, error_kind
 from gemel_engine.evidence.retrieved import row_to_retrieved
 from gemel_engine.fingerprints import Contents
@@ -37,7 +38,7 @@ from gemel_engine.storage.parquet import parquet_bytes
 from gemel_engine.types import Prediction, predictions_to_table, row_to_prediction
 
 logger = logging.getLogger(__name__)
-
+logger.addFilter(make_visible)  # removes secrets from tracebacks, in actors too
 
 # A receipt for finished rows of a shard; costs and peaks of a stage that the run lacks are null.
 RECEIPT_SCHEMA = pa.schema(

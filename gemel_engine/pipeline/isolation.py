@@ -8,6 +8,10 @@ becomes a row with an `error`.
 A process that was killed from outside leaves a mark, too. This costs a division, but a good row
 becomes poison only if it is hit three times while it is alone. If another driver of the same run
 works on the same rows at the same time, its mark counts as one of the three.
+
+A row that raises an exception while it is alone becomes a row with an `error`, too. If 16 rows have
+done so in one process, from all parts of a batch or of several batches, and no row of these got
+through, then the stage is at fault and not the rows, and the job stops.
 """
 
 from __future__ import annotations
@@ -21,18 +25,23 @@ from collections.abc import Callable
 import pyarrow as pa
 
 from gemel_engine import storage
+from gemel_engine.display import make_visible
 from gemel_engine.errors import GemelError, redacted
 from gemel_engine.pipeline.output import RunDirectory
 
 POISON = "poison: {} processes ended while they worked on this row alone: look at its picture and text, or remove it"
 FAILED = "failed: {} in stage {}, of this row alone: {}"
 _ENDED_ALONE = 3
-_FAILED_ALONE = 16  # if this many single rows fail and none has succeeded, the stage is at fault
+_FAILED_ALONE = 16
 _SHOWN_CHARACTERS = 300
 
 Work = Callable[[pa.Table], pa.Table]
 
 logger = logging.getLogger(__name__)
+logger.addFilter(make_visible)  # removes secrets from tracebacks, in actors too
+
+# Number of rows that failed alone since a batch of which rows got through, by output and stage.
+_failed_alone: Counter[tuple[str, str]] = Counter()
 
 
 def marks_of(batch: pa.Table, output: str, stage: str) -> str:
@@ -54,12 +63,11 @@ def isolate(work: Work, batch: pa.Table, output: str, stage: str) -> pa.Table:
 
     Raises:
         GemelError, OSError, MemoryError: From `work`, at once.
-        Exception: Any other error of `work`, if no row succeeded.
+        Exception: Any other error of `work`, if 16 rows failed alone and none got through.
     """
-    started, marks = time.monotonic(), marks_of(batch, output, stage)
+    started, marks, here = time.monotonic(), marks_of(batch, output, stage), (output, stage)
     left = Counter(file.partition(".")[0] for file in storage.list_files(marks))
-    results: list[pa.Table] = []
-    failures: list[Exception] = []
+    results: dict[int, pa.Table] = {}
     num_through = 0
     parts = [(0, batch.num_rows)]
     while parts:
@@ -72,7 +80,7 @@ def isolate(work: Work, batch: pa.Table, output: str, stage: str) -> pa.Table:
         if left[name] >= _ENDED_ALONE:
             part = _with_error(part, POISON.format(left[name]))
         try:
-            results.append(_marked(work, part, f"{marks}/{name}.{uuid.uuid4().hex}"))
+            results[start] = _marked(work, part, f"{marks}/{name}.{uuid.uuid4().hex}")
             num_through += part["error"].null_count
         except (GemelError, OSError, MemoryError):
             raise
@@ -81,17 +89,19 @@ def isolate(work: Work, batch: pa.Table, output: str, stage: str) -> pa.Table:
                 logger.warning("%s: %s over %d rows, which are divided", stage, redacted(repr(error)), part.num_rows)
                 parts += halves
                 continue
-            failures.append(error)
-            if part["error"].null_count == 0 or (len(failures) == _FAILED_ALONE and not num_through):
+            _failed_alone[here] += 1
+            if part["error"].null_count == 0 or (_failed_alone[here] >= _FAILED_ALONE and not num_through):
+                del _failed_alone[here]
                 raise
             logger.warning("%s: row %d of shard %d fails alone", stage, *_place(part), exc_info=error)
-            results.append(work(_with_error(part, _message(error, stage))))
-    if failures and not num_through:
-        raise failures[0]
+            results[start] = work(_with_error(part, _message(error, stage)))
+            parts.sort(key=_num_rows)  # the largest is next: rows of one surface form lie together
+    if num_through:
+        del _failed_alone[here]
     if left:
         storage.remove_tree(marks)
     _log_done(batch, stage, attempt=1 + left.total(), seconds=time.monotonic() - started)
-    return pa.concat_tables(results, promote_options="permissive")
+    return pa.concat_tables([results[start] for start in sorted(results)], promote_options="permissive")
 
 
 def _marked(work: Work, part: pa.Table, mark: str) -> pa.Table:
@@ -104,6 +114,11 @@ def _marked(work: Work, part: pa.Table, mark: str) -> pa.Table:
         raise
     storage.remove_tree(mark)
     return result
+
+
+def _num_rows(part: tuple[int, int]) -> int:
+    start, stop = part
+    return stop - start
 
 
 def _message(error: Exception, stage: str) -> str:

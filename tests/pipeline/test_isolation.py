@@ -88,7 +88,7 @@ def test_a_few_kills_from_outside_make_no_row_poison(num_rows: int, killed_at: s
         assert num_ended <= len(killed_at)
 
 
-def test_the_error_of_a_row_has_no_secret(tmp_path: Path) -> None:
+def test_the_error_of_a_row_and_its_traceback_have_no_secret(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def work(rows: pa.Table) -> pa.Table:
         if 2 in rows["row"].to_pylist() and rows["error"].null_count:
             raise ValueError("https://user:hidden@host/a.png?X-Amz-Signature=hidden is odd")
@@ -97,6 +97,8 @@ def test_the_error_of_a_row_has_no_secret(tmp_path: Path) -> None:
     result = isolate(work, batch_of(4), str(tmp_path), "images")
     assert "hidden" not in result["error"].to_pylist()[2]
     assert "is odd" in result["error"].to_pylist()[2]
+    assert "hidden" not in caplog.text
+    assert caplog.text.count("Traceback") == 1
 
 
 @pytest.mark.parametrize("error", [OSError("no room left"), KeyboardInterrupt()])
@@ -132,13 +134,30 @@ def test_rows_that_raise_become_errors_and_stop_no_others(num_rows: int, bad: se
         assert storage.list_files(output) == []
 
 
-@pytest.mark.parametrize("num_rows", [1, 8, 1000])
-def test_an_exception_over_every_row_is_not_the_rows_and_ends_the_job(tmp_path: Path, num_rows: int) -> None:
-    num_calls: list[int] = []
-    with pytest.raises(IndexError, match="is out of range"):
-        isolate(partial(failing, bad=range(num_rows), num_calls=num_calls), batch_of(num_rows), str(tmp_path), "images")
-    assert len(num_calls) < 60
-    assert storage.list_files(str(tmp_path)) == []
+@pytest.mark.parametrize(("num_rows", "bad"), [(1, range(1)), (15, range(15)), (64, range(20)), (64, range(44, 64))])
+def test_rows_that_raise_side_by_side_or_have_a_batch_for_themselves_become_errors(
+    tmp_path: Path, num_rows: int, bad: range
+) -> None:
+    result = isolate(partial(failing, bad=bad, num_calls=[]), batch_of(num_rows), str(tmp_path), "images")
+    assert result["row"].to_pylist() == list(range(num_rows))
+    assert [row for row, error in enumerate(result["error"].to_pylist()) if error] == list(bad)
+
+
+@pytest.mark.parametrize(("num_rows", "num_batches"), [(4, 3), (16, 0), (1000, 0)])
+def test_an_exception_over_every_row_is_not_the_rows_and_ends_the_job(
+    tmp_path: Path, num_rows: int, num_batches: int
+) -> None:
+    """In a process that begins so, and in one where rows got through before."""
+    for _ in range(2):
+        num_calls: list[int] = []
+        work = partial(failing, bad=range(num_rows), num_calls=num_calls)
+        for _ in range(num_batches):
+            isolate(work, batch_of(num_rows), str(tmp_path), "images")
+        with pytest.raises(IndexError, match="is out of range"):
+            isolate(work, batch_of(num_rows), str(tmp_path), "images")
+        assert len(num_calls) < 130
+        assert storage.list_files(str(tmp_path)) == []
+        isolate(partial(failing, bad=(), num_calls=[]), batch_of(num_rows), str(tmp_path), "images")
 
 
 def test_errors_of_the_job_are_nobodys_rows(tmp_path: Path) -> None:
