@@ -131,6 +131,8 @@ class LinkConfig(JobConfig):
 
     def __post_init__(self) -> None:
         JobConfig.__post_init__(self)  # super() fails in a dataclass with slots
+        if len({*self.output_columns}) < len(self.output_columns):
+            raise ValueError(f"output_columns is {list(self.output_columns)}: name each column once")
         if self.score.kind == "language_model" and self.score.risk:
             raise ValueError('score.risk needs score.kind = "combined": set it, or leave the risk out')
         ranks_by_mean = (self.search.ranking, self.search.objective) == ("mean", "sum")

@@ -83,6 +83,7 @@ def test_a_slash_at_the_end_of_an_address_means_nothing(tmp_path: Path) -> None:
             "vision = { image_encoder = 'e', feature_mapper = 'm', device = 'cuda' }",
             "vision.device is 'cuda' and resources.images.num_gpus 0: .*such as 0.25",
         ),
+        ("output_columns = ['text', 'text']", r"output_columns is \['text', 'text'\]: name each column once"),
         ("image_source = { allowed_prefixes = ['relative'] }", "allowed_prefixes: cannot use 'relative'"),
         ("=", "is not TOML"),
     ],
