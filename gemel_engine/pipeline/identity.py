@@ -7,6 +7,8 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from gemel_engine.errors import shown
+
 if TYPE_CHECKING:
     from gemel_engine.config.settings import JobConfig
     from gemel_engine.fingerprints import Contents
@@ -67,15 +69,33 @@ def incremental_differences(previous: Mapping[str, Any], identity: Mapping[str, 
 
 
 def differences(left: Mapping[str, Any], right: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Return the full names of the keys in which two JSON objects differ."""
+    """Return the full names of the keys in which two JSON objects differ, of plans with the first file."""
     names = []
     for key in sorted({*left, *right}):
         a, b = left.get(key), right.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
             names += differences(a, b, f"{prefix}{key}.")
         elif a != b:
-            names.append(f"{prefix}{key}")
+            names.append(f"{prefix}{key}{_first_change(a, b)}")
     return names
+
+
+def _first_change(left: object, right: object) -> str:
+    """Say which file two plans differ in first; return nothing for other values."""
+    before, now = _shards_by_file(left), _shards_by_file(right)
+    for uri in {**before, **now}:
+        if before.get(uri) != now.get(uri):
+            return f" ({shown(uri)} is not as it was then: put it back, with its time, as `cp -p` does)"
+    return ""
+
+
+def _shards_by_file(plan: object) -> dict[str, list[dict[str, Any]]]:
+    """Return the shards of each file, without their places in the plan; none if it is no plan."""
+    files: dict[str, list[dict[str, Any]]] = {}
+    for shard in plan if isinstance(plan, list) else []:
+        if isinstance(shard, dict) and "uri" in shard:
+            files.setdefault(str(shard["uri"]), []).append({**shard, "index": None})
+    return files
 
 
 def _unchanging(identity: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import pytest
 from gemel_engine import storage
 from gemel_engine.errors import ConfigurationError, InputError
 from gemel_engine.pipeline.corpus import Shard, ids_digest, plan_identity, plan_shards, read_rows
+from gemel_engine.pipeline.identity import differences
 from gemel_engine.pipeline.output import claim_output, commit_shard, finished_shards, read_columns, write_part
 from gemel_engine.types import Prediction, predictions_to_table
 
@@ -79,8 +80,22 @@ def test_a_corpus_that_has_changed_is_another_run_s(tmp_path: Path) -> None:
     write_corpus("a", "b", "c")
     with pytest.raises(InputError, match="has changed since the run was planned: link it again to a new output"):
         read_rows(shard, ["text"])
-    with pytest.raises(ConfigurationError, match="holds a run that differs in plan: choose another output"):
+    with pytest.raises(ConfigurationError, match=r"differs in plan \('.*corpus.parquet' is not as .*\): choose another"):
         claim()
+
+
+def test_the_file_in_which_a_plan_differs_is_named(tmp_path: Path) -> None:
+    """A file that was only touched, and files that came and went before others."""
+    for name in "abc":
+        pq.write_table(pa.table(dict.fromkeys(("mention_id", "text", "mention"), [name])), tmp_path / f"{name}.parquet")
+    before = plan_identity(plan_shards(str(tmp_path), 10))
+    os.utime(tmp_path / "b.parquet", ns=(0, 0))
+    touched = plan_identity(plan_shards(str(tmp_path), 10))
+    for left, right, name in (
+        (before, touched, "b"), (before, before[1:], "a"), (before[1:], before, "a"), (before, before[:2], "c")
+    ):  # fmt: skip
+        (found,) = differences({"plan": {"train": left}}, {"plan": {"train": right}})
+        assert found.startswith(f"plan.train ('{tmp_path / name}.parquet' is not as it was then: put it back")
 
 
 def write_mentions(path: Path, *texts: str, ids: Sequence[str] = ("a", "b")) -> None:
