@@ -20,16 +20,18 @@ its run; `output_check` compares all shards with the plan.
 
 from __future__ import annotations
 
+import errno
 import json
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from gemel_engine import storage
-from gemel_engine.errors import ConfigurationError, InputError, shown
+from gemel_engine.errors import ConfigurationError, InputError, redacted, shown
 from gemel_engine.pipeline.corpus import Shard, count_rows, plan_identity
 from gemel_engine.pipeline.identity import differences, identity_json, run_identity
 from gemel_engine.storage import parquet
@@ -39,6 +41,7 @@ from gemel_engine.types import MENTION_COLUMNS, PREDICTION_COLUMNS, PREDICTION_S
 if TYPE_CHECKING:
     from gemel_engine.config.settings import JobConfig
 
+_UNUSABLE = (FileNotFoundError, NotADirectoryError, PermissionError)
 RUN_KEY = b"gemel_run"  # in the metadata of a shard's footer
 
 
@@ -158,21 +161,43 @@ def claim_output(output: str, identity: dict[str, Any]) -> None:
         identity: `run_identity` of the run.
 
     Raises:
-        ConfigurationError: The output belongs to a different run; the message names the settings.
+        ConfigurationError: The output belongs to a different run, of which the message names the
+            settings, or can't be written to.
         InputError: The output contains shards but no claim.
     """
-    if data_files(output) and not is_claimed(output):  # in this order: runs claim first
-        raise InputError(
-            f"{shown(output)} has files in data but no _run.json, so that nobody knows of which run they are: remove "
-            "them, or choose another output"
-        )
-    if not storage.create_exclusive(RunDirectory(output).claim, identity_json(identity)):
+    with _explain_unusable(output):
+        if data_files(output) and not is_claimed(output):  # in this order: runs claim first
+            raise InputError(
+                f"{shown(output)} has files in data but no _run.json, so that nobody knows of which run they are: "
+                "remove them, or choose another output"
+            )
+        is_ours = storage.create_exclusive(RunDirectory(output).claim, identity_json(identity))
+    if not is_ours:
         check_claim(output, identity)
 
 
 def is_claimed(output: str) -> bool:
-    """Return whether the output belongs to a run."""
-    return storage.exists(RunDirectory(output).claim)
+    """Return whether the output belongs to a run.
+
+    Raises:
+        ConfigurationError: The output can't be read.
+    """
+    with _explain_unusable(output):
+        return storage.exists(RunDirectory(output).claim)
+
+
+@contextmanager
+def _explain_unusable(output: str) -> Iterator[None]:
+    """Turn the errors of an output that is no directory, or no accessible one, into ConfigurationError."""
+    try:
+        yield
+    except OSError as error:
+        if not isinstance(error, _UNUSABLE) and error.errno not in (errno.EROFS, errno.ENAMETOOLONG):
+            raise
+        raise ConfigurationError(
+            f"the output {shown(output)} can't be used ({redacted(str(error), output)}): give a directory, or a "
+            "prefix in a bucket that exists, where files may be created, read and removed"
+        ) from error
 
 
 def check_claim(output: str, identity: dict[str, Any]) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,7 +17,7 @@ from gemel_engine import storage
 from gemel_engine.errors import ConfigurationError, InputError
 from gemel_engine.pipeline.corpus import Shard, ids_digest, plan_identity, plan_shards, read_rows
 from gemel_engine.pipeline.identity import differences
-from gemel_engine.pipeline.output import claim_output, commit_shard, finished_shards, read_columns, write_part
+from gemel_engine.pipeline.output import claim_output, commit_shard, finished_shards, is_claimed, read_columns, write_part
 from gemel_engine.types import Prediction, predictions_to_table
 
 pytestmark = pytest.mark.unit
@@ -96,6 +99,25 @@ def test_the_file_in_which_a_plan_differs_is_named(tmp_path: Path) -> None:
     ):  # fmt: skip
         (found,) = differences({"plan": {"train": left}}, {"plan": {"train": right}})
         assert found.startswith(f"plan.train ('{tmp_path / name}.parquet' is not as it was then: put it back")
+
+
+@pytest.mark.parametrize("place", ["file", "file/output", "/proc/output", "long" * 99])
+def test_an_output_that_can_be_no_directory_is_refused(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigurationError, match=r"the output '.*' can't be used \(.*\): give a directory, or a prefix"):
+        claim_output(str(tmp_path / place), {})
+
+
+@pytest.mark.parametrize("use", [is_claimed, partial(claim_output, identity={})])
+def test_an_output_without_permission_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, use: Callable[[str], object]
+) -> None:
+    def refuse(_: str) -> NoReturn:
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path))
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(ConfigurationError, match=r"can't be used \(.*Permission denied.*\): give a directory"):
+        use(str(tmp_path))
 
 
 def write_mentions(path: Path, *texts: str, ids: Sequence[str] = ("a", "b")) -> None:
