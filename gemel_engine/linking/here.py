@@ -54,7 +54,7 @@ def link_here(config: LinkConfig, remaining: Sequence[Shard], contents: Contents
         import torch
 
         torch.set_num_threads(num_threads)
-    tables = run_here(remaining, linking_stages(config, remaining, contents))
+    tables = run_here(remaining, linking_stages(config, contents))
     for shard, table in zip(remaining, tables, strict=True):
         receipts = table.to_pylist()
         commit_shard(config.output, shard, [receipt["part"] for receipt in receipts], run)

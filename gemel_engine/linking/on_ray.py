@@ -44,7 +44,7 @@ def receipts_on_ray(
     config: LinkConfig, remaining: Sequence[Shard], contents: Contents | None
 ) -> Generator[dict[str, Any], None, None]:
     """Run the stages; yield a row of `RECEIPT_SCHEMA` whenever a part has been written."""
-    dataset = stream(remaining, linking_stages(config, remaining, contents))
+    dataset = stream(remaining, linking_stages(config, contents))
     dataset.set_name("linking")
     yield from rows_of(dataset.iter_batches(batch_size=None, batch_format="pyarrow"))
 

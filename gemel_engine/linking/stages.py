@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Sequence
 from functools import partial
 
 import pyarrow as pa
@@ -160,7 +159,7 @@ def _carried_values(batch: pa.Table, name: str) -> pa.ChunkedArray:
     return values.cast(SMALL_SCHEMA.field(name).type)
 
 
-def write_parts(batch: pa.Table, output: str, plan: dict[int, Shard]) -> pa.Table:
+def write_parts(batch: pa.Table, output: str) -> pa.Table:
     """Store the predictions of a batch by shard; return one row of `RECEIPT_SCHEMA` per shard."""
     receipts = []
     for index in pc.unique(batch["shard"]).to_pylist():
@@ -169,7 +168,7 @@ def write_parts(batch: pa.Table, output: str, plan: dict[int, Shard]) -> pa.Tabl
         peaks = {name: pc.max(part[name]).as_py() for name in PEAKS if name in part.column_names}
         receipt = {
             "shard": index,
-            "part": write_part(output, plan[index], part.drop_columns(["shard", *costs, *peaks])),
+            "part": write_part(output, index, part.drop_columns(["shard", *costs, *peaks])),
             "num_rows": part.num_rows,
             "num_by_evidence": pc.sum(pc.equal(part["decided_by"], "evidence")).as_py() or 0,
             "error_kinds": [error_kind(error) for error in part["error"].drop_null().to_pylist()],
@@ -178,12 +177,11 @@ def write_parts(batch: pa.Table, output: str, plan: dict[int, Shard]) -> pa.Tabl
     return pa.Table.from_pylist(receipts, schema=RECEIPT_SCHEMA)
 
 
-def linking_stages(config: LinkConfig, remaining: Sequence[Shard], contents: Contents | None) -> list[Stage]:
+def linking_stages(config: LinkConfig, contents: Contents | None) -> list[Stage]:
     """Return the stages of a run, from shards to the receipts of written parts."""
     previous = PreviousRun.of(config)
-    plan = {shard.index: shard for shard in remaining}
     return [
         *reading_stages(config, contents, annotate=None if previous is None else previous.attach),
         Stage(GenerateEntityNames, (config, contents), config.resources.generation),
-        Stage(partial(write_parts, output=config.output, plan=plan)),
+        Stage(partial(write_parts, output=config.output)),
     ]

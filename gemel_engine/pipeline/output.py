@@ -32,7 +32,7 @@ import pyarrow as pa
 
 from gemel_engine import storage
 from gemel_engine.errors import ConfigurationError, InputError, redacted, shown
-from gemel_engine.pipeline.corpus import Shard, count_rows, plan_identity
+from gemel_engine.pipeline.corpus import Shard, count_rows, plan_identity, shard_name
 from gemel_engine.pipeline.identity import differences, identity_json, run_identity
 from gemel_engine.storage import parquet
 from gemel_engine.storage.parquet import parquet_bytes
@@ -264,9 +264,15 @@ def finished_shards(output: str) -> set[str]:
     return {name.removesuffix(".parquet") for name in data_files(output) if name.endswith(".parquet")}
 
 
-def write_part(output: str, shard: Shard, table: pa.Table) -> str:
-    """Store finished rows of a shard, with a column `row`; return their address."""
-    uri = RunDirectory(output).new_part(shard.name)
+def write_part(output: str, shard: int, table: pa.Table) -> str:
+    """Store finished rows of a shard, with a column `row`; return their address.
+
+    Args:
+        output: Output directory of the run.
+        shard: Index of the shard.
+        table: The rows.
+    """
+    uri = RunDirectory(output).new_part(shard_name(shard))
     storage.write_bytes(uri, parquet_bytes(table))
     return uri
 

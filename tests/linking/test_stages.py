@@ -51,13 +51,13 @@ def test_rows_are_read_with_their_places_and_written_in_order(shards: list[Shard
 
 
 @pytest.mark.unit
-def test_each_shard_of_a_batch_gets_a_part_and_a_receipt(shards: list[Shard], tmp_path: Path) -> None:
+def test_each_shard_of_a_batch_gets_a_part_and_a_receipt(tmp_path: Path) -> None:
     found = [Prediction("m0", "Q0"), Prediction("m5", error="image: no"), Prediction("m1", error="poison: it")]
     table = predictions_to_table(found)
     columns = {"shard": [0, 1, 0], "row": [0, 5, 1], "rollouts": [2.0, 0.0, 1.0], "image_peak_bytes": [1.0, 5.0, 3.0]}
     for name, values in columns.items():
         table = table.append_column(name, pa.array(values, pa.int32() if name == "shard" else None))
-    receipts = write_parts(table, str(tmp_path), dict(enumerate(shards)))
+    receipts = write_parts(table, str(tmp_path))
     assert receipts.schema == RECEIPT_SCHEMA
     first, second = receipts.to_pylist()
     assert (first["shard"], first["num_rows"], first["error_kinds"]) == (0, 2, ["poison"])

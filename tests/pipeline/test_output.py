@@ -27,7 +27,7 @@ SHARD = Shard(index=3, uri="mentions.parquet", version="1", start=0, stop=4)
 
 def store_part(output: str, *rows: int) -> str:
     table = predictions_to_table([Prediction(f"m{row}") for row in rows])
-    return write_part(output, SHARD, table.append_column("row", pa.array(rows)))
+    return write_part(output, SHARD.index, table.append_column("row", pa.array(rows)))
 
 
 def test_a_shard_is_its_parts_in_order(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def plan(tmp_path: Path) -> list[Shard]:
 def write_shard(output: str, shard: Shard, identity: dict[str, Any] = IDENTITY) -> Path:
     rows = range(shard.start, shard.stop)
     table = predictions_to_table([Prediction(f"mention_id{row}") for row in rows])
-    part = write_part(output, shard, table.append_column("row", pa.array(rows)))
+    part = write_part(output, shard.index, table.append_column("row", pa.array(rows)))
     assert commit_shard(output, shard, [part], run_digest(identity))
     return Path(output, "data", f"{shard.name}.parquet")
 
