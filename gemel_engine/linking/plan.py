@@ -3,16 +3,15 @@
 A run links the corpus in the order of surface forms, so that prompts of neighbouring rows begin
 alike. Single rows would not share these prompts and would cost too much, so the sample consists of
 windows of that order. `capacity.py` draws the windows and computes the prediction. The sample is
-linked in a temporary directory beside the output.
+linked in a temporary directory in the output, which need not be claimed and stays as it was.
 """
 
 from __future__ import annotations
 
 import json
 import time
-import uuid
 from collections.abc import Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -127,7 +126,7 @@ def plan_run(
     """Link a sample of a corpus and predict the run over all of it.
 
     Args:
-        config: The run. Its output is not touched.
+        config: The run. Its output is left as it was.
         sample_rows: Maximum number of rows to link.
         actors: Number of generation actors of each cluster to predict; empty:
             `resources.generation.max_actors`. The other pools have their `max_actors`.
@@ -214,7 +213,8 @@ def link_windows(
         windows: Row numbers of each window, counted in the order of the plan.
         contents: Fingerprint or manifest of each model and artifact.
     """
-    scratch = f"{config.output.rstrip('/')}-plan-{uuid.uuid4().hex[:8]}"
+    output, scratch = storage.local_path(config.output), RunDirectory(config.output).new_sample()
+    is_new = output is not None and not output.exists()
     try:
         _write_windows(plan, windows, f"{scratch}/windows")
         longest = max(map(len, windows))
@@ -248,6 +248,9 @@ def link_windows(
         )
     finally:
         storage.remove_tree(scratch)
+        if output is not None and is_new:
+            with suppress(OSError):  # a run has begun there meanwhile
+                output.rmdir()
 
 
 def _write_windows(plan: Sequence[Shard], windows: Sequence[NDArray[np.int64]], directory: str) -> None:

@@ -10,6 +10,7 @@
     OUTPUT/_changes/...                 what changed in the knowledge base, see `linking.incremental`
     OUTPUT/data/shard-00003.parquet     exists if and only if the shard is complete; created
                                         exclusively
+    OUTPUT/_plan-01234567/...           sample of `gemel plan`, while it is at work
     OUTPUT/_report.json                 counts and costs of the run
 
 Everything but `data/` begins with an underscore, so that readers of Parquet directories skip it.
@@ -118,6 +119,10 @@ class RunDirectory:
     def shard(self, name: str) -> str:
         """Return the address of a finished shard."""
         return f"{self.data}/{name}.parquet"
+
+    def new_sample(self) -> str:
+        """Return a unique directory for the sample of `gemel plan`."""
+        return f"{self.output}/_plan-{uuid.uuid4().hex[:8]}"
 
     def new_part(self, name: str) -> str:
         """Return a unique address for finished rows of the shard `name`."""

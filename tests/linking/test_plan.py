@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
+from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,12 +17,14 @@ import pytest
 from support.corpus import MENTION_SCHEMA, mention_rows, toml
 from support.names import ENTITY_NAMES
 
+from gemel_engine import storage
 from gemel_engine.cli.main import main
 from gemel_engine.config.loading import load_config
 from gemel_engine.config.settings import LinkConfig
 from gemel_engine.errors import ConfigurationError
 from gemel_engine.linking.plan import link_windows, plan_run
 from gemel_engine.pipeline.corpus import order_by_surface_form, order_within_shards, plan_shards, take_rows
+from gemel_engine.pipeline.output import claim_output
 
 NUM_ROWS = 80
 
@@ -71,6 +76,29 @@ def test_a_plan_predicts_and_leaves_nothing(
     assert one["seconds"]["low"] <= one["seconds"]["value"] <= one["seconds"]["high"]
     assert one["seconds"]["value"] > four["seconds"]["value"] > plan["start_seconds"]
     assert one["cost"]["value"] == pytest.approx(one["seconds"]["value"] / 3600 * 2.0)
+
+
+@pytest.mark.parametrize("left", [[], ["_run.json"]])
+def test_a_sample_is_linked_in_the_output_which_stays_as_it_was(
+    config: LinkConfig, left: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another run may even begin there meanwhile."""
+
+    def link(sampled: LinkConfig, *_: object) -> Generator[dict[str, Any], None, None]:
+        assert re.fullmatch(rf"{config.output}/_plan-\w+/linked", sampled.output)
+        assert len(plan_shards(sampled.input, 4)) == 2
+        if left:
+            claim_output(config.output, {})
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr("gemel_engine.linking.plan.connect", lambda **_: None)
+    monkeypatch.setattr("gemel_engine.linking.plan.receipts_on_ray", link)
+    plan, rows = plan_shards(config.input, config.rows_per_shard), np.arange(7)
+    with pytest.raises(KeyboardInterrupt):
+        link_windows(config, plan, [rows[:4], rows[4:]])
+    assert Path(config.output).exists() == bool(left)
+    assert storage.list_files(config.output) == left
 
 
 @pytest.mark.parametrize(
