@@ -31,7 +31,7 @@ from gemel_engine.linking.checks import Checked, checked
 from gemel_engine.linking.here import is_run_here, link_here
 from gemel_engine.linking.incremental import PreviousRun
 from gemel_engine.linking.live import LiveView
-from gemel_engine.linking.order import ordered_plan
+from gemel_engine.linking.order import ordered_plan, remove_other_sorts
 from gemel_engine.linking.progress import Progress
 from gemel_engine.linking.report import LinkReport, check_failures, make_report
 from gemel_engine.pipeline import output_check
@@ -103,6 +103,7 @@ def _linked(config: LinkConfig, view: LiveView) -> LinkReport:
     directory = RunDirectory(config.output)
     for working_files in (directory.parts, directory.marks):  # all shards are complete
         storage.remove_tree(working_files)
+    remove_other_sorts(config.output, plan)
     report = make_report(
         config, found.feature_mapper, plan, remaining, progress.tally, rows, time.monotonic() - started
     )

@@ -45,10 +45,24 @@ def ordered_plan(config: LinkConfig, plan: list[Shard]) -> list[Shard]:
 
         num_written = sort_on_ray(ranges, len(places), directory, rows_per_shard, rows_per_block)
         assert num_written == len(places), f"{num_written} of {len(places)} rows were sorted"
-    ordered = save_plan(config.output, plan_shards(directory, rows_per_shard))
+    if (ordered := load_plan(config.output, len(places))) is None:  # else another run of this command was first
+        ordered = save_plan(config.output, plan_shards(directory, rows_per_shard))
     if name not in ordered[0].uri:
-        storage.remove_tree(directory)  # another run of the same command was first
+        storage.remove_tree(directory)
     return ordered
+
+
+def remove_other_sorts(output: str, plan: Sequence[Shard]) -> None:
+    """Remove what sorts that were stopped have written to an output.
+
+    Args:
+        output: Output directory of a run.
+        plan: Its shards, as `ordered_plan` returned them.
+    """
+    directory = RunDirectory(output).ordered
+    names = {file.partition("/")[0] for file in storage.list_files(directory)}
+    for name in names - {shard.uri.split("/")[-2] for shard in plan}:
+        storage.remove_tree(f"{directory}/{name}")
 
 
 def _sort_here(ranges: Sequence[pa.Table], directory: str, rows_per_shard: int, rows_per_block: int) -> None:

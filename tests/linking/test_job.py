@@ -92,10 +92,13 @@ def test_equal_surface_forms_meet_in_one_shard(config: LinkConfig, tmp_path: Pat
     corpus, expected = write_unsorted(tmp_path / "corpus")
     unsorted: dict[str, Any] = {"input": str(corpus), "rows_per_shard": 6, "max_failed_fraction": 0.1}
     config = replace(config, vision=VisionSettings(), **unsorted)
+    storage.write_bytes(f"{config.output}/_ordered/stopped/000000000000.parquet", b"")
     report = link_corpus(config)
     assert (report.rows, report.shards, report.errors) == (18, 3, {"invalid_mention": 1})
     assert [row["mention_id"] for row in predictions(config.output)] == expected
     (Path(config.output) / "data/shard-00001.parquet").unlink()
+    (sort,) = Path(config.output, "_ordered").iterdir()
+    assert sort.name in Path(config.output, "_plan.json").read_text()
     assert link_corpus(config).shards_skipped == 2
     assert [row["mention_id"] for row in predictions(config.output)] == expected
 
