@@ -13,6 +13,7 @@ from gemel_engine.errors import ConfigurationError, shown
 
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 HTTP = ("http://", "https://")
+RAY_WORKING_DIRECTORIES = "working_dir_files"  # has Ray's copies of what submitted jobs bring
 
 
 def local_path(uri: str) -> Path | None:

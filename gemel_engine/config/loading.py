@@ -8,11 +8,13 @@ import json
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import tyro
 from pydantic import TypeAdapter, ValidationError
 
+from gemel_engine.config.addresses import RAY_WORKING_DIRECTORIES, local_path
+from gemel_engine.config.components import Address
 from gemel_engine.config.machine import resolve_dtype
 from gemel_engine.errors import ConfigurationError, shown
 
@@ -74,6 +76,25 @@ def validated(config: Config) -> Config:
 def _resolved(config: Config) -> Config:
     resolved: Config = resolve_dtype(config)
     return resolved
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """Return a configuration whose local addresses mean the same in any working directory.
+
+    Processes of a cluster work in the directory where Ray was started. Those of a submitted job
+    work in their node's copy of the directory that it brought, so that there nothing is changed.
+    Names of models stay as they are.
+    """
+    if RAY_WORKING_DIRECTORIES in Path.cwd().parts:
+        return config
+    changes: dict[str, Any] = {}
+    for name, hint in get_type_hints(type(config), include_extras=True).items():
+        value = getattr(config, name)
+        if dataclasses.is_dataclass(value):
+            changes[name] = with_absolute_paths(value)
+        elif value is not None and Address in (hint, *get_args(hint)):
+            changes[name] = str(local_path(value) or value)
+    return dataclasses.replace(config, **changes)  # type: ignore[type-var]
 
 
 def config_json(config: object) -> str:

@@ -23,7 +23,7 @@ import pyarrow as pa
 
 from gemel_engine import storage
 from gemel_engine.config.finding import FindConfig
-from gemel_engine.config.loading import config_json, validated
+from gemel_engine.config.loading import config_json, validated, with_absolute_paths
 from gemel_engine.display import counts
 from gemel_engine.errors import InvalidDocumentError, TooManyFailuresError, error_kind, shown
 from gemel_engine.finding.base import Span
@@ -99,8 +99,8 @@ def find_mentions(config: FindConfig) -> FindReport:
         from gemel_engine.pipeline.ray_data import run_each
 
         stage = None  # its model takes memory
-        shards, arguments, num_gpus = [asdict(shard) for shard in remaining], (config, contents), int(on_gpu)
-        quiet = not is_verbose()
+        shards, arguments = [asdict(shard) for shard in remaining], (with_absolute_paths(config), contents)
+        num_gpus, quiet = int(on_gpu), not is_verbose()
         run_each(shards, FindMentions, arguments, num_cpus=_CPUS_PER_ACTOR, num_gpus=num_gpus, quiet=quiet)
     elif stage is not None:
         stage.search(remaining[0])

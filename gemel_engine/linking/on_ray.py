@@ -11,6 +11,7 @@ import pyarrow as pa
 import ray
 from ray.data import Dataset
 
+from gemel_engine.config.loading import with_absolute_paths
 from gemel_engine.config.settings import LinkConfig
 from gemel_engine.fingerprints import Contents
 from gemel_engine.linking.metrics import RayMetrics
@@ -44,7 +45,7 @@ def receipts_on_ray(
     config: LinkConfig, remaining: Sequence[Shard], contents: Contents | None
 ) -> Generator[dict[str, Any], None, None]:
     """Run the stages; yield a row of `RECEIPT_SCHEMA` whenever a part has been written."""
-    dataset = stream(remaining, linking_stages(config, contents))
+    dataset = stream(remaining, linking_stages(with_absolute_paths(config), contents))
     dataset.set_name("linking")
     yield from rows_of(dataset.iter_batches(batch_size=None, batch_format="pyarrow"))
 
@@ -56,6 +57,7 @@ def link_on_ray(
     connect(quiet=not is_verbose())
     commit: Any = ray.remote(num_cpus=0)(commit_shard)
     metrics = RayMetrics(config.output, count_rows(remaining))
+    output = with_absolute_paths(config).output
     plan = {shard.index: shard for shard in remaining}
     num_missing = {shard.index: shard.stop - shard.start for shard in remaining}
     parts: dict[int, list[str]] = defaultdict(list)
@@ -67,7 +69,7 @@ def link_on_ray(
         metrics.add(receipt)
         yield receipt
         if num_missing[index] == 0:
-            commits.append(commit.remote(config.output, plan[index], parts.pop(index), run))
+            commits.append(commit.remote(output, plan[index], parts.pop(index), run))
             done, commits = ray.wait(commits, num_returns=len(commits), timeout=0)
             with own_errors():
                 ray.get(done)  # raises the errors of these commits

@@ -11,6 +11,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from gemel_engine import storage
+from gemel_engine.config.loading import with_absolute_paths
 from gemel_engine.config.settings import LinkConfig
 from gemel_engine.linking.stages import read_with_places, write_ordered
 from gemel_engine.pipeline.corpus import Shard, count_rows, order_by_surface_form, plan_shards, recut
@@ -36,7 +37,7 @@ def ordered_plan(config: LinkConfig, plan: list[Shard]) -> list[Shard]:
     # A sort on Ray exchanges data between all pairs of blocks: use few blocks, of several shards each.
     rows_per_block = rows_per_shard * -(-len(places) // (rows_per_shard * _MOST_BLOCKS))
     name = uuid.uuid4().hex
-    directory = f"{RunDirectory(config.output).ordered}/{name}"
+    directory = f"{RunDirectory(with_absolute_paths(config).output).ordered}/{name}"
     ranges = _placed_ranges(plan, places)
     if len(places) <= _MOST_ROWS_HERE:
         _sort_here(ranges, directory, rows_per_shard, rows_per_block)

@@ -39,7 +39,7 @@ from ray.train.torch import TorchTrainer
 from gemel_engine import storage
 from gemel_engine.assembly import open_artifacts
 from gemel_engine.compatibility import check_encoders
-from gemel_engine.config.loading import config_json, validated
+from gemel_engine.config.loading import config_json, validated, with_absolute_paths
 from gemel_engine.config.settings import TrainConfig
 from gemel_engine.contents import run_contents, without_missing_evidence
 from gemel_engine.decoding.language_model import DTYPES
@@ -126,15 +126,17 @@ def train_mapper(config: TrainConfig) -> TrainReport:
     config = without_missing_evidence(config, has_evidence=artifacts.evidence is not None)
     connect()
     _check_resources(config)
+    of_workers = with_absolute_paths(config)
     prepared = {
-        split: prepare_split(config, split, plan, artifacts, image_encoder, contents) for split, plan in plans.items()
+        split: prepare_split(of_workers, split, plan, artifacts, image_encoder, contents)
+        for split, plan in plans.items()
     }
     left_out = {split: count_left_out(config, split, examples) for split, examples in prepared.items()}
     if not prepared["train"].num_pictures:
         raise InputError(f"no mention of {config.train} has a usable picture: there is nothing to train on")
     datasets = {split: prepared_dataset(examples) for split, examples in prepared.items()}
     settings = {
-        "config": config,
+        "config": of_workers,
         "contents": contents,
         "image_encoder_fingerprint": fingerprint,
         "shows_bar": sys.stderr.isatty(),

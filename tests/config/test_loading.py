@@ -13,7 +13,7 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from gemel_engine.config.components import EngineSettings, ImagePolicy, SearchSettings
-from gemel_engine.config.loading import load_config, validated
+from gemel_engine.config.loading import load_config, validated, with_absolute_paths
 from gemel_engine.config.settings import LinkConfig, TrainConfig
 from gemel_engine.errors import ConfigurationError
 
@@ -141,6 +141,21 @@ def test_a_configuration_made_in_python_is_checked_too() -> None:
     ):
         with pytest.raises(ConfigurationError, match="the configuration is wrong: "):
             validated(wrong)
+
+
+def test_paths_become_absolute_for_processes_that_work_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = load(tmp_path, MINIMAL + "vision = { feature_mapper = 'm' }\ncalibration = 's3://b/c'\nprevious = '/p'")
+    found = with_absolute_paths(config)
+    assert (found.output, found.vision.feature_mapper) == (f"{tmp_path}/{config.output}", f"{tmp_path}/m")
+    assert (found.calibration, found.previous, found.demonstrations) == ("s3://b/c", "/p", None)
+    assert found.language_model == config.language_model
+    brought = tmp_path / "working_dir_files/_ray_pkg_0"
+    brought.mkdir(parents=True)
+    monkeypatch.chdir(brought)
+    assert with_absolute_paths(config) == config
 
 
 def test_a_byte_order_mark_means_nothing(tmp_path: Path) -> None:

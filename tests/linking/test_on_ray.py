@@ -11,8 +11,9 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from urllib.request import urlopen
 
 import pyarrow.parquet as pq
@@ -29,11 +30,12 @@ from gemel_engine.config.resources import PoolSettings
 from gemel_engine.config.settings import LinkConfig
 from gemel_engine.errors import ConfigurationError, InputError
 from gemel_engine.linker import Linker
-from gemel_engine.linking import order
+from gemel_engine.linking import on_ray, order
 from gemel_engine.linking.job import link_corpus
 from gemel_engine.linking.order import ordered_plan
 from gemel_engine.linking.report import LinkReport
 from gemel_engine.pipeline import ray_data
+from gemel_engine.pipeline.chain import Stage
 from gemel_engine.pipeline.corpus import plan_shards
 from gemel_engine.pipeline.ray_data import actor_pool, own_errors
 
@@ -174,6 +176,38 @@ def test_ray_sorts_by_surface_form(linked: Linked, tmp_path: Path, monkeypatch: 
     tables = [pq.read_table(uri).to_pylist() for uri in dict.fromkeys(shard.uri for shard in plan)]
     assert [row["mention_id"] for rows in tables for row in rows] == expected
     assert ordered_plan(config, plan_shards(config.input, 6)) == plan
+
+
+def test_processes_of_a_cluster_are_told_absolute_paths(
+    artifacts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They work in the directory where Ray was started."""
+    told: list[object] = []
+
+    def stream(_: object, stages: list[Stage]) -> NoReturn:
+        told.extend(getattr(argument, "output", None) for stage in stages for argument in stage.arguments)
+        told.extend(stage.work.keywords["output"] for stage in stages if isinstance(stage.work, partial))
+        raise KeyboardInterrupt
+
+    def sort(_: object, __: int, directory: str, *___: int) -> NoReturn:
+        told.append(directory.partition("/_ordered/")[0])
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(order, "_MOST_ROWS_HERE", 0)
+    monkeypatch.setattr(on_ray, "stream", stream)
+    monkeypatch.setattr(on_ray, "sort_on_ray", sort)
+    corpus, _ = write_unsorted(tmp_path / "corpus")
+    (tmp_path / "link.toml").write_text(toml(artifacts, corpus, "output"))
+    config = load_config(LinkConfig, tmp_path / "link.toml")
+    plan = plan_shards(config.input, 6)
+    with pytest.raises(KeyboardInterrupt):
+        ordered_plan(replace(config, rows_per_shard=6), plan)
+    with pytest.raises(KeyboardInterrupt):
+        next(on_ray.receipts_on_ray(config, plan, {}))
+    assert config.output == "output"
+    assert {place for place in told if place is not None} == {str(tmp_path / "output")}
+    assert len(told) > 5
 
 
 def test_actors_claim_what_their_settings_say() -> None:
