@@ -68,12 +68,7 @@ class Shard:
     @property
     def name(self) -> str:
         """Return the name of its output file, without extension."""
-        return shard_name(self.index)
-
-
-def shard_name(index: int) -> str:
-    """Return the name of a shard's output file, without extension."""
-    return f"shard-{index:05d}"
+        return f"shard-{self.index:05d}"
 
 
 def plan_shards(

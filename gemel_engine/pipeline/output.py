@@ -5,7 +5,7 @@
     OUTPUT/_plan.json                   shards of the ordered corpus, if there is one; created
                                         exclusively
     OUTPUT/_ordered/...                 corpus in the order of its surface forms, without pictures
-    OUTPUT/_parts/shard-00003/...       finished rows of an unfinished shard
+    OUTPUT/_parts/00003/...             finished rows of an unfinished shard
     OUTPUT/_marks/...                   marks of batches that are being processed, see `isolation`
     OUTPUT/_changes/...                 what changed in the knowledge base, see `linking.incremental`
     OUTPUT/data/shard-00003.parquet     exists if and only if the shard is complete; created
@@ -33,7 +33,7 @@ import pyarrow as pa
 
 from gemel_engine import storage
 from gemel_engine.errors import ConfigurationError, InputError, redacted, shown
-from gemel_engine.pipeline.corpus import Shard, count_rows, plan_identity, shard_name
+from gemel_engine.pipeline.corpus import Shard, count_rows, plan_identity
 from gemel_engine.pipeline.identity import differences, identity_json, run_identity
 from gemel_engine.storage import parquet
 from gemel_engine.storage.parquet import parquet_bytes
@@ -124,9 +124,9 @@ class RunDirectory:
         """Return a unique directory for the sample of `gemel plan`."""
         return f"{self.output}/_plan-{uuid.uuid4().hex[:8]}"
 
-    def new_part(self, name: str) -> str:
-        """Return a unique address for finished rows of the shard `name`."""
-        return f"{self.parts}/{name}/{uuid.uuid4().hex}.parquet"
+    def new_part(self, shard: int) -> str:
+        """Return a unique address for finished rows of a shard, given by its index."""
+        return f"{self.parts}/{shard:05d}/{uuid.uuid4().hex}.parquet"
 
 
 def save_plan(output: str, plan: Sequence[Shard]) -> list[Shard]:
@@ -277,7 +277,7 @@ def write_part(output: str, shard: int, table: pa.Table) -> str:
         shard: Index of the shard.
         table: The rows.
     """
-    uri = RunDirectory(output).new_part(shard_name(shard))
+    uri = RunDirectory(output).new_part(shard)
     storage.write_bytes(uri, parquet_bytes(table))
     return uri
 
