@@ -21,8 +21,6 @@ MODELS := build/models.stamp
 KNOWLEDGE_BASE := build/emoji/knowledge_base.stamp
 GAZETTEER := build/gazetteer/knowledge_base.stamp
 DEMONSTRATIONS := build/emoji/demonstrations.stamp
-# In what this machine trains fast: CPUs without these instructions are up to a hundred times slower in bfloat16.
-TRAINING_DTYPE := $(shell grep -qsE 'amx_bf16|avx512_bf16' /proc/cpuinfo && echo bfloat16 || echo float32)
 
 # Python may keep what it has compiled: every stage of a job is a process that imports torch.
 unexport PYTHONDONTWRITEBYTECODE
@@ -53,7 +51,7 @@ gazetteer-demo: $(GAZETTEER) ## link names of places that several places have, b
 
 train-demo: $(KNOWLEDGE_BASE) $(DEMONSTRATIONS) ## make the demo's feature mapper anew
 	rm -rf build/emoji/training build/emoji/examples
-	$(BIN)/python jobs/train.py jobs/configs/emoji.toml --language-model.dtype $(TRAINING_DTYPE)
+	$(BIN)/python jobs/train.py jobs/configs/emoji.toml
 	cp build/emoji/training/feature_mapper/mapper.* examples/emoji/feature_mapper/
 
 cluster-trial: $(KNOWLEDGE_BASE) $(DEMONSTRATIONS) ## link and train a little on a Ray cluster of two nodes on this machine

@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from filelock import FileLock
 from hypothesis import settings
 from support.s3_server import run_s3_server  # noqa: F401
-from xdist.scheduler import LoadFileScheduling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -41,13 +41,13 @@ settings.register_profile("thorough", fixed, max_examples=1000)  # chosen by `--
 settings.load_profile("fixed")
 
 
-STARTING_RAY = {
-    "tests/finding/test_job.py",
+LONGEST = (  # in descending order; they start Ray
     "tests/linking/test_on_ray.py",
+    "tests/training/test_job.py",
     "tests/linking/test_plan.py",
     "tests/pipeline/test_knowledge_bases.py",
-    "tests/training/test_job.py",
-}
+    "tests/finding/test_job.py",
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -63,25 +63,10 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError("there is no GPU here that PyTorch can use: nothing was checked; try --device cpu")
 
 
-class FilesTogether(LoadFileScheduling):  # type: ignore[misc]
-    """Sends whole files to the processes of pytest-xdist, those that start Ray to one of them.
-
-    Two clusters that start at once on two cores time out.
-    """
-
-    def _split_scope(self, nodeid: str) -> str:
-        file = super()._split_scope(nodeid)
-        return "ray" if file in STARTING_RAY else file
-
-
-@pytest.hookimpl(optionalhook=True)  # `-p no:xdist` has no such hook
-def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> FilesTogether:
-    return FilesTogether(config, log)
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with Ray, which takes longest."""
-    items.sort(key=lambda item: item.nodeid.partition("::")[0] not in STARTING_RAY)
+    """Begin with the longest files."""
+    rank = {file: place for place, file in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.nodeid.partition("::")[0], len(rank)))
 
 
 def pytest_report_header(config: pytest.Config) -> str:
@@ -151,15 +136,17 @@ def ray_ends_with_its_module() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def local_ray() -> None:
+def local_ray(tmp_path_factory: pytest.TempPathFactory) -> None:
     """A Ray of this test module's own."""
     import ray
 
-    for attempts_left in (2, 1, 0):  # Ray gives its own processes 15 seconds to start, which a busy machine may take
-        try:
-            ray.init(address="local", num_cpus=4, include_dashboard=False)
-            return
-        except Exception:
-            ray.shutdown()
-            if not attempts_left:
-                raise
+    # Two clusters that start at once on two cores time out.
+    with FileLock(tmp_path_factory.getbasetemp().parent / "ray.lock"):
+        for attempts_left in (2, 1, 0):  # Ray gives its own processes 15 seconds to start: a busy machine may take more
+            try:
+                ray.init(address="local", num_cpus=4, include_dashboard=False)
+                return
+            except Exception:
+                ray.shutdown()
+                if not attempts_left:
+                    raise

@@ -1,3 +1,5 @@
+"""The corpus of places, made anew from the package that it comes from: half a minute for files that nobody edits."""
+
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ from examples.gazetteer.build_corpus import (
     write_corpus,
 )
 from gemel_engine.knowledge_base.build import checked_entities, read_entities
+
+pytestmark = pytest.mark.heavy
 
 SENTENCES = (HERE / "sentences.txt").read_text(encoding="utf-8").splitlines()
 
