@@ -80,8 +80,7 @@ class Table:
             groups = [self._metadata.row_group(group) for group in range(self._metadata.num_row_groups)]
         self._ends = np.cumsum([0, *(group.num_rows for group in groups)])
         self._check_columns(groups, columns, required)
-        for number, group in enumerate(groups):
-            self._check_sizes(number, group.num_rows)
+        self._check_sizes()
 
     def __enter__(self) -> Self:
         return self
@@ -226,12 +225,16 @@ class Table:
         stored = self._stored.get(_PICTURE)
         return stored is not None and pa.types.is_struct(self._schema.field(stored).type)
 
-    def _check_sizes(self, group: int, num_rows: int) -> None:
+    def _check_sizes(self) -> None:
         """Raise if a column of a row group expands too far: pages of zeros, millions of nulls."""
-        for place, leaf in self._leaves(self._fields):
-            chunk = self._chunks[group][place]
-            size = max(chunk.size, 8 * (chunk.num_values - num_rows))
-            self._check_bytes(size, f"column {leaf.path.partition('.')[0]!r} of {num_rows} rows")
+        leaves = [(place, leaf.path.partition(".")[0]) for place, leaf in self._leaves(self._fields)]
+        sizes = (
+            (max(chunks[place].size, 8 * (chunks[place].num_values - num_rows)), name, num_rows)
+            for chunks, num_rows in zip(self._chunks, np.diff(self._ends).tolist(), strict=True)
+            for place, name in leaves
+        )
+        size, name, num_rows = max(sizes, default=(0, "", 0))
+        self._check_bytes(size, f"column {name!r} of {num_rows} rows")
 
     def _check_bytes(self, size: int, what: str) -> None:
         check_memory(self.file.uri, size, self._source.size(), what)

@@ -26,6 +26,7 @@ from gemel_engine.pipeline.output import read_columns
 from gemel_engine.report.gallery import read_drawn_mentions
 from gemel_engine.retrieval.reading import read_demonstrations, read_names
 from gemel_engine.storage import parquet as parquet
+from gemel_engine.storage import parquet_footer
 from gemel_engine.storage.table import explain_unreadable
 from gemel_engine.training.stages import read_file
 from gemel_engine.types import MENTION_COLUMNS, PREDICTION_COLUMNS
@@ -209,6 +210,12 @@ def test_rows_are_those_asked_for_in_any_row_group(tmp_path: Path) -> None:
             assert table.read(["mention_id"], rows)["mention_id"].to_pylist() == [str(row) for row in rows]
         wanted = pa.array([0, 6, 7, 50, 99]).to_numpy()
         assert table.take(["mention_id"], wanted, max_rows=3)["mention_id"].to_pylist() == ["0", "6", "7", "50", "99"]
+
+
+def test_a_footer_is_checked_once_for_all_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_shards(write(tmp_path / "mentions.parquet", MENTIONS, row_group_size=1), 1)
+    monkeypatch.setattr(parquet_footer, "_Thrift", None)
+    assert [read_rows(shard, ["mention"])["mention"].to_pylist() for shard in plan] == [["bear"], ["wolf"], ["bear"]]
 
 
 def test_a_damaged_file_is_an_input_error_however_late_it_is_found(tmp_path: Path) -> None:
