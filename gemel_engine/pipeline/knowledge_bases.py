@@ -208,7 +208,8 @@ def _staged(output: str) -> Iterator[Path]:
     """Yield an empty local directory whose contents are moved to the output at the end.
 
     Raises:
-        ConfigurationError: The output is not empty, and has no unfinished run.
+        ConfigurationError: The output is not empty, and has no unfinished run. What a finished run
+            has left, because it was killed at its end, is then removed.
     """
     local = storage.local_path(output)
     with ExitStack() as stack:
@@ -221,6 +222,13 @@ def _staged(output: str) -> Iterator[Path]:
             staging = local / _STAGING
             stack.callback(shutil.rmtree, staging, ignore_errors=True)
         is_unfinished = names <= _OURS and not names.isdisjoint({_PARTS, _STAGING})
+        if MANIFEST in names <= {*_OURS, MANIFEST} and (left := names & {_PARTS, _STAGING}):
+            for name in left:
+                storage.remove_tree(f"{output}/{name}")
+            raise ConfigurationError(
+                f"{shown(output)} has been finished by a command that was killed at its end, and what it left is now "
+                "removed: use it as it is, or name a new directory"
+            )
         if names - {".being-written"} and not is_unfinished:
             raise ConfigurationError(f"{shown(output)} is not an empty directory; remove it or name a new one")
         for name in names - {".being-written", _PARTS, _STAGING}:  # of a publication that was killed
