@@ -99,7 +99,7 @@ def test_what_was_left_beside_a_finished_knowledge_base_is_removed(
         with pytest.raises(Killed):
             build(entities, output, tokenizer, STRICT, NONE)
     assert any("evidence-parts" in name for name in storage.list_files(output))
-    with pytest.raises(ConfigurationError, match="has been finished by a command that was killed"):
+    with pytest.raises(ConfigurationError, match="was finished by a command that was killed"):
         build(entities, output, tokenizer, STRICT, NONE)
     assert {name.partition("/")[0] for name in storage.list_files(output)} == {
         "entities.arrow", "evidence", "knowledge_base.json", "trie",

@@ -16,7 +16,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from s3fs import S3FileSystem
+from support.s3_server import S3Server
 
+from gemel_engine import storage
 from gemel_engine.errors import InputError
 from gemel_engine.evaluation.gold import read_gold
 from gemel_engine.knowledge_base.build import read_entities
@@ -417,6 +420,32 @@ def test_labels_of_integers_are_those_of_the_run_s_strings(tmp_path: Path) -> No
         {"mention_id": "2", "entity_id": "20", "mention": "wolf"},
         {"mention_id": "1", "entity_id": None, "mention": "bear"},
     ]
+
+
+def test_each_object_is_opened_by_one_request_and_in_its_turn(
+    s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, call = [], S3FileSystem._call_s3
+
+    async def call_and_note(client: S3FileSystem, method: str, *arguments: Any, **options: Any) -> Any:
+        calls.append(method)
+        return await call(client, method, *arguments, **options)
+
+    uri = f"{s3_server.uri}/many"
+    for name in "abc":
+        storage.write_bytes(f"{uri}/{name}.parquet", parquet.parquet_bytes(pa.table({"mention_id": [name]})))
+    monkeypatch.setattr(S3FileSystem, "_call_s3", call_and_note)
+    assert [table.read()["mention_id"].to_pylist() for table in parquet.open_tables(uri)] == [["a"], ["b"], ["c"]]
+    assert (calls.count("get_object"), calls.count("head_object")) == (3, 1)
+    listed = storage.list_tables(uri)[1]
+    storage.write_bytes(listed.uri, b"damaged")
+    tables = parquet.open_tables(uri)
+    assert next(tables).file.uri == f"{uri}/a.parquet"
+    with pytest.raises(InputError, match=r"many/b\.parquet is not a readable Parquet table"):
+        next(tables)
+    with pytest.raises(InputError, match="was replaced while it was read"):
+        parquet.open_table(listed.uri, file=listed)
+    storage.remove_tree(uri)
 
 
 def test_an_output_that_a_tool_has_written_again_is_read(tmp_path: Path) -> None:
