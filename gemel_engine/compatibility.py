@@ -72,7 +72,8 @@ def check_mapper(config: JobConfig, mapper: FeatureMapper, index: DemonstrationI
             f"{name} makes embeddings of width {metadata.language_model_width}, but {config.language_model.name} takes "
             f"{width}: use the mapper trained for this language model"
         )
-    if metadata.language_model_fingerprint not in (None, language_model_fingerprint(config.language_model.name)):
+    ours = language_model_fingerprint(config.language_model.name)
+    if len({metadata.language_model_fingerprint, ours} - {None}) > 1:
         raise ArtifactError(
             f"{name} was made for another language model than {config.language_model.name}: use the one trained for it"
         )

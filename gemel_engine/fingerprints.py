@@ -3,7 +3,8 @@
 The files of a language model are too large to be read at each start. Its fingerprint covers small
 files completely and, of each tensor in a larger file, the name, type, shape and some values at the
 beginning, middle and end. It changes if a model is trained further, merged or quantised; an edit of
-single values elsewhere is not detected.
+single values elsewhere is not detected. A model on the hub is known by its commit, however many of
+its files are on this machine.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def json_sha256(value: Any) -> str:
 
 
 def checkpoint_fingerprint(name_or_path: str, what: str = "language model") -> str:
-    """Return a SHA-256 hash of the files of a model; the module's docstring says what it covers.
+    """Return a hash that identifies a model; the module's docstring says what it covers.
 
     Args:
         name_or_path: Local directory, or name on the model hub.
@@ -55,7 +56,11 @@ def checkpoint_fingerprint(name_or_path: str, what: str = "language model") -> s
     """
     digest = hashlib.sha256()
     try:
-        directory = _local_directory(name_or_path)
+        directory = Path(name_or_path)
+        if not (directory / "config.json").is_file():
+            from transformers.utils.hub import cached_file  # takes seconds
+
+            return Path(str(cached_file(name_or_path, "config.json"))).parent.name
         for path in sorted(directory.iterdir()):
             if path.suffix in _SUFFIXES and path.is_file():
                 size = path.stat().st_size
@@ -67,15 +72,6 @@ def checkpoint_fingerprint(name_or_path: str, what: str = "language model") -> s
     except OSError as error:
         raise not_loadable(what, name_or_path, error) from error
     return digest.hexdigest()
-
-
-def _local_directory(name_or_path: str) -> Path:
-    """Return the directory of a model's files, where one on the hub is copied to if need be."""
-    if (config := Path(name_or_path, "config.json")).is_file():
-        return config.parent
-    from transformers.utils.hub import cached_file  # takes seconds
-
-    return Path(str(cached_file(name_or_path, "config.json"))).parent
 
 
 def files_digest(directory: Path, *, whole: bool = True) -> str:

@@ -17,9 +17,11 @@ from support.models import (
 )
 
 from gemel_engine import fingerprints as fingerprints
+from gemel_engine.compatibility import check_mapper
 from gemel_engine.config.components import VisionSettings
 from gemel_engine.config.loading import load_config
 from gemel_engine.config.settings import LinkConfig
+from gemel_engine.decoding.language_model import language_model_fingerprint
 from gemel_engine.errors import ArtifactError, ConfigurationError
 from gemel_engine.fingerprints import Contents, checkpoint_fingerprint
 from gemel_engine.linking import job as linking
@@ -169,3 +171,25 @@ def test_large_weights_in_any_format_are_sampled(config: LinkConfig, monkeypatch
 def test_a_model_that_is_not_there_is_an_artifact_error(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="nowhere"):
         checkpoint_fingerprint(str(tmp_path / "nowhere"))
+
+
+def test_a_model_of_the_hub_is_the_same_with_any_number_of_its_files(
+    artifacts: dict[str, Path], config: LinkConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A node has its configuration alone, until an engine has fetched the weights."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    commit, of_model = "0" * 40, tmp_path / "models--org--model"
+    snapshot = of_model / "snapshots" / commit
+    shutil.copytree(artifacts["language_model"], snapshot, ignore=shutil.ignore_patterns("*.safetensors"))
+    (of_model / "refs").mkdir()
+    (of_model / "refs" / "main").write_text(commit)
+    assert checkpoint_fingerprint("org/model") == commit
+    assert language_model_fingerprint("org/model") is None
+    hub = replace(config, language_model=replace(config.language_model, name="org/model"))
+    mapper = FeatureMapper.random(64, 2, 64, 0, language_model_fingerprint="another")
+    check_mapper(hub, mapper, None)
+    shutil.copy(artifacts["language_model"] / "model.safetensors", snapshot)
+    assert checkpoint_fingerprint("org/model") == commit
+    assert language_model_fingerprint("org/model") == language_model_fingerprint(str(artifacts["language_model"]))
+    with pytest.raises(ArtifactError, match="another language model"):
+        check_mapper(hub, mapper, None)

@@ -73,20 +73,24 @@ def vocabulary_size(name_or_path: str) -> int:
     return int(load_model_config(name_or_path).get_text_config().vocab_size)
 
 
-def language_model_fingerprint(name_or_path: str) -> str:
+def language_model_fingerprint(name_or_path: str) -> str | None:
     """Return a hash that identifies a language model, without reading all of its weights.
 
     It covers the configuration, and the size and the first and last MiB of each weight file. It
-    detects artifacts mixed up by accident, not forgery.
+    detects artifacts mixed up by accident, not forgery. It is None if the model is on the hub and
+    its weights are not on this machine.
 
     Raises:
         ArtifactError: There is no such model.
     """
     directory = checkpoint_directory("language model", name_or_path)
+    files = sorted([*directory.glob("*.safetensors"), *directory.glob("*.bin")])
+    if not files and not os.path.isdir(name_or_path):
+        return None
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     config.pop("transformers_version", None)
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for path in sorted([*directory.glob("*.safetensors"), *directory.glob("*.bin")]):
+    for path in files:
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with path.open("rb") as file:

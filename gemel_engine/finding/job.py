@@ -37,7 +37,6 @@ from gemel_engine.pipeline.stages import part_of, places_of, without_invalid_tex
 from gemel_engine.storage import parquet
 from gemel_engine.storage.columns import IDENTIFIER, TEXT, Column
 from gemel_engine.storage.parquet import parquet_bytes
-from gemel_engine.verbosity import is_verbose
 
 logger = logging.getLogger(__name__)
 
@@ -100,8 +99,7 @@ def find_mentions(config: FindConfig) -> FindReport:
 
         stage = None  # its model takes memory
         shards, arguments = [asdict(shard) for shard in remaining], (with_absolute_paths(config), contents)
-        num_gpus, quiet = int(on_gpu), not is_verbose()
-        run_each(shards, FindMentions, arguments, num_cpus=_CPUS_PER_ACTOR, num_gpus=num_gpus, quiet=quiet)
+        run_each(shards, FindMentions, arguments, num_cpus=_CPUS_PER_ACTOR, num_gpus=int(on_gpu))
     elif stage is not None:
         stage.search(remaining[0])
     report = _make_report(config.output, plan, remaining, time.monotonic() - started)

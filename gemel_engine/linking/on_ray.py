@@ -19,14 +19,13 @@ from gemel_engine.linking.stages import linking_stages, read_with_places, write_
 from gemel_engine.pipeline.corpus import Shard, count_rows
 from gemel_engine.pipeline.output import commit_shard
 from gemel_engine.pipeline.ray_data import connect, own_errors, rows_of, stream
-from gemel_engine.verbosity import is_verbose
 
 
 def sort_on_ray(
     ranges: Sequence[pa.Table], num_rows: int, directory: str, rows_per_shard: int, rows_per_block: int
 ) -> int:
     """Sort ranges of rows by their place and write them; return the number of written rows."""
-    connect(quiet=not is_verbose())
+    connect()
     boundaries: list[int | float] = [*range(rows_per_block, num_rows, rows_per_block)]
     dataset: Dataset = ray.data.from_arrow(list(ranges))
     dataset = dataset.map_batches(read_with_places, batch_size=1, batch_format="pyarrow", num_cpus=0.25)
@@ -54,7 +53,7 @@ def link_on_ray(
     config: LinkConfig, remaining: Sequence[Shard], contents: Contents, run: str
 ) -> Iterator[dict[str, Any]]:
     """Link shards and commit each as soon as its parts are complete; yield the receipts."""
-    connect(quiet=not is_verbose())
+    connect()
     commit: Any = ray.remote(num_cpus=0)(commit_shard)
     metrics = RayMetrics(config.output, count_rows(remaining))
     output = with_absolute_paths(config).output

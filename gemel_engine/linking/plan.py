@@ -39,7 +39,6 @@ from gemel_engine.pipeline.output import RunDirectory, read_columns
 from gemel_engine.pipeline.ray_data import connect
 from gemel_engine.storage.parquet import parquet_bytes
 from gemel_engine.types import PREDICTION_SCHEMA
-from gemel_engine.verbosity import is_verbose
 
 # The setting in `resources` of each stage's pool.
 _POOLS = {"image": "images", "retrieval": "retrieval", "generation": "generation"}
@@ -226,7 +225,7 @@ def link_windows(
             resources=_one_of_each(config.resources),
         )
         started = time.monotonic()
-        connect(quiet=not is_verbose())
+        connect()
         drawn = plan_shards(sampled.input, longest)
         tallies: dict[int, Tally] = {}
         whole, first_seconds = Tally(), 0.0

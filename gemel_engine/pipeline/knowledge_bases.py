@@ -208,7 +208,7 @@ def _staged(output: str) -> Iterator[Path]:
     """Yield an empty local directory whose contents are moved to the output at the end.
 
     Raises:
-        ConfigurationError: The output is not empty, and has no unfinished run.
+        ConfigurationError: The output is not empty, or was finished but for what is then removed.
     """
     local = storage.local_path(output)
     with ExitStack() as stack:
@@ -220,8 +220,15 @@ def _staged(output: str) -> Iterator[Path]:
             names = {path.name for path in local.iterdir()}
             staging = local / _STAGING
             stack.callback(shutil.rmtree, staging, ignore_errors=True)
-        is_unfinished = names <= _OURS and not names.isdisjoint({_PARTS, _STAGING})
-        if names - {".being-written"} and not is_unfinished:
+        left = names & {_PARTS, _STAGING}
+        if left and MANIFEST in names <= {*_OURS, MANIFEST}:
+            for name in left:
+                storage.remove_tree(f"{output}/{name}")
+            raise ConfigurationError(
+                f"{shown(output)} was finished by a command that was killed at its end; what that left is now removed: "
+                "use it, or name a new directory"
+            )
+        if names - {".being-written"} and not (left and names <= _OURS):
             raise ConfigurationError(f"{shown(output)} is not an empty directory; remove it or name a new one")
         for name in names - {".being-written", _PARTS, _STAGING}:  # of a publication that was killed
             if local is not None and not (local / name).is_dir():

@@ -55,9 +55,10 @@ def run_each(
     *,
     num_cpus: int,
     num_gpus: int,
-    quiet: bool = False,
 ) -> None:
     """Call a stage of actors once for each item, a table of one row, with all resources of the cluster.
+
+    The actors become as many as the cluster has room for, also while it grows.
 
     Args:
         items: The rows.
@@ -65,14 +66,9 @@ def run_each(
         arguments: Arguments of its constructor.
         num_cpus: Number of logical CPUs, and of threads, of one actor.
         num_gpus: Number of GPUs of one actor.
-        quiet: See `connect`.
     """
-    connect(quiet=quiet)
-    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    most = resources.get("GPU", 0) // num_gpus if num_gpus else resources.get("CPU", 0) // num_cpus
-    settings = PoolSettings(
-        max_actors=max(1, min(len(items), int(most))), num_cpus=num_cpus, num_gpus=num_gpus, num_threads=num_cpus
-    )
+    connect()
+    settings = PoolSettings(max_actors=len(items), num_cpus=num_cpus, num_gpus=num_gpus, num_threads=num_cpus)
     dataset: Dataset = ray.data.from_items([dict(item) for item in items], override_num_blocks=len(items))
     dataset = dataset.map_batches(stage, fn_constructor_args=arguments, **actor_pool(settings))
     with own_errors():
@@ -80,18 +76,19 @@ def run_each(
             pass
 
 
-def connect(*, quiet: bool = False) -> None:
+def connect(*, quiet: bool | None = None) -> None:
     """Join the cluster that the job was submitted to, or start Ray on this machine.
 
     Args:
         quiet: Whether to hide Ray Data's progress and the output of all processes but this one,
-            errors apart; it stays in Ray's own logs.
+            errors apart; it stays in Ray's own logs. None: unless libraries are to print all.
 
     Raises:
         ConfigurationError: No cluster answers at RAY_ADDRESS, or Ray cannot be started here.
     """
     if ray.is_initialized():
         return
+    quiet = not is_verbose() if quiet is None else quiet
     root = logging.getLogger()
     ours, on_stop = root.handlers[:], signal.getsignal(signal.SIGTERM)
     options = {"log_to_driver": not quiet, "logging_level": logging.INFO if is_verbose() else logging.WARNING}

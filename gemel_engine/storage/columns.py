@@ -44,6 +44,11 @@ def is_any_list(found: pa.DataType) -> bool:
     return any(getattr(pa.types, f"is_{kind}")(found) for kind in kinds)
 
 
+def list_depth(kind: pa.DataType) -> int:
+    """Return how many lists are around a value: 0 for a type that is no list."""
+    return 1 + list_depth(kind.value_type) if is_any_list(kind) else 0
+
+
 @dataclass(frozen=True, slots=True)
 class Column:
     """Type that a column is read as, and the stored types that it is accepted in.

@@ -29,6 +29,7 @@ _VERSION = "format_version"
 _CHECKSUM = "manifest_sha256"
 _MAX_BYTES = 16 << 20
 _CLAIM = ".being-written"
+_held: set[str] = set()  # real paths of the claims of this process
 
 Contents = TypeVar("Contents")
 
@@ -96,7 +97,8 @@ def write_manifest(path: Path, format_version: int, contents: Mapping[str, Any])
 def claimed(directory: Path, *, must_be_empty: bool = True) -> Iterator[None]:
     """Claim a directory while an artifact is written to it; a missing directory is created.
 
-    The claim of a killed process of this machine is void.
+    The claim of a killed process of this machine is void, also if this process has its number, as in
+    a container that was started again.
 
     Raises:
         ConfigurationError: The path is a file, the directory is not empty although it must be, or
@@ -108,6 +110,7 @@ def claimed(directory: Path, *, must_be_empty: bool = True) -> Iterator[None]:
         directory.mkdir(parents=True, exist_ok=True)
         with claim.open("x", encoding="utf-8") as file:
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        _held.add(os.path.realpath(claim))
     except NotADirectoryError as error:
         raise ConfigurationError(f"{directory} is not an empty directory; remove it or name a new one") from error
     except FileExistsError as error:
@@ -122,6 +125,7 @@ def claimed(directory: Path, *, must_be_empty: bool = True) -> Iterator[None]:
             raise ConfigurationError(f"{directory} is not an empty directory; remove it or name a new one")
         yield
     finally:
+        _held.discard(os.path.realpath(claim))
         claim.unlink(missing_ok=True)
         if is_new and directory.is_dir() and not any(directory.iterdir()):  # nothing was written
             with suppress(OSError):  # another command has claimed it
@@ -141,19 +145,25 @@ def _digest(contents: Mapping[str, Any]) -> str:
 def _remove_if_left_behind(claim: Path) -> None:
     """Remove the claim of a process of this machine that has ended."""
     found = re.fullmatch(r"process (\d+) on (.*)", _owner(claim), re.DOTALL)
-    if found is None or found[2] != socket.gethostname():
+    if found is None or found[2] != socket.gethostname() or _is_at_work(int(found[1]), claim):
         return
+    taken = claim.with_name(f"{_CLAIM}-{uuid.uuid4().hex}")
+    with suppress(FileNotFoundError):  # another command has removed it
+        claim.rename(taken)
+        if _owner(taken) != found[0]:  # the new claim of another command
+            taken.rename(claim)
+        taken.unlink(missing_ok=True)
+
+
+def _is_at_work(number: int, claim: Path) -> bool:
+    """Return whether the process of this number exists and may have made a claim."""
+    if number == os.getpid():
+        return os.path.realpath(claim) in _held
     try:
-        os.kill(int(found[1]), 0)  # sends nothing
-    except (ProcessLookupError, OverflowError):  # no process has a number too large
-        taken = claim.with_name(f"{_CLAIM}-{uuid.uuid4().hex}")
-        with suppress(FileNotFoundError):  # another command has removed it
-            claim.rename(taken)
-            if _owner(taken) != found[0]:  # the new claim of another command
-                taken.rename(claim)
-            taken.unlink(missing_ok=True)
-    except OSError:  # a process of another user
-        return
+        os.kill(number, 0)  # sends nothing
+    except (OSError, OverflowError) as error:  # no process has a number too large
+        return isinstance(error, PermissionError)  # of another user's
+    return True
 
 
 def _owner(claim: Path) -> str:

@@ -13,7 +13,9 @@ table.
 from __future__ import annotations
 
 import io
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
@@ -22,12 +24,15 @@ import pyarrow.parquet as pq
 from gemel_engine.config.addresses import local_path
 from gemel_engine.errors import InputError
 from gemel_engine.storage import files as storage
+from gemel_engine.storage import s3
 from gemel_engine.storage.columns import Column
 from gemel_engine.storage.files import InputFile
 from gemel_engine.storage.local import open_regular
 from gemel_engine.storage.parquet_footer import EXTENSION_KEY
 from gemel_engine.storage.table import Table, check_memory, explain_unreadable
 from gemel_engine.storage.text import parquet_copy
+
+_THREADS = 16  # they mostly wait for S3
 
 
 def open_table(
@@ -43,7 +48,7 @@ def open_table(
         uri: Address of the file.
         columns: See `Table`.
         required: See `Table`.
-        file: The file as it was listed, if it was.
+        file: The file as it was listed, if it was; an object in S3 must not have changed since.
 
     Raises:
         InputError: The file cannot be read, or `Table` rejects it.
@@ -56,13 +61,18 @@ def open_table(
         if is_text:
             file = file or storage.list_tables(uri)[0]
             uri = str(parquet_copy(file))
-        file_system, place = storage.resolve(uri)
-        source = file_system.open_input_file(place)
+        if local_path(uri) is not None:
+            file_system, place = storage.resolve(uri)
+            source = file_system.open_input_file(place)
+        elif file := file or storage.find_file(storage.normalised_uri(uri)):
+            source = s3.open_file(file.uri, file.size, file.version)
+        else:
+            raise FileNotFoundError(uri)
     return _opened(source, file or InputFile(uri, source.size(), ""), columns, required, is_text=is_text)
 
 
 def open_tables(uri: str, columns: Mapping[str, Column] | None = None, required: Sequence[str] = ()) -> Iterator[Table]:
-    """Yield the tables at an address, one open at a time.
+    """Yield the tables at an address, one open at a time; in S3, the next ones are opened meanwhile.
 
     Args:
         uri: Address of a file or directory.
@@ -73,14 +83,22 @@ def open_tables(uri: str, columns: Mapping[str, Column] | None = None, required:
         InputError: There is no table, `Table` rejects one, or a column is stored in the name
             of a directory (a Hive partition).
     """
-    for file in storage.list_tables(uri):
-        with open_table(file.uri, columns, required, file=file) as table:
-            for key in storage.partition_keys(uri, file):
-                if key in (columns or ()) and key not in table.names:
-                    raise InputError(
-                        f"{file.uri} has its {key!r} in the name of a directory: write it as a column of the file"
-                    )
-            yield table
+    files = storage.list_tables(uri)
+    waits = local_path(uri) is None and not storage.text_format(files[0].uri)  # copies of text take memory
+    threads, ahead = ThreadPoolExecutor(_THREADS), deque[Future[Table]]()
+    try:
+        for number, file in enumerate(files):
+            for next_file in files[number + len(ahead) : number + (_THREADS if waits else 1)]:
+                ahead.append(threads.submit(open_table, next_file.uri, columns, required, file=next_file))
+            with ahead.popleft().result() as table:
+                for key in storage.partition_keys(uri, file):
+                    if key in (columns or ()) and key not in table.names:
+                        raise InputError(
+                            f"{file.uri} has its {key!r} in the name of a directory: write it as a column of the file"
+                        )
+                yield table
+    finally:
+        threads.shutdown(cancel_futures=True)
 
 
 def read_tables(

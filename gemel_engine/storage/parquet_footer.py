@@ -14,6 +14,7 @@ import base64
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import pyarrow as pa
@@ -23,6 +24,7 @@ _BYTES_PER_GUESS = 64 << 10  # read first; most footers are shorter
 _MAX_FOOTER_BYTES = 64 << 20
 _MAX_DEPTH = 16  # Parquet's own structs are half as deep
 _MAX_VARINT_BYTES = 10
+_FOOTERS_KEPT = 2  # the shards of a file follow each other
 _TAIL = 8  # length of the footer, magic number
 # Types of the compact protocol; 1 and 2 are booleans, 3 is a byte.
 _TRUE, _FALSE, _BYTE, _INTEGERS, _DOUBLE, _BINARY, _LISTS, _MAP, _STRUCT = 1, 2, 3, (4, 5, 6), 7, 8, (9, 10), 11, 12
@@ -48,8 +50,10 @@ class Chunk:
     has_shared_beginnings: bool
 
 
-def read_chunks(source: pa.NativeFile) -> list[list[Chunk]]:
+def read_chunks(source: pa.NativeFile) -> tuple[tuple[Chunk, ...], ...]:
     """Return the column chunks of each row group, in the order of the physical columns.
+
+    A process checks a footer once: the next shards of a file with many row groups take no such time.
 
     Raises:
         ValueError: The footer is damaged, or contains an extension type, which the message names.
@@ -61,13 +65,17 @@ def read_chunks(source: pa.NativeFile) -> list[list[Chunk]]:
         raise ValueError(f"a footer of {length} bytes in a file of {size}")
     if length + _TAIL > len(tail):
         tail = source.read_at(length + _TAIL, size - _TAIL - length)
-    footer = tail[len(tail) - _TAIL - length : -_TAIL]
+    return _checked_chunks(tail[len(tail) - _TAIL - length : -_TAIL])
+
+
+@lru_cache(_FOOTERS_KEPT)
+def _checked_chunks(footer: bytes) -> tuple[tuple[Chunk, ...], ...]:
     if any(spelling in footer for spelling in _SPELLINGS):
         named = ", ".join(f"{name!r} is of {kind!r}" for name, kind in _extension_types(footer))
         raise ValueError(f"Arrow extension types are not read, cast them to plain types: {named or 'in its schema'}")
     try:
         groups = _Thrift(footer).struct().get(4, [])
-        return [[_chunk(column[3]) for column in group[1]] for group in groups]
+        return tuple(tuple(_chunk(column[3]) for column in group[1]) for group in groups)
     except (AttributeError, IndexError, KeyError, TypeError) as error:
         raise ValueError("a damaged footer") from error
 

@@ -19,6 +19,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from pyarrow import NativeFile, PythonFile
 from pyarrow.fs import FileSystem, FSSpecHandler, PyFileSystem
 
 from gemel_engine.errors import ConfigurationError, redacted, shown
@@ -68,6 +69,17 @@ def read_bytes(uri: str, limit: int | None = None, offset: int = 0) -> bytes:
                 return b""
             raise
     return content
+
+
+def open_file(uri: str, size: int, etag: str) -> NativeFile:
+    """Open an object for reading, without any request before the first read.
+
+    A read raises OSError if the object no longer has this ETag.
+    """
+    stream = _client().open(uri, size=size)
+    stream.details = {"name": stream.path, "size": size, "ETag": etag}  # which it would ask for
+    stream.read_kw = {**stream.read_kw, "IfMatch": f'"{etag}"'}
+    return PythonFile(stream, mode="r")
 
 
 def copy_to_local(uri: str, etag: str, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from gemel_engine.errors import InputError
 from gemel_engine.storage.column_names import explain_unparsed, missing_columns, stored_names
-from gemel_engine.storage.columns import Column, is_any_list
+from gemel_engine.storage.columns import Column, is_any_list, list_depth
 from gemel_engine.storage.files import SUFFIXES, InputFile
 from gemel_engine.storage.local import is_of_system
 from gemel_engine.storage.parquet_footer import read_chunks
@@ -79,9 +80,8 @@ class Table:
             self.num_rows: int = self._metadata.num_rows
             groups = [self._metadata.row_group(group) for group in range(self._metadata.num_row_groups)]
         self._ends = np.cumsum([0, *(group.num_rows for group in groups)])
-        self._check_columns(groups, columns, required)
-        for number, group in enumerate(groups):
-            self._check_sizes(number, group.num_rows)
+        self._check_columns(columns, required)
+        self._check_sizes()
 
     def __enter__(self) -> Self:
         return self
@@ -193,11 +193,9 @@ class Table:
         leaves = ((place, self._metadata.schema.column(place)) for place in range(self._metadata.num_columns))
         return [(place, leaf) for place, leaf in leaves if leaf.path in names or leaf.path.partition(".")[0] in names]
 
-    def _check_columns(
-        self, groups: Sequence[pq.RowGroupMetaData], columns: Mapping[str, Column] | None, required: Sequence[str]
-    ) -> None:
+    def _check_columns(self, columns: Mapping[str, Column] | None, required: Sequence[str]) -> None:
         uri, num_columns = self.file.uri, self._metadata.num_columns
-        is_complete = [len(chunks) for chunks in self._chunks] == [num_columns] * len(groups)
+        is_complete = [len(chunks) for chunks in self._chunks] == [num_columns] * self._metadata.num_row_groups
         if not is_complete or self._ends[-1] != self.num_rows or num_columns > _MAX_COLUMNS:
             raise InputError(
                 f"{uri} has {num_columns} columns, in row groups that lack some or of {self._ends[-1]} of its "
@@ -226,12 +224,15 @@ class Table:
         stored = self._stored.get(_PICTURE)
         return stored is not None and pa.types.is_struct(self._schema.field(stored).type)
 
-    def _check_sizes(self, group: int, num_rows: int) -> None:
+    def _check_sizes(self) -> None:
         """Raise if a column of a row group expands too far: pages of zeros, millions of nulls."""
-        for place, leaf in self._leaves(self._fields):
-            chunk = self._chunks[group][place]
-            size = max(chunk.size, 8 * (chunk.num_values - num_rows))
-            self._check_bytes(size, f"column {leaf.path.partition('.')[0]!r} of {num_rows} rows")
+        sizes = (
+            (max(chunks[place].size, 8 * (chunks[place].num_values - num_rows)), leaf.path, num_rows)
+            for place, leaf in self._leaves(self._fields)
+            for chunks, num_rows in zip(self._chunks, np.diff(self._ends).tolist(), strict=True)
+        )
+        size, path, num_rows = max(sizes, default=(0, "", 0))
+        self._check_bytes(size, f"column {path.partition('.')[0]!r} of {num_rows} rows")
 
     def _check_bytes(self, size: int, what: str) -> None:
         check_memory(self.file.uri, size, self._source.size(), what)
@@ -299,7 +300,7 @@ class Table:
                 lengths = pc.binary_length(values.dictionary).take(values.indices)
                 self._check_bytes(pc.sum(lengths.cast(pa.int64())).as_py() or 0, "rows that are read at once")
             return self._convert(values.dictionary, wanted).take(values.indices)  # checks the indices
-        if _depth(values.type) < _depth(wanted) and not pa.types.is_null(values.type):  # one item instead of a list
+        if list_depth(values.type) < list_depth(wanted) and not pa.types.is_null(values.type):  # an item, no list
             offsets = pa.array(np.concatenate([[0], np.cumsum(pc.is_valid(values).to_numpy(zero_copy_only=False))]))
             items = self._convert(values.drop_null(), wanted.value_type)
             mask = pc.is_null(values) if values.null_count else None
@@ -323,11 +324,6 @@ class Table:
         return pc.cast(values, options=pc.CastOptions(target_type=wanted, allow_invalid_utf8=True))
 
 
-def _depth(kind: pa.DataType) -> int:
-    """Return how many lists are around a value: 0 for a type that is no list."""
-    return 1 + _depth(kind.value_type) if is_any_list(kind) else 0
-
-
 def check_memory(uri: str, num_bytes: int, stored_bytes: int, what: str) -> None:
     """Raise if data would take too much memory for its stored size."""
     if num_bytes > max(_ALWAYS_ALLOWED, _EXPANSION * stored_bytes):
@@ -345,5 +341,7 @@ def explain_unreadable(uri: str) -> Iterator[None]:
     except (OSError, ValueError, pa.ArrowException) as error:
         if is_of_system(error):
             raise
+        if isinstance(error, OSError) and error.errno == errno.EBUSY:  # of s3fs, if the ETag is another
+            raise InputError(f"{uri} was replaced while it was read: run the same command again") from error
         remedy = "write it again" if uri.lower().endswith(SUFFIXES) else "name it *.csv, *.tsv or *.jsonl if it is one"
         raise InputError(f"{uri} is not a readable Parquet table ({error}): {remedy}") from error

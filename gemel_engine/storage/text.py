@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from gemel_engine.errors import InputError, shown
 from gemel_engine.storage.cache import ARTIFACT_CACHE, made_once
-from gemel_engine.storage.files import InputFile, text_format
+from gemel_engine.storage.files import InputFile, find_file, text_format
 from gemel_engine.storage.lines import MAX_LINE_BYTES, read_lines
 
 _DELIMITERS = {"csv": ",", "tsv": "\t"}
@@ -39,17 +39,20 @@ def parquet_copy(file: InputFile) -> Path:
     """Return a local copy of a table, in Parquet with columns of text.
 
     Raises:
-        InputError: The file is damaged, is not UTF-8, or has a malformed row.
+        InputError: The file is damaged, is not UTF-8, has a malformed row, or was replaced since it
+            was listed.
     """
     digest = hashlib.sha256(repr((file.uri, file.version)).encode()).hexdigest()[:16]
     name = re.sub(r"[^\w.-]", "_", file.uri.rpartition("/")[2])[-80:]
-    return made_once(ARTIFACT_CACHE / f"{name}-{digest}", lambda directory: _copy(file.uri, directory)) / _FILE
+    return made_once(ARTIFACT_CACHE / f"{name}-{digest}", lambda directory: _copy(file, directory)) / _FILE
 
 
-def _copy(uri: str, directory: Path) -> None:
+def _copy(file: InputFile, directory: Path) -> None:
     names: dict[str, None] = {}
-    while not _write(uri, directory / _FILE, names):
+    while not _write(file.uri, directory / _FILE, names):
         pass  # a later line has names that the first lines lack
+    if find_file(file.uri) != file:
+        raise InputError(f"{shown(file.uri)} was replaced while it was read: run the same command again")
 
 
 def _write(uri: str, path: Path, names: dict[str, None]) -> bool:

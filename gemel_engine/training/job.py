@@ -124,7 +124,7 @@ def train_mapper(config: TrainConfig) -> TrainReport:
     shards = {split: plan_identity(plan) for split, plan in plans.items()}
     claim_output(config.output, run_identity(config, shards, contents))
     config = without_missing_evidence(config, has_evidence=artifacts.evidence is not None)
-    connect()
+    connect(quiet=False)  # the workers' progress comes as their output
     _check_resources(config)
     of_workers = with_absolute_paths(config)
     prepared = {

@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import ray
 from support.paths import ROOT
 
 from gemel_engine.errors import ConfigurationError
+from gemel_engine.pipeline import ray_data
 from gemel_engine.pipeline.ray_data import connect
 
 C_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
@@ -99,6 +101,23 @@ def test_a_temporary_directory_with_a_long_path_is_said(tmp_path: Path, monkeypa
     with pytest.raises(ConfigurationError, match="set TMPDIR, or RAY_TMPDIR, to a directory with a shorter path"):
         connect()
     assert "RAY_ADDRESS" not in os.environ
+
+
+def test_a_pool_may_grow_with_the_cluster_and_is_quiet_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one whose head has no CPUs, and whose workers come when there is work."""
+    dataset, start = MagicMock(), MagicMock()
+    dataset.map_batches.return_value.iter_batches.return_value = []
+    monkeypatch.setattr(ray_data, "_start_ray", start)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"memory": 1.0})
+    monkeypatch.setattr(ray.data, "from_items", lambda *_, **__: dataset)
+    for name in ("RAY_ADDRESS", "GEMEL_VERBOSE", "RAY_LOGGING_CONFIG_ENCODING"):
+        monkeypatch.delenv(name, raising=False)
+    for _ in range(2):
+        ray_data.run_each([{"shard": number} for number in range(3)], object, (), num_cpus=2, num_gpus=0)
+        monkeypatch.setenv("GEMEL_VERBOSE", "1")
+    pools = [call.kwargs["compute"] for call in dataset.map_batches.call_args_list]
+    assert [(pool.min_size, pool.max_size) for pool in pools] == [(1, 3)] * 2
+    assert [call.args[0]["log_to_driver"] for call in start.call_args_list] == [False, True]
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])

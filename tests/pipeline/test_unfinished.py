@@ -81,6 +81,32 @@ def test_what_a_killed_upload_left_is_removed_before_the_next(
     storage.remove_tree(output)
 
 
+@pytest.mark.parametrize("is_local", [True, False])
+def test_what_was_left_beside_a_finished_knowledge_base_is_removed(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch,
+    is_local: bool,
+) -> None:  # fmt: skip
+    entities = write(tmp_path / "e.parquet", entity_id=["a"], name=["bear"], image_features=[[1.0, 2.0]])
+    output = str(tmp_path / "kb") if is_local else f"{s3_server.uri}/finished"
+    publish = storage.publish_directory
+
+    def publish_and_end(directory: Path, uri: str, last: str) -> None:
+        publish(directory, uri, last)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "publish_directory", publish_and_end)
+        with pytest.raises(Killed):
+            build(entities, output, tokenizer, STRICT, NONE)
+    assert any("evidence-parts" in name for name in storage.list_files(output))
+    with pytest.raises(ConfigurationError, match="was finished by a command that was killed"):
+        build(entities, output, tokenizer, STRICT, NONE)
+    assert {name.partition("/")[0] for name in storage.list_files(output)} == {
+        "entities.arrow", "evidence", "knowledge_base.json", "trie",
+    }  # fmt: skip
+    storage.remove_tree(output)
+
+
 def test_a_killed_merge_is_no_knowledge_base_without_evidence(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,7 +22,7 @@ def ended_process() -> int:
     return process.pid
 
 
-@pytest.mark.parametrize("number", [None, 10**30])
+@pytest.mark.parametrize("number", [None, 10**30, pytest.param(os.getpid(), id="of this process")])
 def test_the_claim_of_a_process_that_has_ended_is_void(tmp_path: Path, number: int | None) -> None:
     claim = tmp_path / ".being-written"
     claim.write_text(f"process {number or ended_process()} on {socket.gethostname()}")

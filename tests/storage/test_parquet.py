@@ -16,7 +16,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from s3fs import S3FileSystem
+from support.s3_server import S3Server
 
+from gemel_engine import storage
 from gemel_engine.errors import InputError
 from gemel_engine.evaluation.gold import read_gold
 from gemel_engine.knowledge_base.build import read_entities
@@ -26,6 +29,7 @@ from gemel_engine.pipeline.output import read_columns
 from gemel_engine.report.gallery import read_drawn_mentions
 from gemel_engine.retrieval.reading import read_demonstrations, read_names
 from gemel_engine.storage import parquet as parquet
+from gemel_engine.storage import parquet_footer
 from gemel_engine.storage.table import explain_unreadable
 from gemel_engine.training.stages import read_file
 from gemel_engine.types import MENTION_COLUMNS, PREDICTION_COLUMNS
@@ -209,6 +213,12 @@ def test_rows_are_those_asked_for_in_any_row_group(tmp_path: Path) -> None:
             assert table.read(["mention_id"], rows)["mention_id"].to_pylist() == [str(row) for row in rows]
         wanted = pa.array([0, 6, 7, 50, 99]).to_numpy()
         assert table.take(["mention_id"], wanted, max_rows=3)["mention_id"].to_pylist() == ["0", "6", "7", "50", "99"]
+
+
+def test_a_footer_is_checked_once_for_all_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_shards(write(tmp_path / "mentions.parquet", MENTIONS, row_group_size=1), 1)
+    monkeypatch.setattr(parquet_footer, "_Thrift", None)
+    assert [read_rows(shard, ["mention"])["mention"].to_pylist() for shard in plan] == [["bear"], ["wolf"], ["bear"]]
 
 
 def test_a_damaged_file_is_an_input_error_however_late_it_is_found(tmp_path: Path) -> None:
@@ -410,6 +420,32 @@ def test_labels_of_integers_are_those_of_the_run_s_strings(tmp_path: Path) -> No
         {"mention_id": "2", "entity_id": "20", "mention": "wolf"},
         {"mention_id": "1", "entity_id": None, "mention": "bear"},
     ]
+
+
+def test_each_object_is_opened_by_one_request_and_in_its_turn(
+    s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, call = [], S3FileSystem._call_s3
+
+    async def call_and_note(client: S3FileSystem, method: str, *arguments: Any, **options: Any) -> Any:
+        calls.append(method)
+        return await call(client, method, *arguments, **options)
+
+    uri = f"{s3_server.uri}/many"
+    for name in "abc":
+        storage.write_bytes(f"{uri}/{name}.parquet", parquet.parquet_bytes(pa.table({"mention_id": [name]})))
+    monkeypatch.setattr(S3FileSystem, "_call_s3", call_and_note)
+    assert [table.read()["mention_id"].to_pylist() for table in parquet.open_tables(uri)] == [["a"], ["b"], ["c"]]
+    assert (calls.count("get_object"), calls.count("head_object")) == (3, 1)
+    listed = storage.list_tables(uri)[1]
+    storage.write_bytes(listed.uri, b"damaged")
+    tables = parquet.open_tables(uri)
+    assert next(tables).file.uri == f"{uri}/a.parquet"
+    with pytest.raises(InputError, match=r"many/b\.parquet is not a readable Parquet table"):
+        next(tables)
+    with pytest.raises(InputError, match="was replaced while it was read"):
+        parquet.open_table(listed.uri, file=listed)
+    storage.remove_tree(uri)
 
 
 def test_an_output_that_a_tool_has_written_again_is_read(tmp_path: Path) -> None:

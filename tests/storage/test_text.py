@@ -168,6 +168,10 @@ def test_a_replaced_file_is_noticed(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="has changed since the run was planned"):
         read_rows(plan[0], ["mention_id"])
     assert len(read_all(uri)) == 2
+    listed = storage.list_tables(write(tmp_path / "b.csv", as_csv(ROWS, {})))[0]
+    uri = write(tmp_path / "b.csv", as_csv(ROWS[:2], {}))
+    with pytest.raises(InputError, match="was replaced while it was read: run the same command again"):
+        parquet.open_table(uri, file=listed)
 
 
 def test_tables_in_s3(s3_server: S3Server) -> None:
