@@ -24,12 +24,11 @@ from urllib.parse import unquote
 
 from pyarrow.fs import FileSystem, LocalFileSystem
 
-from gemel_engine.config.addresses import local_path
+from gemel_engine.config.addresses import RAY_WORKING_DIRECTORIES, local_path
 from gemel_engine.errors import ConfigurationError, InputError, shown
 from gemel_engine.storage import s3
 from gemel_engine.storage.local import open_regular, publish_exclusively, write_local
 
-_RAY_WORKING_DIRECTORIES = "working_dir_files"
 SUFFIXES = (".parquet", ".parq", ".pq")
 _TEXT_FILE = re.compile(r".*\.(csv|tsv|jsonl|ndjson|json)(\.(gz|bz2|zst))?", re.IGNORECASE | re.DOTALL)
 
@@ -57,7 +56,7 @@ def check_kept(uri: str) -> None:
         ConfigurationError: The address is inside that directory.
     """
     path, here = local_path(uri), Path.cwd()
-    if path is not None and _RAY_WORKING_DIRECTORIES in here.parts and path.is_relative_to(here):
+    if path is not None and RAY_WORKING_DIRECTORIES in here.parts and path.is_relative_to(here):
         raise ConfigurationError(
             f"{shown(uri)} is in the job's working directory, which Ray removes: give s3://bucket/prefix, or an "
             "absolute path that all nodes share"
