@@ -39,7 +39,6 @@ def opened(artifacts: dict[str, Path]) -> Artifacts:
     return Artifacts(
         load_tokenizer(str(artifacts["language_model"])),
         KnowledgeBase.open(artifacts["knowledge_base"]),
-        artifacts["knowledge_base"] / "trie",
         DemonstrationIndex.open(artifacts["demonstrations"]),
         None,
     )
@@ -63,7 +62,7 @@ def built(opened: Artifacts, entities: dict[str, list[str]], directory: Path) ->
         pa.table({"entity_id": [*entities], **columns}), opened.tokenizer, directory, KnowledgeBaseSettings()
     )
     knowledge_base = KnowledgeBase.open(directory, verify=True)
-    return replace(opened, knowledge_base=knowledge_base, trie_directory=knowledge_base.trie_directory, index=None)
+    return replace(opened, knowledge_base=knowledge_base, index=None)
 
 
 def generator(
