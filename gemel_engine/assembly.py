@@ -86,7 +86,7 @@ def open_artifacts(config: JobConfig, *, verify: bool = False) -> Artifacts:
     if mapper is not None:
         check_mapper(config, mapper, index)
     check_pictures(config, evidence, mapper, index)
-    return Artifacts(tokenizer, knowledge_base, knowledge_base.trie_directory, index, mapper, evidence)
+    return Artifacts(tokenizer, knowledge_base, index, mapper, evidence)
 
 
 def open_calibration(config: LinkConfig, artifacts: Artifacts) -> Calibration | None:
@@ -213,8 +213,8 @@ def _start_engine(config: LinkConfig, artifacts: Artifacts, added_names: SavedTr
     with extra("cpu", "gpu"):  # vLLM takes seconds to import
         from gemel_engine.decoding.engines.vllm import VllmEngine
 
-    max_prompt_tokens = config.prompt.max_prompt_tokens
-    return VllmEngine(settings, artifacts.trie_directory, terminator, num_children, max_prompt_tokens, added_names)
+    directory, max_prompt_tokens = artifacts.knowledge_base.trie_directory, config.prompt.max_prompt_tokens
+    return VllmEngine(settings, directory, terminator, num_children, max_prompt_tokens, added_names)
 
 
 def load_picture_encoder(settings: VisionSettings) -> PictureEncoder:

@@ -14,7 +14,7 @@ from gemel_engine.config.settings import LinkConfig
 from gemel_engine.decoding.generator import EntityNameGenerator
 from gemel_engine.decoding.prompt import Prompt
 from gemel_engine.decoding.scope import Scope
-from gemel_engine.errors import ConfigurationError, MentionError
+from gemel_engine.errors import ConfigurationError, InputError, MentionError
 from gemel_engine.evidence.cards import Card
 from gemel_engine.evidence.comparison import Argument, arguments
 from gemel_engine.evidence.retrieved import PromptItem, Retrieved
@@ -60,6 +60,7 @@ class Explanation:
         demonstrations: Demonstrations and cards in the prompt's order, the last right before the
             question.
         prompt: Input of the language model: text as the tokenizer decodes it, marks of pictures.
+            Empty if evidence decided alone.
         entities: Records of the prediction's candidates and of its candidate pool, by id.
         arguments: What speaks for the first candidate and what for the second, if evidence ranks.
         without_picture: Explanation of the same mention without its picture; None if it has none.
@@ -84,6 +85,7 @@ def explain(linker: Linker, mention: Mention, picture: bytes | None = None) -> E
 
     Raises:
         ConfigurationError: There is a picture, but no image encoder is configured.
+        InputError: The picture is not given as bytes.
         MentionError: The mention can't be linked.
     """
     with linker.lock:
@@ -94,19 +96,19 @@ def _explain(linker: Linker, mention: Mention, picture: bytes | None) -> Explana
     (features,), (retrieved,) = linker.prepare([mention], [picture])
     if isinstance(features, MentionError):
         raise features
-    if picture is not None and features is None:
-        raise ConfigurationError("a picture needs vision.image_encoder: set it, or leave the picture out")
     generator = linker.generator
-    prompt, used = generator.prompt(mention, features, retrieved)
-    Scope.of(
-        generator.artifacts.knowledge_base, mention
-    )  # raises the error that `generate` would put into the prediction
     (prediction,) = generator.generate([mention], [features], [retrieved])
+    used: Sequence[PromptItem] = ()
+    pieces: Iterator[str | VisualMark] = iter(())
+    if prediction.decided_by != "evidence":  # both raise the error that `generate` puts into the prediction
+        prompt, used = generator.prompt(mention, features, retrieved)
+        Scope.of(generator.artifacts.knowledge_base, mention)
+        pieces = _pieces(prompt, generator.artifacts.tokenizer)
     return Explanation(
         mention=mention,
         prediction=prediction,
         demonstrations=tuple(_demonstrations(linker, mention.mention, used)),
-        prompt=tuple(_pieces(prompt, generator.artifacts.tokenizer)),
+        prompt=tuple(pieces),
         entities=dict(_entities(prediction, generator.artifacts.knowledge_base)),
         arguments=tuple(_arguments(mention.mention, prediction, generator)),
         without_picture=None if picture is None else _explain(linker, mention, None),
@@ -193,6 +195,10 @@ class Linker:
 
         Returns:
             One prediction for each mention, in order.
+
+        Raises:
+            ConfigurationError: There is a picture, but no image encoder is configured.
+            InputError: A picture is not given as bytes.
         """
         with self.lock:
             encoded, retrieved = self.prepare(mentions, pictures)
@@ -212,7 +218,13 @@ class Linker:
         Returns:
             For each mention its image features (C,), None without a picture, or an error if the
             mention or its picture is bad; and what retrieval finds for it.
+
+        Raises:
+            ConfigurationError: There is a picture, but no image encoder is configured.
+            InputError: A picture is not given as bytes.
         """
+        for picture in pictures:
+            self.check_picture(picture)
         faults = map(fault_of, mentions)
         files = [fault or picture for fault, picture in zip(faults, pictures, strict=True)]
         with self.lock:
@@ -226,6 +238,18 @@ class Linker:
             for place, item in zip(good, found, strict=True):
                 retrieved[place] = item
         return encoded, retrieved
+
+    def check_picture(self, picture: bytes | None) -> None:
+        """Validate that a picture can be linked with its mention, without reading it.
+
+        Raises:
+            ConfigurationError: There is a picture, but no image encoder is configured.
+            InputError: It is not given as bytes.
+        """
+        if not isinstance(picture, bytes | None):
+            raise InputError(f"a picture is {picture!r:.50}: give the content of the image file, as bytes")
+        if picture is not None and self._pictures is None:
+            raise ConfigurationError("a picture needs vision.image_encoder: set it, or leave the picture out")
 
     def link_one(
         self, text: str, mention: str, picture: bytes | None = None, candidate_ids: Sequence[str] | None = None

@@ -152,11 +152,11 @@ class Prediction:
             only one was found.
         certified: Whether the first name or entity is proved to be the best of all allowed ones by
             the ranking of the search; false if evidence decided alone.
-        num_certified: Number of leading candidate names, or entities by the score, whose ranks are
-            proved.
+        num_certified: Number of leading candidates whose ranks are proved.
         is_nil: Whether the mention refers to no entity of the knowledge base, according to the
             calibration; None if `nil_probability` is None. The best entity is returned in any case.
-        candidates: Candidates, the best first; entities that share a name are adjacent.
+        candidates: Candidates, the best first; entities that share a name are adjacent, as many as
+            there is room for.
         demonstration_ids: Values of `mention_id` of the demonstrations in the prompt, in its order:
             the last one is right before the question. A card has the id `card:` and that of its
             entity.

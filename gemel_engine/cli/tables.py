@@ -140,8 +140,9 @@ def print_explanation(explanation: Explanation, console: Console) -> None:
     if explanation.demonstrations:
         console.print(Rule("demonstrations and cards, the last right before the question", align="left"))
         console.print(_demonstrations(explanation.demonstrations))
-    console.print(Rule("prompt", align="left"))
-    console.print(_prompt(explanation.prompt))
+    if explanation.prompt:
+        console.print(Rule("prompt", align="left"))
+        console.print(_prompt(explanation.prompt))
 
 
 def _answer(explanation: Explanation) -> RenderableType:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -50,7 +49,6 @@ class Artifacts:
     Attributes:
         tokenizer: The language model's tokenizer.
         knowledge_base: Entities, their names and the prefix trie.
-        trie_directory: Directory of the prefix trie, for engines that open it in another process.
         index: Demonstration index; None without demonstrations.
         feature_mapper: Mapper of image features to visual prefixes; None without pictures.
         evidence: Evidence index of the knowledge base; None without one.
@@ -58,7 +56,6 @@ class Artifacts:
 
     tokenizer: PreTrainedTokenizerFast
     knowledge_base: KnowledgeBase
-    trie_directory: Path
     index: DemonstrationIndex | None
     feature_mapper: FeatureMapper | None
     evidence: EvidenceIndex | None = None

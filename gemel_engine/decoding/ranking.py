@@ -51,14 +51,26 @@ class Heard:
             if candidate.log_prob is not None and (row := row_of(candidate.entity_id)) is not None
         }
         log_probs, log_limits = dict(stated), {}
+        of_names: dict[int, float] = {}  # log-probs of names that were found
+        limits: dict[int, float] = {}  # of names that may have been found
         for row, log_prob in stated.items():
             names = scope.numbers(row)
-            if len(names) > 1:
+            if len(names) == 1:
+                of_names[names[0]] = log_prob
+            else:
                 log_limits[row] = -math.inf
-            for other in {other for name in names for other in scope.entities(name)} - stated.keys():
-                known = log_probs if len(names) == len(scope.numbers(other)) == 1 else log_limits
-                known[other] = max(log_prob, known.get(other, log_prob))
-        log_mass = prediction.log_prob - math.log(max(prediction.probability, 1e-300))
+                limits.update({name: max(log_prob, limits.get(name, log_prob)) for name in names})
+        for name, limit in (limits | of_names).items():
+            for other in scope.entities(name):
+                if other in stated:
+                    continue
+                if name in of_names and len(scope.knowledge_base.names_of_row(other)) == 1:
+                    log_probs[other] = limit
+                else:
+                    log_limits[other] = max(limit, log_limits.get(other, limit))
+        # A smaller share is rounded too much; all names have a probability of 1 at most.
+        is_precise = prediction.probability > 1e-300
+        log_mass = prediction.log_prob - math.log(prediction.probability) if is_precise else 0.0
         # Entities of one name have equal log-probs; two names that happen to have count once, too.
         share = 1 - sum(math.exp(log_prob - log_mass) for log_prob in set(stated.values()))
         return cls(log_probs, log_limits, log_mass, log_mass + math.log(max(share, 0.0) + _ROUNDING))

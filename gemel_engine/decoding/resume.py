@@ -7,6 +7,7 @@ when names are removed, and so do the bounds of their mass. Added names are sear
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +16,7 @@ from gemel_engine.config.components import Objective
 from gemel_engine.decoding.search import FoundName, SearchResult
 from gemel_engine.knowledge_base.store import KnowledgeBase
 from gemel_engine.knowledge_base.trie import PrefixTrie
-from gemel_engine.types import Candidate, Prediction
+from gemel_engine.types import Prediction
 
 
 def result_of(prediction: Prediction, knowledge_base: KnowledgeBase, objective: Objective) -> SearchResult:
@@ -27,25 +28,24 @@ def result_of(prediction: Prediction, knowledge_base: KnowledgeBase, objective: 
         knowledge_base: The current knowledge base, which numbers the names of the result.
         objective: Objective of the search.
     """
-    first_of_name: dict[str, Candidate] = {}
-    for candidate in prediction.candidates:
-        first_of_name.setdefault(candidate.entity_name, candidate)
-    found = knowledge_base.names_of_entities([candidate.entity_id for candidate in first_of_name.values()])
-    names = []
-    for name_index, candidate in zip(found, first_of_name.values(), strict=True):
+    found = knowledge_base.names_of_entities([candidate.entity_id for candidate in prediction.candidates])
+    by_index: dict[int, FoundName] = {}  # entities may share a name
+    for name_index, candidate in zip(found, prediction.candidates, strict=True):
         assert name_index is not None, f"{candidate.entity_id} is still in the knowledge base"
         assert candidate.log_prob is not None, "the language model ranked alone"
         num_tokens = len(knowledge_base.name_tokens(name_index)) + 1 if objective == "mean" else 1
-        names.append(FoundName(name_index, candidate.log_prob, candidate.log_prob / num_tokens))
+        by_index.setdefault(name_index, FoundName(name_index, candidate.log_prob, candidate.log_prob / num_tokens))
+    names = tuple(by_index.values())
     assert prediction.num_certified, "nothing is known of what an unproved search did not find"
     assert prediction.unexplored_mass is not None, "a prediction without an error"
+    num_certified = len(set(found[: prediction.num_certified]))
     return SearchResult(
-        names=tuple(names),
-        num_certified=prediction.num_certified,
+        names=names,
+        num_certified=num_certified,
         log_explored_mass=_log_explored_mass(prediction, names[0].log_prob, prediction.unexplored_mass),
         unexplored_mass=prediction.unexplored_mass,
         num_rollouts=prediction.num_rollouts or 0,
-        highest_bound=names[prediction.num_certified - 1].score,
+        highest_bound=names[num_certified - 1].score,
     )
 
 
@@ -59,6 +59,20 @@ def numbered_in(trie: PrefixTrie, result: SearchResult, searched: PrefixTrie) ->
         for name in result.names
     ]
     return replace(result, names=tuple(names))
+
+
+def margin_of(names: Sequence[FoundName], earlier: Prediction | None) -> float | None:
+    """Return the objective of the first name minus that of the second; None if only one was found.
+
+    Args:
+        names: Names in the order of the ranking; at least one.
+        earlier: The prediction that they continue, which may have listed other entities of its first
+            name instead of its second name; None: they continue none.
+    """
+    margins = [names[0].score - name.score for name in names[1:2]]
+    if earlier is not None and earlier.margin is not None and earlier.log_prob == names[0].log_prob:
+        margins.append(earlier.margin)
+    return min(margins, default=None)
 
 
 def _log_explored_mass(prediction: Prediction, log_prob: float, unexplored_mass: float) -> float:

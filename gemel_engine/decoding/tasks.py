@@ -6,6 +6,7 @@ evidence (`ScoreTask`).
 
 from __future__ import annotations
 
+import heapq
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from gemel_engine.decoding.entity_search import PoolEntity as BonusEntity
 from gemel_engine.decoding.frontier import share_of_mass
 from gemel_engine.decoding.prompt import Prompt
 from gemel_engine.decoding.ranking import Heard, ranked_again, ranking_of
-from gemel_engine.decoding.resume import merge_results, numbered_in, result_of
+from gemel_engine.decoding.resume import margin_of, merge_results, numbered_in, result_of
 from gemel_engine.decoding.scheduler import Search
 from gemel_engine.decoding.scope import Scope
 from gemel_engine.decoding.search import FoundName, NameSearch, SearchResult
@@ -92,6 +93,12 @@ class MentionTask(ABC, Generic[Result]):
         values = (*self._generator.ids(self._used), num_dropped, self._num_characters_dropped)
         return dict(zip(_PROMPT_FIELDS, values, strict=True))
 
+    def _candidate(
+        self, row: int, log_prob: float | None, bonus: float | None = None, score: float | None = None
+    ) -> Candidate:
+        entity = self._generator.artifacts.knowledge_base.entity(row)
+        return Candidate(entity.entity_id, entity.name, log_prob, bonus, score)
+
     def _pool(self) -> tuple[PoolEntity, ...]:
         entity_id = self._generator.artifacts.knowledge_base.entity_id
         return tuple(
@@ -129,8 +136,8 @@ class NameTask(MentionTask[SearchResult]):
         search: NameSearch | None = None
         if self._earlier is not None:
             knowledge_base = self._generator.artifacts.knowledge_base
-            found = result_of(self._earlier, knowledge_base, self._generator.search_settings.objective)
-            self._found_before = found
+            objective = self._generator.search_settings.objective
+            self._found_before = found = result_of(self._earlier, knowledge_base, objective)
             search, self._trie = self._search_added(found), self._generator.added_names
             if search is None:
                 self.prediction = self._predict(found)
@@ -165,7 +172,8 @@ class NameTask(MentionTask[SearchResult]):
 
     def _predict(self, result: SearchResult) -> Prediction:
         """Return the prediction for a result whose names are numbered as in the knowledge base."""
-        names, candidates = result.names, self._candidates(result.names)
+        names, places = result.names, self._places(result.names)
+        candidates = tuple(self._candidate(row, names[place].log_prob) for row, place in places.items())
         return Prediction(
             mention_id=self._mention.mention_id,
             entity_id=candidates[0].entity_id,
@@ -174,35 +182,33 @@ class NameTask(MentionTask[SearchResult]):
             decided_by="language_model",
             probability=share_of_mass(names[0].log_prob, result.log_explored_mass, result.unexplored_mass),
             unexplored_mass=result.unexplored_mass,
-            margin=names[0].score - names[1].score if len(names) > 1 else None,
+            margin=margin_of(names, self._earlier),
             certified=result.num_certified > 0,
-            num_certified=result.num_certified,
+            num_certified=sum(place < result.num_certified for place in places.values()),
             candidates=candidates,
             **self._prompt_fields(),
             pool=self._pool(),
             num_rollouts=result.num_rollouts,
         )
 
-    def _candidates(self, names: Sequence[FoundName]) -> tuple[Candidate, ...]:
-        """Return the entities of names, only the mention's own candidates if it has any.
+    def _places(self, names: Sequence[FoundName]) -> dict[int, int]:
+        """Return the best entities and the place of each one's best name among `names`, by row.
 
-        Entities of one name are ordered by the candidate pool, then as in the knowledge base. An
-        entity of several names is there once, with the best one's log-prob.
+        They are `num_candidates` at most, of the mention's own candidates if it has any. Entities of
+        one name are ordered by the candidate pool, then as in the knowledge base.
         """
-        knowledge_base, own = self._generator.artifacts.knowledge_base, self._mention.candidate_ids
-        allowed = None if own is None else set(own)
+        knowledge_base, own = self._generator.artifacts.knowledge_base, set(self._mention.candidate_ids or ())
         score = {candidate.row: candidate.score for candidate in self._retrieved.candidates}
-        log_probs: dict[int, float] = {}  # by row
-        for name in names:
-            rows = knowledge_base.entities_of_name(name.name_index)
-            for row in sorted(rows, key=lambda row: -score.get(row, -math.inf)):
-                log_probs.setdefault(row, name.log_prob)
-        entities = ((knowledge_base.entity(row), log_prob) for row, log_prob in log_probs.items())
-        return tuple(
-            Candidate(entity.entity_id, entity.name, log_prob)
-            for entity, log_prob in entities
-            if allowed is None or entity.entity_id in allowed
-        )
+        places: dict[int, int] = {}
+        for place, name in enumerate(names):
+            rows = (
+                row
+                for row in knowledge_base.entities_of_name(name.name_index)
+                if row not in places and (not own or knowledge_base.entity_id(row) in own)
+            )
+            num_left = self._generator.search_settings.num_candidates - len(places)
+            places |= dict.fromkeys(heapq.nsmallest(num_left, rows, key=lambda row: -score.get(row, -math.inf)), place)
+        return places
 
     def _prompt_fields(self) -> dict[str, Any]:
         if self._earlier is not None:  # which had the same prompt
@@ -342,7 +348,3 @@ class ScoreTask(MentionTask[EntitySearchResult]):
     def _ranked(self, prediction: Prediction, heard: Heard | None) -> Prediction:
         size = self._generator.search_settings.num_candidates
         return ranked_again(prediction, self._scope, self._bonuses, heard, self._weights.language_model, size)
-
-    def _candidate(self, row: int, log_prob: float | None, bonus: float, score: float | None) -> Candidate:
-        entity = self._generator.artifacts.knowledge_base.entity(row)
-        return Candidate(entity.entity_id, entity.name, log_prob, bonus, score)

@@ -66,6 +66,8 @@ class OtherNames:
 
     def names_of(self, row: int) -> list[int]:
         """Return the names of an entity besides its main name."""
+        if not len(self):
+            return []
         names, rows = self._by_row
         start, stop = _place_of(row, rows)
         return [int(name) for name in names[start:stop]]

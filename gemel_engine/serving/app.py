@@ -77,8 +77,10 @@ class LinkingQueue:
         """Return the prediction for a question.
 
         Raises:
+            ConfigurationError: The question has a picture, but no image encoder is configured.
             RequestRefusedError: Too many questions wait.
         """
+        self._linker.check_picture(question.picture)  # it would fail for all questions that are linked together
         self._check_room()
         future: asyncio.Future[Prediction] = asyncio.get_running_loop().create_future()
         self._waiting.append((question, future))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -97,6 +98,28 @@ def test_most_rows_of_a_finished_search_are_proved_again() -> None:
         heard = Heard.of(row(names, known, log_probs, 4), scope(names))
         num_proved += ranking_of({known[1]: 1.0, 9: 0.5}, heard, 0.5).num_certified > 0
     assert num_proved > 70
+
+
+@pytest.mark.parametrize("probability", [0.0, 5e-324])
+def test_a_share_too_small_for_float64_proves_nothing_of_other_names(probability: float) -> None:
+    names = Names([[0], [1]])
+    stated = Prediction("m", log_prob=-760.0, probability=probability, candidates=(Candidate("Q0", "", -760.0),))
+    heard = Heard.of(stated, scope(names))
+    assert heard is not None
+    assert heard.log_mass == 0.0
+    assert ranking_of({0: 46.0}, heard, 0.0628).num_certified == 0  # the other entity may score -0.04
+    assert ranking_of({0: 50.0}, heard, 0.0628).num_certified == 1
+
+
+def test_entities_of_one_name_are_looked_up_once() -> None:
+    names = Names([[0]] * 20 + [[1, 0]])
+    prediction = row(names, [0], np.log([0.5, 0.1]), 5)
+    with patch.object(names, "entities_of_name", wraps=names.entities_of_name) as lookup:
+        heard = Heard.of(prediction, scope(names))
+    assert lookup.call_count == 1
+    assert heard is not None
+    assert heard.log_probs == dict.fromkeys(range(20), pytest.approx(np.log(0.5)))
+    assert heard.log_limits == {20: pytest.approx(np.log(0.5))}
 
 
 def test_evidence_alone_orders_by_bonus_and_proves_nothing() -> None:

@@ -14,10 +14,13 @@ from gemel_engine.config.components import KnowledgeBaseSettings, PromptSettings
 from gemel_engine.decoding.engines.reference import TransformersEngine
 from gemel_engine.decoding.generator import Artifacts, EntityNameGenerator
 from gemel_engine.decoding.language_model import FrozenLanguageModel
+from gemel_engine.decoding.search import FoundName, SearchResult
+from gemel_engine.decoding.tasks import NameTask
 from gemel_engine.evidence.retrieved import PoolCandidate, PromptItem, Retrieved
 from gemel_engine.evidence.weights import ScoreWeights
 from gemel_engine.knowledge_base.build import build_knowledge_base
 from gemel_engine.knowledge_base.store import KnowledgeBase
+from gemel_engine.knowledge_base.trie import PrefixTrie
 from gemel_engine.retrieval.index import DemonstrationIndex
 from gemel_engine.tokenizer import load_tokenizer
 from gemel_engine.types import CARD_PREFIX, Mention, Prediction, predictions_to_table, row_to_prediction
@@ -36,17 +39,30 @@ def opened(artifacts: dict[str, Path]) -> Artifacts:
     return Artifacts(
         load_tokenizer(str(artifacts["language_model"])),
         KnowledgeBase.open(artifacts["knowledge_base"]),
-        artifacts["knowledge_base"] / "trie",
         DemonstrationIndex.open(artifacts["demonstrations"]),
         None,
     )
 
 
 @pytest.fixture(scope="module")
-def engine(artifacts: dict[str, Path], opened: Artifacts) -> TransformersEngine:
-    model = FrozenLanguageModel(str(artifacts["language_model"]), "float32")
+def model(artifacts: dict[str, Path]) -> FrozenLanguageModel:
+    return FrozenLanguageModel(str(artifacts["language_model"]), "float32")
+
+
+@pytest.fixture(scope="module")
+def engine(model: FrozenLanguageModel, opened: Artifacts) -> TransformersEngine:
     terminator = EntityNameGenerator(opened, None, PromptSettings(), SearchSettings()).terminator  # type: ignore[arg-type]
     return TransformersEngine(model, opened.knowledge_base.trie, terminator, 10)
+
+
+def built(opened: Artifacts, entities: dict[str, list[str]], directory: Path) -> Artifacts:
+    """Artifacts with a knowledge base of these entities, each with its main name and others."""
+    columns = {"name": [main for main, *_ in entities.values()], "other_names": [*entities.values()]}
+    build_knowledge_base(
+        pa.table({"entity_id": [*entities], **columns}), opened.tokenizer, directory, KnowledgeBaseSettings()
+    )
+    knowledge_base = KnowledgeBase.open(directory, verify=True)
+    return replace(opened, knowledge_base=knowledge_base, index=None)
 
 
 def generator(
@@ -181,37 +197,77 @@ def test_without_candidates_the_language_model_ranks_alone(opened: Artifacts, en
 @pytest.mark.parametrize("weights", [None, WEIGHTS], ids=["language model", "score"])
 def test_the_best_of_an_entitys_names_counts(
     weights: ScoreWeights | None,
-    artifacts: dict[str, Path],
+    model: FrozenLanguageModel,
     opened: Artifacts,
     engine: TransformersEngine,
     tmp_path: Path,
 ) -> None:
     names = {"A": ["brown bear", "Braunb\u00e4r"], "B": ["river bank", "brown bears"], "C": ["polar bear"]}
-    several = pa.table(
-        {"entity_id": list(names), "name": [main for main, *_ in names.values()], "other_names": [*names.values()]}
-    )
-    flat = [name for of_entity in names.values() for name in of_entity]
-    tables = {"several": several, "single": pa.table({"entity_id": flat, "name": flat})}
+    single = {name: [name] for of_entity in names.values() for name in of_entity}
     everything = SearchSettings(num_candidates=99, num_to_certify=99, max_rollouts=9999, ranking="objective")
-    model = FrozenLanguageModel(str(artifacts["language_model"]), "float32")
     newline = generator(opened, engine).terminator
     found = {}
-    for name, table in tables.items():
-        build_knowledge_base(table, opened.tokenizer, tmp_path / name, KnowledgeBaseSettings())
-        knowledge_base = KnowledgeBase.open(tmp_path / name, verify=True)
-        known = replace(opened, knowledge_base=knowledge_base, trie_directory=knowledge_base.trie_directory, index=None)
-        reference = TransformersEngine(model, knowledge_base.trie, newline, 10)
-        row = knowledge_base.row_of_entity("A" if name == "several" else "brown bear")
+    for kind, entities in {"several": names, "single": single}.items():
+        known = built(opened, entities, tmp_path / kind)
+        reference = TransformersEngine(model, known.knowledge_base.trie, newline, 10)
+        row = known.knowledge_base.row_of_entity("A" if kind == "several" else "brown bear")
         assert row is not None
         pool = (PoolCandidate(row, 1.0, {"form": 0.01}),)
-        found[name] = link(generator(known, reference, weights, search=everything), Retrieved((), (), pool))
+        found[kind] = link(generator(known, reference, weights, search=everything), Retrieved((), (), pool))
 
-    single = {candidate.entity_id: candidate.log_prob for candidate in found["single"].candidates}
+    log_probs = {candidate.entity_id: candidate.log_prob for candidate in found["single"].candidates}
     for candidate in found["several"].candidates:
-        best = max(log_prob for name in names[candidate.entity_id] if (log_prob := single[name]) is not None)
+        best = max(log_prob for name in names[candidate.entity_id] if (log_prob := log_probs[name]) is not None)
         assert candidate.log_prob == pytest.approx(best, abs=1e-4)
     assert sorted(candidate.entity_id for candidate in found["several"].candidates) == ["A", "B", "C"]
     assert found["several"].certified
+
+
+@pytest.mark.parametrize(("num_names", "num_entities"), [(0, 0), (1, 1), (2, 1), (3, 3), (4, 3)])
+def test_what_is_certified_are_entities_of_certified_names(
+    num_names: int, num_entities: int, opened: Artifacts, engine: TransformersEngine, tmp_path: Path
+) -> None:
+    entities = {
+        "A": ["brown bear", "Braunb\u00e4r"],
+        "B": ["river bank"],
+        **{f"C{n}": ["polar bear"] for n in range(9)},
+    }
+    known = built(opened, entities, tmp_path / "knowledge_base")
+    trie = known.knowledge_base.trie
+    order = ["brown bear", "Braunb\u00e4r", "polar bear", "river bank"]
+    numbers = [trie.name_index(trie.walk(known.tokenizer.encode(name, add_special_tokens=False))) for name in order]
+    names = tuple(FoundName(number, -1.0 - place, -1.0 - place) for place, number in enumerate(numbers))
+    limited = generator(known, engine, None, search=SearchSettings(num_candidates=3))
+    task = NameTask(limited, MENTION, None, Retrieved(), None)
+    task.finish(SearchResult(names, num_names, -1.0, 0.1, 4, -9.0))
+    found = task.prediction
+    assert [candidate.entity_id for candidate in found.candidates] == ["A", "C0", "C1"]
+    assert (found.certified, found.num_certified) == (num_names > 0, num_entities)
+
+
+@pytest.mark.parametrize("num_to_certify", [1, 2])
+def test_entities_of_one_name_leave_what_an_added_name_is_compared_with(
+    num_to_certify: int, model: FrozenLanguageModel, opened: Artifacts, engine: TransformersEngine, tmp_path: Path
+) -> None:
+    before = {f"{name}{n}": [name] for name in ("river bank", "polar bear", "star") for n in range(3)}
+    search = SearchSettings(num_candidates=3, num_to_certify=num_to_certify, ranking="objective")
+    old, new = built(opened, before, tmp_path / "old"), built(opened, {**before, "B": ["brown bear"]}, tmp_path / "new")
+    terminator = generator(opened, engine).terminator
+    engines = [TransformersEngine(model, known.knowledge_base.trie, terminator, 10) for known in (old, new)]
+    linking = generator(old, engines[0], None, search=search)
+    earlier = link(linking, Retrieved())
+    assert len({candidate.entity_name for candidate in earlier.candidates}) == 1
+    assert earlier.num_certified == 3
+    (kept,) = linking.generate([MENTION], [None], [Retrieved()], [earlier])
+    assert replace(kept, probability=earlier.probability) == earlier
+    full, adding = generator(new, engines[1], None, search=search), generator(new, engines[1], None, search=search)
+    brown_bear = opened.tokenizer.encode("brown bear", add_special_tokens=False)
+    adding.added_names = PrefixTrie.from_sequences([brown_bear])[0]
+    (continued,) = adding.generate([MENTION], [None], [Retrieved()], [earlier])
+    expected = link(full, Retrieved())
+    assert [item.entity_id for item in continued.candidates] == [item.entity_id for item in expected.candidates]
+    assert continued.margin == pytest.approx(expected.margin, abs=1e-4)
+    assert 0 < (continued.num_certified or 0) <= (expected.num_certified or 0)
 
 
 @pytest.mark.parametrize("counts", [{"Q3": 0.2, "Q5": 3.0, "Q7": 0.0}, {"Q5": 5.0, "Q7": 4.0}])

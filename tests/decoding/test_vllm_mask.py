@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,7 +39,7 @@ class Request:
     slot: int
     path: list[int] | None = field(default_factory=list)
     excluded: list[int] = field(default_factory=list)
-    candidates: list[list[int]] | None = None
+    candidates: PrefixTrie | None = None
     has_common_candidates: bool = False
     prompt: list[int] = field(default_factory=lambda: [11, 12, 13])
     output: list[int] = field(default_factory=list)
@@ -77,7 +78,8 @@ class TwoRunners:
         self.tokens[request.slot] = -1
         self.tokens[request.slot, : len(sequence)] = torch.tensor(sequence, dtype=torch.int32)
         self.prompt_len[request.slot] = len(request.prompt)
-        return self.second.add_request(request.slot, request.parameters)
+        parameters = pickle.loads(pickle.dumps(request.parameters))  # as to the workers of several GPUs
+        return self.second.add_request(request.slot, parameters)
 
     def update_first(self, size: int, removed: Any = (), added: Any = (), moved: Any = ()) -> None:
         rows = [(row, request.parameters, request.prompt, request.output) for row, request in added]
@@ -127,7 +129,7 @@ def assert_allowed(row: torch.Tensor, trie: PrefixTrie, path: list[int], exclude
 
 def test_both_interfaces_give_the_same_log_probs(device: str, trie: PrefixTrie, tmp_path: Path) -> None:
     runners = TwoRunners(trie, tmp_path, device)
-    few = [[2, 2], [8, 1], [8, 2]]
+    few = PrefixTrie.from_sequences([[2, 2], [8, 1], [8, 2]])[0]
     a, b, c, d, f = (
         Request("a", slot=5),
         Request("b", slot=2, path=[1], excluded=[4, TERMINATOR]),
@@ -140,7 +142,7 @@ def test_both_interfaces_give_the_same_log_probs(device: str, trie: PrefixTrie, 
     found = runners.step([a, b, c, d, f], [c, f, a, d, b], seed=0)
     assert_allowed(found["a"], trie, [])
     assert_allowed(found["b"], trie, [1], b.excluded)
-    assert_allowed(found["c"], PrefixTrie.from_sequences(few)[0], [])
+    assert_allowed(found["c"], few, [])
     assert_allowed(found["f"], PrefixTrie.from_sequences(COMMON)[0], [8])
     assert 0 < found["a"].exp().sum() < 1, "log-probs under the full softmax"
 

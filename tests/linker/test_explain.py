@@ -16,10 +16,10 @@ from support.names import ENTITY_NAMES
 
 from gemel_engine.cli.main import main
 from gemel_engine.cli.tables import print_explanation
-from gemel_engine.config.components import GEMEL_TEMPLATE, KnowledgeBaseSettings
+from gemel_engine.config.components import GEMEL_TEMPLATE, KnowledgeBaseSettings, ScoreSettings
 from gemel_engine.config.loading import load_config
 from gemel_engine.config.settings import LinkConfig
-from gemel_engine.errors import ConfigurationError, ImageError, InvalidMentionError
+from gemel_engine.errors import ConfigurationError, ImageError, InputError, InvalidMentionError, PromptTooLongError
 from gemel_engine.evidence.cards import Card
 from gemel_engine.evidence.index import DIRECTORY, entities_checksum
 from gemel_engine.evidence.reasons import in_words
@@ -167,6 +167,23 @@ def test_the_candidate_pool_has_its_reasons_and_cards_are_told_apart(proposing: 
     assert "\x07" not in output
 
 
+def test_where_evidence_decides_alone_no_prompt_is_shown(proposing: Linker) -> None:
+    plain, score = Mention("m", TEXT, "brown bear"), ScoreSettings(risk=0.9)
+    by_evidence = Linker(replace(proposing.config, score=score))
+    explanation = explain(by_evidence, plain)
+    assert [explanation.prediction] == by_evidence.link([plain], [None])
+    assert explanation.prediction.decided_by == "evidence"
+    assert (explanation.demonstrations, explanation.prompt) == ((), ())
+    assert explanation.prediction.pool
+    assert "\u2500 prompt" not in printed(explanation)
+    too_long = replace(plain, mention="brown bear " * 300)
+    with pytest.raises(PromptTooLongError):
+        explain(proposing, too_long)
+    (answer,) = by_evidence.link([too_long], [None])
+    assert answer.decided_by == "evidence"
+    assert explain(by_evidence, too_long).prediction == answer
+
+
 def test_without_an_evidence_index_there_is_no_pool(linker: Linker) -> None:
     explanation = explain(linker, Mention("m", TEXT, "brown bear"))
     assert explanation.prediction.pool == ()
@@ -179,8 +196,14 @@ def test_what_cannot_be_linked_is_an_error(linker: Linker, config: LinkConfig) -
     with pytest.raises(InvalidMentionError, match=r"candidate_ids \['Q999'\] are not in the knowledge base"):
         explain(linker, Mention("m", TEXT, "brown bear", candidate_ids=("Q999",)))
     blind = Linker(replace(config, vision=replace(config.vision, image_encoder=None)))
-    with pytest.raises(ConfigurationError, match=r"a picture needs vision\.image_encoder"):
-        explain(blind, Mention("m", TEXT, "brown bear"), picture("red"))
+    for wrong, fault, message in (
+        (blind, picture("red"), r"a picture needs vision\.image_encoder"),
+        (blind, "bear.png", "a picture is 'bear.png': give the content of the image file, as bytes"),
+        (linker, bytearray(b"x"), r"a picture is bytearray\(b'x'\)"),
+    ):
+        for ask in (explain, lambda linker, mention, given: linker.link([mention], [given])):
+            with pytest.raises((ConfigurationError, InputError), match=message):
+                ask(wrong, Mention("m", TEXT, "brown bear"), fault)  # type: ignore[arg-type]
 
 
 def test_the_job_takes_overrides_and_candidates(

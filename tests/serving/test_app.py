@@ -59,6 +59,18 @@ def test_an_answer_is_that_of_linking(client: TestClient, linker: Linker) -> Non
     assert answer["error"] is None
 
 
+def test_a_picture_without_an_image_encoder_fails_for_its_question_alone(
+    client: TestClient, linker: Linker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linker, "_pictures", None)
+    question = {"text": TEXT, "mention": FORM, "picture": base64.b64encode(picture("red")).decode()}
+    questions = [question, {"text": TEXT, "mention": FORM}] * 4
+    with ThreadPoolExecutor(len(questions)) as pool:
+        answers = list(pool.map(lambda asked: client.post("/api/link", json=asked), questions))
+    assert [answer.status_code for answer in answers] == [400, 200] * 4
+    assert "vision.image_encoder" in answers[0].json()["error"]
+
+
 def test_an_explanation_has_demonstrations_prompt_and_the_answer_without_the_picture(client: TestClient) -> None:
     question = {"text": f"\u202e{TEXT}", "mention": FORM, "picture": base64.b64encode(picture("red")).decode()}
     answer = client.post("/api/explain", json=question).json()

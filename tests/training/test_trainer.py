@@ -58,7 +58,6 @@ def make_prompts(
     opened = Artifacts(
         load_tokenizer(str(artifacts["language_model"])),
         KnowledgeBase.open(artifacts["knowledge_base"]),
-        artifacts["knowledge_base"] / "trie",
         DemonstrationIndex.open(artifacts["demonstrations"]),
         None,
     )

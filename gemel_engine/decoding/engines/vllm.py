@@ -131,7 +131,7 @@ class VllmEngine:
             extra_args={
                 "path": list(request.path),
                 "excluded": list(request.excluded),
-                "candidates": [trie.name_tokens(name) for name in range(trie.num_names)] if are_sent else None,
+                "candidates": candidates if are_sent else None,
                 "has_common_candidates": are_common,
                 **arguments,
             },

@@ -3,8 +3,8 @@
 Both processors turn a row of logits into log-probs under the full softmax, with disallowed tokens
 at minus infinity, by the same functions. They differ in how vLLM reports the requests of a batch
 and the tokens generated so far. The trie and the terminator come from the engine's
-`additional_config`; a request's path, excluded tokens and candidates from its `extra_args`. So both
-work in any worker process.
+`additional_config`; a request's path, excluded tokens and trie of candidates from its `extra_args`,
+which reach another process pickled. So both work in any worker process.
 
 B rows of a batch, V vocabulary.
 """
@@ -74,7 +74,7 @@ class TrieConstraint:
             return None
         trie = self._trie
         if arguments["candidates"] is not None:
-            trie = PrefixTrie.from_sequences(arguments["candidates"])[0]
+            trie = arguments["candidates"]
         elif arguments.get("has_common_candidates"):
             assert self._common_candidates is not None, "the engine was started with them"
             trie = self._common_candidates
@@ -84,7 +84,7 @@ class TrieConstraint:
         """Constrain the rows of logits (B, V) that have a cursor."""
         if not cursors:
             return logits
-        own_tokens: dict[int, list[int]] = {}  # by row, of a mention's own candidates, which are few
+        own_tokens: dict[int, list[int]] = {}  # by row, of a mention's own candidates
         nodes: dict[PrefixTrie, dict[int, int]] = {trie: {} for trie in self._tensors}  # by row
         for row, cursor in cursors.items():
             node = cursor.advance()
