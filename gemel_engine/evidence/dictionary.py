@@ -87,8 +87,7 @@ class NameDictionary:
         if not key:
             return []
         start = bisect_left(range(len(self)), key, key=self._key_at)
-        stop = bisect_right(range(len(self)), key, lo=start, key=self._key_at)
-        stop = min(stop, start + limit)
+        stop = bisect_right(range(len(self)), key, start, min(start + limit, len(self)), key=self._key_at)
         return [
             (int(row), KINDS[kind]) for row, kind in zip(self._rows[start:stop], self._kinds[start:stop], strict=True)
         ]
