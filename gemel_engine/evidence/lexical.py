@@ -19,6 +19,7 @@ import tantivy
 
 from gemel_engine.errors import ArtifactError
 from gemel_engine.evidence.normal_form import normal_form
+from gemel_engine.retrieval.window import first_near
 
 _BEGINNING = 5  # number of characters
 _MAX_WORDS = 24  # number of words of a form that are used
@@ -91,11 +92,18 @@ class LexicalIndex:
         clauses += [self._optional("beginnings", word[:_BEGINNING]) for word in words if len(word) > _BEGINNING]
         return self._search(clauses, limit)
 
-    def holding(self, form: str, context: str, limit: int) -> list[tuple[int, float]]:
-        """Return the entities with all words of a form, ranked by the words of its context too."""
+    def holding(self, form: str, context: str, limit: int, place: int = 0) -> list[tuple[int, float]]:
+        """Return the entities with all words of a form, ranked by the words of its context too.
+
+        Args:
+            form: Normal form.
+            context: Normal form of its text.
+            limit: Maximum number of names.
+            place: Number of words before it; of a long context only words around it are used.
+        """
         words = _words(form)
         clauses = [(tantivy.Occur.Must, self._term("words", word)) for word in words]
-        clauses += [self._optional("words", word) for word in self._distinctive(context) if word not in words]
+        clauses += [self._optional("words", word) for word in self._distinctive(context, place) if word not in words]
         return self._search(clauses, limit) if words else []
 
     def abbreviated(self, form: str, limit: int) -> list[tuple[int, float]]:
@@ -106,10 +114,14 @@ class LexicalIndex:
         spellings = {initials, initials.removesuffix("s")} if len(initials) > 2 else {initials}
         return self._search([self._optional("initials", spelling) for spelling in sorted(spellings)], limit)
 
-    def _distinctive(self, context: str) -> list[str]:
+    def _distinctive(self, context: str, place: int) -> list[str]:
         """Return the words of a context that occur in few documents."""
         most = max(1, int(_MAX_COMMON * self.num_documents))
-        words = list(dict.fromkeys(_STEMMER.analyze(context)))[:_MAX_CONTEXT]
+        stems = _STEMMER.analyze(context)
+        words = list(dict.fromkeys(stems))
+        if len(words) > _MAX_CONTEXT:
+            first = first_near(place, len(stems), _MAX_CONTEXT)
+            words = list(dict.fromkeys(stems[first : first + _MAX_CONTEXT]))
         return [word for word in words if 0 < self._searcher.doc_freq("words", word) <= most]
 
     def _optional(self, field: str, word: str) -> tuple[tantivy.Occur, tantivy.Query]:
