@@ -79,7 +79,9 @@ class Retriever:
         """
         of_forms = None if self.encoder is None else self.encoder.encode([mention.mention for mention in mentions])
         rows: list[list[int]] = [[] for _ in mentions]
-        if self.demonstrations is not None and self._settings.num_demonstrations:
+        if self.demonstrations is not None and (
+            self._settings.num_demonstrations or self._settings.num_similar_pictures
+        ):
             rows = self.demonstrations.retrieve(mentions, features, of_forms)
         pools = self._pools(mentions, features, of_forms)
         return [self._arranged(*of_mention) for of_mention in zip(mentions, rows, pools, strict=True)]
