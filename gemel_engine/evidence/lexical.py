@@ -11,7 +11,8 @@ cannot be among the best, and frequent words of a context are left out of the qu
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
@@ -37,9 +38,13 @@ class LexicalIndex:
 
     Attributes:
         num_documents: Number of names and aliases.
+
+    Raises:
+        ArtifactError: A search finds its files damaged.
     """
 
-    def __init__(self, index: tantivy.Index) -> None:
+    def __init__(self, index: tantivy.Index, directory: Path) -> None:
+        self._directory = directory
         self._schema = index.schema
         self._searcher = index.searcher()
         self.num_documents: int = self._searcher.num_docs
@@ -71,15 +76,15 @@ class LexicalIndex:
             ArtifactError: The directory contains no index that this release can read.
         """
         # tantivy locks the directory, which may be read-only: open a temporary directory of links.
-        try:
-            with tempfile.TemporaryDirectory(prefix="gemel-lexical-", ignore_cleanup_errors=True) as links:
-                for path in directory.iterdir():
-                    Path(links, path.name).symlink_to(path.absolute())
-                index = tantivy.Index.open(links)
-                index.config_reader(reload_policy="manual")
-                return cls(index)  # maps all files now
-        except (OSError, ValueError) as error:
-            raise ArtifactError(f"{directory} is no readable lexical index ({error}); build it again") from error
+        with (
+            _reading(directory),
+            tempfile.TemporaryDirectory(prefix="gemel-lexical-", ignore_cleanup_errors=True) as links,
+        ):
+            for path in directory.iterdir():
+                Path(links, path.name).symlink_to(path.absolute())
+            index = tantivy.Index.open(links)
+            index.config_reader(reload_policy="manual")
+            return cls(index, directory)  # maps all files now
 
     def similar(self, form: str, limit: int) -> list[tuple[int, float]]:
         """Return the entities whose names match the words of a normal form best, by BM25."""
@@ -122,7 +127,8 @@ class LexicalIndex:
         if len(words) > _MAX_CONTEXT:
             first = first_near(place, len(stems), _MAX_CONTEXT)
             words = list(dict.fromkeys(stems[first : first + _MAX_CONTEXT]))
-        return [word for word in words if 0 < self._searcher.doc_freq("words", word) <= most]
+        with _reading(self._directory):
+            return [word for word in words if 0 < self._searcher.doc_freq("words", word) <= most]
 
     def _optional(self, field: str, word: str) -> tuple[tantivy.Occur, tantivy.Query]:
         return tantivy.Occur.Should, self._term(field, word)
@@ -132,14 +138,27 @@ class LexicalIndex:
 
     def _search(self, clauses: Sequence[tuple[tantivy.Occur, tantivy.Query]], limit: int) -> list[tuple[int, float]]:
         """Return the entities of the best documents, each once with its best score."""
-        hits = self._searcher.search(tantivy.Query.boolean_query(list(clauses)), limit, count=False).hits
-        rows = self._searcher.fast_field_values("row", [address for _, address in hits])
+        with _reading(self._directory):
+            hits = self._searcher.search(tantivy.Query.boolean_query(list(clauses)), limit, count=False).hits
+            rows = self._searcher.fast_field_values("row", [address for _, address in hits])
         best: dict[int, float] = {}
         for row, (score, _) in zip(rows, hits, strict=True):
             assert isinstance(row, int)  # every document has one
             assert isinstance(score, float)  # nothing but BM25 is sorted by
             best.setdefault(row, score)
         return list(best.items())
+
+
+@contextmanager
+def _reading(directory: Path) -> Iterator[None]:
+    """Raise ArtifactError where tantivy can't read its files."""
+    try:
+        yield
+    except BaseException as error:
+        # A panic of tantivy, which trusts its files, is no Exception, and its class has no name to import.
+        if not isinstance(error, OSError | ValueError) and type(error).__name__ != "PanicException":
+            raise
+        raise ArtifactError(f"{directory} is no readable lexical index ({error}); build it again") from error
 
 
 def _words(form: str) -> list[str]:
