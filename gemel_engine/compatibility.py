@@ -114,6 +114,7 @@ def check_encoders(config: JobConfig, artifacts: Artifacts) -> ImageEncoder | No
 
     Raises:
         ArtifactError: An encoder can't be loaded, or an artifact was made with a different one.
+        ConfigurationError: No mention encoder is configured for a knowledge base with embeddings.
     """
     index, mapper, image_encoder = artifacts.index, artifacts.feature_mapper, None
     if config.vision.image_encoder is not None:
@@ -143,12 +144,17 @@ def check_encoders(config: JobConfig, artifacts: Artifacts) -> ImageEncoder | No
 
 def _check_mention_encoder(config: JobConfig, artifacts: Artifacts) -> None:
     name, index, evidence = config.retrieval.mention_encoder, artifacts.index, artifacts.evidence
-    if name is None or artifacts.mention_encoder_fingerprint is None:
-        return  # without an encoder, nothing is found by embedding
-    from gemel_engine.retrieval.encoder import MentionEncoder
-
     of_index = None if index is None else index.metadata.mention_encoder_fingerprint
     of_evidence = None if evidence is None else evidence.manifest.mention_encoder_fingerprint
+    if of_index is None and of_evidence is None:
+        return
+    if name is None:  # a configuration with demonstrations has one
+        raise ConfigurationError(
+            f"retrieval.mention_encoder is not set, but the knowledge base {config.knowledge_base} has embeddings: "
+            "name the encoder that it was built with (--mention-encoder), or set retrieval.num_candidates to 0"
+        )
+    from gemel_engine.retrieval.encoder import MentionEncoder
+
     fingerprint = MentionEncoder(name).fingerprint
     if of_index not in (None, fingerprint):
         raise ArtifactError(

@@ -232,7 +232,7 @@ def are_features(features: Features, width: int) -> bool:
 
 
 def check_features(features: Features, width: int) -> None:
-    """Validate image features for a feature mapper of this width.
+    """Validate image features for pictures of this width.
 
     Raises:
         InvalidMentionError: `are_features` is false.
@@ -241,7 +241,7 @@ def check_features(features: Features, width: int) -> None:
         num_usable = (np.abs(features) <= _LARGEST_FEATURE).sum()
         raise InvalidMentionError(
             f"image_features holds {len(features)} numbers, {num_usable} of them finite and at most "
-            f"{_LARGEST_FEATURE:g}: give the {width} that the feature mapper takes"
+            f"{_LARGEST_FEATURE:g}: give the {width} of the image encoder that the other pictures come from"
         )
 
 

@@ -61,6 +61,15 @@ class Artifacts:
     evidence: EvidenceIndex | None = None
 
     @property
+    def vision_width(self) -> int | None:
+        """Vision width, C, of mapper, entities and demonstrations; None if none of them has pictures."""
+        if self.feature_mapper is not None:
+            return self.feature_mapper.metadata.vision_width
+        if self.evidence is not None and self.evidence.pictures is not None:
+            return self.evidence.pictures.width
+        return None if self.index is None else self.index.metadata.vision_width
+
+    @property
     def mention_encoder_fingerprint(self) -> str | None:
         """Fingerprint of the mention encoder that demonstrations or evidence need; None: none."""
         if self.index is not None:
@@ -163,6 +172,16 @@ class EntityNameGenerator:
             return NameTask(self, mention, features, retrieved, earlier)
         return ScoreTask(self, mention, features, retrieved, self.weights, self._threshold, earlier)
 
+    def check_picture(self, features: Features | None) -> None:
+        """Validate the image features (C,) of a mention, also where the prompt shows no pictures.
+
+        Raises:
+            InvalidMentionError: They can't be compared with the pictures of the run, nor be mapped.
+        """
+        width = self.artifacts.vision_width
+        if features is not None and width is not None:
+            check_features(features, width)
+
     def prompt(
         self, mention: Mention, features: Features | None, retrieved: Retrieved
     ) -> tuple[Prompt, tuple[PromptItem, ...]]:
@@ -170,8 +189,10 @@ class EntityNameGenerator:
 
         Raises:
             PromptTooLongError: The surface form is too long.
-            InvalidMentionError: The image features can't be used with the feature mapper.
+            InvalidMentionError: The image features can't be used with the pictures or the feature
+                mapper of the run.
         """
+        self.check_picture(features)
         prefix = self._visual_prefix(features)
         question = self._builder.question(mention.text, mention.mention, prefix, mention.mention_start)
         items = retrieved.items

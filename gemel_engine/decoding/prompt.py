@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gemel_engine.config.components import PromptSettings
-from gemel_engine.decoding.window import place_of, window
 from gemel_engine.errors import ConfigurationError, PromptTooLongError
+from gemel_engine.retrieval.window import place_of, window
 from gemel_engine.tokenizer import check_special_tokens, encode_text
 
 if TYPE_CHECKING:

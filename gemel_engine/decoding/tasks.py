@@ -251,6 +251,7 @@ class ScoreTask(MentionTask[EntitySearchResult]):
         """Return prompt and search; None if evidence decides alone, or the earlier search is enough."""
         generator = self._generator
         try:
+            generator.check_picture(self._features)
             self._hear_evidence()
             if self._is_plain():
                 self.prediction = self._ranked(Prediction(self._mention.mention_id, pool=self._pool()), None)

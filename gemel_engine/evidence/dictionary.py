@@ -12,7 +12,8 @@ entities.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Literal, Self, get_args
 
@@ -81,17 +82,23 @@ class NameDictionary:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def find(self, form: str, limit: int) -> list[tuple[int, Kind]]:
-        """Return (entity, kind) pairs of a normal form, names first, then by row; entities once."""
+    def find(self, form: str, limit: int, allowed: Container[int] | None = None) -> list[tuple[int, Kind]]:
+        """Return (entity, kind) pairs of a normal form, names first, then by row; entities once.
+
+        Args:
+            form: Normal form.
+            limit: Maximum number of pairs.
+            allowed: Rows of the entities that may be found; None: all.
+        """
         key = _key(form)
         if not key:
             return []
         start = bisect_left(range(len(self)), key, key=self._key_at)
-        stop = bisect_right(range(len(self)), key, lo=start, key=self._key_at)
-        stop = min(stop, start + limit)
-        return [
-            (int(row), KINDS[kind]) for row, kind in zip(self._rows[start:stop], self._kinds[start:stop], strict=True)
-        ]
+        last = len(self) if allowed is not None else min(start + limit, len(self))
+        stop = bisect_right(range(len(self)), key, start, last, key=self._key_at)
+        pairs = zip(self._rows[start:stop].tolist(), self._kinds[start:stop].tolist(), strict=True)
+        found = ((row, KINDS[kind]) for row, kind in pairs if allowed is None or row in allowed)
+        return list(islice(found, limit))
 
     def _key_at(self, number: int) -> bytes:
         start, stop = self._offsets[number : number + 2].tolist()

@@ -79,7 +79,7 @@ class FormStatistics:
             [forms[number] for number in kept],
             [row for row in found if row is not None],
             [groups[number] for number in kept],
-            index.surface_embeddings[kept],
+            index.surface_embeddings(kept),
             similarities if index.metadata.vision_width is not None else None,
         )
 

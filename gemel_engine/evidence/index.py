@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Final, Self
 
@@ -211,18 +212,20 @@ def open_evidence(knowledge_base_directory: Path, *, verify: bool = False) -> Ev
 
 def changed_pictures(before: KnowledgeBase, after: KnowledgeBase) -> pa.Array:
     """Return the ids of the entities of both knowledge bases whose first pictures differ."""
-    first: list[dict[str, bytes]] = []
-    for knowledge_base in (before, after):
-        evidence = open_evidence(knowledge_base.directory)
-        first.append({})
-        if evidence is not None and (pictures := evidence.pictures) is not None:
-            rows, places = np.unique(pictures.entities, return_index=True)
-            for row, place in zip(rows.tolist(), places.tolist(), strict=True):
-                first[-1][knowledge_base.entity_id(row)] = pictures.features[place].tobytes()
-    old, new = first
-    changed = [entity_id for entity_id in old.keys() | new.keys() if old.get(entity_id) != new.get(entity_id)]
-    kept = [entity_id for entity_id in sorted(changed) if before.row_of_entity(entity_id) is not None]
+    old = dict(_first_pictures(before))
+    changed = [entity_id for entity_id, picture in _first_pictures(after) if old.pop(entity_id, None) != picture]
+    kept = [entity_id for entity_id in sorted([*changed, *old]) if before.row_of_entity(entity_id) is not None]
     return pa.array(kept, pa.large_string())
+
+
+def _first_pictures(knowledge_base: KnowledgeBase) -> Iterator[tuple[str, bytes]]:
+    """Yield the id of each entity with pictures, and a hash of the features of its first one."""
+    evidence = open_evidence(knowledge_base.directory)
+    if evidence is not None and (pictures := evidence.pictures) is not None:
+        rows, places = np.unique(pictures.entities, return_index=True)
+        for row, place in zip(rows.tolist(), places.tolist(), strict=True):
+            features = pictures.features[place].tobytes()
+            yield knowledge_base.entity_id(row), blake2b(features, digest_size=16).digest()
 
 
 def entities_checksum(knowledge_base_directory: Path) -> str:

@@ -11,7 +11,8 @@ cannot be among the best, and frequent words of a context are left out of the qu
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
@@ -19,6 +20,7 @@ import tantivy
 
 from gemel_engine.errors import ArtifactError
 from gemel_engine.evidence.normal_form import normal_form
+from gemel_engine.retrieval.window import first_near
 
 _BEGINNING = 5  # number of characters
 _MAX_WORDS = 24  # number of words of a form that are used
@@ -36,9 +38,13 @@ class LexicalIndex:
 
     Attributes:
         num_documents: Number of names and aliases.
+
+    Raises:
+        ArtifactError: A search finds its files damaged.
     """
 
-    def __init__(self, index: tantivy.Index) -> None:
+    def __init__(self, index: tantivy.Index, directory: Path) -> None:
+        self._directory = directory
         self._schema = index.schema
         self._searcher = index.searcher()
         self.num_documents: int = self._searcher.num_docs
@@ -70,15 +76,15 @@ class LexicalIndex:
             ArtifactError: The directory contains no index that this release can read.
         """
         # tantivy locks the directory, which may be read-only: open a temporary directory of links.
-        try:
-            with tempfile.TemporaryDirectory(prefix="gemel-lexical-", ignore_cleanup_errors=True) as links:
-                for path in directory.iterdir():
-                    Path(links, path.name).symlink_to(path.absolute())
-                index = tantivy.Index.open(links)
-                index.config_reader(reload_policy="manual")
-                return cls(index)  # maps all files now
-        except (OSError, ValueError) as error:
-            raise ArtifactError(f"{directory} is no readable lexical index ({error}); build it again") from error
+        with (
+            _reading(directory),
+            tempfile.TemporaryDirectory(prefix="gemel-lexical-", ignore_cleanup_errors=True) as links,
+        ):
+            for path in directory.iterdir():
+                Path(links, path.name).symlink_to(path.absolute())
+            index = tantivy.Index.open(links)
+            index.config_reader(reload_policy="manual")
+            return cls(index, directory)  # maps all files now
 
     def similar(self, form: str, limit: int) -> list[tuple[int, float]]:
         """Return the entities whose names match the words of a normal form best, by BM25."""
@@ -91,11 +97,18 @@ class LexicalIndex:
         clauses += [self._optional("beginnings", word[:_BEGINNING]) for word in words if len(word) > _BEGINNING]
         return self._search(clauses, limit)
 
-    def holding(self, form: str, context: str, limit: int) -> list[tuple[int, float]]:
-        """Return the entities with all words of a form, ranked by the words of its context too."""
+    def holding(self, form: str, context: str, limit: int, place: int = 0) -> list[tuple[int, float]]:
+        """Return the entities with all words of a form, ranked by the words of its context too.
+
+        Args:
+            form: Normal form.
+            context: Normal form of its text.
+            limit: Maximum number of names.
+            place: Number of words before it; of a long context only words around it are used.
+        """
         words = _words(form)
         clauses = [(tantivy.Occur.Must, self._term("words", word)) for word in words]
-        clauses += [self._optional("words", word) for word in self._distinctive(context) if word not in words]
+        clauses += [self._optional("words", word) for word in self._distinctive(context, place) if word not in words]
         return self._search(clauses, limit) if words else []
 
     def abbreviated(self, form: str, limit: int) -> list[tuple[int, float]]:
@@ -106,11 +119,16 @@ class LexicalIndex:
         spellings = {initials, initials.removesuffix("s")} if len(initials) > 2 else {initials}
         return self._search([self._optional("initials", spelling) for spelling in sorted(spellings)], limit)
 
-    def _distinctive(self, context: str) -> list[str]:
+    def _distinctive(self, context: str, place: int) -> list[str]:
         """Return the words of a context that occur in few documents."""
         most = max(1, int(_MAX_COMMON * self.num_documents))
-        words = list(dict.fromkeys(_STEMMER.analyze(context)))[:_MAX_CONTEXT]
-        return [word for word in words if 0 < self._searcher.doc_freq("words", word) <= most]
+        stems = _STEMMER.analyze(context)
+        words = list(dict.fromkeys(stems))
+        if len(words) > _MAX_CONTEXT:
+            first = first_near(place, len(stems), _MAX_CONTEXT)
+            words = list(dict.fromkeys(stems[first : first + _MAX_CONTEXT]))
+        with _reading(self._directory):
+            return [word for word in words if 0 < self._searcher.doc_freq("words", word) <= most]
 
     def _optional(self, field: str, word: str) -> tuple[tantivy.Occur, tantivy.Query]:
         return tantivy.Occur.Should, self._term(field, word)
@@ -120,14 +138,27 @@ class LexicalIndex:
 
     def _search(self, clauses: Sequence[tuple[tantivy.Occur, tantivy.Query]], limit: int) -> list[tuple[int, float]]:
         """Return the entities of the best documents, each once with its best score."""
-        hits = self._searcher.search(tantivy.Query.boolean_query(list(clauses)), limit, count=False).hits
-        rows = self._searcher.fast_field_values("row", [address for _, address in hits])
+        with _reading(self._directory):
+            hits = self._searcher.search(tantivy.Query.boolean_query(list(clauses)), limit, count=False).hits
+            rows = self._searcher.fast_field_values("row", [address for _, address in hits])
         best: dict[int, float] = {}
         for row, (score, _) in zip(rows, hits, strict=True):
             assert isinstance(row, int)  # every document has one
             assert isinstance(score, float)  # nothing but BM25 is sorted by
             best.setdefault(row, score)
         return list(best.items())
+
+
+@contextmanager
+def _reading(directory: Path) -> Iterator[None]:
+    """Raise ArtifactError where tantivy can't read its files."""
+    try:
+        yield
+    except BaseException as error:
+        # A panic of tantivy, which trusts its files, is no Exception, and its class has no name to import.
+        if not isinstance(error, OSError | ValueError) and type(error).__name__ != "PanicException":
+            raise
+        raise ArtifactError(f"{directory} is no readable lexical index ({error}); build it again") from error
 
 
 def _words(form: str) -> list[str]:

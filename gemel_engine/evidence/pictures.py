@@ -23,9 +23,8 @@ from numpy.typing import NDArray
 from gemel_engine.errors import ArtifactError
 from gemel_engine.evidence.arrays import chunks, create_array, fill_places, open_array, scratch_array
 from gemel_engine.evidence.dense import DenseIndex, DenseSettings
+from gemel_engine.retrieval.pictures import moments_of, standardised
 from gemel_engine.types import Features
-
-_SMALLEST = 1e-6
 
 
 class PictureIndex:
@@ -171,11 +170,4 @@ def _moments(features: Features) -> NDArray[np.float32]:
     mean = sum((features[part].sum(axis=0, dtype=np.float64) for part in parts), np.float64(0)) / len(features)
     squares = (np.square(features[part] - mean).sum(axis=0) for part in parts)
     deviation = np.sqrt(sum(squares, np.float64(0)) / len(features))
-    return np.stack([mean, np.maximum(deviation, _SMALLEST)]).astype(np.float32)
-
-
-def standardised(features: Features, moments: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Centre features (..., C), scale them, and normalise them to length one."""
-    centred = (features - moments[0]) / moments[1]
-    scaled: NDArray[np.float32] = centred / np.maximum(np.linalg.norm(centred, axis=-1, keepdims=True), _SMALLEST)
-    return scaled.astype(np.float32)
+    return moments_of(mean, deviation)

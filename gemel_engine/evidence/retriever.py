@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from gemel_engine.config.components import RetrievalSettings
 from gemel_engine.evidence.forms import FormStatistics
 from gemel_engine.evidence.index import EvidenceIndex
-from gemel_engine.evidence.pool import MAX_TEXT, CandidatePool, Pool
+from gemel_engine.evidence.pool import CandidatePool, Pool, text_around
 from gemel_engine.evidence.retrieved import PoolCandidate, PromptItem, Retrieved
 from gemel_engine.evidence.weights import ScoreWeights, bonuses_of
 from gemel_engine.knowledge_base.store import KnowledgeBase
@@ -79,7 +79,9 @@ class Retriever:
         """
         of_forms = None if self.encoder is None else self.encoder.encode([mention.mention for mention in mentions])
         rows: list[list[int]] = [[] for _ in mentions]
-        if self.demonstrations is not None and self._settings.num_demonstrations:
+        if self.demonstrations is not None and (
+            self._settings.num_demonstrations or self._settings.num_similar_pictures
+        ):
             rows = self.demonstrations.retrieve(mentions, features, of_forms)
         pools = self._pools(mentions, features, of_forms)
         return [self._arranged(*of_mention) for of_mention in zip(mentions, rows, pools, strict=True)]
@@ -91,13 +93,21 @@ class Retriever:
             return [Pool()] * len(mentions)
         of_texts = None
         if self.encoder is not None and self._embeds_texts:
-            of_texts = self.encoder.encode([mention.text[:MAX_TEXT] for mention in mentions])
+            of_texts = self.encoder.encode([self.encoder.readable(*text_around(mention)) for mention in mentions])
         width = self._vision_width
         usable = [
             item if width is not None and item is not None and are_features(item, width) else None for item in features
         ]
+        allowed = [self._rows_of(mention.candidate_ids) for mention in mentions]
         group = self._settings.exclude_group
-        return self._pool.pool(mentions, of_forms, of_texts, usable, leave_out_own_group=group)
+        return self._pool.pool(mentions, of_forms, of_texts, usable, allowed=allowed, leave_out_own_group=group)
+
+    def _rows_of(self, entity_ids: Sequence[str] | None) -> frozenset[int] | None:
+        """Return the rows of entities; an unknown one is an error of the mention, which generation reports."""
+        if entity_ids is None:
+            return None
+        rows = map(self._knowledge_base.row_of_entity, entity_ids)
+        return frozenset(row for row in rows if row is not None)
 
     def _arranged(self, mention: Mention, demonstrations: Sequence[int], pool: Pool) -> Retrieved:
         """Return the items of a prompt: demonstrations, then cards; in each part the best one is the last.

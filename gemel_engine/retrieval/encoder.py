@@ -37,6 +37,7 @@ from gemel_engine.checkpoint import (
     weight_files,
 )
 from gemel_engine.errors import ArtifactError, ConfigurationError, not_loadable
+from gemel_engine.retrieval.window import window
 from gemel_engine.tokenizer import check_embedded, tokenizer_fingerprint
 from gemel_engine.verbosity import bar_interval
 
@@ -123,6 +124,15 @@ class MentionEncoder:
         finally:
             set_num_threads(num_threads)  # else other new threads would start with the workers' number
         return embeddings[np.array([row_of[token_ids[form]] for form in surface_forms], dtype=np.intp)]
+
+    def readable(self, text: str, start: int, end: int) -> str:
+        """Return a text, or of one with too many tokens about as much around `text[start:end]` as the model reads."""
+        if len(text) <= self.max_tokens:
+            return text
+        num_tokens = len(self._tokenizer(text, split_special_tokens=True, verbose=False)["input_ids"])
+        if num_tokens <= self.max_tokens:
+            return text
+        return window(text, start, end, len(text) * self.max_tokens // num_tokens)
 
     def _token_ids(self, surface_forms: Sequence[str]) -> dict[str, TokenIds]:
         """Return the token ids of each distinct form, special tokens included."""

@@ -78,15 +78,14 @@ class DemonstrationIndex:
 
     def __init__(self, metadata: IndexMetadata, table: pa.Table) -> None:
         self.metadata = metadata
-        self._table = table
+        self._table = table.drop_columns(["surface_embedding"])
         self._entity_ids: list[str] = table["entity_id"].to_pylist()
         self._groups: list[str] = table["group"].to_pylist()
         self._group_sizes = Counter(self._groups)
         forms = np.array(table["mention"].to_pylist(), dtype=object)
         starts = np.flatnonzero(np.concatenate([[True], forms[1:] != forms[:-1]]))
         self._first_row = [*starts.tolist(), len(forms)]  # of each distinct surface form, and the end
-        self._search = faiss.IndexFlatIP(metadata.surface_width)
-        self._search.add(as_matrix(table["surface_embedding"], metadata.surface_width)[starts])
+        self._embeddings = as_matrix(table["surface_embedding"], metadata.surface_width)[starts]
         self._last_pictures: tuple[int, list[int], FloatArray] | None = None
         self._pictures: Pictures | None = None
         if metadata.vision_width is not None:
@@ -182,10 +181,9 @@ class DemonstrationIndex:
         values: list[str] = self._table[name].to_pylist()
         return values
 
-    @property
-    def surface_embeddings(self) -> FloatArray:
-        """Embeddings of the surface forms of all demonstrations, (N, E)."""
-        return as_matrix(self._table["surface_embedding"], self.metadata.surface_width)
+    def surface_embeddings(self, rows: Sequence[int]) -> FloatArray:
+        """Return the embeddings of the surface forms of n demonstrations, (n, E), by row number."""
+        return self._embeddings[np.searchsorted(self._first_row, rows, side="right") - 1]
 
     def mention_ids(self, rows: Sequence[int]) -> tuple[str, ...]:
         """Return the `mention_id`s of demonstrations, by row number."""
@@ -329,13 +327,14 @@ class DemonstrationIndex:
 
     def _nearest_forms(self, query: FloatArray, num_forms: int) -> list[int]:
         """Return the numbers of the most similar surface forms, the most similar first."""
-        num_forms = min(num_forms, self._search.ntotal)
-        num_searched = min(num_forms + 1, self._search.ntotal)
+        num_known = len(self._embeddings)
+        num_forms = min(num_forms, num_known)
+        num_searched = min(num_forms + 1, num_known)
         while True:
-            similarities, forms = self._search.search(query[None], num_searched)
+            similarities, forms = faiss.knn(query[None], self._embeddings, num_searched, faiss.METRIC_INNER_PRODUCT)
             rounded = np.round(similarities[0], SIMILARITY_DECIMALS)
             # With a tie across the end of the list, the last bits would decide which form is in it.
-            if num_searched == self._search.ntotal or rounded[-1] < rounded[num_forms - 1]:
+            if num_searched == num_known or rounded[-1] < rounded[num_forms - 1]:
                 nearest: list[int] = forms[0][np.lexsort((forms[0], -rounded))][:num_forms].tolist()
                 return nearest
-            num_searched = min(2 * num_searched, self._search.ntotal)
+            num_searched = min(2 * num_searched, num_known)

@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from gemel_engine.retrieval.table import SIMILARITY_DECIMALS, FloatArray
+
+_SMALLEST = 1e-6
 
 
 class Pictures:
@@ -32,22 +34,32 @@ class Pictures:
 
     def standardised(self, rows: Sequence[int] | NDArray[np.int64]) -> FloatArray:
         """Return the standardised features of demonstrations with pictures, one row each."""
-        return self._standardise(self._features[rows])
+        return standardised(self._features[rows], self._moments)
 
-    def cosines(self, standardised: FloatArray, features: FloatArray) -> FloatArray:
-        """Return the cosines of `standardised` pictures with one of features (C,), rounded."""
-        cosines: FloatArray = np.round(standardised @ self._standardise(features), SIMILARITY_DECIMALS)
+    def cosines(self, vectors: FloatArray, features: FloatArray) -> FloatArray:
+        """Return the cosines of `standardised` pictures (N, C) with one of features (C,), rounded."""
+        cosines: FloatArray = np.round(vectors @ standardised(features, self._moments), SIMILARITY_DECIMALS)
         return cosines
 
     @cached_property
-    def _moments(self) -> tuple[FloatArray, FloatArray]:
-        """Mean and standard deviation of the features, each (C,)."""
+    def _moments(self) -> FloatArray:
+        """Mean and standard deviation of the features, (2, C)."""
         present = self._features[self.is_present]
-        return present.mean(axis=0), present.std(axis=0)
+        return moments_of(present.mean(axis=0), present.std(axis=0))
 
-    def _standardise(self, features: FloatArray) -> FloatArray:
-        """Centre and scale features (..., C), then scale rows to length 1."""
-        mean, deviation = self._moments
-        centred = (features - mean) / np.maximum(deviation, 1e-6)
-        standardised: FloatArray = centred / np.maximum(np.linalg.norm(centred, axis=-1, keepdims=True), 1e-6)
-        return standardised
+
+def moments_of(mean: ArrayLike, deviation: ArrayLike) -> FloatArray:
+    """Return mean and standard deviation (C,) of features as `standardised` takes them, (2, C)."""
+    return np.stack([mean, np.maximum(deviation, _SMALLEST)]).astype(np.float32)
+
+
+def standardised(features: FloatArray, moments: FloatArray) -> FloatArray:
+    """Centre features (..., C), scale them, and normalise them to length one.
+
+    Args:
+        features: Features of pictures.
+        moments: Result of `moments_of`.
+    """
+    centred = (features - moments[0]) / moments[1]
+    scaled: FloatArray = centred / np.maximum(np.linalg.norm(centred, axis=-1, keepdims=True), _SMALLEST)
+    return scaled.astype(np.float32)

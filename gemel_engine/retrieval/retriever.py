@@ -40,18 +40,21 @@ class DemonstrationRetriever:
         """
         settings, index = self._settings, self._index
         excluded = [mention.group or mention.mention_id if settings.exclude_group else None for mention in mentions]
+        if embeddings is None:
+            embeddings = self.encoder.encode([mention.mention for mention in mentions])
+        num_similar = settings.num_demonstrations if settings.policy == "similar" else 0
+        # At least one where pictures need the most similar surface form.
+        similar = index.retrieve(embeddings, max(num_similar, min(1, settings.num_similar_pictures)), excluded)
         if settings.policy == "random":
             found = [
                 index.sample(mention.mention, settings.num_demonstrations, settings.seed, group)
                 for mention, group in zip(mentions, excluded, strict=True)
             ]
         else:
-            if embeddings is None:
-                embeddings = self.encoder.encode([mention.mention for mention in mentions])
-            found = index.retrieve(embeddings, settings.num_demonstrations, excluded)
+            found = [rows if num_similar else [] for rows in similar]
         found = [
-            [*rows, *self._similar_pictures(rows, item, group)]
-            for rows, item, group in zip(found, features, excluded, strict=True)
+            [*rows, *self._similar_pictures(nearest, item, group)]
+            for rows, nearest, item, group in zip(found, similar, features, excluded, strict=True)
         ]
         if settings.exclude_group:
             for mention, rows in zip(mentions, found, strict=True):

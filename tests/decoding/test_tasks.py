@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from support.names import ENTITY_NAMES
@@ -155,6 +156,22 @@ def test_evidence_decides_alone_where_its_risk_is_accepted(opened: Artifacts, en
     assert [item.log_prob for item in prediction.candidates] == [None, None]
     assert link(linking, unclear).decided_by == "score"
     assert link(generator(opened, engine), plain).decided_by == "score"
+
+
+def test_image_features_that_fit_no_picture_are_refused_without_a_mapper_too(
+    opened: Artifacts, engine: TransformersEngine
+) -> None:
+    assert opened.index is not None
+    width = opened.index.metadata.vision_width
+    assert width is not None
+    plain = retrieved(opened, {"Q5": 50.0, "Q7": 0.0})
+    for weights, risk in ((None, 0.0), (WEIGHTS, 0.0), (WEIGHTS, 0.01)):  # with the last one, evidence decides alone
+        linking = generator(opened, engine, weights, risk)
+        features = [np.zeros(width + 1, np.float32), np.full(width, np.nan, np.float32), np.zeros(width, np.float32)]
+        wide, unknown, fit = linking.generate([MENTION] * 3, features, [plain] * 3)
+        assert (wide.error or "").startswith(f"invalid_mention: image_features holds {width + 1} numbers")
+        assert "0 of them finite" in (unknown.error or "")
+        assert fit.entity_id is not None
 
 
 def test_a_mention_s_own_candidates_restrict_pool_and_search(opened: Artifacts, engine: TransformersEngine) -> None:

@@ -126,6 +126,47 @@ def test_a_candidate_far_from_form_text_and_picture_is_compared_with_them(
         assert known == pytest.approx({row: max(0.0, value) for row, value in expected.items()}, abs=2e-5)
 
 
+def test_allowed_entities_alone_are_candidates_however_many_rivals_they_have(
+    tmp_path: Path, encoder: MentionEncoder
+) -> None:
+    num_entities, chosen = 100, frozenset({90, 95, 99})
+    names = ["Springfield"] * (num_entities - 1) + ["Oslo"]
+    descriptions = [f"town number {row}" for row in range(num_entities)]
+    table = pa.table({"name": names, "description": descriptions, "popularity": [1.0] * num_entities})
+    pictures = {row: np.random.default_rng(row).normal(size=(1, 4)).astype(np.float32) for row in range(num_entities)}
+    evidence = build_evidence(table, tmp_path, mention_encoder=encoder, pictures=pictures)
+    mention = Mention("m", descriptions[95], "Springfield")
+    inputs = encoder.encode([mention.mention]), encoder.encode([mention.text]), [pictures[95][0]]
+    pool = CandidatePool(evidence, FormStatistics(["Springfield"], [90], ["g"]), size=2, depth=4)
+    twice = [np.repeat(item, 2, axis=0) for item in inputs]
+    restricted, whole = pool.pool([mention] * 2, *twice, allowed=[chosen, None])  # type: ignore[arg-type]
+    assert whole == pool.pool([mention], *inputs)[0]
+    assert not {candidate.row for candidate in whole.candidates} & {95, 99}
+    reasons = {candidate.row: candidate.reasons for candidate in restricted.candidates}
+    assert reasons.keys() == {90, 95}
+    assert set(restricted.of_form) <= chosen
+    assert {"name", "words", "similar_name", "description", "picture", "popularity"} <= set(reasons[95])
+    assert reasons[95]["picture"] == pytest.approx(1, abs=1e-4)
+    assert reasons[90]["form"] == 1
+    everything = CandidatePool(evidence, depth=4).pool([mention], *inputs, allowed=[chosen])[0].candidates
+    assert {candidate.row for candidate in everything} == chosen  # one has no word of the form
+    assert pool.pool([mention], *inputs, allowed=[frozenset()]) == [Pool()]
+
+
+@pytest.mark.parametrize("num_words", [80, 20_000])
+def test_the_text_around_a_mention_is_read_wherever_it_stands(evidence: EvidenceIndex, num_words: int) -> None:
+    filler = " ".join(f"word{number}" for number in range(num_words))
+    queen = "Freddie sang with Mercury and Queen in Oslo."
+    text = f"Mercury in Lyon, Hermes. {filler} {queen} {filler}"
+    places = [text.index("Mercury"), text.rindex("Mercury")]
+    mentions = [Mention("m", queen, "Mercury"), *(Mention("m", text, "Mercury", place) for place in places)]
+    alone, first, last = (
+        {item.row: item.reasons.keys() & {"context", "in_text"} for item in pool.candidates if item.row >= 2}
+        for pool in CandidatePool(evidence).pool(mentions)
+    )
+    assert last == alone != first
+
+
 def test_an_alias_of_several_entities_finds_all_of_them(evidence: EvidenceIndex) -> None:
     candidates = CandidatePool(evidence).pool([Mention("m", "hermes!", "Hermes")])[0].candidates
     assert [candidate.row for candidate in candidates if "alias" in candidate.reasons] == [0, 4]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -121,6 +122,31 @@ def test_a_knowledge_base_alone_gives_cards_and_an_index_alone_demonstrations(
         assert not found.candidates
     (nothing,) = Retriever(without, knowledge_base, None, evidence).retrieve([Mention("m", "", "qqq")], [None])
     assert nothing == Retrieved()
+
+
+def test_similar_pictures_need_no_other_demonstrations(
+    knowledge_base: KnowledgeBase, encoder: MentionEncoder, mention_encoder_directory: Path, tmp_path: Path
+) -> None:
+    picture = np.array([0, 1, 0, 0], np.float32)
+    rows = [Demonstration("d0", "Mercury is hot.", "Mercury", "planet", "Mercury (planet)", "d0", picture)]
+    index = DemonstrationIndex.build(tmp_path, rows, encoder)
+    options = settings(mention_encoder_directory, num_demonstrations=0, num_similar_pictures=1)
+    (found,) = Retriever(options, knowledge_base, index, None).retrieve([SPACE], [picture])
+    assert found == Retrieved((), (PromptItem(0),))
+
+
+def test_cards_are_of_a_mention_s_own_candidates(
+    knowledge_base: KnowledgeBase, evidence: EvidenceIndex, mention_encoder_directory: Path
+) -> None:
+    retriever = Retriever(settings(mention_encoder_directory), knowledge_base, None, evidence)
+    own = ("Oslo", "planet")
+    mentions = [replace(SPACE, candidate_ids=own), replace(SPACE, candidate_ids=("unknown",)), SPACE]
+    found, unknown, whole = retriever.retrieve(mentions, [None] * 3)
+    rows = {row_of(knowledge_base, entity_id) for entity_id in own}
+    assert {candidate.row for candidate in found.candidates} == rows
+    assert {item.row for item in found.items} <= rows
+    assert unknown == Retrieved()
+    assert retriever.retrieve([SPACE], [None]) == [whole]
 
 
 def test_unfit_features_are_left_to_generation(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +110,18 @@ def test_a_damaged_dictionary_is_refused(dictionary: NameDictionary, tmp_path: P
     (tmp_path / "rows.npy").write_bytes(b"\x93NUMPY")
     with pytest.raises(ArtifactError, match=r"rows\.npy is missing or damaged"):
         NameDictionary.open(tmp_path)
+
+
+def test_damage_that_a_search_meets_is_an_error(tmp_path: Path) -> None:
+    LexicalIndex.build(tmp_path, ((row, f"red bear {row}") for row in range(50)))
+    (terms,) = tmp_path.glob("*.term")
+    whole = terms.read_bytes()
+    for place in range(0, len(whole), 7):
+        terms.write_bytes(whole[:place] + bytes([255 - whole[place]]) + whole[place + 1 :])
+        with suppress(ArtifactError):
+            index = LexicalIndex.open(tmp_path)
+            index.similar("bear 7", 9)
+            index.holding("bear", "red 7", 9)
 
 
 def test_words_find_names_whatever_their_endings(lexical: LexicalIndex) -> None:

@@ -97,6 +97,14 @@ def test_a_knowledge_base_alone_links_with_cards_and_a_certified_score(config: L
     assert "0 of 9 rows are to be linked" in describe_run(config)
 
 
+def test_embeddings_of_the_knowledge_base_need_their_encoder(config: LinkConfig) -> None:
+    blind = replace(config, demonstrations=None, retrieval=replace(config.retrieval, mention_encoder=None))
+    with pytest.raises(ConfigurationError, match=r"retrieval\.mention_encoder is not set"):
+        describe_run(blind)
+    without_pool = replace(blind, calibration=None, retrieval=replace(blind.retrieval, num_candidates=0))
+    assert "9 of 9 rows are to be linked" in describe_run(without_pool)
+
+
 def test_evidence_decides_alone_at_an_accepted_risk(config: LinkConfig) -> None:
     config = replace(config, score=replace(config.score, risk=0.02))
     report = link_corpus(config)

@@ -48,6 +48,17 @@ def test_embedding_does_not_depend_on_the_batch(encoder: MentionEncoder, batch: 
     assert encoder.encode(batch).tobytes() == alone.tobytes()
 
 
+def test_a_text_that_is_too_long_is_read_around_a_mention(encoder: MentionEncoder) -> None:
+    filler = "a bear on a train " * encoder.max_tokens
+    text = f"{filler}in paris {filler}"
+    start = text.index("paris")
+    around = encoder.readable(text, start, start + 5)
+    assert 0.4 < around.index("paris") / len(around) < 0.6
+    assert len(encoder.readable(around, 0, 0)) > 0.9 * len(around)
+    short = filler[: encoder.max_tokens]
+    assert encoder.readable(short, 0, 0) == short
+
+
 @pytest.mark.parametrize("num_threads", [1, 3])
 def test_embedding_does_not_depend_on_the_number_of_threads(encoder: MentionEncoder, num_threads: int) -> None:
     expected = encoder.encode(FORMS * 3)

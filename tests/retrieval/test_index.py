@@ -172,6 +172,23 @@ def test_similar_pictures_stand_behind_the_others(encoder: MentionEncoder, tmp_p
     assert ids(index, like_m1[2:]) == ["m1"]
 
 
+@pytest.mark.parametrize("policy", ["similar", "random"])
+@pytest.mark.parametrize("num_demonstrations", [0, 2])
+def test_similar_pictures_are_of_the_most_similar_form_whatever_the_others_are(
+    encoder: MentionEncoder, tmp_path: Path, policy: Literal["similar", "random"], num_demonstrations: int
+) -> None:
+    picture = np.array([0, 1, 0], np.float32)
+    rows = [Demonstration(f"m{i}", "text", FORMS[i % 8], f"Q{i}", "name", f"g{i}", picture + i) for i in range(40)]
+    index = DemonstrationIndex.build(tmp_path, rows, encoder)
+    settings = RetrievalSettings(num_demonstrations=num_demonstrations, num_similar_pictures=3, policy=policy)
+    found = DemonstrationRetriever(settings, index, encoder).retrieve(
+        [Mention(form, "text", form) for form in FORMS], [picture] * len(FORMS)
+    )
+    for form, items in zip(FORMS, found, strict=True):
+        assert len(items) == num_demonstrations + 3
+        assert {index[row].mention for row in items[num_demonstrations:]} == {form}
+
+
 def test_list_does_not_depend_on_the_last_bits(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     base = rng.standard_normal(8)

@@ -19,6 +19,11 @@ def place_of(text: str, surface_form: str, start: int | None) -> tuple[int, int]
     return (0, 0) if start < 0 else (start, start + len(surface_form))
 
 
+def first_near(place: int, num_items: int, num_kept: int) -> int:
+    """Return the first of the `num_kept` items nearest to a place; 0 if there are no more than that."""
+    return max(0, min(place - num_kept // 2, num_items - num_kept))
+
+
 def window(text: str, start: int, end: int, num_characters: int) -> str:
     """Return `text[start:end]` with as much text around it as fits into `num_characters`.
 
