@@ -1,7 +1,6 @@
 """The work for one mention: its prompt and search, then its prediction.
 
-A mention is ranked by the language model alone (`NameTask`), or by the score of language model and
-evidence (`ScoreTask`).
+A mention is ranked by the language model alone (`NameTask`), or with evidence (`ScoreTask`).
 """
 
 from __future__ import annotations
