@@ -35,6 +35,7 @@ def decoding(results: Results) -> tuple[Table | Facts, ...]:
                     "accuracy_ours_paired | accuracy_paper_loop | accuracy_best_transformers",
                     ".3f",
                 ),
+                ("score of model and evidence, 200 mentions: time over its floor", "score_time_over_floor", ".2f"),
                 ("5.9M names, ranked by the sum: time over the floor", "union_time_over_floor", ".2f"),
                 ("5.9M names, ranked by the sum: accuracy", "union_accuracy", ".3f"),
                 ("5.9M names, ranked by the sum: certified", "union_certified_share", ".1%"),
