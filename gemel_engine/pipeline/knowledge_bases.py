@@ -221,7 +221,7 @@ def _staged(output: str) -> Iterator[Path]:
             staging = local / _STAGING
             stack.callback(shutil.rmtree, staging, ignore_errors=True)
         left = names & {_PARTS, _STAGING}
-        if left and MANIFEST in names <= {*_OURS, MANIFEST}:
+        if left and MANIFEST in names and names <= {*_OURS, MANIFEST}:
             for name in left:
                 storage.remove_tree(f"{output}/{name}")
             raise ConfigurationError(
