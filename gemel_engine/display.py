@@ -82,7 +82,7 @@ def visible_traceback(error: BaseException) -> str:
 
 
 def make_visible(record: logging.LogRecord) -> bool:
-    """Rewrite a log record with `visible`, as one line plus traceback; a filter for a handler."""
+    """Rewrite a log record with `visible`, as one line plus traceback; a filter for a handler or logger."""
     record.msg, record.args = visible(record.getMessage()), ()
     if record.exc_info and record.exc_info[1] is not None:
         record.exc_text = visible_traceback(record.exc_info[1])
